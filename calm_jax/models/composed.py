@@ -1,0 +1,328 @@
+"""The composed model: a frozen anchor that reads frozen augments through a trainable bridge.
+
+CALM, arXiv 2401.02412. The augments run first, forward only, each up to its last tap; their language
+model heads are never computed. Every rule of what a token may see is in `calm_jax.models.bridge`.
+"""
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from calm_jax.errors import CalmError
+from calm_jax.models.attention import SelfAttentionInputs
+from calm_jax.models.bridge import BridgeInputs, CrossAttention, heads
+from calm_jax.models.config import CompositionConfig
+from calm_jax.models.decoder import Decoder, fill_inputs
+from calm_jax.models.parameters import stacked
+from calm_jax.models.plan import Connection, Plan, Round, make_plan
+
+
+def compose(
+    anchor: Decoder,
+    augment_or_list: Decoder | Sequence[Decoder],
+    config_or_list: CompositionConfig | Sequence[CompositionConfig] | None = None,
+    *,
+    rngs: nnx.Rngs,
+) -> "ComposedDecoder":
+    """Joins an anchor and one or more augments by a new bridge.
+
+    The layers of the models are cut at the connections in place, so no second copy of the weights is
+    held; the models stay usable and compute what they did.
+
+    Args:
+        anchor: m_B, the model that generates.
+        augment_or_list: m_A, or several.
+        config_or_list: one `CompositionConfig` an augment; default: the default config for each.
+        rngs: draws the bridge's initial values.
+
+    Raises:
+        CalmError: a connection outside a model's layers, heads that do not divide the width, or
+            vocabularies whose token maps differ.
+
+    >>> import jax.numpy as jnp
+    >>> from flax import nnx
+    >>> import calm_jax
+    >>> def model(width, seed):
+    ...     return calm_jax.Decoder(calm_jax.DecoderConfig.palm(
+    ...         vocab_size=32, embed_dim=width, num_layers=4, num_heads=2, head_dim=8, mlp_dim=32),
+    ...         nnx.Rngs(seed))
+    >>> config = calm_jax.CompositionConfig(every=2)
+    >>> composed = calm_jax.compose(model(32, 0), model(16, 1), config, rngs=nnx.Rngs(2))
+    >>> [(c.layer, c.anchor_layer) for c in composed.connections]
+    [(1, 1), (3, 3)]
+    >>> composed(jnp.ones((1, 5), jnp.int32)).shape
+    (1, 5, 32)
+    """
+    augments = [augment_or_list] if isinstance(augment_or_list, Decoder) else list(augment_or_list)
+    if config_or_list is None:
+        config_or_list = [CompositionConfig()] * len(augments)
+    configs = (
+        [config_or_list] if isinstance(config_or_list, CompositionConfig) else list(config_or_list)
+    )
+    # One model in two roles is cut in two ways: each role gets a module of its own, of the same arrays.
+    models = [anchor]
+    for augment in augments:
+        alone = all(augment is not model for model in models)
+        models.append(augment if alone else nnx.merge(*nnx.split(augment)))
+    return ComposedDecoder(anchor, models[1:], configs, rngs)
+
+
+class ComposedDecoder(nnx.Module):
+    """One language model made of several; built by `compose` or `calm_jax.load_composed`.
+
+    Attributes:
+        anchor: the anchor.
+        augments: the augments, in order.
+        bridge: all trainable parameters.
+        configs: one `CompositionConfig` an augment.
+        connections: every connection, in the order in which metrics number them.
+    """
+
+    def __init__(
+        self,
+        anchor: Decoder,
+        augments: Sequence[Decoder],
+        configs: Sequence[CompositionConfig],
+        rngs: nnx.Rngs,
+    ):
+        if not augments:
+            raise CalmError("compose needs at least one augment")
+        self.configs = tuple(configs)
+        self.plan = make_plan(
+            configs, anchor.config.num_layers, [a.config.num_layers for a in augments]
+        )
+        self.head_dims = tuple(heads(config, anchor.config)[1] for config in configs)
+        for number, augment in enumerate(augments):
+            check_vocabularies(anchor, augment, f"augment {number}")
+        self.anchor = anchor
+        self.augments = nnx.List(augments)
+        self.bridge = Bridge(self.plan, self.configs, anchor, augments, rngs)
+        self._cut()
+
+    @property
+    def connections(self) -> tuple[Connection, ...]:
+        return self.plan.connections
+
+    @property
+    def vocabulary(self):
+        return self.anchor.vocabulary
+
+    @property
+    def config(self):
+        """The anchor's `DecoderConfig`: what the composed model looks like from outside."""
+        return self.anchor.config
+
+    def __call__(
+        self,
+        tokens_BT: jax.Array,
+        positions_BT: jax.Array | None = None,
+        segment_ids_BT: jax.Array | None = None,
+        prompt_mask_BT: jax.Array | None = None,
+    ) -> jax.Array:
+        """Logits of the next token at every position.
+
+        Args:
+            tokens_BT: int32 [B, T], read by the anchor and by every augment.
+            positions_BT, segment_ids_BT: as for `Decoder`.
+            prompt_mask_BT: int32 [B, T], 1 on prompt tokens (`decoder_causal_attention`); needed by
+                `encoder_only` alone.
+
+        Returns:
+            float32 [B, T, V], V of the anchor.
+
+        Raises:
+            CalmError: `encoder_only` without `prompt_mask_BT`.
+        """
+        return self._apply("forward", tokens_BT, positions_BT, segment_ids_BT, prompt_mask_BT)[0]
+
+    def attention_maps(
+        self,
+        tokens_BT: jax.Array,
+        positions_BT: jax.Array | None = None,
+        segment_ids_BT: jax.Array | None = None,
+        prompt_mask_BT: jax.Array | None = None,
+    ) -> list[dict[str, Any]]:
+        """What f_cross attends to: for each connection a dict.
+
+        "augment", "from" and "to" name the connection; "weights" is float32 [B, N, T, S].
+        """
+        weights = self._apply("weights", tokens_BT, positions_BT, segment_ids_BT, prompt_mask_BT)
+        return [
+            {"augment": c.augment, "from": c.layer, "to": c.anchor_layer, "weights": w_BNTS}
+            for c, w_BNTS in zip(self.connections, weights, strict=True)
+        ]
+
+    def forward(
+        self, tokens_BT, positions_BT=None, segment_ids_BT=None, prompt_mask_BT=None
+    ) -> tuple[jax.Array, list[jax.Array]]:
+        """`__call__` without a compilation of its own: for use inside `jax.jit`.
+
+        Returns:
+            the logits, and for each connection the float32 squared norms [2] of f_cross' result and of
+            the anchor's stream it is added to, over all tokens but padding.
+        """
+        positions_BT, segment_ids_BT = fill_inputs(tokens_BT, positions_BT, segment_ids_BT)
+
+        def squared_norms(h_BTD, y_BTD, weights_BNTS):
+            real_BT1 = (segment_ids_BT != 0)[:, :, None]
+            pair = [jnp.where(real_BT1, x.astype(jnp.float32), 0) for x in (y_BTD, h_BTD)]
+            return jnp.stack([jnp.sum(jnp.square(x)) for x in pair])
+
+        h_BTD, norms = self._hidden(
+            tokens_BT, positions_BT, segment_ids_BT, prompt_mask_BT, squared_norms
+        )
+        return self.anchor.logits(h_BTD), norms
+
+    def weights(self, tokens_BT, positions_BT=None, segment_ids_BT=None, prompt_mask_BT=None):
+        """Attention weights of each connection, float32 [B, N, T, S], inside `jax.jit`."""
+        positions_BT, segment_ids_BT = fill_inputs(tokens_BT, positions_BT, segment_ids_BT)
+        return self._hidden(
+            tokens_BT, positions_BT, segment_ids_BT, prompt_mask_BT, lambda h, y, weights: weights
+        )[1]
+
+    def _apply(self, method: str, *inputs):
+        self._cut()
+        graphdef, state = nnx.split(self)
+        return _apply(graphdef, method, state, *inputs)
+
+    def _cut(self) -> None:
+        """Cuts the models' layers at the connections, unless they are."""
+        self.anchor.layers.cut(self.plan.anchor_shapes)
+        for augment, shapes in zip(self.augments, self.plan.augment_shapes, strict=True):
+            augment.layers.cut(shapes)
+
+    def _hidden(self, tokens_BT, positions_BT, segment_ids_BT, prompt_mask_BT, observe):
+        """The anchor's residual stream with every bridge's result in it, and for each connection what
+        `observe(h, f_cross result, attention weights)` returns."""
+        taps = [
+            _taps(augment, layers, tokens_BT, positions_BT, segment_ids_BT)
+            for augment, layers in zip(self.augments, self.plan.tap_layers, strict=True)
+        ]
+        bridge_inputs = [
+            BridgeInputs(config, head_dim, positions_BT, segment_ids_BT, prompt_mask_BT)
+            for config, head_dim in zip(self.configs, self.head_dims, strict=True)
+        ]
+        shared = SelfAttentionInputs(self.anchor.config, positions_BT, segment_ids_BT)
+        observed = {}
+
+        def bridged(h_BTD, crossings, entries, entry_taps):
+            """h + the sum of the bridges' results, all of which read h as it came."""
+            sum_BTD, seen = h_BTD, []
+            for crossing, entry, tap_BSE in zip(crossings, entries, entry_taps, strict=True):
+                with jax.named_scope("f_cross"):
+                    y_BTD, weights = crossing(h_BTD, tap_BSE, bridge_inputs[entry[0].augment])
+                sum_BTD += y_BTD
+                seen.append(observe(h_BTD, y_BTD, weights))
+            return sum_BTD, seen
+
+        layers = self.anchor.layers
+        h_BTD, _ = layers.run(0, self.anchor.embed(tokens_BT), shared)
+        for round_, crossings in zip(self.plan.rounds, self.bridge.rounds, strict=True):
+            entry_taps = [
+                taps[entry[0].augment].of(entry, round_.stacked) for entry in round_.entries
+            ]
+            if round_.stacked:
+                graphdef, state = nnx.split(crossings)
+
+                def step(h_BTD, inputs, entries=round_.entries, graphdef=graphdef):
+                    state, entry_taps, group = inputs
+                    h_BTD, seen = bridged(h_BTD, nnx.merge(graphdef, state), entries, entry_taps)
+                    return layers.scan(h_BTD, *group, shared), seen
+
+                group = layers.layers(round_.piece)
+                h_BTD, seen = jax.lax.scan(step, h_BTD, (state, entry_taps, group))
+            else:
+                h_BTD, seen = bridged(h_BTD, crossings, round_.entries, entry_taps)
+                seen = [x[None] for x in seen]
+                if round_.piece is not None:
+                    h_BTD, _ = layers.run(round_.piece, h_BTD, shared)
+            for entry, values in zip(round_.entries, seen, strict=True):
+                observed.update(zip(entry, values, strict=True))
+        return h_BTD, [observed[connection] for connection in self.connections]
+
+
+class Bridge(nnx.Module):
+    """All trainable parameters: for each round its cross-attentions, stacked where the round is.
+
+    The initial values of a connection depend on its number alone, not on how rounds are stacked.
+    """
+
+    def __init__(self, plan: Plan, configs, anchor: Decoder, augments: Sequence[Decoder], rngs):
+        keys = jax.random.split(rngs.params(), len(plan.connections))
+        number = {connection: index for index, connection in enumerate(plan.connections)}
+
+        def crossings(round_: Round) -> nnx.List:
+            made = []
+            for entry in round_.entries:
+                config, width = (
+                    configs[entry[0].augment],
+                    augments[entry[0].augment].config.embed_dim,
+                )
+                make = functools.partial(CrossAttention, config, anchor.config, width)
+                entry_keys = jnp.stack([keys[number[connection]] for connection in entry])
+                made.append(stacked(make, entry_keys if round_.stacked else entry_keys[0]))
+            return nnx.List(made)
+
+        self.rounds = nnx.List([crossings(round_) for round_ in plan.rounds])
+
+
+class _Taps:
+    """An augment's hidden states after its tapped layers, some of them stacked."""
+
+    def __init__(
+        self, by_layer: dict[int, jax.Array], stack: tuple[tuple[int, ...], jax.Array] | None
+    ):
+        self.by_layer, self.stack = by_layer, stack
+
+    def of(self, entry: tuple[Connection, ...], stacked: bool) -> jax.Array:
+        """[G, B, S, E] for a stacked round's entry, else [B, S, E]."""
+        if not stacked:
+            return self.layer(entry[0].layer)
+        layers = tuple(connection.layer for connection in entry)
+        if self.stack is not None and layers == self.stack[0]:
+            return self.stack[1]
+        return jnp.stack([self.layer(layer) for layer in layers])
+
+    def layer(self, layer: int) -> jax.Array:
+        if layer in self.by_layer:
+            return self.by_layer[layer]
+        return self.stack[1][self.stack[0].index(layer)]
+
+
+def _taps(augment: Decoder, tap_layers: tuple[int, ...], tokens_BT, positions_BT, segment_ids_BT):
+    """Runs the augment up to its last tap; no gradient flows back into it."""
+    shared = SelfAttentionInputs(augment.config, positions_BT, segment_ids_BT)
+    x_BTE = augment.embed(tokens_BT)
+    by_layer, stack, remaining = {}, None, list(tap_layers)
+    for piece, shape in enumerate(augment.layers.shapes):
+        if not remaining:
+            break
+        x_BTE, outputs = augment.layers.run(piece, x_BTE, shared, taps=True)
+        outputs = jax.lax.stop_gradient(outputs)
+        if len(shape) == 1:
+            by_layer[remaining.pop(0)] = outputs
+        else:
+            stack = (tuple(remaining[: shape[0]]), outputs)
+            del remaining[: shape[0]]
+    return _Taps(by_layer, stack)
+
+
+def check_vocabularies(anchor: Decoder, augment: Decoder, name: str) -> None:
+    """Raises `CalmError` naming the first token that differs, where both models have a vocabulary."""
+    if anchor.vocabulary is None or augment.vocabulary is None:
+        return
+    difference = anchor.vocabulary.first_difference(augment.vocabulary)
+    if difference is not None:
+        index, ours, theirs = difference
+        raise CalmError(
+            f"the vocabularies differ: token {index} is {ours!r} for the anchor and {theirs!r} for {name}"
+        )
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _apply(graphdef, method, state, *inputs):
+    return getattr(nnx.merge(graphdef, state), method)(*inputs)

@@ -1,0 +1,255 @@
+"""What a decoder and a composition are made of: frozen dataclasses, no arrays.
+
+A family of models (PaLM, Llama, Gemma, ...) is a choice of `DecoderConfig` fields, never a subclass.
+"""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from calm_jax.errors import CalmError
+
+
+@dataclasses.dataclass(frozen=True)
+class RopeScaling:
+    """Stretching of rotary positions beyond the length a model was first trained on.
+
+    kind "linear" divides every frequency by `factor` (Gemma 3's global layers); "llama3" divides the
+    low frequencies only, blending between `low_frequency_factor` and `high_frequency_factor`
+    (Llama 3.1). `original_length` is in tokens.
+    """
+
+    kind: Literal["linear", "llama3"] = "linear"
+    factor: float = 1.0
+    low_frequency_factor: float = 1.0
+    high_frequency_factor: float = 4.0
+    original_length: int = 8192
+
+
+@dataclasses.dataclass(frozen=True)
+class DecoderConfig:
+    """The form of one decoder. Raises `CalmError` when fields contradict each other.
+
+    Widths are in features, lengths in tokens. Values are the checkpoint's own: nothing is folded
+    into the weights, so a norm's offset or an embedding's scale is a field here.
+    """
+
+    vocab_size: int  # rows of the embedding, padding rows included
+    embed_dim: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int  # 1: multi-query; num_heads: multi-head; between: grouped-query
+    head_dim: int
+    mlp_dim: int
+
+    block: Literal["sequential", "parallel"] = (
+        "sequential"  # parallel: one norm feeds both branches
+    )
+    gated_mlp: bool = True
+    activation: Literal["silu", "gelu_tanh", "gelu"] = "silu"
+
+    norm: Literal["rms", "layer"] = "rms"
+    norm_offset: float = 0.0  # added to the stored scale: 1.0 for zero-centred scales
+    norm_eps: float = 1e-6
+    norm_bias: bool = False
+    post_norms: bool = False  # a second norm on each branch's result (Gemma 2, 3)
+    qk_norm: Literal["rms", "l2"] | None = None  # on each head's query and key, before rotary
+
+    attention_bias: bool = False  # on query, key and value
+    output_bias: bool = False
+    mlp_bias: bool = False
+    head_bias: bool = False
+
+    rope: Literal["half", "interleaved"] | None = "half"
+    rope_dim: int | None = None  # rotated features of each head; None: all
+    rope_base: float = 10_000.0
+    rope_scaling: RopeScaling | None = None
+    local_rope_base: float | None = (
+        None  # for layers with a window; None: as the others, scaling too
+    )
+    xpos_scale_base: float | None = None  # in tokens (xPos, PaLM-rlhf-pytorch: 512)
+
+    window: int | None = None  # tokens a local layer sees, itself included
+    window_pattern: tuple[bool, ...] = (True,)  # which layers are local, repeated over the depth
+    attention_logit_cap: float | None = None
+    final_logit_cap: float | None = None
+    query_scale: float | None = None  # None: head_dim ** -0.5
+    embed_scale: float = 1.0
+    logit_scale: float = 1.0
+    tied_head: bool = True
+
+    dtype: Literal["float32", "bfloat16"] = "float32"  # of matmuls and of the residual stream
+
+    def __post_init__(self):
+        for name in ("vocab_size", "embed_dim", "num_layers", "num_heads", "num_kv_heads", "head_dim",
+                     "mlp_dim"):  # fmt: skip
+            if getattr(self, name) < 1:
+                raise CalmError(f"decoder.{name} is {getattr(self, name)}; it must be at least 1")
+        for name, allowed in _CHOICES.items():
+            if getattr(self, name) not in allowed:
+                raise CalmError(f"decoder.{name} is {getattr(self, name)!r}; known are {allowed}")
+        if self.num_heads % self.num_kv_heads:
+            raise CalmError(
+                f"decoder.num_heads {self.num_heads} is not a multiple of num_kv_heads "
+                f"{self.num_kv_heads}"
+            )
+        rotated = self.head_dim if self.rope_dim is None else self.rope_dim
+        if self.rope and (rotated % 2 or rotated > self.head_dim):
+            raise CalmError(
+                f"decoder: {rotated} rotated features a head; it must be even and at most head_dim "
+                f"{self.head_dim}"
+            )
+        if self.block == "parallel" and self.post_norms:
+            raise CalmError("decoder.post_norms is True, which the parallel block has no place for")
+
+    @property
+    def scale(self) -> float:
+        """Factor on queries before the softmax."""
+        return self.head_dim**-0.5 if self.query_scale is None else self.query_scale
+
+    @property
+    def local_layers(self) -> tuple[bool, ...]:
+        """For each layer, whether it sees only `window` tokens."""
+        pattern = self.window_pattern if self.window else (False,)
+        return tuple(pattern[layer % len(pattern)] for layer in range(self.num_layers))
+
+    @classmethod
+    def palm(cls, **fields) -> "DecoderConfig":
+        """PaLM (arXiv 2204.02311 §2): parallel block, multi-query, SwiGLU, zero-centred RMSNorm."""
+        defaults = dict(block="parallel", num_kv_heads=1, norm_offset=1.0)
+        if "embed_dim" in fields:
+            defaults["logit_scale"] = fields["embed_dim"] ** -0.5
+        return cls(**{**defaults, **fields})
+
+    @classmethod
+    def llama(cls, **fields) -> "DecoderConfig":
+        """Llama 2 and 3: sequential block, plain RMSNorm, SwiGLU, a head of its own."""
+        return cls(**{**dict(norm_eps=1e-5, tied_head=False), **fields})
+
+    @classmethod
+    def gemma(cls, **fields) -> "DecoderConfig":
+        """Gemma: sequential block, zero-centred RMSNorm, GeGLU, inputs scaled by sqrt(embed_dim)."""
+        defaults = dict(norm_offset=1.0, activation="gelu_tanh")
+        if "embed_dim" in fields:
+            defaults["embed_scale"] = math.sqrt(fields["embed_dim"])
+        return cls(**{**defaults, **fields})
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "DecoderConfig":
+        """The inverse of `to_dict`; raises `CalmError` on unknown or missing fields."""
+        values = dict(_known_fields(cls, values, "decoder"))
+        if values.get("rope_scaling") is not None:
+            values["rope_scaling"] = RopeScaling(
+                **_known_fields(RopeScaling, values["rope_scaling"], "decoder.rope_scaling")
+            )
+        if "window_pattern" in values:
+            values["window_pattern"] = tuple(values["window_pattern"])
+        return cls(**values)
+
+
+_CHOICES = {
+    "block": ("sequential", "parallel"),
+    "activation": ("silu", "gelu_tanh", "gelu"),
+    "norm": ("rms", "layer"),
+    "qk_norm": (None, "rms", "l2"),
+    "rope": (None, "half", "interleaved"),
+    "dtype": ("float32", "bfloat16"),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class CompositionConfig:
+    """How one augment is joined to the anchor (CALM, arXiv 2401.02412 §3.1).
+
+    The defaults keep the paper's connections and add what later work found to help: the composed
+    model equals the anchor before training, and norms stand before the cross-attention.
+    `CompositionConfig.paper()` is the paper to the letter.
+    """
+
+    connections: tuple[tuple[int, int], ...] | None = None  # (augment layer, anchor layer), 0-based
+    every: int = 4  # without `connections`: every 4th augment layer, spread evenly over the anchor
+    num_heads: int | None = None  # None: the anchor's ("typically the same", paper §3.1)
+    head_dim: int | None = None  # None: embed_dim of the anchor / num_heads, as in the paper
+    init: Literal["zero", "paper"] = "zero"  # zero: step 0 is the anchor; paper: N(0, 1/fan_in)
+    bias: bool = False  # on f_proj, W_Q, W_V and W_O; the paper states none
+    output_projection: bool = True  # W_O: in the paper's equation, absent from its parameter count
+    norms: bool = True  # RMSNorm on H_B before W_Q and on the tap before f_proj; not in the paper
+    gate: bool = False  # a learned scalar on the result of f_cross; not in the paper
+    rotary: bool = False  # rotary positions on Q and K of f_cross; not in the paper
+    encoder_only: bool = False  # only prompt tokens are read from the augment (paper §4.4, Table 5)
+    scan: bool = True  # False unrolls the loop over connections: XLA's FLOP counts are then whole
+
+    def __post_init__(self):
+        if self.init not in ("zero", "paper"):
+            raise CalmError(f"composition.init is {self.init!r}; known are 'zero' and 'paper'")
+        if self.connections is not None:
+            pairs = tuple((int(i), int(j)) for i, j in self.connections)
+            object.__setattr__(self, "connections", pairs)
+            if not pairs:
+                raise CalmError(
+                    "composition.connections is empty; give at least one (augment, anchor) pair"
+                )
+            for pair in pairs:
+                if pairs.count(pair) > 1:
+                    raise CalmError(f"composition.connections lists {pair} twice")
+
+    @classmethod
+    def paper(cls, **fields) -> "CompositionConfig":
+        """The paper's own bridge: no norms, gate, biases or rotary, every matrix drawn at random."""
+        return cls(**{**dict(init="paper", norms=False), **fields})
+
+    def resolve(self, augment_layers: int, anchor_layers: int) -> tuple[tuple[int, int], ...]:
+        """The connections for two depths, sorted by anchor layer, then augment layer.
+
+        With `every=e`: n = augment_layers // e taps at layers e(k+1)-1, read by anchor layers
+        g(k+1)-1 with g = anchor_layers // n; k = 0 .. n-1. Raises `CalmError` when a layer does not
+        exist, or when n is 0 or more than the anchor has layers.
+        """
+        if self.connections is not None:
+            for i, j in self.connections:
+                for what, layer, depth in (
+                    ("augment", i, augment_layers),
+                    ("anchor", j, anchor_layers),
+                ):
+                    if not 0 <= layer < depth:
+                        raise CalmError(
+                            f"composition.connections: ({i}, {j}) names {what} layer {layer}, but the "
+                            f"{what} has layers 0 to {depth - 1}"
+                        )
+            return tuple(sorted(self.connections, key=lambda pair: (pair[1], pair[0])))
+        if self.every < 1 or not 1 <= augment_layers // self.every <= anchor_layers:
+            raise CalmError(
+                f"composition.every={self.every} leaves no fitting connection between an augment of "
+                f"{augment_layers} layers and an anchor of {anchor_layers}"
+            )
+        count = augment_layers // self.every
+        gap = anchor_layers // count
+        return tuple((self.every * (k + 1) - 1, gap * (k + 1) - 1) for k in range(count))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "CompositionConfig":
+        """The inverse of `to_dict`; raises `CalmError` on unknown fields."""
+        values = dict(_known_fields(cls, values, "composition"))
+        if values.get("connections") is not None:
+            values["connections"] = tuple(tuple(pair) for pair in values["connections"])
+        return cls(**values)
+
+
+def _known_fields(cls, values: Mapping[str, Any], where: str) -> Mapping[str, Any]:
+    fields = {field.name: field for field in dataclasses.fields(cls)}
+    for name in values:
+        if name not in fields:
+            raise CalmError(f"{where}.{name} is not a known field; known are {sorted(fields)}")
+    for name, field in fields.items():
+        if field.default is dataclasses.MISSING and name not in values:
+            raise CalmError(f"{where}.{name} is missing")
+    return values

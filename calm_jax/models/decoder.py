@@ -1,0 +1,119 @@
+"""A decoder-only language model of any family, told apart by its `DecoderConfig` alone."""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from calm_jax import sharding
+from calm_jax.models.attention import SelfAttentionInputs
+from calm_jax.models.block import Norm
+from calm_jax.models.config import DecoderConfig
+from calm_jax.models.parameters import constant, matrix
+from calm_jax.models.stack import Stack
+
+
+class Decoder(nnx.Module):
+    """A decoder with random float32 parameters; `calm_jax.load` makes one with trained ones.
+
+    Attributes:
+        vocabulary: a `calm_jax.data.vocabulary.Vocabulary`, or None when the model has none yet.
+        source: the frozen folder that the parameters came from, or None.
+        fingerprint: of the frozen folder, or None.
+    """
+
+    def __init__(self, config: DecoderConfig, rngs: nnx.Rngs):
+        V, D = config.vocab_size, config.embed_dim
+        self.config = config
+        # Unit-variance logits of a random model, whichever scales the family applies.
+        std = D**-0.5 / config.logit_scale if config.tied_head else 1.0 / config.embed_scale
+        table_VD = std * jax.random.normal(rngs.params(), (V, D), jnp.float32)
+        self.embedding = nnx.Param(table_VD, axes=("vocab", "embed"))
+        self.layers = Stack(config, rngs)
+        self.final_norm = Norm(D, "embed", config)
+        self.head = None if config.tied_head else matrix(rngs, (D, V), ("embed", "vocab"), inputs=1)
+        self.head_bias = constant(0.0, (V,), ("vocab",)) if config.head_bias else None
+        self.vocabulary: Any = None
+        self.source: str | None = None
+        self.fingerprint: str | None = None
+
+    def __call__(
+        self,
+        tokens_BT: jax.Array,
+        positions_BT: jax.Array | None = None,
+        segment_ids_BT: jax.Array | None = None,
+    ) -> jax.Array:
+        """Logits of the next token at every position.
+
+        Args:
+            tokens_BT: int32 [B, T].
+            positions_BT: int32 [B, T], the position in its segment of each token; default 0 .. T-1.
+            segment_ids_BT: int32 [B, T]; a token sees its own segment only, 0 is padding; default 1.
+
+        Returns:
+            float32 [B, T, V].
+
+        >>> import jax.numpy as jnp
+        >>> from flax import nnx
+        >>> from calm_jax import Decoder, DecoderConfig
+        >>> config = DecoderConfig.llama(vocab_size=32, embed_dim=16, num_layers=2, num_heads=2,
+        ...                              num_kv_heads=1, head_dim=8, mlp_dim=32)
+        >>> Decoder(config, nnx.Rngs(0))(jnp.ones((1, 5), jnp.int32)).shape
+        (1, 5, 32)
+        """
+        graphdef, state = nnx.split(self)
+        return _call(graphdef, state, tokens_BT, positions_BT, segment_ids_BT)
+
+    def forward(self, tokens_BT, positions_BT=None, segment_ids_BT=None) -> jax.Array:
+        """`__call__` without a compilation of its own: for use inside `jax.jit`."""
+        x_BTD = self.embed(tokens_BT)
+        return self.logits(
+            self.hidden(x_BTD, *fill_inputs(tokens_BT, positions_BT, segment_ids_BT))
+        )
+
+    def embed(self, tokens_BT: jax.Array) -> jax.Array:
+        """The residual stream's start, [B, T, D] in the config's dtype."""
+        x_BTD = self.embedding[...].astype(self.config.dtype)[tokens_BT]
+        # Gemma rounds the scale to the compute dtype before it multiplies.
+        x_BTD = x_BTD * jnp.asarray(self.config.embed_scale, x_BTD.dtype)
+        return sharding.constrain(x_BTD, "batch", "length", "activation_embed")
+
+    def hidden(
+        self, x_BTD: jax.Array, positions_BT: jax.Array, segment_ids_BT: jax.Array
+    ) -> jax.Array:
+        """The residual stream after all layers, before the final norm."""
+        shared = SelfAttentionInputs(self.config, positions_BT, segment_ids_BT)
+        for piece in range(len(self.layers.shapes)):
+            x_BTD, _ = self.layers.run(piece, x_BTD, shared)
+        return x_BTD
+
+    def logits(self, x_BTD: jax.Array) -> jax.Array:
+        """Final norm and head: float32 [B, T, V] for a residual stream [B, T, D]."""
+        x_BTD = self.final_norm(x_BTD)
+        table_DV = self.embedding[...].T if self.head is None else self.head[...]
+        logits_BTV = jnp.einsum(
+            "BTD,DV->BTV", x_BTD, table_DV.astype(x_BTD.dtype), preferred_element_type=jnp.float32
+        )
+        logits_BTV *= self.config.logit_scale
+        if self.head_bias is not None:
+            logits_BTV += self.head_bias[...].astype(jnp.float32)
+        if self.config.final_logit_cap is not None:
+            cap = self.config.final_logit_cap
+            logits_BTV = cap * jnp.tanh(logits_BTV / cap)
+        return sharding.constrain(logits_BTV, "batch", "length", "vocab")
+
+
+def fill_inputs(tokens_BT, positions_BT, segment_ids_BT) -> tuple[jax.Array, jax.Array]:
+    """Positions and segments, where the caller gave none: one segment a row, no padding."""
+    if positions_BT is None:
+        positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1]), tokens_BT.shape)
+    if segment_ids_BT is None:
+        segment_ids_BT = jnp.ones_like(tokens_BT)
+    return positions_BT, segment_ids_BT
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _call(graphdef, state, tokens_BT, positions_BT, segment_ids_BT):
+    return nnx.merge(graphdef, state).forward(tokens_BT, positions_BT, segment_ids_BT)

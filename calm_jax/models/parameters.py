@@ -1,0 +1,137 @@
+"""Parameters with logical axes, and modules as plain trees.
+
+A parameter carries the names of its axes (`calm_jax.sharding.RULES` gives them meaning). Everything
+outside `models/` sees nested dicts of arrays with string keys: what optax, Orbax and `jax.jit` like best.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from calm_jax import sharding
+from calm_jax.errors import CalmError
+
+Tree = dict[str, Any]
+
+
+def matrix(rngs: nnx.Rngs, shape, axes, *, inputs: int) -> nnx.Param:
+    """N(0, 1/fan_in), float32; the first `inputs` dimensions are summed over."""
+    std = math.prod(shape[:inputs]) ** -0.5
+    return nnx.Param(std * jax.random.normal(rngs.params(), shape, jnp.float32), axes=axes)
+
+
+def constant(value: float, shape, axes) -> nnx.Param:
+    """Every entry `value`, float32."""
+    return nnx.Param(jnp.full(shape, value, jnp.float32), axes=axes)
+
+
+def stacked(make: Callable[[nnx.Rngs], nnx.Module], keys: jax.Array) -> nnx.Module:
+    """One module a key, their parameters stacked along new leading axes, one for each of `keys`."""
+    graphdef = nnx.graphdef(nnx.eval_shape(lambda: make(nnx.Rngs(0))))
+
+    def init(key):
+        return nnx.state(make(nnx.Rngs(params=key)))
+
+    for _ in range(keys.ndim):
+        init = jax.vmap(init)
+    return nnx.merge(graphdef, init(keys))
+
+
+class Structure:
+    """A module without its arrays: the way back from a tree of arrays to the module."""
+
+    def __init__(self, module: nnx.Module):
+        self.graphdef, state = nnx.split(module)
+        self.state = jax.tree.map(
+            lambda variable: variable.replace(_abstract(variable.get_value())),
+            state,
+            is_leaf=lambda x: isinstance(x, nnx.Variable),
+        )
+
+    def merge(self, tree: Mapping[str, Any]) -> nnx.Module:
+        """The module with the arrays of `tree`."""
+        state = jax.tree.map(lambda x: x, self.state)
+        nnx.replace_by_pure_dict(state, nnx.statelib.restore_int_paths(tree))
+        return nnx.merge(self.graphdef, state)
+
+    def abstract(self) -> Tree:
+        """`jax.ShapeDtypeStruct` of every array."""
+        return _string_keys(nnx.to_pure_dict(self.state))
+
+    def axes(self) -> Tree:
+        """Logical axes of every array, without those of stacked layers."""
+        names = jax.tree.map(
+            lambda variable: variable.replace(Axes(variable.get_metadata("axes"))),
+            self.state,
+            is_leaf=lambda x: isinstance(x, nnx.Variable),
+        )
+        return _string_keys(nnx.to_pure_dict(names))
+
+    def shardings(self, mesh: jax.sharding.Mesh) -> Tree:
+        """`NamedSharding` of every array; raises `CalmError` naming the array that does not fit."""
+        return jax.tree.map_with_path(
+            lambda path, array, axes: sharding.array_sharding(
+                path_name(path), array.shape, axes.names, mesh
+            ),
+            self.abstract(),
+            self.axes(),
+        )
+
+
+class Axes:
+    """Logical axes of one array, as a single leaf of a tree."""
+
+    def __init__(self, names: tuple[str | None, ...]):
+        self.names = names
+
+
+def module_tree(module: nnx.Module) -> Tree:
+    """The module's arrays as nested dicts with string keys; nothing is copied."""
+    return _string_keys(nnx.to_pure_dict(nnx.state(module)))
+
+
+def path_name(path) -> str:
+    """`a/b/c` for a key path of `jax.tree`."""
+    return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def check_same_tree(expected: Tree, found: Tree, where: str) -> None:
+    """Raises `CalmError` at the first path whose presence, shape or dtype differs."""
+    expected, found = (
+        {path_name(path): leaf for path, leaf in jax.tree.leaves_with_path(tree)}
+        for tree in (expected, found)
+    )
+    for path in sorted(expected.keys() | found.keys()):
+        if path not in found:
+            raise CalmError(f"{where}: {path} is missing")
+        if path not in expected:
+            raise CalmError(f"{where}: {path} is not part of the model")
+        if expected[path].shape != found[path].shape:
+            raise CalmError(
+                f"{where}: {path} has shape {tuple(found[path].shape)}, the model needs "
+                f"{tuple(expected[path].shape)}"
+            )
+
+
+def count(tree: Tree) -> int:
+    """Number of parameters."""
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))
+
+
+def size_in_bytes(tree: Any) -> int:
+    """Bytes of all arrays, over all devices, each stored once."""
+    return sum(math.prod(x.shape) * jnp.dtype(x.dtype).itemsize for x in jax.tree.leaves(tree))
+
+
+def _abstract(x) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(x.shape, x.dtype)
+
+
+def _string_keys(tree):
+    if not isinstance(tree, Mapping):
+        return tree
+    return {str(key): _string_keys(value) for key, value in tree.items()}

@@ -1,0 +1,112 @@
+"""Stacked layers, scanned piece by piece, and where they are cut.
+
+A piece of shape (L,) is scanned over its L layers. A piece of shape (G, L) is G groups of L layers: an
+outer scan over the groups, an inner one over their layers. Compositions cut the stack at the connected
+layers, once, so that no step slices or copies a stacked weight.
+"""
+
+import math
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from calm_jax.models.attention import SelfAttentionInputs
+from calm_jax.models.block import Block
+from calm_jax.models.config import DecoderConfig
+from calm_jax.models.parameters import stacked
+
+Shape = tuple[int, ...]
+
+
+class Stack(nnx.Module):
+    """All layers of a decoder."""
+
+    def __init__(self, config: DecoderConfig, rngs: nnx.Rngs):
+        keys = jax.random.split(rngs.params(), config.num_layers)
+        self.config = config
+        self.shapes: tuple[Shape, ...] = ((config.num_layers,),)
+        self.pieces = nnx.List([stacked(lambda rngs: Block(config, rngs), keys)])
+
+    def cut(self, shapes: Sequence[Shape]) -> None:
+        """Cuts the stack in place into pieces of `shapes`, in order; one array is copied at a time."""
+        shapes = tuple(shapes)
+        if sum(map(math.prod, shapes)) != self.config.num_layers:
+            raise ValueError(f"pieces {shapes} do not hold {self.config.num_layers} layers")
+        if shapes == self.shapes:
+            return
+        graphdef = nnx.graphdef(self.pieces[0])
+        leads = [len(shape) for shape in self.shapes]
+        old_pieces = [dict(nnx.to_flat_state(nnx.state(piece))) for piece in self.pieces]
+        self.pieces = nnx.List([])  # so that each array is freed as soon as it is cut
+        new_pieces = [[] for _ in shapes]
+        for path in list(old_pieces[0]):
+            variables = [piece.pop(path) for piece in old_pieces]
+            values = [
+                variable.get_value().reshape(-1, *variable.get_value().shape[lead:])
+                for variable, lead in zip(variables, leads, strict=True)
+            ]
+            value = values[0] if len(values) == 1 else jnp.concatenate(values)
+            start = 0
+            for new_piece, shape in zip(new_pieces, shapes, strict=True):
+                end = start + math.prod(shape)
+                cut = value[start:end].reshape(*shape, *value.shape[1:])
+                new_piece.append((path, variables[0].replace(cut)))
+                start = end
+        self.pieces = nnx.List(
+            [nnx.merge(graphdef, nnx.from_flat_state(piece)) for piece in new_pieces]
+        )
+        self.shapes = shapes
+
+    def run(self, piece: int, x_BTD: jax.Array, shared: SelfAttentionInputs, *, taps: bool = False):
+        """Runs one piece.
+
+        Returns:
+            the output of its last layer [B, T, D] and, with `taps`, the outputs of its groups:
+            [G, B, T, D] for a piece of shape (G, L), else [B, T, D]; without, None.
+        """
+        state, local = self.layers(piece)
+        if len(self.shapes[piece]) == 1:
+            x_BTD = self.scan(x_BTD, state, local, shared)
+            return x_BTD, (x_BTD if taps else None)
+
+        def group(x_BTD, layers):
+            x_BTD = self.scan(x_BTD, *layers, shared)
+            return x_BTD, (x_BTD if taps else None)
+
+        return jax.lax.scan(group, x_BTD, (state, local))
+
+    def layers(self, piece: int) -> tuple[nnx.State, jax.Array]:
+        """A piece's parameters, and for each layer whether it is local; both lead with its shape."""
+        start = sum(map(math.prod, self.shapes[:piece]))
+        shape = self.shapes[piece]
+        local = np.array(self.config.local_layers)[start : start + math.prod(shape)]
+        return nnx.state(self.pieces[piece]), jnp.asarray(local.reshape(shape))
+
+    def scan(self, x_BTD: jax.Array, state: nnx.State, local_L: jax.Array, shared) -> jax.Array:
+        """Runs stacked layers [L, ...] in order."""
+        graphdef = nnx.graphdef(self.pieces[0])
+
+        def layer(x_BTD, layer):
+            state, local = layer
+            return nnx.merge(graphdef, state)(x_BTD, shared, local), None
+
+        return jax.lax.scan(layer, x_BTD, (state, local_L))[0]
+
+
+def cut_at(
+    depth: int, last_layers: Sequence[int], stacked_groups: slice | None
+) -> tuple[Shape, ...]:
+    """Shapes of pieces that end at `last_layers` (ascending), and one of what is left of `depth`.
+
+    The groups in `stacked_groups` are of one length and become one piece (G, L).
+    """
+    lengths = np.diff([-1, *last_layers]).tolist()
+    shapes: list[Shape] = [(length,) for length in lengths]
+    if stacked_groups is not None:
+        group = lengths[stacked_groups]
+        shapes[stacked_groups] = [(len(group), group[0])]
+    rest = depth - 1 - last_layers[-1]
+    return (*shapes, (rest,)) if rest else tuple(shapes)
