@@ -117,7 +117,7 @@ class DecoderConfig:
     @classmethod
     def palm(cls, **fields) -> "DecoderConfig":
         """PaLM (arXiv 2204.02311 §2): parallel block, multi-query, SwiGLU, zero-centred RMSNorm."""
-        defaults = dict(block="parallel", num_kv_heads=1, norm_offset=1.0)
+        defaults = {"block": "parallel", "num_kv_heads": 1, "norm_offset": 1.0}
         if "embed_dim" in fields:
             defaults["logit_scale"] = fields["embed_dim"] ** -0.5
         return cls(**{**defaults, **fields})
@@ -125,12 +125,12 @@ class DecoderConfig:
     @classmethod
     def llama(cls, **fields) -> "DecoderConfig":
         """Llama 2 and 3: sequential block, plain RMSNorm, SwiGLU, a head of its own."""
-        return cls(**{**dict(norm_eps=1e-5, tied_head=False), **fields})
+        return cls(**{"norm_eps": 1e-5, "tied_head": False, **fields})
 
     @classmethod
     def gemma(cls, **fields) -> "DecoderConfig":
         """Gemma: sequential block, zero-centred RMSNorm, GeGLU, inputs scaled by sqrt(embed_dim)."""
-        defaults = dict(norm_offset=1.0, activation="gelu_tanh")
+        defaults = {"norm_offset": 1.0, "activation": "gelu_tanh"}
         if "embed_dim" in fields:
             defaults["embed_scale"] = math.sqrt(fields["embed_dim"])
         return cls(**{**defaults, **fields})
@@ -201,7 +201,7 @@ class CompositionConfig:
     @classmethod
     def paper(cls, **fields) -> "CompositionConfig":
         """The paper's own bridge: no norms, gate, biases or rotary, every matrix drawn at random."""
-        return cls(**{**dict(init="paper", norms=False), **fields})
+        return cls(**{"init": "paper", "norms": False, **fields})
 
     def resolve(self, augment_layers: int, anchor_layers: int) -> tuple[tuple[int, int], ...]:
         """The connections for two depths, sorted by anchor layer, then augment layer.

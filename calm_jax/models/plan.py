@@ -6,6 +6,7 @@ are one stacked round, run by one scan.
 """
 
 import dataclasses
+import itertools
 from collections.abc import Sequence
 
 from calm_jax.errors import CalmError
@@ -97,7 +98,7 @@ def make_plan(
 
 
 def _evenly_spaced(layers: Sequence[int]) -> bool:
-    gaps = {after - before for before, after in zip(layers, layers[1:], strict=False)}
+    gaps = {after - before for before, after in itertools.pairwise(layers)}
     return len(layers) > 2 and len(gaps) == 1
 
 
