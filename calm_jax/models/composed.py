@@ -15,9 +15,9 @@ from flax import nnx
 from calm_jax.errors import CalmError
 from calm_jax.models.attention import SelfAttentionInputs
 from calm_jax.models.bridge import BridgeInputs, CrossAttention, heads
-from calm_jax.models.config import CompositionConfig
+from calm_jax.models.config import CompositionConfig, DecoderConfig
 from calm_jax.models.decoder import Decoder, fill_inputs
-from calm_jax.models.parameters import stacked
+from calm_jax.models.parameters import Structure, module_tree, stacked
 from calm_jax.models.plan import Connection, Plan, Round, make_plan
 
 
@@ -100,7 +100,7 @@ class ComposedDecoder(nnx.Module):
             check_vocabularies(anchor, augment, f"augment {number}")
         self.anchor = anchor
         self.augments = nnx.List(augments)
-        self.bridge = Bridge(self.plan, self.configs, anchor, augments, rngs)
+        self.bridge = self._init_bridge(rngs)
         self._cut()
 
     @property
@@ -177,6 +177,19 @@ class ComposedDecoder(nnx.Module):
         )
         return self.anchor.logits(h_BTD), norms
 
+    def residual(
+        self, tokens_BT, positions_BT=None, segment_ids_BT=None, prompt_mask_BT=None
+    ) -> jax.Array:
+        """The anchor's residual stream [B, T, D], bridged, that `logits` reads."""
+        positions_BT, segment_ids_BT = fill_inputs(tokens_BT, positions_BT, segment_ids_BT)
+        return self._hidden(
+            tokens_BT, positions_BT, segment_ids_BT, prompt_mask_BT, lambda h, y, weights: ()
+        )[0]
+
+    def logits(self, x_BTD: jax.Array) -> jax.Array:
+        """The anchor's final norm and head."""
+        return self.anchor.logits(x_BTD)
+
     def weights(self, tokens_BT, positions_BT=None, segment_ids_BT=None, prompt_mask_BT=None):
         """Attention weights of each connection, float32 [B, N, T, S], inside `jax.jit`."""
         positions_BT, segment_ids_BT = fill_inputs(tokens_BT, positions_BT, segment_ids_BT)
@@ -188,6 +201,21 @@ class ComposedDecoder(nnx.Module):
         self._cut()
         graphdef, state = nnx.split(self)
         return _apply(graphdef, method, state, *inputs)
+
+    def _init_bridge(self, rngs: nnx.Rngs) -> "Bridge":
+        """A new bridge, born on the anchor's mesh: at full size no single device could hold it."""
+        configs = [augment.config for augment in self.augments]
+        make = functools.partial(Bridge, self.plan, self.configs, self.anchor.config, configs)
+        structure = Structure(nnx.eval_shape(lambda: make(nnx.Rngs(0))))
+        table = self.anchor.embedding.get_value()
+        place = None if isinstance(table, jax.core.Tracer) else getattr(table, "sharding", None)
+        on_mesh = isinstance(place, jax.sharding.NamedSharding)
+        key = rngs.params()
+        tree = jax.jit(
+            lambda: module_tree(make(nnx.Rngs(params=key))),
+            out_shardings=structure.shardings(place.mesh) if on_mesh else None,
+        )()
+        return structure.merge(tree)
 
     def _cut(self) -> None:
         """Cuts the models' layers at the connections, unless they are."""
@@ -251,18 +279,24 @@ class Bridge(nnx.Module):
     The initial values of a connection depend on its number alone, not on how rounds are stacked.
     """
 
-    def __init__(self, plan: Plan, configs, anchor: Decoder, augments: Sequence[Decoder], rngs):
+    def __init__(
+        self,
+        plan: Plan,
+        configs: Sequence[CompositionConfig],
+        anchor: DecoderConfig,
+        augments: Sequence[DecoderConfig],
+        rngs: nnx.Rngs,
+    ):
         keys = jax.random.split(rngs.params(), len(plan.connections))
         number = {connection: index for index, connection in enumerate(plan.connections)}
 
         def crossings(round_: Round) -> nnx.List:
             made = []
             for entry in round_.entries:
-                config, width = (
-                    configs[entry[0].augment],
-                    augments[entry[0].augment].config.embed_dim,
+                augment = entry[0].augment
+                make = functools.partial(
+                    CrossAttention, configs[augment], anchor, augments[augment].embed_dim
                 )
-                make = functools.partial(CrossAttention, config, anchor.config, width)
                 entry_keys = jnp.stack([keys[number[connection]] for connection in entry])
                 made.append(stacked(make, entry_keys if round_.stacked else entry_keys[0]))
             return nnx.List(made)

@@ -68,10 +68,15 @@ class Decoder(nnx.Module):
 
     def forward(self, tokens_BT, positions_BT=None, segment_ids_BT=None) -> jax.Array:
         """`__call__` without a compilation of its own: for use inside `jax.jit`."""
-        x_BTD = self.embed(tokens_BT)
-        return self.logits(
-            self.hidden(x_BTD, *fill_inputs(tokens_BT, positions_BT, segment_ids_BT))
-        )
+        return self.logits(self.residual(tokens_BT, positions_BT, segment_ids_BT))
+
+    def residual(
+        self, tokens_BT, positions_BT=None, segment_ids_BT=None, prompt_mask_BT=None
+    ) -> jax.Array:
+        """The residual stream [B, T, D] that `logits` reads; a lone decoder has no use for the prompt."""
+        del prompt_mask_BT
+        positions_BT, segment_ids_BT = fill_inputs(tokens_BT, positions_BT, segment_ids_BT)
+        return self.hidden(self.embed(tokens_BT), positions_BT, segment_ids_BT)
 
     def embed(self, tokens_BT: jax.Array) -> jax.Array:
         """The residual stream's start, [B, T, D] in the config's dtype."""

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
 
 from calm_jax.models.attention import SelfAttentionInputs
 from calm_jax.models.block import Block
@@ -38,23 +39,14 @@ class Stack(nnx.Module):
         if shapes == self.shapes:
             return
         graphdef = nnx.graphdef(self.pieces[0])
-        leads = [len(shape) for shape in self.shapes]
         old_pieces = [dict(nnx.to_flat_state(nnx.state(piece))) for piece in self.pieces]
         self.pieces = nnx.List([])  # so that each array is freed as soon as it is cut
         new_pieces = [[] for _ in shapes]
         for path in list(old_pieces[0]):
             variables = [piece.pop(path) for piece in old_pieces]
-            values = [
-                variable.get_value().reshape(-1, *variable.get_value().shape[lead:])
-                for variable, lead in zip(variables, leads, strict=True)
-            ]
-            value = values[0] if len(values) == 1 else jnp.concatenate(values)
-            start = 0
-            for new_piece, shape in zip(new_pieces, shapes, strict=True):
-                end = start + math.prod(shape)
-                cut = value[start:end].reshape(*shape, *value.shape[1:])
-                new_piece.append((path, variables[0].replace(cut)))
-                start = end
+            arrays = _recut([variable.get_value() for variable in variables], self.shapes, shapes)
+            for new_piece, array in zip(new_pieces, arrays, strict=True):
+                new_piece.append((path, variables[0].replace(array)))
         self.pieces = nnx.List(
             [nnx.merge(graphdef, nnx.from_flat_state(piece)) for piece in new_pieces]
         )
@@ -110,3 +102,27 @@ def cut_at(
         shapes[stacked_groups] = [(len(group), group[0])]
     rest = depth - 1 - last_layers[-1]
     return (*shapes, (rest,)) if rest else tuple(shapes)
+
+
+def _recut(
+    arrays: list[jax.Array], old: tuple[Shape, ...], new: tuple[Shape, ...]
+) -> list[jax.Array]:
+    """One parameter's arrays of leading shapes `old` as arrays of leading shapes `new`."""
+
+    def recut(arrays):
+        flat = [x.reshape(-1, *x.shape[len(shape) :]) for x, shape in zip(arrays, old, strict=True)]
+        whole = flat[0] if len(flat) == 1 else jnp.concatenate(flat)
+        parts = jnp.split(whole, np.cumsum([math.prod(shape) for shape in new])[:-1])
+        return [
+            part.reshape(*shape, *whole.shape[1:]) for part, shape in zip(parts, new, strict=True)
+        ]
+
+    place = getattr(arrays[0], "sharding", None)
+    if isinstance(arrays[0], jax.core.Tracer) or not isinstance(place, NamedSharding):
+        return jax.jit(recut)(arrays)
+    weight_spec = (*place.spec, *[None] * arrays[0].ndim)[len(old[0]) : arrays[0].ndim]
+    places = [
+        NamedSharding(place.mesh, PartitionSpec(*[None] * len(shape), *weight_spec))
+        for shape in new
+    ]
+    return jax.jit(recut, out_shardings=places)(arrays)

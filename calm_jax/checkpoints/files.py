@@ -1,0 +1,85 @@
+"""Folders and small files that are whole or absent."""
+
+import contextlib
+import json
+import os
+import uuid
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from etils import epath
+
+from calm_jax.errors import CalmError
+
+
+@contextlib.contextmanager
+def whole_folder(target: epath.PathLike) -> Iterator[epath.Path]:
+    """A new folder at `target` that appears when the block ends without an error.
+
+    The block writes to a folder beside, which is renamed. A bucket knows no rename: there the block
+    writes in place, and its last file must be the one without which nobody reads the folder.
+
+    Raises:
+        CalmError: `target` exists, or cannot be written.
+    """
+    target = absolute(target)
+    if target.exists():
+        raise CalmError(f"{target} exists; give another place or remove it")
+    beside = (
+        target if is_bucket(target) else target.parent / f".{target.name}.{uuid.uuid4().hex[:8]}"
+    )
+    try:
+        beside.mkdir(parents=True)
+        yield beside
+        if beside != target:
+            beside.rename(target)
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            beside.rmtree()
+        if isinstance(error, OSError):
+            raise CalmError(f"cannot write {target}: {error.strerror or error}") from error
+        raise
+
+
+def write_json(path: epath.Path, value: Any) -> None:
+    """Writes JSON beside `path`, then renames. Raises `CalmError` when it cannot be written."""
+    text = json.dumps(value, indent=1, sort_keys=True) + "\n"
+    try:
+        if is_bucket(path):
+            path.write_text(text)
+            return
+        beside = path.with_name(f".{path.name}.tmp")
+        beside.write_text(text)
+        beside.replace(path)
+    except OSError as error:
+        raise CalmError(f"cannot write {path}: {error.strerror or error}") from error
+
+
+def read_json(path: epath.Path, what: str) -> Any:
+    """Reads JSON. Raises `CalmError`, with `what` the path's folder should be, when there is none."""
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError:
+        raise CalmError(f"{path.parent} is not {what}: {path.name} is missing") from None
+    except NotADirectoryError:
+        raise CalmError(f"{path.parent} is not {what}: it is a file") from None
+    except ValueError as error:
+        raise CalmError(f"{path} is damaged: {error}") from None
+
+
+def read_field(values: Mapping[str, Any], key: str, path: epath.Path) -> Any:
+    """`values[key]`, or a `CalmError` that names the file and the key."""
+    if key not in values:
+        raise CalmError(f"{path} is damaged: it has no {key!r}")
+    return values[key]
+
+
+def absolute(path: epath.PathLike) -> epath.Path:
+    """The path from the root: Orbax fails late, and far away, on relative ones."""
+    path = epath.Path(path).expanduser()
+    return path if is_bucket(path) else epath.Path(os.path.abspath(path))
+
+
+def is_bucket(path: epath.PathLike) -> bool:
+    """Whether the path is on an object store, which has no rename."""
+    return "://" in os.fspath(path)

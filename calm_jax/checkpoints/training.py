@@ -1,0 +1,166 @@
+"""Checkpoints of a run: what is trained, its optimizer, and where the run stands. No frozen weight."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+from etils import epath
+from orbax.checkpoint import checkpoint_managers
+
+from calm_jax.checkpoints.files import absolute
+from calm_jax.errors import CalmError
+from calm_jax.models.parameters import Tree, check_same_tree
+
+METRIC = "loss"  # of the validation; the lowest is the best
+
+
+@dataclasses.dataclass
+class Checkpoint:
+    """One restored checkpoint; `state` is the JSON that was saved with it."""
+
+    step: int
+    trainable: Tree
+    opt_state: Any
+    state: dict[str, Any]
+
+
+class TrainingCheckpoints:
+    """The checkpoints of one run, written asynchronously: the latest `keep`, and the best.
+
+    Use as a context manager; leaving it waits for the writes.
+    """
+
+    def __init__(self, folder: epath.PathLike, *, keep: int = 3, read_only: bool = False):
+        self.folder = absolute(folder)
+        policy = checkpoint_managers.AnyPreservationPolicy(
+            [
+                checkpoint_managers.LatestN(keep),
+                checkpoint_managers.BestN(
+                    get_metric_fn=lambda metrics: metrics[METRIC],
+                    reverse=True,
+                    n=1,
+                    keep_checkpoints_without_metrics=False,
+                ),
+            ]
+        )
+        options = ocp.CheckpointManagerOptions(
+            preservation_policy=policy,
+            best_fn=lambda metrics: metrics[METRIC],
+            best_mode="min",
+            read_only=read_only,
+            create=not read_only,
+        )
+        try:
+            self.manager = ocp.CheckpointManager(self.folder, options=options)
+        except OSError as error:
+            raise CalmError(f"cannot write {self.folder}: {error.strerror or error}") from error
+
+    def __enter__(self) -> "TrainingCheckpoints":
+        return self
+
+    def __exit__(self, kind, *_):
+        if kind is None:
+            self.wait()
+        self.manager.close()
+
+    @property
+    def latest(self) -> int | None:
+        """The newest whole checkpoint's step."""
+        return self.manager.latest_step()
+
+    @property
+    def best(self) -> int | None:
+        """The step of the best validation loss; the latest where nothing was validated."""
+        best = self.manager.best_step()
+        return self.latest if best is None else best
+
+    def save(
+        self,
+        step: int,
+        trainable: Tree,
+        opt_state: Any,
+        state: dict[str, Any],
+        metrics: dict[str, float] | None = None,
+    ) -> None:
+        """Starts writing; an error of the write before is raised here, naming its folder."""
+        try:
+            self.manager.save(
+                step,
+                args=ocp.args.Composite(
+                    trainable=ocp.args.StandardSave(trainable),
+                    opt_state=ocp.args.StandardSave(opt_state),
+                    state=ocp.args.JsonSave(state),
+                ),
+                metrics=metrics,
+                force=True,
+            )
+        except Exception as error:
+            raise self._failed(error) from error
+
+    def wait(self) -> None:
+        """Returns when everything is on disk. Raises `CalmError` when a write failed."""
+        try:
+            self.manager.wait_until_finished()
+        except Exception as error:
+            raise self._failed(error) from error
+
+    def read_state(self, step: int) -> dict[str, Any]:
+        """The JSON saved with `step`."""
+        self._check_exists(step)
+        try:
+            restored = self.manager.restore(
+                step, args=ocp.args.Composite(state=ocp.args.JsonRestore())
+            )
+        except Exception as error:
+            raise CalmError(f"{self.folder / str(step)} cannot be read: {error}") from error
+        return restored.state
+
+    def restore(self, step: int, trainable: Tree, opt_state: Any = None) -> Checkpoint:
+        """Restores onto the shardings of the abstract trees; without `opt_state`, leaves that out.
+
+        Raises:
+            CalmError: there is no such step, or an array is missing or of another shape.
+        """
+        state = self.read_state(step)
+        path = self.folder / str(step)
+        items = {"trainable": trainable} | ({} if opt_state is None else {"opt_state": opt_state})
+        try:
+            with ocp.StandardCheckpointer() as checkpointer:
+                found = checkpointer.metadata(path / "trainable").item_metadata.tree
+                check_same_tree(trainable, found, str(path / "trainable"))
+            restored = self.manager.restore(
+                step,
+                args=ocp.args.Composite(
+                    **{name: ocp.args.StandardRestore(item) for name, item in items.items()}
+                ),
+            )
+        except CalmError:
+            raise
+        except Exception as error:
+            raise CalmError(f"{path} cannot be read: {error}") from error
+        return Checkpoint(step, restored["trainable"], restored.get("opt_state"), state)
+
+    def _check_exists(self, step: int) -> None:
+        steps = list(self.manager.all_steps())
+        if step not in steps:
+            raise CalmError(
+                f"{self.folder} has no checkpoint of step {step}; it has {sorted(steps)}"
+            )
+
+    def _failed(self, error: Exception) -> CalmError:
+        kept = (
+            f"the last whole checkpoint is step {self.latest}"
+            if self.latest is not None
+            else "none is whole"
+        )
+        return CalmError(f"cannot save a checkpoint in {self.folder}: {error} ({kept})")
+
+
+def abstract_like(tree: Any, shardings: Any) -> Any:
+    """`ShapeDtypeStruct` of every array, with its sharding."""
+    return jax.tree.map(
+        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+        tree,
+        shardings,
+    )

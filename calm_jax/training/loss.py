@@ -1,0 +1,94 @@
+"""The loss as sums: the mean is taken last, so accumulation, packing and sharding stay exact.
+
+Axes: B batch, T position, D model width, V vocabulary.
+"""
+
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from calm_jax.models import ComposedDecoder, Decoder
+
+Batch = Mapping[str, jax.Array]
+Sums = dict[str, jax.Array]
+
+
+def loss_sums(
+    model: Decoder | ComposedDecoder, batch: Batch, key: jax.Array | None = None, noise: float = 0.0
+) -> tuple[jax.Array, Sums]:
+    """Weighted sums over one batch.
+
+    Args:
+        batch: arrays [B, T] under seqio's decoder keys.
+        key, noise: for a `Decoder`, random noise on its embeddings (see `noisy`); 0: none.
+
+    Returns:
+        the sum of weighted cross-entropies in nats, float32; and float32 sums: "loss", "weight",
+        "correct" (weighted right tokens), "exact" and "sequences" (segments with every weighted
+        token right; all), and for a composed model "connections" [connections, 2].
+    """
+    tokens_BT, targets_BT = batch["decoder_input_tokens"], batch["decoder_target_tokens"]
+    positions_BT, segments_BT = batch["decoder_positions"], batch["decoder_segment_ids"]
+    weights_BT = batch["decoder_loss_weights"] * (segments_BT != 0)
+    sums: Sums = {}
+    if isinstance(model, ComposedDecoder):
+        logits_BTV, norms = model.forward(
+            tokens_BT, positions_BT, segments_BT, batch["decoder_causal_attention"]
+        )
+        sums["connections"] = jnp.stack(norms)
+    else:
+        x_BTD = model.embed(tokens_BT)
+        if noise:
+            x_BTD = noisy(x_BTD, key, noise)
+        logits_BTV = model.logits(model.hidden(x_BTD, positions_BT, segments_BT))
+    losses_BT = optax.softmax_cross_entropy_with_integer_labels(logits_BTV, targets_BT)
+    right_BT = jnp.argmax(logits_BTV, axis=-1) == targets_BT
+    loss = jnp.sum(weights_BT * losses_BT)
+    exact, sequences = _sequences(segments_BT, weights_BT > 0, right_BT)
+    sums |= {
+        "loss": loss,
+        "weight": jnp.sum(weights_BT),
+        "correct": jnp.sum(weights_BT * right_BT),
+        "exact": exact,
+        "sequences": sequences,
+    }
+    return loss, jax.lax.stop_gradient(sums)
+
+
+def noisy(x_BTD: jax.Array, key: jax.Array, noise: float) -> jax.Array:
+    """Gaussian noise of a strength drawn for each row from 0 to `noise` x the embeddings' own rms.
+
+    A model trained so reads vectors that are not exactly one of its embeddings, which is what a
+    bridge will give it.
+    """
+    strength_key, normal_key = jax.random.split(key)
+    rms = jnp.sqrt(jnp.mean(jnp.square(jax.lax.stop_gradient(x_BTD).astype(jnp.float32))))
+    strength_B11 = noise * rms * jax.random.uniform(strength_key, (x_BTD.shape[0], 1, 1))
+    return x_BTD + (strength_B11 * jax.random.normal(normal_key, x_BTD.shape)).astype(x_BTD.dtype)
+
+
+def means(sums: Sums) -> dict[str, jax.Array]:
+    """Metrics of summed batches: "loss" (nats a token), "accuracy", "exact", "connection/k"."""
+    weight = jnp.maximum(sums["weight"], 1.0)
+    metrics = {
+        "loss": sums["loss"] / weight,
+        "accuracy": sums["correct"] / weight,
+        "exact": sums["exact"] / jnp.maximum(sums["sequences"], 1.0),
+        "tokens": sums["weight"],
+    }
+    for k, (result, stream) in enumerate(sums.get("connections", ())):
+        metrics[f"connection/{k}"] = jnp.sqrt(result / jnp.maximum(stream, 1e-30))
+    return metrics
+
+
+def _sequences(segments_BT, counted_BT, right_BT) -> tuple[jax.Array, jax.Array]:
+    """How many segments have every counted token right, and how many have one to count."""
+    B, T = segments_BT.shape
+    rows_B1 = jnp.arange(B)[:, None]
+    zeros_BS = jnp.zeros((B, T + 1), jnp.int32)
+    counted_BS = zeros_BS.at[rows_B1, segments_BT].add(counted_BT.astype(jnp.int32))
+    wrong_BS = zeros_BS.at[rows_B1, segments_BT].add((counted_BT & ~right_BT).astype(jnp.int32))
+    exact = jnp.sum((counted_BS > 0) & (wrong_BS == 0)).astype(jnp.float32)
+    return exact, jnp.sum(counted_BS > 0).astype(jnp.float32)

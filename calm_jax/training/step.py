@@ -1,0 +1,178 @@
+"""The one training step: `train_step(trainable, opt_state, frozen, batch, step)`.
+
+For a decoder everything is trainable and `frozen` is empty; for a composed model the bridge is
+trainable and `frozen` is `{"anchor": ..., "augments": [...]}`, which is never differentiated, donated
+or given to the optimizer.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+
+from calm_jax import sharding
+from calm_jax.models import ComposedDecoder
+from calm_jax.models.parameters import Structure, Tree, module_tree
+from calm_jax.training.loss import Sums, loss_sums, means
+
+BATCH_KEYS = (
+    "decoder_input_tokens",
+    "decoder_target_tokens",
+    "decoder_loss_weights",
+    "decoder_positions",
+    "decoder_segment_ids",
+    "decoder_causal_attention",
+)
+
+
+class Parts:
+    """How a model's arrays fall into a trainable and a frozen tree."""
+
+    def __init__(self, model: nnx.Module):
+        self.structure = Structure(model)
+        self.composed = isinstance(model, ComposedDecoder)
+
+    def split(self, tree: Tree) -> tuple[Tree, Tree]:
+        """(trainable, frozen) of a whole model's tree."""
+        if not self.composed:
+            return tree, {}
+        augments = [tree["augments"][str(k)] for k in range(len(tree["augments"]))]
+        return tree["bridge"], {"anchor": tree["anchor"], "augments": augments}
+
+    def merge(self, trainable: Tree, frozen: Tree) -> nnx.Module:
+        """The model of the two trees."""
+        if not self.composed:
+            return self.structure.merge(trainable)
+        augments = {str(k): augment for k, augment in enumerate(frozen["augments"])}
+        return self.structure.merge(
+            {"anchor": frozen["anchor"], "augments": augments, "bridge": trainable}
+        )
+
+    def of(self, model: nnx.Module) -> tuple[Tree, Tree]:
+        """(trainable, frozen) arrays of a model of this structure."""
+        return self.split(module_tree(model))
+
+    def shardings(self, mesh: jax.sharding.Mesh) -> tuple[Tree, Tree]:
+        """(trainable, frozen) shardings."""
+        return self.split(self.structure.shardings(mesh))
+
+
+@dataclasses.dataclass(frozen=True)
+class Shardings:
+    """Where each argument of the step lives."""
+
+    trainable: Tree
+    opt_state: Any
+    frozen: Tree
+    batch: dict[str, jax.sharding.NamedSharding]
+    replicated: jax.sharding.NamedSharding
+
+    @classmethod
+    def of(cls, parts: Parts, optimizer: optax.GradientTransformation, mesh) -> "Shardings":
+        trainable, frozen = parts.shardings(mesh)
+        replicated = sharding.replicated(mesh)
+        abstract, _ = parts.split(parts.structure.abstract())
+        opt_state = optax.tree_map_params(
+            optimizer,
+            # Moments have the shape of their parameter; Adafactor's factors do not, and are small.
+            lambda x, param, place: place if x.shape == param.shape else replicated,
+            jax.eval_shape(optimizer.init, abstract),
+            abstract,
+            trainable,
+            transform_non_params=lambda _: replicated,
+        )
+        batch = dict.fromkeys(BATCH_KEYS, sharding.batch_sharding(mesh))
+        return cls(trainable, opt_state, frozen, batch, replicated)
+
+
+def make_train_step(
+    parts: Parts,
+    optimizer: optax.GradientTransformation,
+    shardings: Shardings,
+    *,
+    accumulate: int = 1,
+    seed: int = 0,
+    embedding_noise: float = 0.0,
+) -> Callable[..., tuple[Tree, Any, dict[str, jax.Array]]]:
+    """The jitted step, which donates its first two arguments.
+
+    Args:
+        accumulate: micro-batches a step; gradients are weighted by tokens, so the result is that of
+            the whole batch.
+        seed: with the step's number, the key of everything random in it.
+        embedding_noise: see `calm_jax.training.loss.noisy`.
+
+    Returns:
+        `train_step(trainable, opt_state, frozen, batch, step) -> (trainable, opt_state, metrics)`.
+    """
+
+    def sums_and_gradients(trainable, frozen, batch, key):
+        def loss(trainable):
+            return loss_sums(parts.merge(trainable, frozen), batch, key, embedding_noise)
+
+        (_, sums), gradients = jax.value_and_grad(loss, has_aux=True)(trainable)
+        return sums, gradients
+
+    def train_step(trainable, opt_state, frozen, batch, step):
+        key = jax.random.fold_in(jax.random.key(seed), step)
+        if accumulate == 1:
+            sums, gradients = sums_and_gradients(trainable, frozen, batch, key)
+        else:
+            sums, gradients = _accumulated(
+                lambda micro, key: sums_and_gradients(trainable, frozen, micro, key),
+                batch,
+                key,
+                accumulate,
+            )
+        weight = jnp.maximum(sums["weight"], 1.0)
+        gradients = jax.tree.map(lambda g: g / weight, gradients)
+        updates, opt_state = optimizer.update(gradients, opt_state, trainable)
+        trainable = optax.apply_updates(trainable, updates)
+        return trainable, opt_state, means(sums) | {"grad_norm": optax.global_norm(gradients)}
+
+    return jax.jit(
+        train_step,
+        in_shardings=(
+            shardings.trainable,
+            shardings.opt_state,
+            shardings.frozen,
+            shardings.batch,
+            shardings.replicated,
+        ),
+        out_shardings=(shardings.trainable, shardings.opt_state, shardings.replicated),
+        donate_argnums=(0, 1),
+    )
+
+
+def make_eval_step(parts: Parts, shardings: Shardings) -> Callable[..., Sums]:
+    """The jitted sums of one validation batch: `eval_step(trainable, frozen, batch) -> sums`."""
+    return jax.jit(
+        lambda trainable, frozen, batch: loss_sums(parts.merge(trainable, frozen), batch)[1],
+        in_shardings=(shardings.trainable, shardings.frozen, shardings.batch),
+        out_shardings=shardings.replicated,
+    )
+
+
+def _accumulated(sums_and_gradients, batch, key, accumulate: int):
+    """Sums over micro-batches, one after the other."""
+
+    def micro_batches(x):
+        # Rows r, r + accumulate, ... form a micro-batch, so that each stays on its device.
+        x = x.reshape(x.shape[0] // accumulate, accumulate, *x.shape[1:]).swapaxes(0, 1)
+        return sharding.constrain(x, None, "batch", "length")
+
+    def step(totals, inputs):
+        index, micro = inputs
+        result = sums_and_gradients(micro, jax.random.fold_in(key, index))
+        return jax.tree.map(jnp.add, totals, result), None
+
+    batch = jax.tree.map(micro_batches, batch)
+    first = jax.tree.map(lambda x: x[0], batch)
+    zeros = jax.tree.map(
+        lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(sums_and_gradients, first, key)
+    )
+    return jax.lax.scan(step, zeros, (jnp.arange(accumulate), batch))[0]
