@@ -165,26 +165,14 @@ class ComposedDecoder(nnx.Module):
             the logits, and for each connection the float32 squared norms [2] of f_cross' result and of
             the anchor's stream it is added to, over all tokens but padding.
         """
-        positions_BT, segment_ids_BT = fill_inputs(tokens_BT, positions_BT, segment_ids_BT)
-
-        def squared_norms(h_BTD, y_BTD, weights_BNTS):
-            real_BT1 = (segment_ids_BT != 0)[:, :, None]
-            pair = [jnp.where(real_BT1, x.astype(jnp.float32), 0) for x in (y_BTD, h_BTD)]
-            return jnp.stack([jnp.sum(jnp.square(x)) for x in pair])
-
-        h_BTD, norms = self._hidden(
-            tokens_BT, positions_BT, segment_ids_BT, prompt_mask_BT, squared_norms
-        )
-        return self.anchor.logits(h_BTD), norms
+        x_BTD, norms = self._residual(tokens_BT, positions_BT, segment_ids_BT, prompt_mask_BT)
+        return self.logits(x_BTD), norms
 
     def residual(
         self, tokens_BT, positions_BT=None, segment_ids_BT=None, prompt_mask_BT=None
     ) -> jax.Array:
         """The anchor's residual stream [B, T, D], bridged, that `logits` reads."""
-        positions_BT, segment_ids_BT = fill_inputs(tokens_BT, positions_BT, segment_ids_BT)
-        return self._hidden(
-            tokens_BT, positions_BT, segment_ids_BT, prompt_mask_BT, lambda h, y, weights: ()
-        )[0]
+        return self._residual(tokens_BT, positions_BT, segment_ids_BT, prompt_mask_BT)[0]
 
     def logits(self, x_BTD: jax.Array) -> jax.Array:
         """The anchor's final norm and head."""
@@ -193,9 +181,19 @@ class ComposedDecoder(nnx.Module):
     def weights(self, tokens_BT, positions_BT=None, segment_ids_BT=None, prompt_mask_BT=None):
         """Attention weights of each connection, float32 [B, N, T, S], inside `jax.jit`."""
         positions_BT, segment_ids_BT = fill_inputs(tokens_BT, positions_BT, segment_ids_BT)
-        return self._hidden(
+        return self._run(
             tokens_BT, positions_BT, segment_ids_BT, prompt_mask_BT, lambda h, y, weights: weights
         )[1]
+
+    def _residual(self, tokens_BT, positions_BT, segment_ids_BT, prompt_mask_BT):
+        positions_BT, segment_ids_BT = fill_inputs(tokens_BT, positions_BT, segment_ids_BT)
+
+        def squared_norms(h_BTD, y_BTD, weights_BNTS):
+            real_BT1 = (segment_ids_BT != 0)[:, :, None]
+            pair = [jnp.where(real_BT1, x.astype(jnp.float32), 0) for x in (y_BTD, h_BTD)]
+            return jnp.stack([jnp.sum(jnp.square(x)) for x in pair])
+
+        return self._run(tokens_BT, positions_BT, segment_ids_BT, prompt_mask_BT, squared_norms)
 
     def _apply(self, method: str, *inputs):
         self._cut()
@@ -223,9 +221,10 @@ class ComposedDecoder(nnx.Module):
         for augment, shapes in zip(self.augments, self.plan.augment_shapes, strict=True):
             augment.layers.cut(shapes)
 
-    def _hidden(self, tokens_BT, positions_BT, segment_ids_BT, prompt_mask_BT, observe):
+    def _run(self, tokens_BT, positions_BT, segment_ids_BT, prompt_mask_BT, observe):
         """The anchor's residual stream with every bridge's result in it, and for each connection what
         `observe(h, f_cross result, attention weights)` returns."""
+        self._cut()  # a later composition may have cut the shared anchor elsewhere
         taps = [
             _taps(augment, layers, tokens_BT, positions_BT, segment_ids_BT)
             for augment, layers in zip(self.augments, self.plan.tap_layers, strict=True)

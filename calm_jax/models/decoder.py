@@ -80,7 +80,9 @@ class Decoder(nnx.Module):
 
     def embed(self, tokens_BT: jax.Array) -> jax.Array:
         """The residual stream's start, [B, T, D] in the config's dtype."""
-        x_BTD = self.embedding[...].astype(self.config.dtype)[tokens_BT]
+        # Gathered over the width first: XLA cannot go from rows split so to activations split by batch.
+        table_VD = sharding.constrain(self.embedding[...].astype(self.config.dtype), "vocab", None)
+        x_BTD = table_VD[sharding.constrain(tokens_BT, "batch", "length")]
         # Gemma rounds the scale to the compute dtype before it multiplies.
         x_BTD = x_BTD * jnp.asarray(self.config.embed_scale, x_BTD.dtype)
         return sharding.constrain(x_BTD, "batch", "length", "activation_embed")

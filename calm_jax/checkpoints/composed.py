@@ -1,0 +1,149 @@
+"""Composed models from disk: a run of training, or the small folder that one shares.
+
+An exported bridge holds the bridge alone, and says which frozen models it was trained with:
+
+    folder/
+      config.json    composition, place and fingerprint of each frozen model; written last
+      weights/       Orbax; the bridge as in `ComposedDecoder.bridge`
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+from etils import epath
+from flax import nnx
+
+from calm_jax.checkpoints import frozen
+from calm_jax.checkpoints.files import absolute, read_field, read_json, whole_folder, write_json
+from calm_jax.checkpoints.training import TrainingCheckpoints, abstract_like
+from calm_jax.errors import CalmError
+from calm_jax.models import ComposedDecoder, CompositionConfig, Decoder, compose
+from calm_jax.models.parameters import Structure, Tree, module_tree
+
+FORMAT = "calm_jax bridge, version 1"
+
+
+def load_composed(
+    run_or_bridge: epath.PathLike,
+    *,
+    step: int | None = None,
+    mesh: jax.sharding.Mesh | None = None,
+    anchor: Decoder | epath.PathLike | None = None,
+    augments: Sequence[Decoder | epath.PathLike] | None = None,
+) -> ComposedDecoder:
+    """Restores a composed model from a run's directory or an exported bridge.
+
+    Args:
+        run_or_bridge: a `--workdir` of `calm train`, or a folder made by `export_bridge`.
+        step: which checkpoint of a run; default: the best by validation. A bridge has only one.
+        mesh: where everything goes; default: the first device.
+        anchor, augments: the frozen models or their folders; default: the places recorded.
+
+    Raises:
+        CalmError: no such folder or step, a damaged one, or frozen models other than those that the
+            bridge was trained with (both fingerprints are named).
+    """
+    folder = absolute(run_or_bridge)
+    if (folder / "checkpoints").exists():
+        with TrainingCheckpoints(folder / "checkpoints", read_only=True) as checkpoints:
+            step = checkpoints.best if step is None else step
+            if step is None:
+                raise CalmError(f"{folder} has no checkpoint yet")
+            state = checkpoints.read_state(step)
+            if not state["frozen"]:
+                raise CalmError(f"{folder} trains a lone decoder; load its frozen folder instead")
+            composed = _frozen_parts(state, anchor, augments, mesh, str(folder))
+            restored = checkpoints.restore(step, _abstract_bridge(composed)).trainable
+    else:
+        values = read_json(folder / "config.json", "a run or an exported bridge")
+        if values.get("format") != FORMAT:
+            raise CalmError(
+                f"{folder / 'config.json'}: format is {values.get('format')!r}, not {FORMAT!r}"
+            )
+        if step is not None:
+            raise CalmError(f"{folder} is an exported bridge: it has no step {step} to choose")
+        for key in ("frozen", "composition"):
+            read_field(values, key, folder / "config.json")
+        composed = _frozen_parts(values, anchor, augments, mesh, str(folder))
+        restored = frozen.restore_tree(folder / "weights", _abstract_bridge(composed))
+    composed.bridge = Structure(composed.bridge).merge(restored)
+    return composed
+
+
+def export_bridge(
+    run_or_composed: epath.PathLike | ComposedDecoder,
+    target: epath.PathLike,
+    *,
+    step: int | None = None,
+) -> None:
+    """Writes the small folder that one shares: bridge, config, fingerprints of the frozen models.
+
+    Args:
+        run_or_composed: a composed model, or a run's directory (its best checkpoint, or `step`).
+        target: a folder that does not exist yet.
+
+    Raises:
+        CalmError: `target` exists or cannot be written, or the run cannot be read.
+    """
+    composed = run_or_composed
+    if not isinstance(composed, ComposedDecoder):
+        composed = load_composed(run_or_composed, step=step)
+    elif step is not None:
+        raise CalmError(f"a composed model has no step {step} to choose")
+    with whole_folder(target) as folder:
+        with ocp.StandardCheckpointer() as checkpointer:
+            checkpointer.save(folder / "weights", module_tree(composed.bridge))
+        write_json(
+            folder / "config.json",
+            {
+                "format": FORMAT,
+                "composition": [config.to_dict() for config in composed.configs],
+                "frozen": identities(composed),
+            },
+        )
+
+
+def identities(composed: ComposedDecoder) -> list[dict[str, Any]]:
+    """Role, place and fingerprint of each frozen model, the anchor first."""
+    roles = ["anchor", *(f"augment {k}" for k in range(len(composed.augments)))]
+    return [
+        {"role": role, "place": model.source, "fingerprint": frozen.model_fingerprint(model)}
+        for role, model in zip(roles, [composed.anchor, *composed.augments], strict=True)
+    ]
+
+
+def check_identities(recorded: list[dict[str, Any]], found: list[dict[str, Any]], where: str) -> None:
+    """Raises `CalmError` naming both, when a frozen model is not the one that was recorded."""
+    if len(recorded) != len(found):
+        raise CalmError(f"{where} was trained with {len(recorded) - 1} augments, not {len(found) - 1}")
+    for was, now in zip(recorded, found, strict=True):
+        if was["fingerprint"] != now["fingerprint"]:
+            raise CalmError(
+                f"{where} was trained with the {was['role']} {was['fingerprint'][:16]} "
+                f"({was['place']}), but {now['place'] or 'the one given'} is {now['fingerprint'][:16]}"
+            )
+
+
+def _frozen_parts(values, anchor, augments, mesh, where: str) -> ComposedDecoder:
+    """The composed model with a bridge of no meaning yet, its frozen models checked."""
+    places = [entry["place"] for entry in values["frozen"]]
+    given = [anchor, *(augments if augments is not None else [None] * (len(places) - 1))]
+    if len(given) != len(places):
+        raise CalmError(f"{where} was trained with {len(places) - 1} augments, not {len(given) - 1}")
+    models = []
+    for entry, model in zip(values["frozen"], given, strict=True):
+        model = entry["place"] if model is None else model
+        if model is None:
+            raise CalmError(f"{where}: the {entry['role']} was never on disk; give it")
+        models.append(model if isinstance(model, Decoder) else frozen.load(model, mesh=mesh))
+    configs = [CompositionConfig.from_dict(config) for config in values["composition"]]
+    composed = compose(models[0], models[1:], configs, rngs=nnx.Rngs(0))
+    check_identities(values["frozen"], identities(composed), where)
+    return composed
+
+
+def _abstract_bridge(composed: ComposedDecoder) -> Tree:
+    tree = module_tree(composed.bridge)
+    return abstract_like(tree, jax.tree.map(lambda x: x.sharding, tree))

@@ -1,0 +1,5 @@
+"""Decoding."""
+
+from calm_jax.decoding.generation import generate
+
+__all__ = ["generate"]

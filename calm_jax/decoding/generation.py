@@ -1,0 +1,111 @@
+"""Greedy decoding of a padded batch, every step a full forward pass.
+
+Axes: B batch, T position, D model width, V vocabulary, N new tokens.
+"""
+
+import functools
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from calm_jax.errors import CalmError
+from calm_jax.models import ComposedDecoder, Decoder
+
+LENGTH_BUCKET = 16  # prompts are padded to a multiple: one compilation serves many lengths
+
+
+def generate(
+    model: Decoder | ComposedDecoder,
+    prompts: Sequence[str] | Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    eos_id: int | None = None,
+) -> np.ndarray:
+    """The most probable next tokens, one by one, after each prompt.
+
+    Args:
+        prompts: texts, which the model's vocabulary encodes behind its start token; or token ids,
+            taken as they are.
+        max_new_tokens: how many tokens to make a prompt.
+        eos_id: ends a row; default: the vocabulary's, where there is one.
+
+    Returns:
+        int32 [B, max_new_tokens]; a row that ended is filled with `eos_id`.
+
+    Raises:
+        CalmError: text without a vocabulary, an empty prompt, an id outside the vocabulary, or
+            `max_new_tokens` below 1.
+
+    >>> from flax import nnx
+    >>> from calm_jax import Decoder, DecoderConfig, generate
+    >>> config = DecoderConfig.palm(vocab_size=32, embed_dim=16, num_layers=2, num_heads=2,
+    ...                             head_dim=8, mlp_dim=32)
+    >>> generate(Decoder(config, nnx.Rngs(0)), [[1, 2, 3], [4]], max_new_tokens=5).shape
+    (2, 5)
+    """
+    if max_new_tokens < 1:
+        raise CalmError(f"max_new_tokens is {max_new_tokens}; it must be at least 1")
+    if len(prompts) == 0:
+        return np.zeros((0, max_new_tokens), np.int32)
+    ids = [_encode(model, prompt) for prompt in prompts]
+    if eos_id is None and model.vocabulary is not None:
+        eos_id = model.vocabulary.eos_id
+    lengths_B = np.array([len(row) for row in ids], np.int32)
+    longest = -(-lengths_B.max() // LENGTH_BUCKET) * LENGTH_BUCKET
+    tokens_BT = np.zeros((len(ids), longest + max_new_tokens), np.int32)
+    for row, prompt in zip(tokens_BT, ids, strict=True):
+        row[: len(prompt)] = prompt
+    graphdef, state = nnx.split(model)
+    new_BN = _greedy(graphdef, max_new_tokens, -1 if eos_id is None else eos_id, state, tokens_BT, lengths_B)
+    return np.asarray(new_BN)
+
+
+def _encode(model: Decoder | ComposedDecoder, prompt: str | Sequence[int]) -> list[int]:
+    if isinstance(prompt, str):
+        if model.vocabulary is None:
+            raise CalmError(f"the model has no vocabulary to encode {prompt!r}; give token ids")
+        return [model.vocabulary.start_id, *model.vocabulary.encode(prompt)]
+    ids = [int(token) for token in prompt]
+    if not ids:
+        raise CalmError("an empty prompt has no next token; give at least one id")
+    for token in ids:
+        if not 0 <= token < model.config.vocab_size:
+            raise CalmError(
+                f"prompt token {token} is outside the vocabulary of {model.config.vocab_size}"
+            )
+    return ids
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _greedy(graphdef, max_new_tokens: int, eos_id: int, state, tokens_BT, prompt_lengths_B):
+    """int32 [B, N]; `eos_id` -1 never matches a token."""
+    model = nnx.merge(graphdef, state)
+    index_T = jnp.arange(tokens_BT.shape[1])
+    rows_B = jnp.arange(tokens_BT.shape[0])
+    prompt_mask_BT = (index_T < prompt_lengths_B[:, None]).astype(jnp.int32)
+
+    def more(carry):
+        step, _, ended_B = carry
+        return (step < max_new_tokens) & ~jnp.all(ended_B)
+
+    def add_token(carry):
+        step, tokens_BT, ended_B = carry
+        lengths_B = prompt_lengths_B + step
+        segments_BT = (index_T < lengths_B[:, None]).astype(jnp.int32)
+        h_BTD = model.residual(
+            tokens_BT, segment_ids_BT=segments_BT, prompt_mask_BT=prompt_mask_BT
+        )
+        last_B1D = jnp.take_along_axis(h_BTD, (lengths_B - 1)[:, None, None], axis=1)
+        next_B = jnp.argmax(model.logits(last_B1D)[:, 0], axis=-1).astype(jnp.int32)
+        next_B = jnp.where(ended_B, eos_id, next_B)
+        tokens_BT = tokens_BT.at[rows_B, lengths_B].set(next_B)
+        return step + 1, tokens_BT, ended_B | (next_B == eos_id)
+
+    start = (0, jnp.asarray(tokens_BT), jnp.zeros(tokens_BT.shape[0], bool))
+    steps, tokens_BT, _ = jax.lax.while_loop(more, add_token, start)
+    new_N = jnp.arange(max_new_tokens)
+    new_BN = jnp.take_along_axis(tokens_BT, prompt_lengths_B[:, None] + new_N, axis=1)
+    return jnp.where(new_N < steps, new_BN, eos_id)
