@@ -4,6 +4,7 @@ CALM, arXiv 2401.02412. The augments run first, forward only, each up to its las
 model heads are never computed. Every rule of what a token may see is in `calm_jax.models.bridge`.
 """
 
+import dataclasses
 import functools
 from collections.abc import Sequence
 from typing import Any
@@ -185,6 +186,25 @@ class ComposedDecoder(nnx.Module):
             tokens_BT, positions_BT, segment_ids_BT, prompt_mask_BT, lambda h, y, weights: weights
         )[1]
 
+    def run_augment(self, number: int, tokens_BT, positions_BT=None, segment_ids_BT=None) -> "Taps":
+        """Runs one augment up to its last tap; no gradient flows back into it."""
+        augment, remaining = self.augments[number], list(self.plan.tap_layers[number])
+        positions_BT, segment_ids_BT = fill_inputs(tokens_BT, positions_BT, segment_ids_BT)
+        shared = SelfAttentionInputs(augment.config, positions_BT, segment_ids_BT)
+        x_BTE = augment.embed(tokens_BT)
+        taps = Taps({}, (), None)
+        for piece, shape in enumerate(augment.layers.shapes):
+            if not remaining:
+                break
+            x_BTE, outputs = augment.layers.run(piece, x_BTE, shared, taps=True)
+            outputs = jax.lax.stop_gradient(outputs)
+            if len(shape) == 1:
+                taps.by_layer[remaining.pop(0)] = outputs
+            else:
+                taps.stacked_layers, taps.stacked = tuple(remaining[: shape[0]]), outputs
+                del remaining[: shape[0]]
+        return taps
+
     def _residual(self, tokens_BT, positions_BT, segment_ids_BT, prompt_mask_BT):
         positions_BT, segment_ids_BT = fill_inputs(tokens_BT, positions_BT, segment_ids_BT)
 
@@ -226,8 +246,8 @@ class ComposedDecoder(nnx.Module):
         `observe(h, f_cross result, attention weights)` returns."""
         self._cut()  # a later composition may have cut the shared anchor elsewhere
         taps = [
-            _taps(augment, layers, tokens_BT, positions_BT, segment_ids_BT)
-            for augment, layers in zip(self.augments, self.plan.tap_layers, strict=True)
+            self.run_augment(number, tokens_BT, positions_BT, segment_ids_BT)
+            for number in range(len(self.augments))
         ]
         bridge_inputs = [
             BridgeInputs(config, head_dim, positions_BT, segment_ids_BT, prompt_mask_BT)
@@ -303,45 +323,28 @@ class Bridge(nnx.Module):
         self.rounds = nnx.List([crossings(round_) for round_ in plan.rounds])
 
 
-class _Taps:
-    """An augment's hidden states after its tapped layers, some of them stacked."""
+@dataclasses.dataclass
+class Taps:
+    """An augment's hidden states after its tapped layers, those of its stacked groups as one array."""
 
-    def __init__(
-        self, by_layer: dict[int, jax.Array], stack: tuple[tuple[int, ...], jax.Array] | None
-    ):
-        self.by_layer, self.stack = by_layer, stack
+    by_layer: dict[int, jax.Array]  # [B, S, E] each
+    stacked_layers: tuple[int, ...]
+    stacked: jax.Array | None  # [G, B, S, E]
 
     def of(self, entry: tuple[Connection, ...], stacked: bool) -> jax.Array:
         """[G, B, S, E] for a stacked round's entry, else [B, S, E]."""
         if not stacked:
             return self.layer(entry[0].layer)
         layers = tuple(connection.layer for connection in entry)
-        if self.stack is not None and layers == self.stack[0]:
-            return self.stack[1]
+        if layers == self.stacked_layers:
+            return self.stacked
         return jnp.stack([self.layer(layer) for layer in layers])
 
     def layer(self, layer: int) -> jax.Array:
+        """[B, S, E] after one tapped layer."""
         if layer in self.by_layer:
             return self.by_layer[layer]
-        return self.stack[1][self.stack[0].index(layer)]
-
-
-def _taps(augment: Decoder, tap_layers: tuple[int, ...], tokens_BT, positions_BT, segment_ids_BT):
-    """Runs the augment up to its last tap; no gradient flows back into it."""
-    shared = SelfAttentionInputs(augment.config, positions_BT, segment_ids_BT)
-    x_BTE = augment.embed(tokens_BT)
-    by_layer, stack, remaining = {}, None, list(tap_layers)
-    for piece, shape in enumerate(augment.layers.shapes):
-        if not remaining:
-            break
-        x_BTE, outputs = augment.layers.run(piece, x_BTE, shared, taps=True)
-        outputs = jax.lax.stop_gradient(outputs)
-        if len(shape) == 1:
-            by_layer[remaining.pop(0)] = outputs
-        else:
-            stack = (tuple(remaining[: shape[0]]), outputs)
-            del remaining[: shape[0]]
-    return _Taps(by_layer, stack)
+        return self.stacked[self.stacked_layers.index(layer)]
 
 
 def check_vocabularies(anchor: Decoder, augment: Decoder, name: str) -> None:

@@ -94,6 +94,7 @@ def make_train_step(
     optimizer: optax.GradientTransformation,
     shardings: Shardings,
     *,
+    schedule: optax.Schedule,
     accumulate: int = 1,
     seed: int = 0,
     embedding_noise: float = 0.0,
@@ -101,6 +102,7 @@ def make_train_step(
     """The jitted step, which donates its first two arguments.
 
     Args:
+        schedule: the learning rate by step, for the metrics; the optimizer has its own count.
         accumulate: micro-batches a step; gradients are weighted by tokens, so the result is that of
             the whole batch.
         seed: with the step's number, the key of everything random in it.
@@ -132,7 +134,11 @@ def make_train_step(
         gradients = jax.tree.map(lambda g: g / weight, gradients)
         updates, opt_state = optimizer.update(gradients, opt_state, trainable)
         trainable = optax.apply_updates(trainable, updates)
-        return trainable, opt_state, means(sums) | {"grad_norm": optax.global_norm(gradients)}
+        metrics = means(sums) | {
+            "grad_norm": optax.global_norm(gradients),
+            "learning_rate": schedule(step),
+        }
+        return trainable, opt_state, metrics
 
     return jax.jit(
         train_step,

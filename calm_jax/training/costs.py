@@ -1,0 +1,104 @@
+"""What a run costs, known before its first step: parameters, bytes, compiled memory, FLOPs."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from calm_jax.models import ComposedDecoder
+from calm_jax.models.parameters import Tree, count, size_in_bytes
+from calm_jax.training.step import Parts
+
+
+def matmul_flops(function: Callable, *arguments) -> int:
+    """FLOPs of all matrix products in one call of `function`, loops counted as often as they run.
+
+    XLA's own count takes the body of a loop once, so the traced program is counted instead; two FLOPs
+    a multiply-add, attention at its full square.
+    """
+    return _jaxpr_flops(jax.make_jaxpr(function)(*arguments).jaxpr)
+
+
+def tree_costs(parts: Parts, trainable: Tree, frozen: Tree, opt_state: Any) -> list[dict[str, Any]]:
+    """For each tree: name, parameters, bytes, whether it is trained, forward FLOPs a token."""
+    flops = _forward_flops(parts)
+    if not parts.composed:
+        trees = [("decoder", trainable, True)]
+    else:
+        augments = [(f"augment {k}", tree, False) for k, tree in enumerate(frozen["augments"])]
+        trees = [("anchor", frozen["anchor"], False), *augments, ("bridge", trainable, True)]
+    rows = [
+        {
+            "name": name,
+            "parameters": count(tree),
+            "bytes": size_in_bytes(tree),
+            "trained": trained,
+            "flops_per_token": flops[name],
+        }
+        for name, tree, trained in trees
+    ]
+    rows.append(
+        {
+            "name": "optimizer",
+            "parameters": count(opt_state),
+            "bytes": size_in_bytes(opt_state),
+            "trained": False,
+            "flops_per_token": None,
+        }
+    )
+    return rows
+
+
+def _forward_flops(parts: Parts, length: int = 32) -> dict[str, float]:
+    """Forward FLOPs a token of each tree, for a row of `length` tokens, by tracing alone."""
+    tokens_BT = jax.ShapeDtypeStruct((1, length), jnp.int32)
+    tree = parts.structure.abstract()
+
+    def flops(of: Callable[[Any], Callable]) -> float:
+        return (
+            matmul_flops(
+                lambda tree, tokens: of(parts.structure.merge(tree))(tokens), tree, tokens_BT
+            )
+            / length
+        )
+
+    if not parts.composed:
+        return {"decoder": flops(lambda model: model.forward)}
+
+    def whole(model: ComposedDecoder):
+        return lambda tokens: model.forward(tokens, prompt_mask_BT=tokens)
+
+    def anchor(model: ComposedDecoder):
+        return model.anchor.forward
+
+    result = {"anchor": flops(anchor)}
+    for k in range(len(tree["augments"])):
+        result[f"augment {k}"] = flops(
+            lambda model, k=k: lambda tokens: model.run_augment(k, tokens).by_layer
+        )
+    result["bridge"] = flops(whole) - sum(result.values())
+    return result
+
+
+def _jaxpr_flops(jaxpr) -> int:
+    return sum(_equation_flops(equation) for equation in jaxpr.eqns)
+
+
+def _equation_flops(equation) -> int:
+    name, params = equation.primitive.name, equation.params
+    if name == "dot_general":
+        (contracted, _), _ = params["dimension_numbers"]
+        inner = math.prod(equation.invars[0].aval.shape[axis] for axis in contracted)
+        return 2 * inner * math.prod(equation.outvars[0].aval.shape)
+    inside = [
+        getattr(value, "jaxpr", value)
+        for param in params.values()
+        for value in (param if isinstance(param, tuple | list) else [param])
+        if hasattr(getattr(value, "jaxpr", value), "eqns")
+    ]
+    if name == "cond":
+        return max(_jaxpr_flops(branch) for branch in inside)
+    times = params["length"] if name == "scan" else 1
+    return times * sum(_jaxpr_flops(jaxpr) for jaxpr in inside)
