@@ -1,0 +1,153 @@
+"""The files that describe a run: what an evaluation leaves behind, and how a report reads it back."""
+
+import dataclasses
+import json
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from calm_jax.checkpoints.files import absolute, is_bucket, read_json
+from calm_jax.errors import CalmError
+from etils import epath
+
+# Key of summary.json that says what was scored and how; no task bears such a name.
+MADE = "_run"
+# The runs of the key-value experiment come first, in the order of the paper's Table 1.
+_FIRST = ("augment", "anchor", "composed")
+
+
+def evaluation_folder(workdir: epath.PathLike) -> epath.Path:
+    return epath.Path(workdir) / "evaluation"
+
+
+def predictions_file(workdir: epath.PathLike, task: str) -> epath.Path:
+    return evaluation_folder(workdir) / f"{task.replace('/', '_')}.jsonl"
+
+
+def write_text(path: epath.PathLike, text: str) -> None:
+    """Writes beside, then renames: a reader finds the old file or the new one, never a part.
+
+    Raises `CalmError` where it cannot be written.
+    """
+    path = absolute(path)
+    # A model of bytes may write half a character; it is kept visible rather than refused.
+    data = text.encode("utf-8", errors="backslashreplace")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if is_bucket(path):  # an object appears whole
+            path.write_bytes(data)
+            return
+        beside = path.with_name(f".{path.name}.tmp")
+        beside.write_bytes(data)
+        beside.replace(path)
+    except OSError as error:
+        raise CalmError(f"cannot write {path}: {error.strerror or error}") from error
+
+
+def write_json(path: epath.PathLike, value: Any) -> None:
+    write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+
+
+def write_json_lines(path: epath.PathLike, records: Iterable[Mapping[str, Any]]) -> None:
+    write_text(path, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
+
+
+def read_json_lines(path: epath.Path) -> list[dict[str, Any]]:
+    """The file's records; none where there is no file. Raises `CalmError` naming a bad line.
+
+    A last line without its newline is still being written by the run, and is left out.
+    """
+    if not path.exists():
+        return []
+    *lines, _ = path.read_bytes().decode().split("\n")
+    records = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            records.append(json.loads(line))
+        except ValueError as error:
+            raise CalmError(f"{path}:{number} is not JSON: {error}") from error
+    return records
+
+
+def read_optional(path: epath.Path) -> dict[str, Any]:
+    """The file's JSON; empty where there is no file. Raises `CalmError` where it is damaged."""
+    return read_json(path, "a run") if path.exists() else {}
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """A run directory, read. What the run has not written yet is empty."""
+
+    name: str
+    config: dict[str, Any]
+    metrics: list[dict[str, Any]]
+    costs: dict[str, Any]
+    scores: dict[str, dict[str, Any]]  # by task: summary.json without its account
+    made: dict[str, Any]  # summary.json's account of what was scored, when and with what
+    predictions: dict[str, list[dict[str, Any]]]  # by task
+    attention: dict[str, Any]
+
+    @property
+    def composed(self) -> bool:
+        return self.config.get("kind") == "composed"
+
+    def curve(self, split: str, key: str) -> tuple[list[float], list[float]]:
+        """Steps and values of one metric, in order of steps; finite values only.
+
+        A run that was stopped and resumed may have logged a step twice: the later line counts.
+        """
+        points = {
+            line["step"]: line[key]
+            for line in self.metrics
+            if line.get("split") == split and _is_finite(line.get(key))
+        }
+        steps = sorted(points)
+        return steps, [points[step] for step in steps]
+
+    def records(self, **fields: Any) -> list[dict[str, Any]]:
+        """The predictions of all tasks whose metadata has these values."""
+        return [
+            record
+            for records in self.predictions.values()
+            for record in records
+            if all(record.get(key) == value for key, value in fields.items())
+        ]
+
+
+def read_run(workdir: epath.PathLike) -> Run:
+    """Reads a run directory. Raises `CalmError` where it has no config.json, or on unreadable JSON."""
+    workdir = absolute(workdir)
+    summary = read_optional(evaluation_folder(workdir) / "summary.json")
+    made = summary.pop(MADE, {})
+    return Run(
+        name=workdir.name,
+        config=read_json(workdir / "config.json", "a run"),
+        metrics=read_json_lines(workdir / "metrics.jsonl"),
+        costs=read_optional(workdir / "costs.json"),
+        scores=summary,
+        made=made,
+        predictions={task: read_json_lines(predictions_file(workdir, task)) for task in summary},
+        attention=read_optional(evaluation_folder(workdir) / "attention.json"),
+    )
+
+
+def read_runs(experiment: epath.PathLike) -> list[Run]:
+    """The runs directly under a folder: augment, anchor, composed, then others by name.
+
+    Raises `CalmError` where there is none.
+    """
+    experiment = absolute(experiment)
+    if not experiment.exists():
+        raise CalmError(f"experiment {experiment} does not exist")
+    found = [path for path in experiment.iterdir() if (path / "config.json").exists()]
+    if not found:
+        raise CalmError(
+            f"experiment {experiment} holds no run, that is, no folder with a config.json"
+        )
+    rank = {name: index for index, name in enumerate(_FIRST)}
+    found.sort(key=lambda path: (rank.get(path.name, len(rank)), path.name))
+    return [read_run(path) for path in found]
+
+
+def _is_finite(value: Any) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)

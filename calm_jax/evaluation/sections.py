@@ -1,0 +1,419 @@
+"""The page's sections, one function each. Data that is missing makes one line, never an error."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from calm_jax.evaluation import charts, metrics
+from calm_jax.evaluation.charts import Bar, Series
+from calm_jax.evaluation.page import (
+    COLOURS,
+    Element,
+    element,
+    figure,
+    missing,
+    panels,
+    section,
+    table,
+    visible,
+)  # fmt: skip
+from calm_jax.evaluation.results import Run
+from calm_jax.evaluation.table1 import (
+    MODELS,
+    PAPER,
+    SETS,
+    Table1,
+    expressions,
+    interval,
+    percent,
+)  # fmt: skip
+
+_EXAMPLES = 5  # right ones, and as many wrong ones
+_HEATMAPS = 9  # of one page at most
+
+
+def colour(run: Run) -> str:
+    return COLOURS.get(run.name, COLOURS["composed" if run.composed else "anchor"])
+
+
+def headline(scores: Table1) -> Element:
+    """The one number, what it means, and the three sets as bars."""
+    cell = scores.scores["composed"]["math"]
+    kept = (
+        f"It keeps {_kept(scores, 'augment', 'subs')} of the augment's substitution and "
+        f"{_kept(scores, 'anchor', 'num')} of the anchor's arithmetic."
+    )
+    words = element(
+        "div",
+        element(
+            "p",
+            f"of {cell['count']:,} arithmetic expressions, whose keys were all kept from the bridge's "
+            f"training, are answered exactly by the composed model (95% interval "
+            f"{interval(cell['interval'])}). The paper reports {PAPER['composed']['math']}%.",
+        ),
+        element("p", kept),
+    )
+    number = element("p", percent(cell["exact_match"]), element("small", "%"), class_="figure")
+    ladders = []
+    for name, what in SETS.items():
+        bars = [
+            Bar(
+                {"augment": "augment", "anchor": "anchor", "composed": "composed"}[model],
+                scores.scores[model][name]["exact_match"],
+                COLOURS[model],
+                scores.scores[model][name]["interval"],
+                PAPER[model][name],
+            )
+            for model in MODELS
+        ]
+        bars.insert(2, Bar("best constant", scores.constants[name][1], COLOURS["constant"]))
+        about = ", ".join(f"{bar.label} {percent(bar.value)}%" for bar in bars)
+        ladders.append(figure(f"{name.upper()}: {what}", charts.ladder(f"{what}: {about}", bars)))
+    marks = legend(
+        ("bar", COLOURS["composed"], "exact match, with its 95% interval"),
+        ("paper", None, "the paper's figure"),
+    )
+    return element(
+        "section",
+        element("div", element("div", number), words, class_="headline"),
+        element("div", class_="rule"),
+        marks,
+        panels(ladders),
+    )
+
+
+def table_1(scores: Table1) -> Element:
+    """Models as rows, the three sets as pairs of columns: ours with its interval, and the paper's."""
+    groups = element(
+        "tr",
+        element("td"),
+        *(
+            element("th", name.upper(), element("small", what), colspan=2, scope="colgroup")
+            for name, what in SETS.items()
+        ),
+    )
+    columns = element(
+        "tr",
+        element("th", "Exact match, %", scope="col"),
+        *(
+            element("th", text, scope="col", class_=text)
+            for _ in SETS
+            for text in ("ours", "paper")
+        ),
+    )
+    body = []
+    for model, label in MODELS.items():
+        if model == "composed":
+            body.append(_constant_row(scores))
+        cells = []
+        for name in SETS:
+            cell = scores.scores[model][name]
+            spread = element("small", interval(cell["interval"]))
+            cells.append(element("td", percent(cell["exact_match"]), spread, class_="ours"))
+            cells.append(element("td", percent(PAPER[model][name]), class_="paper"))
+        attributes = {"class_": "strong"} if model == "composed" else {}
+        body.append(element("tr", element("th", label, scope="row"), *cells, **attributes))
+    counts = [element("td", f"{count:,}", colspan=2) for count in scores.counts.values()]
+    body.append(
+        element("tr", element("th", "Expressions scored", scope="row"), *counts, class_="soft")
+    )
+    made = element(
+        "table", element("thead", groups, columns), element("tbody", *body), class_="results"
+    )
+    notes = (
+        "Below each figure its 95% interval (Wilson). The best constant answer is the most frequent "
+        "result of the evaluated set itself, so no fixed answer does better. No evaluated expression "
+        "was trained on. The paper's figures are those of its Table 1, on its own, larger task."
+    )
+    return section(
+        "Table 1, ours beside the paper's",
+        element("div", made, class_="scroll", tabindex=0),
+        element("p", notes, class_="note"),
+        None
+        if scores.same_expressions
+        else missing(
+            "The three models were not scored on the same expressions: compare with care."
+        ),
+    )
+
+
+def all_scores(runs: Sequence[Run]) -> Element:
+    """Every task of every run: for experiments other than the key-value one."""
+    rows = []
+    for run in runs:
+        for task, cell in run.scores.items():
+            records = run.predictions[task]
+            constant = metrics.best_constant(r["targets"] for r in records)[1] if records else None
+            rows.append(
+                (
+                    visible(run.name),
+                    element("code", visible(task)),
+                    percent(cell["exact_match"]),
+                    interval(cell["interval"]),
+                    "not known" if constant is None else percent(constant),
+                    f"{cell['count']:,}",
+                )
+            )
+    if not rows:
+        return section("Scores", missing("No run has been evaluated yet."))
+    header = (
+        "Run",
+        "Task",
+        "Exact match, %",
+        "95% interval",
+        "Best constant answer, %",
+        "Examples",
+    )
+    return section("Scores", table(header, rows, numbers=4))
+
+
+def curves(runs: Sequence[Run]) -> Element:
+    """Loss, then accuracy, of each run over its steps."""
+    losses, accuracies = [], []
+    for run in runs:
+        shade = colour(run)
+        loss = [
+            Series(*run.curve("train", "loss"), shade, "faint"),
+            Series(*run.curve("validation", "loss"), shade, "dots"),
+        ]
+        accuracy = [
+            Series(*_in_percent(*run.curve("train", "accuracy")), shade, "faint"),
+            Series(*_in_percent(*run.curve("validation", "accuracy")), shade, "dashed"),
+            Series(*_in_percent(*run.curve("validation", "exact")), shade, "dots"),
+        ]
+        if any(line.xs for line in loss):
+            chart = charts.line_chart(f"Loss of {run.name} over training steps", loss, log=True)
+            losses.append(figure(f"{visible(run.name)}: loss", chart))
+        if any(line.xs for line in accuracy):
+            about = f"Accuracy of {run.name} over training steps, in percent"
+            chart = charts.line_chart(about, accuracy, percent=True)
+            accuracies.append(figure(f"{visible(run.name)}: accuracy", chart))
+    if not losses and not accuracies:
+        return section("Training", missing("No run has logged a training step yet."))
+    marks = legend(
+        ("faint", None, "training batches"),
+        ("dots", None, "validation: loss; accuracy of whole answers"),
+        ("dashed", None, "validation: accuracy of tokens"),
+    )
+    between = element("div", class_="rule") if losses and accuracies else None
+    return section(
+        "Training", marks, panels(losses) if losses else None, between,
+        panels(accuracies) if accuracies else None,
+    )  # fmt: skip
+
+
+def breakdown(runs: Sequence[Run]) -> Element:
+    """Accuracy by operands: seen and unseen keys for composed models, then every model on each set."""
+    heading = "Accuracy by number of operands, and by seen and unseen keys"
+    figures = []
+    for run in runs:
+        both = [
+            (label, run.records(set="math", unseen=unseen), colour(run), not unseen)
+            for label, unseen in (("seen keys", False), ("unseen keys", True))
+        ]
+        if run.composed and all(records for _, records, *_ in both):
+            about = (
+                f"Exact match of {run.name} on arithmetic over seen and unseen keys, by operands"
+            )
+            chart = charts.bar_chart(about, _by_operands(both))
+            figures.append(figure(f"MATH, seen and unseen keys: {visible(run.name)}", chart))
+    for name in reversed(SETS):
+        groups = _by_operands(
+            [(run.name, expressions(run, name), colour(run), False) for run in runs]
+        )
+        if groups:
+            about = f"{SETS[name]}: exact match of every model by number of operands"
+            title = f"{name.upper()}: {SETS[name]}"
+            figures.append(figure(title, charts.bar_chart(about, groups)))
+    if not figures:
+        return section(heading, missing("No prediction carries a number of operands."))
+    marks = [("bar", colour(run), visible(run.name)) for run in runs]
+    marks += [
+        ("faint bar", colour(run), f"{visible(run.name)}, keys of the bridge's training")
+        for run in runs
+        if run.composed
+    ]
+    return section(heading, legend(*marks), panels(figures, wide=True))
+
+
+def usage(runs: Sequence[Run]) -> Element:
+    """How large each connection's contribution is beside the anchor's hidden state, over training."""
+    heading = "How much each connection is used"
+    figures = []
+    for run in runs:
+        keys = sorted(
+            {key for line in run.metrics for key in line if key.startswith("connection/")},
+            key=lambda key: (len(key), key),
+        )
+        names = connection_names(run)
+        lines = []
+        for index, key in enumerate(keys):
+            steps, values = run.curve("train", key)
+            if not steps:
+                steps, values = run.curve("validation", key)
+            label = names[index] if len(names) == len(keys) else key.removeprefix("connection/")
+            lines.append(Series(steps, values, _shade(index, len(keys)), "line", label))
+        if any(line.xs for line in lines):
+            about = (
+                f"Relative size of each connection's contribution in {run.name} over training steps"
+            )
+            figures.append(figure(visible(run.name), charts.line_chart(about, lines)))
+    if not figures:
+        return section(heading, missing("No composed run has logged its connections yet."))
+    text = (
+        "The size of what f_cross adds, relative to the anchor's hidden state that it is added to, "
+        "‖f_cross‖ / ‖H‖. A line is named by its connection: augment layer → anchor layer, counted "
+        "from 0."
+    )
+    words = element("p", text, class_="note")
+    return section(heading, element("div", *figures, words, class_="beside"))
+
+
+def attention(runs: Sequence[Run]) -> Element:
+    """One heatmap a connection for one expression."""
+    heading = "What f_cross looks at"
+    parts: list[Element] = []
+    for run in runs:
+        if not run.attention:
+            continue
+        tokens = [visible(token) for token in run.attention["tokens"]]
+        several = len({c["augment"] for c in run.attention["connections"]}) > 1
+        shown = run.attention["connections"][:_HEATMAPS]
+        figures = []
+        for connection in shown:
+            name = f"augment layer {connection['from']} → anchor layer {connection['to']}"
+            name = f"augment {connection['augment']}: {name}" if several else name.capitalize()
+            about = f"Attention from anchor positions (rows) to augment positions (columns), {name}"
+            figures.append(figure(name, charts.heatmap(about, tokens, connection["weights"])))
+        parts += [
+            element(
+                "p",
+                f"{visible(run.name)} reads ",
+                element("code", visible(run.attention["inputs"])),
+                ". Each row is a position of the anchor, each column a position of the augment it may "
+                "look at: itself and those before it. Weights are means over heads.",
+                class_="note",
+            ),
+            element("p", "Weight ", charts.heat_key(), class_="legend"),
+            panels(figures),
+        ]
+        if len(shown) < len(run.attention["connections"]):
+            total = len(run.attention["connections"])
+            parts.append(missing(f"Shown are the first {len(shown)} of {total} connections."))
+    if not parts:
+        return section(heading, missing("No attention map has been written yet."))
+    return section(heading, *parts)
+
+
+def examples(runs: Sequence[Run]) -> Element:
+    """The same expressions answered by every run, some right and some wrong for the last."""
+    heading = "Examples"
+    answers = [
+        (run, {r["inputs"]: r for r in (expressions(run, "math") or run.records())}) for run in runs
+    ]
+    answers = [(run, records) for run, records in answers if records]
+    if not answers:
+        return section(heading, missing("No predictions have been written yet."))
+    judge, records = answers[-1]
+    chosen = [
+        record
+        for right in (True, False)
+        for record in _spaced([r for r in records.values() if r["correct"] == right], _EXAMPLES)
+    ]
+    rows = []
+    for record in chosen:
+        cells: list[Any] = [
+            element("code", visible(record["inputs"])),
+            element("code", visible(record["targets"])),
+        ]
+        for _, other in answers:
+            said = other.get(record["inputs"])
+            cells.append("not asked" if said is None else _answer(said))
+        rows.append(cells)
+    wrong = sum(not record["correct"] for record in records.values())
+    text = (
+        f"Right and wrong answers of {visible(judge.name)}, spread evenly over its predictions, which "
+        f"hold {wrong:,} wrong ones in {len(records):,}; every prediction stands in the run's "
+        "evaluation folder."
+    )
+    header = ("Prompt", "Answer", *(visible(run.name) for run, _ in answers))
+    return section(heading, element("p", text, class_="note"), table(header, rows))
+
+
+def legend(*entries: tuple[str, str | None, str]) -> Element:
+    """A list of (style of `charts.swatch`, colour or None for grey, meaning)."""
+    items = []
+    for style, shade, meaning in entries:
+        mark = charts.swatch(style, shade) if shade else charts.swatch(style)
+        items.append(element("li", mark, meaning))
+    return element("ul", *items, class_="legend")
+
+
+def connection_names(run: Run) -> list[str]:
+    """`i→j` of every connection, in the order of the metrics; empty where the run does not say."""
+    composition = run.config.get("composition") or {}
+    if isinstance(composition, dict) and composition.get("connections"):
+        pairs = sorted(composition["connections"], key=lambda pair: (pair[1], pair[0]))
+        return [f"{i}→{j}" for i, j in pairs]
+    return [f"{c['from']}→{c['to']}" for c in run.attention.get("connections", ())]
+
+
+def _constant_row(scores: Table1) -> Element:
+    cells = []
+    for answer, share in scores.constants.values():
+        always = element("small", "always ", element("code", visible(answer)))
+        cells += [element("td", percent(share), always), element("td", "–", class_="paper")]
+    return element("tr", element("th", "Best constant answer", scope="row"), *cells, class_="soft")
+
+
+def _kept(scores: Table1, parent: str, name: str) -> str:
+    before = scores.scores[parent][name]["exact_match"]
+    after = scores.scores["composed"][name]["exact_match"]
+    return f"{percent(100 * after / before)}%" if before else "none"
+
+
+def _by_operands(series: Sequence[tuple[str, list, str, bool]]) -> list:
+    """Groups of `charts.bar_chart`, one a number of operands, of (label, records, colour, faint)."""
+    operands = sorted(
+        {r["operands"] for _, records, *_ in series for r in records if "operands" in r}
+    )
+    groups = []
+    for number in operands:
+        bars, counts = [], []
+        for label, records, shade, faint in series:
+            asked = [record for record in records if record.get("operands") == number]
+            if asked:
+                cell = metrics.score(asked)
+                value, low_high = cell["exact_match"], cell["interval"]
+                bars.append(Bar(label, value, shade, low_high, faint=faint))
+                counts.append(cell["count"])
+        fewest, most = min(counts), max(counts)
+        note = f"n = {most:,}" if fewest == most else f"n = {fewest:,}–{most:,}"
+        groups.append((f"{number} operand{'s' if number > 1 else ''}", note, bars))
+    return groups
+
+
+def _answer(record: dict[str, Any]) -> Element:
+    text = visible(record["prediction"]).strip()
+    text = text if len(text) <= 40 else text[:39] + "…"
+    mark = "right" if record["correct"] else "wrong"
+    return element("span", element("code", text or "(nothing)"), class_=mark)
+
+
+def _in_percent(steps: list[float], values: list[float]) -> tuple[list[float], list[float]]:
+    return steps, [100 * value for value in values]
+
+
+def _shade(index: int, count: int) -> str:
+    """From green over blue to amber, so that neighbours of a few lines stay apart."""
+    stops = ((11, 116, 100), (43, 95, 158), (180, 83, 9))
+    place = 0.0 if count < 2 else index / (count - 1) * (len(stops) - 1)
+    below = min(int(place), len(stops) - 2)
+    mix = zip(stops[below], stops[below + 1])
+    return "#" + "".join(f"{round(a + (b - a) * (place - below)):02x}" for a, b in mix)
+
+
+def _spaced(records: list, count: int) -> list:
+    """`count` of the records, evenly spaced."""
+    if len(records) <= count:
+        return records
+    return [records[index * len(records) // count] for index in range(count)]
