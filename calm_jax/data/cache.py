@@ -1,0 +1,363 @@
+"""Tokenised, packed examples on disk: written once, then read by index without TensorFlow.
+
+A cache is a folder named by a fingerprint of all that decides its content:
+
+    index.json            its parts (one a Task; a Mixture has several), with counts
+    0/targets.npy         int32 [N, T] target ids
+    0/segment_ids.npy     int32 [N, T] 1, 2, … for the sequences of a row, 0 for padding
+    0/prompt.npy          uint8 [N, T] 1 where the target is of the prompt
+
+It is written beside and renamed when complete.
+"""
+
+import dataclasses
+import functools
+import hashlib
+import importlib.util
+import json
+import os
+import pathlib
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+from absl import logging
+from tqdm import tqdm
+
+from calm_jax.data import jsonl, key_value
+from calm_jax.data.vocabulary import Vocabulary
+from calm_jax.errors import CalmError
+
+FORMAT = 1
+DTYPES = {"targets": np.int32, "segment_ids": np.int32, "prompt": np.uint8}
+
+# Sequences that are packed together, and rows that are open at a time while they are.
+PACK_CHUNK = 8192
+PACK_ROWS = 256
+
+ENTRY_KEYS = {"task", "jsonl", "import", "weight", "loss_on_inputs"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """The rows of one Task.
+
+    Attributes:
+      name: the Task's.
+      weight: share of the rows of a mixed stream, relative to the other parts'.
+      loss_on_inputs: prompt tokens are trained on too.
+      arrays: `DTYPES`, each [N, T], memory-mapped.
+    """
+
+    name: str
+    weight: float
+    loss_on_inputs: bool
+    arrays: Mapping[str, np.ndarray]
+
+    def __len__(self) -> int:
+        return len(self.arrays["targets"])
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """Rows of one length, of one or more parts, and what starts a sequence."""
+
+    parts: tuple[Part, ...]
+    length: int
+    bos_id: int
+
+    def __len__(self) -> int:
+        return sum(map(len, self.parts))
+
+    @functools.cached_property
+    def _starts(self) -> np.ndarray:
+        return np.cumsum([0, *map(len, self.parts)])
+
+    def batch(self, rows: np.ndarray) -> dict[str, np.ndarray]:
+        """The rows with these indices, as the six `decoder_…` arrays [B, T]; −1 is a row of padding.
+
+        Indices run through the parts in turn. int32, but `decoder_loss_weights` float32.
+        """
+        shape = len(rows), self.length
+        targets_BT, segments_BT = np.zeros(shape, np.int32), np.zeros(shape, np.int32)
+        prompt_BT, weights_BT = np.zeros(shape, np.int32), np.zeros(shape, np.float32)
+        for start, part in zip(self._starts, self.parts, strict=False):
+            (mine,) = np.nonzero((rows >= start) & (rows < start + len(part)))
+            inside = rows[mine] - start
+            targets_BT[mine] = part.arrays["targets"][inside]
+            segments_BT[mine] = part.arrays["segment_ids"][inside]
+            prompt_BT[mine] = part.arrays["prompt"][inside]
+            weights_BT[mine] = (segments_BT[mine] > 0) & (part.loss_on_inputs | (prompt_BT[mine] == 0))
+        real_BT = segments_BT > 0
+        starts_BT = real_BT & (segments_BT != _shift_right(segments_BT))
+        index_BT = np.broadcast_to(np.arange(self.length, dtype=np.int32), shape)
+        first_BT = np.maximum.accumulate(np.where(starts_BT, index_BT, 0), axis=1)
+        inputs_BT = np.where(starts_BT, np.int32(self.bos_id), _shift_right(targets_BT))
+        causal_BT = np.where(starts_BT, np.int32(1), _shift_right(prompt_BT))
+        return {
+            "decoder_input_tokens": inputs_BT * real_BT,
+            "decoder_target_tokens": targets_BT,
+            "decoder_loss_weights": weights_BT,
+            "decoder_positions": (index_BT - first_BT) * real_BT,
+            "decoder_segment_ids": segments_BT,
+            "decoder_causal_attention": causal_BT * real_BT,
+        }
+
+
+def _shift_right(x_BT: np.ndarray) -> np.ndarray:
+    return np.pad(x_BT[:, :-1], ((0, 0), (1, 0)))
+
+
+def default_cache_dir() -> pathlib.Path:
+    """`$CALM_CACHE`, else `~/.cache/calm_jax`."""
+    return pathlib.Path(os.environ.get("CALM_CACHE") or "~/.cache/calm_jax").expanduser()
+
+
+def open_source(data: Mapping[str, Any], split: str, vocabulary: Vocabulary) -> Source:
+    """The rows of `data[split]` ("train" or "validation"); builds what is not cached yet.
+
+    `data` is `config.data`: entries `{"task": name, "import": module}` or `{"jsonl": path}`, each
+    with `weight` and `loss_on_inputs`; `length`, `pack`, `strict`, `limit`, `cache_dir`. Texts are
+    tokenised with `vocabulary`. With a ready cache TensorFlow is not imported.
+    Raises `CalmError` for a bad entry or line, and with `strict` for sequences longer than `length`.
+    """
+    cache_dir = pathlib.Path(data["cache_dir"]).expanduser() if data["cache_dir"] else default_cache_dir()
+    parts = []
+    for entry in map(dict, data[split]):
+        _check(entry, split)
+        folder = _cached(entry, data, split, vocabulary, cache_dir)
+        index = json.loads((folder / "index.json").read_text())
+        _report_cut(index, data)
+        for number, part in enumerate(index["parts"]):
+            arrays = {
+                name: np.load(folder / str(number) / f"{name}.npy", mmap_mode="r") for name in DTYPES
+            }
+            weight = entry.get("weight", 1.0) * part["rate"]
+            parts.append(Part(part["name"], weight, entry.get("loss_on_inputs", False), arrays))
+    if not parts:
+        raise CalmError(f"data.{split} names no task")
+    return Source(tuple(parts), data["length"], bos_id(vocabulary))
+
+
+def bos_id(vocabulary: Vocabulary) -> int:
+    """The id that starts every sequence: the vocabulary's own, else its end token, else 0."""
+    ids = (vocabulary.bos_id, vocabulary.eos_id, 0)
+    return next(token for token in ids if token is not None)
+
+
+def _check(entry: Mapping[str, Any], split: str) -> None:
+    if unknown := sorted(set(entry) - ENTRY_KEYS):
+        raise CalmError(f"data.{split}: unknown key {unknown[0]!r}; known are {sorted(ENTRY_KEYS)}")
+    if ("task" in entry) == ("jsonl" in entry):
+        raise CalmError(f"data.{split}: {entry} needs either 'task' or 'jsonl'")
+    if entry.get("weight", 1.0) <= 0:
+        raise CalmError(f"data.{split}: weight {entry['weight']} of {name_of(entry)} is not above 0")
+
+
+def name_of(entry: Mapping[str, Any]) -> str:
+    """What an entry of the config is called."""
+    return entry.get("task") or str(entry["jsonl"])
+
+
+def _report_cut(index: Mapping[str, Any], data: Mapping[str, Any]) -> None:
+    for part in index["parts"]:
+        if part["cut"]:
+            message = (
+                f"{part['name']}: {part['cut']:,} of {part['examples']:,} sequences are longer than "
+                f"data.length {data['length']}; the longest has {part['longest']:,} tokens"
+            )
+            if data["strict"]:
+                raise CalmError(f"{message} (data.strict)")
+            logging.warning("%s; they are cut", message)
+
+
+def identity(entry: Mapping[str, Any]) -> list[str]:
+    """What decides the texts of an entry, found without importing it."""
+    if "jsonl" in entry:
+        return ["jsonl", _file_hash(entry["jsonl"])]
+    if config := key_value.parse_task(entry["task"]):
+        return [entry["task"], config.fingerprint]
+    if module := entry.get("import"):
+        try:
+            spec = importlib.util.find_spec(module)
+        except ImportError:
+            spec = None
+        if spec is None:
+            raise CalmError(f"task {entry['task']!r}: there is no module {module!r} to import")
+        return [entry["task"], module, _file_hash(spec.origin)]
+    return [entry["task"]]
+
+
+def _file_hash(path: str) -> str:
+    try:
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise CalmError(f"{path}: {error.strerror}") from error
+
+
+def _cached(
+    entry: Mapping[str, Any],
+    data: Mapping[str, Any],
+    split: str,
+    vocabulary: Vocabulary,
+    cache_dir: pathlib.Path,
+) -> pathlib.Path:
+    decides = [FORMAT, identity(entry), split, vocabulary.fingerprint, vocabulary.eos_id]
+    decides += [data["length"], data["pack"], data["limit"]]
+    fingerprint = hashlib.sha256(json.dumps(decides).encode()).hexdigest()[:24]
+    folder = cache_dir / "tokens" / fingerprint
+    if (folder / "index.json").is_file():
+        return folder
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        beside = pathlib.Path(tempfile.mkdtemp(prefix=f"{fingerprint}.incomplete.", dir=folder.parent))
+    except OSError as error:
+        raise CalmError(f"data.cache_dir {cache_dir}: {error.strerror}") from error
+    try:
+        _build(beside, entry, data, split, vocabulary, cache_dir)
+        try:
+            beside.rename(folder)
+        except OSError:
+            # Another process was faster: the folder is there, and holds the same.
+            if not (folder / "index.json").is_file():
+                raise
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+    return folder
+
+
+def _build(
+    folder: pathlib.Path,
+    entry: Mapping[str, Any],
+    data: Mapping[str, Any],
+    split: str,
+    vocabulary: Vocabulary,
+    cache_dir: pathlib.Path,
+) -> None:
+    parts = []
+    for number, (task, rate) in enumerate(ready_tasks(entry, split, vocabulary, cache_dir)):
+        (folder / str(number)).mkdir()
+        counts = _write_part(folder / str(number), task, split, data)
+        if not counts["rows"]:
+            raise CalmError(f"{task.name}: the split {split!r} has no examples")
+        parts.append({"name": task.name, "rate": rate, **counts})
+    _report_cut({"parts": parts}, data)
+    index = {"entry": dict(entry), "split": split, "length": data["length"], "parts": parts}
+    (folder / "index.json").write_text(json.dumps(index, indent=2) + "\n")
+
+
+def ready_tasks(
+    entry: Mapping[str, Any], split: str, vocabulary: Vocabulary, cache_dir: pathlib.Path
+) -> list[tuple[Any, float]]:
+    """The seqio Tasks of an entry, with their shares, ready to be read in `vocabulary`.
+
+    Imports TensorFlow. Raises `CalmError` for an unknown task or split, or a bad line.
+    """
+    if "jsonl" in entry:
+        return [(jsonl.task(entry["jsonl"], vocabulary), 1.0)]
+    from calm_jax.data import tasks
+
+    found = []
+    for task, rate in tasks.find(entry["task"], entry.get("import", "")):
+        tasks.make_ready(task, cache_dir / "tfds")
+        if split not in task.splits:
+            raise CalmError(f"task {task.name!r} has no split {split!r}; it has {sorted(task.splits)}")
+        found.append((tasks.with_vocabulary(task, vocabulary), rate))
+    return found
+
+
+def _write_part(
+    folder: pathlib.Path, task: Any, split: str, data: Mapping[str, Any]
+) -> dict[str, int]:
+    counts = {"examples": 0, "rows": 0, "cut": 0, "longest": 0}
+    length = data["length"]
+    total = task.num_input_examples(split)
+    total = min(filter(None, (total, data["limit"])), default=None)
+    writers = {name: _RowWriter(folder / f"{name}.npy", length, dtype) for name, dtype in DTYPES.items()}
+    chunks = sequences(task, split, data["limit"])
+    with tqdm(total=total, desc=f"{task.name} {split}", unit=" examples") as progress:
+        for chunk in chunks:
+            lengths = [len(prompt) + len(answer) for prompt, answer in chunk]
+            counts["examples"] += len(chunk)
+            counts["cut"] += sum(n > length for n in lengths)
+            counts["longest"] = max(counts["longest"], *lengths)
+            for name, rows in (_packed if data["pack"] else _padded)(chunk, length).items():
+                writers[name].append(rows)
+            progress.update(len(chunk))
+    for writer in writers.values():
+        counts["rows"] = writer.close()
+    return counts
+
+
+def sequences(
+    task: Any, split: str, limit: int
+) -> Iterator[list[tuple[np.ndarray, np.ndarray]]]:
+    """Chunks of (prompt ids, answer ids) of a seqio Task, in its order; `limit` 0 is all."""
+    dataset = task.get_dataset(None, split, shuffle=False)
+    if limit:
+        dataset = dataset.take(limit)
+    names = [name for name in ("inputs", "targets") if name in dataset.element_spec]
+    dataset = dataset.map(lambda example: {name: example[name] for name in names})
+    empty = np.zeros(0, np.int32)
+    for batch in dataset.ragged_batch(PACK_CHUNK).prefetch(1):
+        columns = [np.split(batch[n].flat_values.numpy(), batch[n].row_splits.numpy()[1:-1]) for n in names]
+        if len(columns) == 1:
+            columns.insert(0, [empty] * len(columns[0]))
+        yield list(zip(*columns, strict=True))
+
+
+def _columns(prompt: np.ndarray, answer: np.ndarray, length: int) -> np.ndarray:
+    """Target ids and whether they are of the prompt, int32 [≤ length, 2]."""
+    ids = np.concatenate([prompt, answer])[:length]
+    return np.stack([ids, np.arange(len(ids)) < len(prompt)], axis=1).astype(np.int32)
+
+
+def _packed(chunk: list[tuple[np.ndarray, np.ndarray]], length: int) -> dict[str, np.ndarray]:
+    import grain
+
+    examples = [{"row": _columns(*pair, length)} for pair in chunk]
+    dataset = grain.MapDataset.source(examples).to_iter_dataset(grain.ReadOptions(num_threads=0))
+    packed = grain.experimental.FirstFitPackIterDataset(
+        dataset, length_struct={"row": length}, num_packing_bins=PACK_ROWS, shuffle_bins=False
+    )
+    rows = list(packed)
+    columns = np.stack([row["row"] for row in rows])
+    segments = np.stack([row["row_segment_ids"] for row in rows])
+    return {"targets": columns[..., 0], "segment_ids": segments, "prompt": columns[..., 1]}
+
+
+def _padded(chunk: list[tuple[np.ndarray, np.ndarray]], length: int) -> dict[str, np.ndarray]:
+    rows = {name: np.zeros((len(chunk), length), dtype) for name, dtype in DTYPES.items()}
+    for i, pair in enumerate(chunk):
+        columns = _columns(*pair, length)
+        rows["targets"][i, : len(columns)], rows["prompt"][i, : len(columns)] = columns.T
+        rows["segment_ids"][i, : len(columns)] = 1
+    return rows
+
+
+class _RowWriter:
+    """Appends rows [?, T] to a .npy file whose number of rows is known only at the end."""
+
+    def __init__(self, path: pathlib.Path, length: int, dtype: type):
+        self._file = open(path, "wb")
+        self._length, self._dtype, self._rows = length, np.dtype(dtype), 0
+        self._header()
+
+    def _header(self) -> None:
+        # numpy leaves room in the header for the first axis to grow: its length stays the same.
+        shape = (self._rows, self._length)
+        description = {"descr": self._dtype.str, "fortran_order": False, "shape": shape}
+        np.lib.format.write_array_header_1_0(self._file, description)
+
+    def append(self, rows: np.ndarray) -> None:
+        self._file.write(np.ascontiguousarray(rows, self._dtype).tobytes())
+        self._rows += len(rows)
+
+    def close(self) -> int:
+        self._file.seek(0)
+        self._header()
+        self._file.close()
+        return self._rows

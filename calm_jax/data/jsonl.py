@@ -1,0 +1,113 @@
+"""A user's own JSON lines as a Task.
+
+Each line of the file is one of
+
+    {"inputs": "…", "targets": "…"}                  trained on the targets
+    {"text": "…"}                                    trained on all of it
+    {"messages": [{"role": "user", "content": "…"}, {"role": "assistant", "content": "…"}, …]}
+
+A chat becomes one example for each turn of the assistant, trained on that turn; all before it is
+the prompt, written `role: content` with a line break after each message, and `assistant: ` last.
+"""
+
+import json
+import os
+import pathlib
+from collections.abc import Iterator
+from typing import Any
+
+from calm_jax.errors import CalmError
+
+
+def parse(path: str | os.PathLike) -> Iterator[dict[str, str]]:
+    """Yields `{"inputs", "targets"}` of every example in the file, in order.
+
+    Raises `CalmError` "FILE:LINE: …" for a line that is empty, is not JSON, or lacks a field.
+    """
+    try:
+        with open(path, encoding="utf-8") as file:
+            for number, line in enumerate(file, 1):
+                try:
+                    yield from _examples(line)
+                except CalmError as error:
+                    raise CalmError(f"{path}:{number}: {error}") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise CalmError(f"{path}: {error}") from error
+
+
+def count(path: str | os.PathLike) -> int:
+    """Number of examples in the file, every line checked. Raises `CalmError` as `parse` does."""
+    total = sum(1 for _ in parse(path))
+    if not total:
+        raise CalmError(f"{path}: the file is empty")
+    return total
+
+
+def task(path: str | os.PathLike, vocabulary: Any) -> Any:
+    """A `seqio.Task` of the file's examples; every split is the whole file (imports TensorFlow).
+
+    Raises `CalmError` for a bad line, or for a vocabulary without an end token.
+    """
+    import seqio
+    import tensorflow as tf
+
+    from calm_jax.data import tasks
+
+    examples = count(path)
+    signature = {name: tf.TensorSpec([], tf.string) for name in ("inputs", "targets")}
+    splits = ("train", "validation", "test")
+    source = seqio.FunctionDataSource(
+        lambda split, shuffle_files, seed=None: tf.data.Dataset.from_generator(
+            lambda: parse(path), output_signature=signature
+        ),
+        splits=splits,
+        num_input_examples=dict.fromkeys(splits, examples),
+    )
+    return tasks.Task(
+        f"calm_jax/jsonl/{pathlib.Path(path).stem}",
+        source=source,
+        output_features=tasks.output_features(vocabulary),
+        preprocessors=tasks.PREPROCESSORS,
+    )
+
+
+def _examples(line: str) -> list[dict[str, str]]:
+    if not line.strip():
+        raise CalmError("the line is empty")
+    try:
+        record = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise CalmError(f"not JSON: {error.msg} at column {error.colno}") from error
+    if not isinstance(record, dict):
+        raise CalmError(f"not a JSON object but {type(record).__name__}")
+    if "messages" in record:
+        return _chat(record["messages"])
+    if "text" in record:
+        return [{"inputs": "", "targets": _text(record, "text")}]
+    if "inputs" in record or "targets" in record:
+        return [{"inputs": _text(record, "inputs", True), "targets": _text(record, "targets")}]
+    raise CalmError('lacks "inputs" and "targets", "text", or "messages"; has ' + ", ".join(record))
+
+
+def _chat(messages: Any) -> list[dict[str, str]]:
+    if not isinstance(messages, list) or not all(isinstance(m, dict) for m in messages):
+        raise CalmError('"messages" is not a list of objects')
+    prompt, examples = "", []
+    for message in messages:
+        role, content = _text(message, "role"), _text(message, "content")
+        if role == "assistant":
+            examples.append({"inputs": f"{prompt}{role}: ", "targets": content})
+        prompt += f"{role}: {content}\n"
+    if not examples:
+        raise CalmError('"messages" has no turn of the assistant')
+    return examples
+
+
+def _text(record: dict[str, Any], field: str, may_be_empty: bool = False) -> str:
+    if field not in record:
+        raise CalmError(f'lacks "{field}"')
+    if not isinstance(record[field], str):
+        raise CalmError(f'"{field}" is not a string but {type(record[field]).__name__}')
+    if not record[field] and not may_be_empty:
+        raise CalmError(f'"{field}" is empty')
+    return record[field]

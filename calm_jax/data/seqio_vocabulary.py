@@ -1,0 +1,73 @@
+"""A `Vocabulary` in the form that seqio Tasks take."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import seqio
+import tensorflow as tf
+
+from calm_jax.data.vocabulary import Vocabulary
+
+
+class SeqioVocabulary(seqio.Vocabulary):
+    """Encodes through the Python vocabulary; also a whole batch of texts [N] as ragged ids [N, ?].
+
+    seqio takes id 0 for padding; calm_jax never lets ids pass where that matters.
+    """
+
+    def __init__(self, vocabulary: Vocabulary):
+        super().__init__()
+        self.vocabulary = vocabulary
+
+    @property
+    def bos_id(self) -> int | None:
+        return self.vocabulary.bos_id
+
+    @property
+    def eos_id(self) -> int | None:
+        return self.vocabulary.eos_id
+
+    @property
+    def unk_id(self) -> int | None:
+        return None
+
+    @property
+    def _base_vocab_size(self) -> int:
+        return self.vocabulary.size
+
+    def _encode(self, s: str) -> Sequence[int]:
+        return self.vocabulary.encode(s)
+
+    def _decode(self, ids: Sequence[int]) -> str:
+        return self.vocabulary.decode(ids)
+
+    def _encode_tf(self, s: tf.Tensor) -> tf.Tensor | tf.RaggedTensor:
+        def encode(texts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+            ids = self.vocabulary.encode_batch([text.decode() for text in texts.reshape(-1)])
+            lengths = np.array([len(i) for i in ids], np.int64)
+            return np.concatenate([np.array(i, np.int32) for i in ids]), lengths
+
+        flat, lengths = tf.numpy_function(
+            encode, [tf.reshape(s, [-1])], [tf.int32, tf.int64], stateful=False
+        )
+        flat.set_shape([None])
+        lengths.set_shape([None])
+        if s.shape.rank == 0:
+            return flat
+        return tf.RaggedTensor.from_row_lengths(flat, lengths, validate=False)
+
+    def _decode_tf(self, ids: tf.Tensor) -> tf.Tensor:
+        def decode(ids: np.ndarray) -> np.ndarray:
+            texts = [self.vocabulary.decode(row).encode() for row in ids.reshape(-1, ids.shape[-1])]
+            return np.array(texts, object).reshape(ids.shape[:-1])
+
+        text = tf.numpy_function(decode, [ids], tf.string, stateful=False)
+        text.set_shape(ids.shape[:-1])
+        return text
+
+    def __eq__(self, other: object) -> bool:
+        return (
+            isinstance(other, SeqioVocabulary)
+            and self.vocabulary.fingerprint == other.vocabulary.fingerprint
+            and (self.bos_id, self.eos_id) == (other.bos_id, other.eos_id)
+        )

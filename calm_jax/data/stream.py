@@ -1,0 +1,73 @@
+"""Batches of a cached source, as a function of (seed, global batch index) alone.
+
+The number of processes only decides which rows of the batch each of them holds.
+"""
+
+import itertools
+from collections.abc import Iterator
+
+import grain
+import numpy as np
+
+from calm_jax.data.cache import Source
+from calm_jax.errors import CalmError
+
+READ_THREADS = 2
+PREFETCHED_BATCHES = 8
+
+Batch = dict[str, np.ndarray]
+
+
+class Stream:
+    """An endless stream of training batches.
+
+    Every part is shuffled anew in each of its epochs, and parts mix by their weights. `batch_size`
+    is global; a process holds `batch_size / process_count` rows, in the order of processes.
+    Raises `CalmError` if that does not divide.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        *,
+        batch_size: int,
+        seed: int,
+        process_index: int = 0,
+        process_count: int = 1,
+    ):
+        local = _local_batch_size(batch_size, process_count)
+        parts, start = [], 0
+        for number, part in enumerate(source.parts):
+            part_seed = np.random.SeedSequence([seed, number]).generate_state(1)[0]
+            rows = grain.MapDataset.range(start, start + len(part))
+            parts.append(rows.shuffle(seed=int(part_seed)).repeat())
+            start += len(part)
+        rows = grain.MapDataset.mix(parts, [part.weight for part in source.parts])
+        self._batches = rows.batch(local)[process_index::process_count].map(source.batch)
+
+    def __getitem__(self, index: int) -> Batch:
+        """This process' rows of the global batch `index`, six arrays [B, T] (see `Source.batch`)."""
+        return self._batches[index]
+
+    def iterate(self, start: int = 0) -> Iterator[tuple[int, Batch]]:
+        """(index, batch) from `start` on, without end, read ahead in threads."""
+        options = grain.ReadOptions(
+            num_threads=READ_THREADS, prefetch_buffer_size=PREFETCHED_BATCHES
+        )
+        return zip(itertools.count(start), self._batches[start:].to_iter_dataset(options))
+
+
+def batches_once(
+    source: Source, batch_size: int, *, process_index: int = 0, process_count: int = 1
+) -> Iterator[Batch]:
+    """Every row of the source once, in order; the last global batch is filled with padding rows."""
+    local = _local_batch_size(batch_size, process_count)
+    for first in range(0, len(source), batch_size):
+        rows = first + process_index * local + np.arange(local)
+        yield source.batch(np.where(rows < len(source), rows, -1))
+
+
+def _local_batch_size(batch_size: int, process_count: int) -> int:
+    if batch_size % process_count:
+        raise CalmError(f"batch size {batch_size} is not divisible by {process_count} processes")
+    return batch_size // process_count
