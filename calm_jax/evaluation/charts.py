@@ -9,8 +9,8 @@ from calm_jax.evaluation.page import FAINT, INK, LINE, MUTED, Element, element
 _WIDTH, _HEIGHT = 340, 214  # of a panel, in SVG units; shown at about one pixel a unit
 _LEFT, _RIGHT, _TOP, _BOTTOM = 44, 10, 12, 34
 _TEXT = 11.5
+_FLAT = 1e-9  # what varies less is drawn as a level line
 _POINTS = 240  # of a line at most: longer curves are averaged, the eye sees no more
-_HEATMAP_TOKENS = 48  # of a heatmap at most
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,7 +61,7 @@ def line_chart(
     shown = [dataclasses.replace(line, **_thinned(line.xs, line.ys)) for line in series if line.xs]
     values = [value for line in shown for value in line.ys]
     steps = [step for line in shown for step in line.xs]
-    log = log and min(values) > 0 and max(values) / min(values) > 8
+    log = log and min(values) > _FLAT and max(values) / min(values) > 8
     ticks = (
         [0, 25, 50, 75, 100] if percent else _log_ticks(values) if log else _ticks(0, max(values))
     )
@@ -134,8 +134,7 @@ def ladder(description: str, bars: Sequence[Bar]) -> Element:
 
 
 def heatmap(description: str, tokens: Sequence[str], weights: Sequence[Sequence[float]]) -> Element:
-    """Shares from 0 to 1: rows look at columns. Tokens beyond the first 48 are left out."""
-    tokens = tokens[:_HEATMAP_TOKENS]
+    """Shares from 0 to 1: rows look at columns."""
     longest = max((len(token) for token in tokens), default=1)
     margin = 14 + 7 * min(longest, 12)
     cell = (_WIDTH - margin - 4) / max(len(tokens), 12)
@@ -155,8 +154,8 @@ def heatmap(description: str, tokens: Sequence[str], weights: Sequence[Sequence[
             turned = _text(label, 0, size * 0.36, "start", INK, size=size, mono=True)
             turned.set("transform", f"translate({at:.1f} {margin - 5:.1f}) rotate(-90)")
             parts.append(turned)
-    for query, row in enumerate(weights[: len(tokens)]):
-        for tap, weight in enumerate(row[: len(tokens)]):
+    for query, row in enumerate(weights):
+        for tap, weight in enumerate(row):
             if weight < 0.005:
                 continue
             where = element("title", f"{tokens[query]} looks at {tokens[tap]}: {weight:.2f}")
@@ -203,6 +202,15 @@ def swatch(style: str, colour: str = MUTED) -> Element:
         bar = Bar("", 0, colour, faint=style == "faint bar")
         return _svg("", 30, 12, [_rect(4, 0, 22, 12, bar)])
     return _svg("", 30, 12, _line(Series((0, 1), (0, 0), colour, style), [(2, 6), (28, 6)]))
+
+
+def legend(*entries: tuple[str, str | None, str]) -> Element:
+    """A list of (style of `swatch`, colour or None for grey, meaning)."""
+    items = []
+    for style, shade, meaning in entries:
+        mark = swatch(style, shade) if shade else swatch(style)
+        items.append(element("li", mark, meaning))
+    return element("ul", *items, class_="legend")
 
 
 def _svg(description: str, width: float, height: float, parts: Sequence[Element]) -> Element:
@@ -293,19 +301,20 @@ def _thinned(xs: Sequence[float], ys: Sequence[float]) -> dict[str, list[float]]
 
 def _ticks(low: float, high: float, count: int = 4) -> list[float]:
     """Round numbers that span low to high, about `count` steps of 1, 2 or 5 times a power of 10."""
-    if high <= low:
+    if high - low < _FLAT:
         high = low + 1
     rough = (high - low) / count
     power = 10.0 ** math.floor(math.log10(rough))
     step = next(power * unit for unit in (1, 2, 5, 10) if power * unit >= rough * 0.999)
     first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
-    return [round(index * step, 10) for index in range(first, last + 1)]
+    return [float(f"{index * step:.12g}") for index in range(first, last + 1)]
 
 
 def _log_ticks(values: Sequence[float]) -> list[float]:
     first = math.floor(math.log10(min(values)))
     last = max(math.ceil(math.log10(max(values))), first + 1)
-    return [10.0**power for power in range(first, last + 1)]
+    step = math.ceil((last - first) / 6)  # of many decades not every one gets a line
+    return [10.0**power for power in range(first, last + step, step)]
 
 
 def _spread(placed: list, gap: float, low: float, high: float) -> list:

@@ -6,6 +6,8 @@ Elements are `xml.etree` elements, so every text that goes in is escaped when th
 from collections.abc import Iterable, Sequence
 from xml.etree import ElementTree
 
+from calm_jax.evaluation.results import Run
+
 Element = ElementTree.Element
 Child = Element | str | None
 
@@ -119,6 +121,10 @@ def element(tag: str, *children: Child, **attributes: str | float) -> Element:
         else:
             made.text = (made.text or "") + child
     return made
+
+
+def run_colour(run: Run) -> str:
+    return COLOURS.get(run.name, COLOURS["composed" if run.composed else "anchor"])
 
 
 def visible(text: str) -> str:

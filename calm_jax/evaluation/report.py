@@ -3,12 +3,13 @@
 import dataclasses
 from collections.abc import Sequence
 
+from etils import epath
+
 from calm_jax.checkpoints.files import absolute
-from calm_jax.evaluation import sections, setting
+from calm_jax.evaluation import score_sections, setting, training_sections
 from calm_jax.evaluation.page import Element, document, element, visible
 from calm_jax.evaluation.results import Run, read_runs, write_json, write_text
 from calm_jax.evaluation.table1 import Table1, as_text, percent, table1
-from etils import epath
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,6 +42,8 @@ def write_report(experiment: epath.PathLike, output: epath.PathLike | None = Non
     write_text(page, build_page(runs, scores, str(experiment)))
     if scores:
         write_json(folder / "table1.json", scores.percentages())
+    else:
+        (folder / "table1.json").unlink(missing_ok=True)  # that of other scores
     return Report(page, scores)
 
 
@@ -57,15 +60,15 @@ def build_page(runs: Sequence[Run], scores: Table1 | None, experiment: str) -> s
         )
     ]
     if scores:
-        parts += [sections.headline(scores), sections.table_1(scores)]
+        parts += [score_sections.headline(scores), score_sections.table_1(scores)]
     else:
-        parts.append(sections.all_scores(runs))
+        parts.append(score_sections.all_scores(runs))
     if key_value:
-        parts += [setting.differences(runs), sections.breakdown(runs)]
-    parts.append(sections.curves(runs))
+        parts += [setting.differences(runs), score_sections.breakdown(runs)]
+    parts.append(training_sections.curves(runs))
     if any(run.composed for run in runs):
-        parts += [sections.usage(runs), sections.attention(runs)]
-    parts += [sections.examples(runs), setting.costs(runs), setting.making(experiment, runs)]
+        parts += [training_sections.usage(runs), training_sections.attention(runs)]
+    parts += [score_sections.examples(runs), setting.costs(runs), setting.making(experiment, runs)]
     return document(f"{title} · calm_jax", *parts)
 
 

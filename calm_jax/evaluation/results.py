@@ -6,9 +6,10 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from etils import epath
+
 from calm_jax.checkpoints.files import absolute, is_bucket, read_json
 from calm_jax.errors import CalmError
-from etils import epath
 
 # Key of summary.json that says what was scored and how; no task bears such a name.
 MADE = "_run"

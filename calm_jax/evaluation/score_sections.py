@@ -1,10 +1,10 @@
-"""The page's sections, one function each. Data that is missing makes one line, never an error."""
+"""The page's sections on right and wrong answers. Missing data makes one line, never an error."""
 
 from collections.abc import Sequence
 from typing import Any
 
 from calm_jax.evaluation import charts, metrics
-from calm_jax.evaluation.charts import Bar, Series
+from calm_jax.evaluation.charts import Bar
 from calm_jax.evaluation.page import (
     COLOURS,
     Element,
@@ -12,6 +12,7 @@ from calm_jax.evaluation.page import (
     figure,
     missing,
     panels,
+    run_colour,
     section,
     table,
     visible,
@@ -28,11 +29,6 @@ from calm_jax.evaluation.table1 import (
 )  # fmt: skip
 
 _EXAMPLES = 5  # right ones, and as many wrong ones
-_HEATMAPS = 9  # of one page at most
-
-
-def colour(run: Run) -> str:
-    return COLOURS.get(run.name, COLOURS["composed" if run.composed else "anchor"])
 
 
 def headline(scores: Table1) -> Element:
@@ -68,7 +64,7 @@ def headline(scores: Table1) -> Element:
         bars.insert(2, Bar("best constant", scores.constants[name][1], COLOURS["constant"]))
         about = ", ".join(f"{bar.label} {percent(bar.value)}%" for bar in bars)
         ladders.append(figure(f"{name.upper()}: {what}", charts.ladder(f"{what}: {about}", bars)))
-    marks = legend(
+    marks = charts.legend(
         ("bar", COLOURS["composed"], "exact match, with its 95% interval"),
         ("paper", None, "the paper's figure"),
     )
@@ -166,48 +162,13 @@ def all_scores(runs: Sequence[Run]) -> Element:
     return section("Scores", table(header, rows, numbers=4))
 
 
-def curves(runs: Sequence[Run]) -> Element:
-    """Loss, then accuracy, of each run over its steps."""
-    losses, accuracies = [], []
-    for run in runs:
-        shade = colour(run)
-        loss = [
-            Series(*run.curve("train", "loss"), shade, "faint"),
-            Series(*run.curve("validation", "loss"), shade, "dots"),
-        ]
-        accuracy = [
-            Series(*_in_percent(*run.curve("train", "accuracy")), shade, "faint"),
-            Series(*_in_percent(*run.curve("validation", "accuracy")), shade, "dashed"),
-            Series(*_in_percent(*run.curve("validation", "exact")), shade, "dots"),
-        ]
-        if any(line.xs for line in loss):
-            chart = charts.line_chart(f"Loss of {run.name} over training steps", loss, log=True)
-            losses.append(figure(f"{visible(run.name)}: loss", chart))
-        if any(line.xs for line in accuracy):
-            about = f"Accuracy of {run.name} over training steps, in percent"
-            chart = charts.line_chart(about, accuracy, percent=True)
-            accuracies.append(figure(f"{visible(run.name)}: accuracy", chart))
-    if not losses and not accuracies:
-        return section("Training", missing("No run has logged a training step yet."))
-    marks = legend(
-        ("faint", None, "training batches"),
-        ("dots", None, "validation: loss; accuracy of whole answers"),
-        ("dashed", None, "validation: accuracy of tokens"),
-    )
-    between = element("div", class_="rule") if losses and accuracies else None
-    return section(
-        "Training", marks, panels(losses) if losses else None, between,
-        panels(accuracies) if accuracies else None,
-    )  # fmt: skip
-
-
 def breakdown(runs: Sequence[Run]) -> Element:
     """Accuracy by operands: seen and unseen keys for composed models, then every model on each set."""
     heading = "Accuracy by number of operands, and by seen and unseen keys"
     figures = []
     for run in runs:
         both = [
-            (label, run.records(set="math", unseen=unseen), colour(run), not unseen)
+            (label, run.records(set="math", unseen=unseen), run_colour(run), not unseen)
             for label, unseen in (("seen keys", False), ("unseen keys", True))
         ]
         if run.composed and all(records for _, records, *_ in both):
@@ -218,7 +179,7 @@ def breakdown(runs: Sequence[Run]) -> Element:
             figures.append(figure(f"MATH, seen and unseen keys: {visible(run.name)}", chart))
     for name in reversed(SETS):
         groups = _by_operands(
-            [(run.name, expressions(run, name), colour(run), False) for run in runs]
+            [(run.name, expressions(run, name), run_colour(run), False) for run in runs]
         )
         if groups:
             about = f"{SETS[name]}: exact match of every model by number of operands"
@@ -226,82 +187,13 @@ def breakdown(runs: Sequence[Run]) -> Element:
             figures.append(figure(title, charts.bar_chart(about, groups)))
     if not figures:
         return section(heading, missing("No prediction carries a number of operands."))
-    marks = [("bar", colour(run), visible(run.name)) for run in runs]
+    marks = [("bar", run_colour(run), visible(run.name)) for run in runs]
     marks += [
-        ("faint bar", colour(run), f"{visible(run.name)}, keys of the bridge's training")
+        ("faint bar", run_colour(run), f"{visible(run.name)}, keys of the bridge's training")
         for run in runs
         if run.composed
     ]
-    return section(heading, legend(*marks), panels(figures, wide=True))
-
-
-def usage(runs: Sequence[Run]) -> Element:
-    """How large each connection's contribution is beside the anchor's hidden state, over training."""
-    heading = "How much each connection is used"
-    figures = []
-    for run in runs:
-        keys = sorted(
-            {key for line in run.metrics for key in line if key.startswith("connection/")},
-            key=lambda key: (len(key), key),
-        )
-        names = connection_names(run)
-        lines = []
-        for index, key in enumerate(keys):
-            steps, values = run.curve("train", key)
-            if not steps:
-                steps, values = run.curve("validation", key)
-            label = names[index] if len(names) == len(keys) else key.removeprefix("connection/")
-            lines.append(Series(steps, values, _shade(index, len(keys)), "line", label))
-        if any(line.xs for line in lines):
-            about = (
-                f"Relative size of each connection's contribution in {run.name} over training steps"
-            )
-            figures.append(figure(visible(run.name), charts.line_chart(about, lines)))
-    if not figures:
-        return section(heading, missing("No composed run has logged its connections yet."))
-    text = (
-        "The size of what f_cross adds, relative to the anchor's hidden state that it is added to, "
-        "‖f_cross‖ / ‖H‖. A line is named by its connection: augment layer → anchor layer, counted "
-        "from 0."
-    )
-    words = element("p", text, class_="note")
-    return section(heading, element("div", *figures, words, class_="beside"))
-
-
-def attention(runs: Sequence[Run]) -> Element:
-    """One heatmap a connection for one expression."""
-    heading = "What f_cross looks at"
-    parts: list[Element] = []
-    for run in runs:
-        if not run.attention:
-            continue
-        tokens = [visible(token) for token in run.attention["tokens"]]
-        several = len({c["augment"] for c in run.attention["connections"]}) > 1
-        shown = run.attention["connections"][:_HEATMAPS]
-        figures = []
-        for connection in shown:
-            name = f"augment layer {connection['from']} → anchor layer {connection['to']}"
-            name = f"augment {connection['augment']}: {name}" if several else name.capitalize()
-            about = f"Attention from anchor positions (rows) to augment positions (columns), {name}"
-            figures.append(figure(name, charts.heatmap(about, tokens, connection["weights"])))
-        parts += [
-            element(
-                "p",
-                f"{visible(run.name)} reads ",
-                element("code", visible(run.attention["inputs"])),
-                ". Each row is a position of the anchor, each column a position of the augment it may "
-                "look at: itself and those before it. Weights are means over heads.",
-                class_="note",
-            ),
-            element("p", "Weight ", charts.heat_key(), class_="legend"),
-            panels(figures),
-        ]
-        if len(shown) < len(run.attention["connections"]):
-            total = len(run.attention["connections"])
-            parts.append(missing(f"Shown are the first {len(shown)} of {total} connections."))
-    if not parts:
-        return section(heading, missing("No attention map has been written yet."))
-    return section(heading, *parts)
+    return section(heading, charts.legend(*marks), panels(figures, wide=True))
 
 
 def examples(runs: Sequence[Run]) -> Element:
@@ -337,24 +229,6 @@ def examples(runs: Sequence[Run]) -> Element:
     )
     header = ("Prompt", "Answer", *(visible(run.name) for run, _ in answers))
     return section(heading, element("p", text, class_="note"), table(header, rows))
-
-
-def legend(*entries: tuple[str, str | None, str]) -> Element:
-    """A list of (style of `charts.swatch`, colour or None for grey, meaning)."""
-    items = []
-    for style, shade, meaning in entries:
-        mark = charts.swatch(style, shade) if shade else charts.swatch(style)
-        items.append(element("li", mark, meaning))
-    return element("ul", *items, class_="legend")
-
-
-def connection_names(run: Run) -> list[str]:
-    """`i→j` of every connection, in the order of the metrics; empty where the run does not say."""
-    composition = run.config.get("composition") or {}
-    if isinstance(composition, dict) and composition.get("connections"):
-        pairs = sorted(composition["connections"], key=lambda pair: (pair[1], pair[0]))
-        return [f"{i}→{j}" for i, j in pairs]
-    return [f"{c['from']}→{c['to']}" for c in run.attention.get("connections", ())]
 
 
 def _constant_row(scores: Table1) -> Element:
@@ -397,19 +271,6 @@ def _answer(record: dict[str, Any]) -> Element:
     text = text if len(text) <= 40 else text[:39] + "…"
     mark = "right" if record["correct"] else "wrong"
     return element("span", element("code", text or "(nothing)"), class_=mark)
-
-
-def _in_percent(steps: list[float], values: list[float]) -> tuple[list[float], list[float]]:
-    return steps, [100 * value for value in values]
-
-
-def _shade(index: int, count: int) -> str:
-    """From green over blue to amber, so that neighbours of a few lines stay apart."""
-    stops = ((11, 116, 100), (43, 95, 158), (180, 83, 9))
-    place = 0.0 if count < 2 else index / (count - 1) * (len(stops) - 1)
-    below = min(int(place), len(stops) - 2)
-    mix = zip(stops[below], stops[below + 1])
-    return "#" + "".join(f"{round(a + (b - a) * (place - below)):02x}" for a, b in mix)
 
 
 def _spaced(records: list, count: int) -> list:

@@ -1,0 +1,201 @@
+"""Scoring a run: every example of its tasks is answered, compared and written down."""
+
+import contextlib
+import datetime
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from etils import epath
+from tqdm import tqdm
+
+from calm_jax import data, sharding
+from calm_jax.checkpoints.composed import load_composed
+from calm_jax.checkpoints.files import absolute, read_json
+from calm_jax.checkpoints.frozen import load
+from calm_jax.checkpoints.training import TrainingCheckpoints
+from calm_jax.decoding import generate
+from calm_jax.errors import CalmError
+from calm_jax.evaluation import metrics
+from calm_jax.evaluation.results import (
+    MADE,
+    evaluation_folder,
+    predictions_file,
+    read_optional,
+    write_json,
+    write_json_lines,
+)
+from calm_jax.models import ComposedDecoder, Decoder
+
+SPLIT = "test"
+BATCH_SIZE = 128
+ATTENTION_TOKENS = 48  # of the expression whose attention is kept: more are not legible
+Records = list[dict[str, Any]]
+
+
+def evaluate(
+    workdir: epath.PathLike,
+    *,
+    step: int | None = None,
+    tasks: Sequence[str] | None = None,
+    limit: int | None = None,
+    max_new_tokens: int | None = None,
+    mesh: Mapping[str, int] | None = None,
+    batch_size: int = BATCH_SIZE,
+) -> dict[str, Any]:
+    """Scores a run by exact match and writes `evaluation/` in its directory.
+
+    There come to lie: every prediction of a task with its metadata (`TASK.jsonl`, `/` in the name as
+    `_`), then `attention.json` of a composed model (one expression), and last `summary.json`. Where a
+    summary of the same checkpoint and settings stands already, nothing is done.
+
+    Args:
+        workdir: a run's directory.
+        step: which checkpoint of a composed run; default: the best by validation. A decoder's run has
+            one finished model, its frozen folder.
+        tasks: names of Tasks with a test split; default: the config's `evaluate.tasks`.
+        limit: examples of each task at most, 0 for all; default: `evaluate.limit`.
+        max_new_tokens: length of an answer at most; default: `evaluate.max_new_tokens`.
+        mesh: sizes of the mesh axes, as in a run's config; default: the first device alone.
+        batch_size: prompts answered at once.
+
+    Returns:
+        `{task: {"exact_match": percent, "count": n, "interval": [low, high]}}`, and under "_run" what
+        was scored, when and on what.
+
+    Raises:
+        CalmError: no run, no finished model, an unknown step or task, a task without examples, or a
+            directory that cannot be written.
+    """
+    folder = absolute(workdir)
+    config = read_json(folder / "config.json", "a run")
+    given = {"tasks": tasks, "limit": limit, "max_new_tokens": max_new_tokens}
+    settings = {
+        key: config.get("evaluate", {}).get(key) if value is None else value
+        for key, value in given.items()
+    }
+    settings["tasks"] = list(settings["tasks"] or ())
+    if not settings["tasks"]:
+        raise CalmError(f"{folder}: evaluate.tasks is empty; name a task")
+    step = _step(folder, config, step)
+    before = read_optional(evaluation_folder(folder) / "summary.json")
+    if all(
+        before.get(MADE, {}).get(key) == value for key, value in ({"step": step} | settings).items()
+    ):
+        return before
+
+    with _mesh(mesh) as built:
+        model = _load(folder, config, step, built)
+        answers = {
+            task: _answers(
+                model, task, settings["limit"] or 0, settings["max_new_tokens"] or 0, batch_size
+            )
+            for task in settings["tasks"]
+        }
+        for task, records in answers.items():
+            write_json_lines(predictions_file(folder, task), records)
+        if isinstance(model, ComposedDecoder):
+            write_json(evaluation_folder(folder) / "attention.json", _attention(model, answers))
+    now = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC")
+    device = f"{jax.device_count()} × {jax.devices()[0].device_kind}"
+    summary = {MADE: {"step": step, **settings, "date": now, "device": device}}
+    summary |= {task: metrics.score(records) for task, records in answers.items()}
+    write_json(evaluation_folder(folder) / "summary.json", summary)
+    return summary
+
+
+def _step(folder: epath.Path, config: Mapping[str, Any], step: int | None) -> int:
+    """The checkpoint to score."""
+    if not (folder / "checkpoints").exists():
+        raise CalmError(f"{folder} has no checkpoint yet")
+    with TrainingCheckpoints(folder / "checkpoints", read_only=True) as checkpoints:
+        best = checkpoints.best
+    if best is None:
+        raise CalmError(f"{folder} has no checkpoint yet")
+    if config["kind"] == "decoder" and step not in (None, best):
+        raise CalmError(
+            f"--step={step}: a decoder's run is scored by its frozen folder, step {best}"
+        )
+    return best if step is None else step
+
+
+@contextlib.contextmanager
+def _mesh(shape: Mapping[str, int] | None) -> Iterator[jax.sharding.Mesh | None]:
+    if shape is None:
+        yield None
+        return
+    mesh = sharding.make_mesh(shape)
+    with jax.set_mesh(mesh):
+        yield mesh
+
+
+def _load(folder: epath.Path, config, step: int, mesh) -> Decoder | ComposedDecoder:
+    if config["kind"] == "composed":
+        return load_composed(folder, step=step, mesh=mesh)
+    if not (folder / "frozen").exists():
+        raise CalmError(f"{folder} has not finished training: it has no frozen folder")
+    return load(folder / "frozen", mesh=mesh)
+
+
+def _answers(model, task: str, limit: int, max_new_tokens: int, batch_size: int) -> Records:
+    """The examples of a task, in their order, with "prediction" and "correct"."""
+    vocabulary = model.vocabulary
+    if vocabulary is None:
+        raise CalmError(f"the model has no vocabulary to write {task} in")
+    examples = data.evaluation_examples(task, SPLIT, vocabulary, limit)
+    if not examples:
+        raise CalmError(f"task {task} has no example in its {SPLIT} split")
+    longest = max(len(vocabulary.encode(example["targets"])) for example in examples) + 1
+    if longest > max_new_tokens:
+        raise CalmError(
+            f"evaluate.max_new_tokens is {max_new_tokens}, but an answer of {task} with its end token "
+            f"has {longest}"
+        )
+    lengths = [len(vocabulary.encode(example["inputs"])) for example in examples]
+    # Like lengths together, and the last batch filled up: few shapes, so few compilations.
+    order = np.argsort(lengths, kind="stable")
+    predictions: dict[int, str] = {}
+    with tqdm(total=len(examples), desc=task, unit="example") as progress:
+        for start in range(0, len(order), batch_size):
+            rows = order[start : start + batch_size]
+            prompts = [examples[row]["inputs"] for row in np.resize(rows, batch_size)]
+            tokens_BN = generate(model, prompts, max_new_tokens=max_new_tokens)
+            for row, tokens_N in zip(rows, tokens_BN):
+                predictions[row] = vocabulary.decode(tokens_N)
+            progress.update(len(rows))
+    return [
+        {
+            **example,
+            "prediction": predictions[row],
+            "correct": metrics.is_exact_match(predictions[row], example["targets"]),
+        }
+        for row, example in enumerate(examples)
+    ]
+
+
+def _attention(model: ComposedDecoder, answers: Mapping[str, Records]) -> dict[str, Any]:
+    """What each connection attends to in one prompt, as a mean over heads.
+
+    The prompt is the first that was answered right, of MATH where there is such a set.
+    """
+    records = [record for of_task in answers.values() for record in of_task]
+    example = min(records, key=lambda record: (not record["correct"], record.get("set") != "math"))
+    vocabulary = model.vocabulary
+    ids = [vocabulary.start_id, *vocabulary.encode(example["inputs"])][:ATTENTION_TOKENS]
+    tokens_1T = np.array([ids], np.int32)
+    maps = model.attention_maps(tokens_1T, prompt_mask_BT=np.ones_like(tokens_1T))
+    names = vocabulary.tokens()
+    return {
+        "inputs": example["inputs"],
+        "tokens": [names[token] for token in ids],
+        "connections": [
+            {
+                "augment": found["augment"],
+                "from": found["from"],
+                "to": found["to"],
+                "weights": np.round(np.asarray(found["weights"])[0].mean(0), 4).tolist(),
+            }
+            for found in maps
+        ],
+    }

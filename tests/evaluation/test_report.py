@@ -1,0 +1,218 @@
+"""The page of synthetic runs: what it says, what it needs, what it survives."""
+
+import html.parser
+import json
+import shutil
+
+import pytest
+
+from calm_jax.cli import report as command
+from calm_jax.errors import CalmError
+from calm_jax.evaluation import results
+from calm_jax.evaluation.report import write_report
+from calm_jax.evaluation.table1 import table1
+
+VOID = {"meta", "br", "hr", "img", "link", "input"}
+
+
+class Page(html.parser.HTMLParser):
+    """Checks that elements nest, and collects the text, the tags and the attributes."""
+
+    def __init__(self, text: str):
+        super().__init__()
+        self.open, self.tags, self.attributes, self.words = [], [], [], []
+        self.feed(text)
+        self.close()
+        assert not self.open
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.attributes += attrs
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.words.append(data)
+
+    @property
+    def text(self) -> str:
+        return " ".join(" ".join(self.words).split())
+
+
+def read_page(experiment) -> Page:
+    return Page(write_report(experiment).page.read_text())
+
+
+def predictions(experiment, model: str, task: str) -> list[dict]:
+    path = experiment / model / "evaluation" / f"calm_jax_key_value_demo_{task}.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_table1_json_is_what_the_predictions_say(experiment):
+    write_report(experiment)
+    table = json.loads((experiment / "table1.json").read_text())
+    assert {model: set(row) for model, row in table.items()} == {
+        model: {"subs", "num", "math"} for model in ("augment", "anchor", "composed")
+    }
+    for model, row in table.items():
+        for name, percent in row.items():
+            records = predictions(experiment, model, name)  # MATH: not those of math_seen
+            right = [r["prediction"] == r["targets"] for r in records]
+            assert percent == pytest.approx(100 * sum(right) / len(right))
+
+
+def test_page_shows_the_figures_and_the_papers(experiment):
+    page = read_page(experiment)
+    table = json.loads((experiment / "table1.json").read_text())
+    for row in table.values():
+        for percent in row.values():
+            assert f"{percent:.1f}" in page.text
+    for paper in ("98.1", "92.9", "73.7", "72.0", "84.3", "4.2"):
+        assert paper in page.text
+    for said in ("1,000 strings of 2–4 letters", "20% (200 keys)", "connections 3→0, 3→1, 3→2",
+                 "Best constant answer", "230,400", "calm train --config=configs/kv_compose.py"):  # fmt: skip
+        assert said in page.text
+
+
+def test_best_constant_answer_is_of_the_evaluated_set(experiment):
+    table = table1(results.read_runs(experiment))
+    for name, (answer, percent) in table.constants.items():
+        targets = [record["targets"] for record in predictions(experiment, "anchor", name)]
+        assert percent == pytest.approx(100 * targets.count(answer) / len(targets))
+        assert all(targets.count(other) <= targets.count(answer) for other in targets)
+
+
+def test_page_needs_no_network_and_no_script(experiment):
+    page = read_page(experiment)
+    names = {name for name, _ in page.attributes}
+    assert not names & {"src", "href", "srcset", "action", "data", "onload"}
+    assert not set(page.tags) & {"script", "link", "iframe", "img", "object"}
+    text = (experiment / "report.html").read_text()
+    assert "url(" not in text and "@import" not in text and "//" not in text
+
+
+def test_every_chart_is_described(experiment):
+    text = write_report(experiment).page.read_text()
+    assert text.count("<svg") == text.count('role="img" aria-label="') + text.count(
+        'aria-hidden="true"'
+    )
+    assert text.count('role="img"') >= 12
+
+
+def test_hostile_text_stays_text(experiment):
+    hostile = '</code><script>alert("x")</script>\u0000\u202e&amp;\ud800'
+    for model in ("augment", "anchor", "composed"):
+        path = experiment / model / "evaluation" / "calm_jax_key_value_demo_math.jsonl"
+        records = predictions(experiment, model, "math")
+        for record in records:
+            record |= {
+                "inputs": hostile + record["inputs"],
+                "prediction": hostile,
+                "correct": False,
+            }
+        path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    attention = experiment / "composed" / "evaluation" / "attention.json"
+    kept = json.loads(attention.read_text())
+    kept["tokens"][0], kept["inputs"] = hostile, hostile
+    attention.write_text(json.dumps(kept))
+    page = read_page(experiment)
+    assert "script" not in page.tags
+    assert r'</code><script>alert("x")</script>\x00\u202e&amp;\ud800' in page.text
+
+
+@pytest.mark.parametrize(
+    "gone, line",
+    [
+        ("composed/evaluation/attention.json", "No attention map has been written yet."),
+        ("*/costs.json", "No run has written its costs yet."),
+        ("*/metrics.jsonl", "No run has logged a training step yet."),
+        ("*/evaluation", "No run has been evaluated yet."),
+    ],
+)
+def test_missing_data_makes_one_line(experiment, gone, line):
+    assert line not in read_page(experiment).text
+    for path in experiment.glob(gone):
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    assert line in read_page(experiment).text
+
+
+def test_without_a_model_there_is_no_table1(experiment):
+    shutil.rmtree(experiment / "anchor")
+    report = write_report(experiment)
+    assert report.table is None and not (experiment / "table1.json").exists()
+    assert "Scores" in Page(report.page.read_text()).text
+
+
+def test_other_runs_get_their_scores(experiment):
+    other = experiment / "translation"
+    shutil.copytree(experiment / "composed", other)
+    shutil.rmtree(other / "evaluation")
+    (other / "evaluation").mkdir()
+    record = {"inputs": "Hallo", "targets": "Hello", "prediction": "Hello", "correct": True}
+    (other / "evaluation" / "my_task.jsonl").write_text(json.dumps(record) + "\n")
+    summary = {"my/task": {"exact_match": 100.0, "count": 1, "interval": [20.7, 100.0]}}
+    (other / "evaluation" / "summary.json").write_text(json.dumps(summary))
+    for name in ("augment", "anchor", "composed"):
+        shutil.rmtree(experiment / name)
+    page = read_page(experiment)
+    assert "my/task" in page.text and "20.7–100.0" in page.text and "Table 1" not in page.text
+
+
+def test_different_expressions_are_told(experiment):
+    assert "not scored on the same expressions" not in read_page(experiment).text
+    path = experiment / "anchor" / "evaluation" / "calm_jax_key_value_demo_num.jsonl"
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[1:]))
+    assert "not scored on the same expressions" in read_page(experiment).text
+
+
+def test_stale_table1_goes_with_its_scores(experiment):
+    write_report(experiment)
+    shutil.rmtree(experiment / "anchor" / "evaluation")
+    write_report(experiment)
+    assert not (experiment / "table1.json").exists()
+
+
+def test_resumed_run_counts_a_step_once(experiment):
+    path = experiment / "anchor" / "metrics.jsonl"
+    lines = [json.dumps({"step": 20, "split": "train", "loss": 123.0}),
+             json.dumps({"step": 35, "split": "train", "loss": float("nan")})]  # fmt: skip
+    path.write_text(path.read_text() + "\n".join(lines) + "\n" + '{"step": 40, "spl')
+    steps, losses = results.read_run(experiment / "anchor").curve("train", "loss")
+    assert steps == sorted(set(steps)) and 40 in steps
+    assert losses[steps.index(20)] == 123.0
+    assert 35 not in steps
+    write_report(experiment)
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "evaluation/calm_jax_key_value_demo_subs.jsonl"])
+def test_damaged_line_is_named(experiment, name):
+    path = experiment / "augment" / name
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join([*lines[:2], "{broken\n", *lines[2:]]))
+    with pytest.raises(CalmError, match=rf"{path}:3 "):
+        write_report(experiment)
+    assert not (experiment / "report.html").exists()
+
+
+def test_no_experiment(tmp_path):
+    with pytest.raises(CalmError, match="does not exist"):
+        write_report(tmp_path / "nowhere")
+    with pytest.raises(CalmError, match="holds no run"):
+        write_report(tmp_path)
+
+
+def test_place_that_cannot_be_written(experiment):
+    (experiment / "file").write_text("")
+    with pytest.raises(CalmError, match="cannot write .*file/page.html"):
+        write_report(experiment, experiment / "file" / "page.html")
+
+
+def test_command_prints_table1_and_writes_where_told(experiment, tmp_path, capsys):
+    place = tmp_path / "elsewhere" / "page.html"
+    assert command.main([f"--experiment={experiment}", f"--output={place}"]) == 0
+    printed = capsys.readouterr().out
+    assert "Best constant answer" in printed and "84.3" in printed and str(place) in printed
+    assert place.exists() and (experiment / "table1.json").exists()
