@@ -1,0 +1,49 @@
+"""Composes two frozen language models by training a bridge between them (CALM, arXiv 2401.02412).
+
+Names load when they are first used, so that `import calm_jax` costs nothing.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+# Each public name and the module that defines it.
+_MODULES = {
+    "CompositionConfig": "calm_jax.models",
+    "ComposedDecoder": "calm_jax.models",
+    "Decoder": "calm_jax.models",
+    "DecoderConfig": "calm_jax.models",
+    "compose": "calm_jax.models",
+    "load": "calm_jax.checkpoints.frozen",
+    "save_frozen": "calm_jax.checkpoints.frozen",
+    "export_bridge": "calm_jax.checkpoints.composed",
+    "load_composed": "calm_jax.checkpoints.composed",
+    "generate": "calm_jax.decoding",
+}
+
+__all__ = sorted(_MODULES)
+
+if TYPE_CHECKING:
+    from calm_jax.checkpoints.composed import export_bridge, load_composed
+    from calm_jax.checkpoints.frozen import load, save_frozen
+    from calm_jax.decoding import generate
+    from calm_jax.models import (
+        ComposedDecoder,
+        CompositionConfig,
+        Decoder,
+        DecoderConfig,
+        compose,
+    )
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module 'calm_jax' has no attribute {name!r}")
+    value = getattr(importlib.import_module(_MODULES[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

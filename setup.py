@@ -1,0 +1,59 @@
+"""Installs calm_jax. Every bound on a version has its reason on the line above it."""
+
+import pathlib
+import re
+
+from setuptools import find_packages, setup
+
+ROOT = pathlib.Path(__file__).parent
+VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "calm_jax/__init__.py").read_text())[1]
+
+INSTALL = [
+    "absl-py",
+    "clu",
+    "etils[epath]",
+    # The oldest that the tests have run with.
+    "flax>=0.12.8; python_version < '3.12'",
+    # Up to 0.12.8 flax breaks with jax 0.11.1 and newer, which pip takes from Python 3.12 on.
+    "flax>=0.12.9; python_version >= '3.12'",
+    # The oldest that the tests have run with.
+    "grain>=0.2.18",
+    # The oldest that the tests have run with; jax.set_mesh and its explicit axis types are young.
+    "jax>=0.10.2",
+    "ml_collections",
+    "numpy",
+    "optax",
+    # The oldest that the tests have run with; preservation policies differ in older ones.
+    "orbax-checkpoint>=0.12.8",
+    "sentencepiece",
+    # The first that runs on Python 3.11 and newer with the protobuf of today's TensorFlow.
+    "seqio>=0.0.20",
+    "tensorboard",  # clu's metric writers need it and do not ask for it
+    "tensorflow",
+    "tensorflow-datasets",
+    "tokenizers",
+    "tqdm",
+]
+
+EXTRAS = {
+    "tpu": ["jax[tpu]"],
+    "cuda": ["jax[cuda12]"],
+    "test": ["hypothesis", "pytest", "pytest-xdist", "ruff"],
+    # On Linux plain pip takes torch with CUDA, some gigabytes: hence not in [test].
+    "parity": ["torch", "transformers"],
+}
+
+setup(
+    name="calm_jax",
+    version=VERSION,
+    description="Composes two frozen language models by training a bridge between them",
+    long_description=(ROOT / "README.md").read_text(),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11",  # the oldest Python that the jax above runs on
+    packages=find_packages(include=["calm_jax", "calm_jax.*"]),
+    package_data={"calm_jax": ["py.typed"]},
+    install_requires=INSTALL,
+    extras_require=EXTRAS,
+    entry_points={"console_scripts": ["calm = calm_jax.__main__:main"]},
+)
