@@ -52,7 +52,16 @@ class TrainingCheckpoints:
             create=not read_only,
         )
         try:
-            self.manager = ocp.CheckpointManager(self.folder, options=options)
+            self.manager = ocp.CheckpointManager(
+                self.folder,
+                options=options,
+                # Without handlers a new manager cannot tell what an older one wrote.
+                item_handlers={
+                    "trainable": ocp.StandardCheckpointHandler(),
+                    "opt_state": ocp.StandardCheckpointHandler(),
+                    "state": ocp.JsonCheckpointHandler(),
+                },
+            )
         except OSError as error:
             raise CalmError(f"cannot write {self.folder}: {error.strerror or error}") from error
 
@@ -126,9 +135,8 @@ class TrainingCheckpoints:
         path = self.folder / str(step)
         items = {"trainable": trainable} | ({} if opt_state is None else {"opt_state": opt_state})
         try:
-            with ocp.StandardCheckpointer() as checkpointer:
-                found = checkpointer.metadata(path / "trainable").item_metadata.tree
-                check_same_tree(trainable, found, str(path / "trainable"))
+            found = self.manager.item_metadata(step).trainable
+            check_same_tree(trainable, found.tree, str(path / "trainable"))
             restored = self.manager.restore(
                 step,
                 args=ocp.args.Composite(

@@ -138,13 +138,7 @@ def open_source(data: Mapping[str, Any], split: str, vocabulary: Vocabulary) -> 
             parts.append(Part(part["name"], weight, entry.get("loss_on_inputs", False), arrays))
     if not parts:
         raise CalmError(f"data.{split} names no task")
-    return Source(tuple(parts), data["length"], bos_id(vocabulary))
-
-
-def bos_id(vocabulary: Vocabulary) -> int:
-    """The id that starts every sequence: the vocabulary's own, else its end token, else 0."""
-    ids = (vocabulary.bos_id, vocabulary.eos_id, 0)
-    return next(token for token in ids if token is not None)
+    return Source(tuple(parts), data["length"], vocabulary.start_id)
 
 
 def _check(entry: Mapping[str, Any], split: str) -> None:

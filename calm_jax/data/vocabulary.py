@@ -7,6 +7,7 @@ the place its vocabulary came from.
 
 import functools
 import hashlib
+import itertools
 import json
 import os
 import pathlib
@@ -119,6 +120,18 @@ class Vocabulary:
         from calm_jax.data.seqio_vocabulary import SeqioVocabulary
 
         return SeqioVocabulary(self)
+
+    @property
+    def start_id(self) -> int:
+        """What every sequence starts with: the start token, else the end token, else 0."""
+        return next(token for token in (self.bos_id, self.eos_id, 0) if token is not None)
+
+    def first_difference(self, other: "Vocabulary") -> tuple[int, str | None, str | None] | None:
+        """The first id that means another thing in `other`, and both meanings; None: there is none."""
+        if self.fingerprint == other.fingerprint:
+            return None
+        pairs = itertools.zip_longest(self.tokens(), other.tokens())
+        return next((index, *pair) for index, pair in enumerate(pairs) if pair[0] != pair[1])
 
     def save(self, folder: str | os.PathLike) -> None:
         """Writes the vocabulary whole into `folder`, from where `load` reads it."""
@@ -261,18 +274,6 @@ class TokenizerVocabulary(Vocabulary):
 KINDS: dict[str, type[Vocabulary]] = {
     kind.kind: kind for kind in (ByteVocabulary, SentencePieceVocabulary, TokenizerVocabulary)
 }
-
-
-def first_difference(
-    a: Vocabulary, b: Vocabulary
-) -> tuple[int, str | None, str | None] | None:
-    """The first id that means different things, and what it means in each; None if none does."""
-    tokens_a, tokens_b = a.tokens(), b.tokens()
-    for index in range(max(len(tokens_a), len(tokens_b))):
-        pair = tuple(t[index] if index < len(t) else None for t in (tokens_a, tokens_b))
-        if pair[0] != pair[1]:
-            return index, *pair
-    return None
 
 
 def _read(path: str | os.PathLike) -> bytes:

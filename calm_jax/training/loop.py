@@ -1,6 +1,8 @@
 """The one training loop: a lone decoder, or the bridge of a composed model."""
 
 import contextlib
+import dataclasses
+import functools
 import math
 import time
 
@@ -13,11 +15,13 @@ from calm_jax.training.progress import Progress, costs_table
 from etils import epath
 from ml_collections import ConfigDict
 
-from calm_jax import data, sharding
+from calm_jax import sharding
 from calm_jax.checkpoints import frozen as frozen_folders
 from calm_jax.checkpoints.composed import check_identities
 from calm_jax.checkpoints.files import write_json
 from calm_jax.checkpoints.training import TrainingCheckpoints, abstract_like
+from calm_jax.data.cache import Source, open_source
+from calm_jax.data.stream import Stream, batches_once
 from calm_jax.errors import CalmError
 from calm_jax.training import configuration
 from calm_jax.training.costs import matmul_flops, tree_costs
@@ -83,18 +87,21 @@ class _Session:
         if not self.parts.composed:
             self._save_frozen()
 
-    def _open_data(self):
+    def _open_data(self) -> tuple[Stream, dict[str, Source]]:
+        """The stream of batches, and the validation data of each set by its name."""
         config, vocabulary = self.config, self.model.vocabulary
-        source = data.open_source(config.data, "train", vocabulary)
-        stream = data.Stream(
-            source,
-            batch_size=config.train.batch_size,
-            seed=config.data.seed,
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
+        processes = {"process_index": jax.process_index(), "process_count": jax.process_count()}
+        source = open_source(config.data, "train", vocabulary)
+        stream = Stream(
+            source, batch_size=config.train.batch_size, seed=config.data.seed, **processes
         )
-        validation = data.open_validation(config.data, vocabulary) if config.data.validation else {}
-        return stream, validation
+        if not config.data.validation:
+            return stream, {}
+        parts = open_source(config.data, "validation", vocabulary)
+        one_set = functools.partial(dataclasses.replace, parts)
+        return stream, {
+            part.name.rpartition("/")[2]: one_set(parts=(part,)) for part in parts.parts
+        }
 
     def _restore_or_start(self) -> int:
         """Fills in `trainable` and `opt_state`; returns the number of steps already done."""
@@ -190,12 +197,16 @@ class _Session:
     def _validate(self, eval_step) -> dict[str, float]:
         """Scores of the whole validation data, and exactness of each of its sets."""
         totals, scores = None, {}
-        for name, batches in self.validation.items():
+        for name, source in self.validation.items():
             sums = None
-            for batch in batches(self.config.train.batch_size):
+            for batch in batches_once(
+                source,
+                self.config.train.batch_size,
+                process_index=jax.process_index(),
+                process_count=jax.process_count(),
+            ):
                 batch = sharding.put_batch(batch, self.mesh)
-                part = eval_step(self.model.trainable, self.model.frozen, batch)
-                part = jax.device_get(part)
+                part = jax.device_get(eval_step(self.model.trainable, self.model.frozen, batch))
                 sums = part if sums is None else jax.tree.map(np.add, sums, part)
             scores[f"exact/{name}"] = float(means(sums)["exact"])
             totals = sums if totals is None else jax.tree.map(np.add, totals, sums)

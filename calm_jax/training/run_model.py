@@ -8,9 +8,10 @@ import jax.numpy as jnp
 from flax import nnx
 from ml_collections import ConfigDict
 
-from calm_jax import data, sharding
+from calm_jax import sharding
 from calm_jax.checkpoints import frozen as frozen_folders
 from calm_jax.checkpoints.composed import identities
+from calm_jax.data.vocabulary import Vocabulary
 from calm_jax.errors import CalmError
 from calm_jax.models import CompositionConfig, Decoder, DecoderConfig, compose
 from calm_jax.models.parameters import Tree, module_tree
@@ -26,7 +27,7 @@ class RunModel:
     trainable: Tree | None
     frozen: Tree
     identities: list[dict[str, Any]]
-    vocabulary: Any
+    vocabulary: Vocabulary
 
 
 def make_model(config: ConfigDict, mesh: jax.sharding.Mesh) -> RunModel:
@@ -56,7 +57,7 @@ def composition_configs(config: ConfigDict) -> list[CompositionConfig]:
 
 def _decoder(config: ConfigDict, mesh) -> RunModel:
     """A decoder to train whole: from random values, or from a frozen folder in float32."""
-    vocabulary = data.load_vocabulary(config.vocabulary) if config.vocabulary else None
+    vocabulary = Vocabulary.load(config.vocabulary) if config.vocabulary else None
     if config.decoder["from"]:
         decoder = frozen_folders.load(config.decoder["from"], mesh=mesh)
         vocabulary = vocabulary or decoder.vocabulary
@@ -85,7 +86,7 @@ def _composed(config: ConfigDict, mesh) -> RunModel:
     parts = Parts(composed)
     trainable, frozen = parts.of(composed)
     vocabulary = (
-        data.load_vocabulary(config.vocabulary) if config.vocabulary else composed.vocabulary
+        Vocabulary.load(config.vocabulary) if config.vocabulary else composed.vocabulary
     )
     if vocabulary is None:
         raise CalmError(f"vocabulary is empty, and {config.anchor} has none; name one")

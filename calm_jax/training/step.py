@@ -135,7 +135,7 @@ def make_train_step(
         updates, opt_state = optimizer.update(gradients, opt_state, trainable)
         trainable = optax.apply_updates(trainable, updates)
         metrics = means(sums) | {
-            "grad_norm": optax.global_norm(gradients),
+            "grad_norm": optax.tree.norm(gradients),
             "learning_rate": schedule(step),
         }
         return trainable, opt_state, metrics

@@ -1,0 +1,332 @@
+"""What a run is told: every key of its config with its default, and the check before it starts.
+
+A config file returns `decoder_run(...)` or `composed_run(...)` with some keys set anew.
+"""
+
+import dataclasses
+import difflib
+import math
+import types
+import typing
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
+
+from calm_jax.errors import CalmError
+from calm_jax.models.config import CompositionConfig, DecoderConfig
+
+
+def decoder_run(form: DecoderConfig | None = None) -> ConfigDict:
+    """The config of a run that trains one decoder.
+
+    Args:
+        form: of the decoder; without it, either every field of `decoder` that has no default is set
+            afterwards, or `decoder["from"]`.
+    """
+    config = _common("decoder")
+    config.decoder = _section(DecoderConfig, form)
+    config.decoder["from"] = ""  # a frozen folder to go on from, in its form; "": random values
+    return config
+
+
+def composed_run(*compositions: CompositionConfig) -> ConfigDict:
+    """The config of a run that trains the bridge of a composed model.
+
+    Args:
+        compositions: one for each augment, or one for all of them; default: the default one.
+    """
+    config = _common("composed")
+    config.anchor = ""  # frozen folder of the anchor
+    config.augments = ()  # frozen folders of the augments
+    sections = tuple(_section(CompositionConfig, form) for form in compositions)
+    # One augment a config, or one config for all.
+    config.composition = (
+        sections if len(sections) > 1 else _section(CompositionConfig, *compositions)
+    )
+    return config
+
+
+def _common(kind: str) -> ConfigDict:
+    config = ConfigDict()
+    config.name = ""  # what the run is called in reports; "": the name of its directory
+    config.kind = kind  # "decoder" or "composed"
+    # "bytes", "key_value/CONFIG", a SentencePiece .model, a tokenizer.json, a saved folder;
+    config.vocabulary = ""  # "": that of the frozen model
+
+    config.data = ConfigDict()
+    # Mixed by weight; each {"task": name} or {"jsonl": path}, and if need be "weight" (1.0),
+    # "import" (the module that registers the task), "loss_on_inputs" (False: answers alone).
+    config.data.train = ()
+    config.data.validation = ()  # likewise; the best checkpoint is the best on these
+    config.data.length = 512  # tokens of a row
+    config.data.pack = True  # several sequences in one row
+    config.data.strict = False  # True: a sequence longer than a row is an error; False: it is cut
+    config.data.limit = 0  # examples of each task at most; 0: all
+    config.data.seed = 0  # of the order of training rows
+    config.data.cache_dir = ""  # tokenised rows; "": $CALM_CACHE, else ~/.cache/calm_jax
+
+    config.optimizer = ConfigDict()
+    config.optimizer.name = "adamw"  # "adamw" or "adafactor"
+    config.optimizer.learning_rate = 1e-3  # its peak, reached after the warm-up
+    config.optimizer.schedule = "cosine"  # then "cosine", "linear" or "constant"
+    config.optimizer.warmup_steps = 0  # of linear growth
+    config.optimizer.final_fraction = 0.0  # of the peak, at the last step
+    config.optimizer.weight_decay = 0.0  # of matrices, times the learning rate
+    config.optimizer.b1 = 0.9  # decay of the first moment; adamw alone
+    config.optimizer.b2 = 0.999  # decay of the second moment; adamw alone
+    config.optimizer.clip_norm = 1.0  # global norm of the gradient at most; 0: not clipped
+
+    config.mesh = ConfigDict()
+    config.mesh.data = -1  # devices that split the batch alone; -1: all that are left
+    config.mesh.fsdp = 1  # devices that split the batch and each weight
+    config.mesh.tensor = 1  # devices that split heads, MLP features and vocabulary
+
+    config.train = ConfigDict()
+    config.train.num_steps = 1000
+    config.train.batch_size = 64  # rows a step, over all devices
+    config.train.accumulate = 1  # micro-batches a step: memory of one, gradient of all
+    config.train.seed = 0  # of initial values and noise
+    config.train.embedding_noise = 0.0  # on a decoder's embeddings, times their own rms
+    config.train.log_every = 10  # steps between lines of metrics.jsonl
+    config.train.validate_every = 0  # steps; 0: at the end alone
+    config.train.save_every = 0  # steps; 0: at the end alone
+    config.train.keep = 3  # latest checkpoints kept, beside the best
+    config.train.tensorboard = True  # event files too, through clu, which imports TensorFlow
+    config.train.profile_start = 0  # first step of the profile
+    config.train.profile_steps = 0  # steps of the profile; 0: none
+
+    config.evaluate = ConfigDict()
+    config.evaluate.tasks = ()  # names of registered tasks with a test split
+    config.evaluate.limit = 0  # examples of each at most; 0: all
+    config.evaluate.max_new_tokens = 32  # length of an answer
+
+    config.cache_compiled = ""  # compiled programs; "": ~/.cache/calm_jax/xla
+    return config
+
+
+# What a run may be resumed with anew; everything else is part of what it is.
+MAY_CHANGE = (
+    "cache_compiled",
+    "data.cache_dir",
+    "evaluate",
+    "mesh",
+    "train.keep",
+    "train.log_every",
+    "train.num_steps",
+    "train.profile_start",
+    "train.profile_steps",
+    "train.save_every",
+    "train.tensorboard",
+    "train.validate_every",
+)
+
+_CHOICES = {
+    "optimizer.name": ("adamw", "adafactor"),
+    "optimizer.schedule": ("cosine", "linear", "constant"),
+}
+_LEAST = {
+    "data.length": 1,
+    "data.limit": 0,
+    "data.seed": 0,
+    "evaluate.limit": 0,
+    "evaluate.max_new_tokens": 1,
+    "optimizer.b1": 0,
+    "optimizer.b2": 0,
+    "optimizer.clip_norm": 0,
+    "optimizer.final_fraction": 0,
+    "optimizer.learning_rate": 0,
+    "optimizer.warmup_steps": 0,
+    "optimizer.weight_decay": 0,
+    "train.accumulate": 1,
+    "train.batch_size": 1,
+    "train.embedding_noise": 0,
+    "train.keep": 1,
+    "train.log_every": 1,
+    "train.num_steps": 1,
+    "train.profile_start": 0,
+    "train.profile_steps": 0,
+    "train.save_every": 0,
+    "train.seed": 0,
+    "train.validate_every": 0,
+}
+_MOST = {"optimizer.b1": 1, "optimizer.b2": 1, "optimizer.final_fraction": 1}
+
+
+def validate(config: ConfigDict) -> None:
+    """Checks all that can be said of a config without its files and devices.
+
+    Raises:
+        CalmError: an unknown or missing key, a value of another type or out of its range, or values
+            that contradict each other; the key and both values are named.
+    """
+    if config.get("kind") not in ("decoder", "composed"):
+        raise CalmError(f"kind is {config.get('kind')!r}; known are 'decoder' and 'composed'")
+    _check_section(config, decoder_run() if config.kind == "decoder" else composed_run(), "")
+    _check_ranges(flatten(to_dict(config)))
+    train, optimizer = config.train, config.optimizer
+    if train.batch_size % train.accumulate:
+        raise CalmError(
+            f"train.batch_size {train.batch_size} is not divisible by train.accumulate "
+            f"{train.accumulate}"
+        )
+    if optimizer.warmup_steps >= train.num_steps:
+        raise CalmError(
+            f"optimizer.warmup_steps {optimizer.warmup_steps} is not less than train.num_steps "
+            f"{train.num_steps}"
+        )
+    if not config.data.train:
+        raise CalmError("data.train is empty; name a task or a JSON-lines file")
+    if optimizer.name != "adamw":
+        defaults = _common("decoder").optimizer
+        for key in ("b1", "b2"):
+            if optimizer[key] != defaults[key]:
+                raise CalmError(f"optimizer.{key} is set, but optimizer.name is {optimizer.name!r}")
+    _check_composed(config) if config.kind == "composed" else _check_decoder(config)
+
+
+def _check_decoder(config: ConfigDict) -> None:
+    fields = to_dict(config.decoder)
+    source = fields.pop("from")
+    empty = _section(DecoderConfig, None)
+    if source:
+        for key, value in fields.items():
+            if value != to_dict(empty)[key]:
+                raise CalmError(
+                    f"decoder.{key} is {value!r}, but the form is that of decoder.from {source!r}"
+                )
+        return
+    for field in dataclasses.fields(DecoderConfig):
+        if field.default is dataclasses.MISSING and fields[field.name] is None:
+            raise CalmError(f"decoder.{field.name} is not set")
+    DecoderConfig.from_dict(fields)
+
+
+def _check_composed(config: ConfigDict) -> None:
+    if not config.anchor:
+        raise CalmError("anchor is empty; name a frozen folder")
+    if not config.augments:
+        raise CalmError("augments is empty; name one frozen folder or more")
+    several = isinstance(config.composition, tuple | list)
+    if several and len(config.composition) != len(config.augments):
+        raise CalmError(
+            f"composition has {len(config.composition)} configs for {len(config.augments)} augments"
+        )
+    for composition in config.composition if several else [config.composition]:
+        CompositionConfig.from_dict(to_dict(composition))
+    if config.train.embedding_noise:
+        raise CalmError(
+            f"train.embedding_noise is {config.train.embedding_noise}, but a composed model's "
+            "embeddings are frozen"
+        )
+
+
+def _check_section(config: Mapping[str, Any], schema: ConfigDict, prefix: str) -> None:
+    """Keys and types of `config` are those of `schema`."""
+    for key in config:
+        if key not in schema:
+            raise unknown_key(prefix + key, (prefix + known for known in schema))
+    for key, default in schema.items():
+        name = prefix + key
+        if key not in config:
+            raise CalmError(f"{name} is missing from the config")
+        value, kind = config[key], schema.get_type(key)
+        if name == "composition" and isinstance(value, tuple | list):
+            for number, section in enumerate(value):
+                _check_section(section, default, f"{name}[{number}].")
+        elif isinstance(default, ConfigDict):
+            if not isinstance(value, Mapping | ConfigDict):
+                raise CalmError(f"{name} is {value!r}; it must be a section of keys")
+            _check_section(value, default, f"{name}.")
+        elif not _is_of_type(value, kind, may_be_none=default is None):
+            raise CalmError(f"{name} is {value!r}; it must be of type {kind.__name__}")
+
+
+def _is_of_type(value: Any, kind: type, *, may_be_none: bool) -> bool:
+    if kind is type(None):  # a field of no one type; its dataclass checks it
+        return True
+    if value is None:
+        return may_be_none
+    if isinstance(value, bool):
+        return kind is bool
+    accepted = {float: float | int, tuple: tuple | list}
+    return isinstance(value, accepted.get(kind, kind))
+
+
+def _check_ranges(values: Mapping[str, Any]) -> None:
+    for key, value in values.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise CalmError(f"{key} is {value}; it must be a number")
+        if key in _CHOICES and value not in _CHOICES[key]:
+            raise CalmError(f"{key} is {value!r}; known are {', '.join(map(repr, _CHOICES[key]))}")
+        if key in _LEAST and value < _LEAST[key]:
+            raise CalmError(f"{key} is {value}; it must be at least {_LEAST[key]}")
+        if key in _MOST and value > _MOST[key]:
+            raise CalmError(f"{key} is {value}; it must be at most {_MOST[key]}")
+
+
+def unknown_key(key: str, known: Iterable[str]) -> CalmError:
+    """The error for a key that does not exist, with the nearest that does."""
+    nearest = difflib.get_close_matches(key, known, n=1, cutoff=0)
+    return CalmError(f"unknown config key {key!r}; did you mean {nearest[0]!r}?")
+
+
+def to_dict(config: Any) -> Any:
+    """Plain values, as JSON gives them back: sections are dicts, tuples lists."""
+    if isinstance(config, Mapping | ConfigDict):
+        return {key: to_dict(value) for key, value in config.items()}
+    if isinstance(config, tuple | list):
+        return [to_dict(value) for value in config]
+    return config
+
+
+def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Values by dotted key."""
+    result = {}
+    for key, value in values.items():
+        nested = isinstance(value, Mapping | ConfigDict) and value
+        result |= flatten(value, f"{prefix}{key}.") if nested else {prefix + key: value}
+    return result
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Dotted keys in which two configs, as of `to_dict`, are not the same run: (old, new).
+
+    What a run may be resumed with (`MAY_CHANGE`) is left out; an absent key counts as None.
+    """
+    old, new = flatten(old), flatten(new)
+    return {
+        key: (old.get(key), new.get(key))
+        for key in sorted(old.keys() | new.keys())
+        if old.get(key) != new.get(key)
+        and not any(key == free or key.startswith(f"{free}.") for free in MAY_CHANGE)
+    }
+
+
+def _section(cls: type, form: Any = None) -> ConfigDict:
+    """A section with the fields of a dataclass, typed; those without a default are empty."""
+    values = {
+        field.name: None if field.default is dataclasses.MISSING else field.default
+        for field in dataclasses.fields(cls)
+    }
+    if form is not None:
+        values = form.to_dict()
+    hints = typing.get_type_hints(cls)
+    return ConfigDict(
+        {
+            name: _empty(hints[name]) if value is None else value
+            for name, value in values.items()
+        }
+    )
+
+
+def _empty(hint: Any) -> Any:
+    """None that accepts values of `hint` alone, where that is a type a flag can give."""
+    is_union = typing.get_origin(hint) in (typing.Union, types.UnionType)
+    options = typing.get_args(hint) if is_union else (hint,)
+    (option,) = (option for option in options if option is not type(None))
+    if typing.get_origin(option) is typing.Literal:
+        option = type(typing.get_args(option)[0])
+    option = typing.get_origin(option) or option
+    return placeholder(option) if option in (int, float, str, tuple) else None
