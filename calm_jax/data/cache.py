@@ -110,9 +110,9 @@ def _shift_right(x_BT: np.ndarray) -> np.ndarray:
     return np.pad(x_BT[:, :-1], ((0, 0), (1, 0)))
 
 
-def default_cache_dir() -> pathlib.Path:
-    """`$CALM_CACHE`, else `~/.cache/calm_jax`."""
-    return pathlib.Path(os.environ.get("CALM_CACHE") or "~/.cache/calm_jax").expanduser()
+def cache_directory(setting: str = "") -> pathlib.Path:
+    """Where data is kept: `setting`, else `$CALM_CACHE`, else `~/.cache/calm_jax`; a local disk."""
+    return pathlib.Path(setting or os.environ.get("CALM_CACHE") or "~/.cache/calm_jax").expanduser()
 
 
 def open_source(data: Mapping[str, Any], split: str, vocabulary: Vocabulary) -> Source:
@@ -123,10 +123,10 @@ def open_source(data: Mapping[str, Any], split: str, vocabulary: Vocabulary) -> 
     tokenised with `vocabulary`. With a ready cache TensorFlow is not imported.
     Raises `CalmError` for a bad entry or line, and with `strict` for sequences longer than `length`.
     """
-    cache_dir = pathlib.Path(data["cache_dir"]).expanduser() if data["cache_dir"] else default_cache_dir()
+    cache_dir = cache_directory(data["cache_dir"])
     parts = []
     for entry in map(dict, data[split]):
-        _check(entry, split)
+        check_entry(entry, split)
         folder = _cached(entry, data, split, vocabulary, cache_dir)
         index = json.loads((folder / "index.json").read_text())
         _report_cut(index, data)
@@ -141,7 +141,7 @@ def open_source(data: Mapping[str, Any], split: str, vocabulary: Vocabulary) -> 
     return Source(tuple(parts), data["length"], vocabulary.start_id)
 
 
-def _check(entry: Mapping[str, Any], split: str) -> None:
+def check_entry(entry: Mapping[str, Any], split: str) -> None:
     if unknown := sorted(set(entry) - ENTRY_KEYS):
         raise CalmError(f"data.{split}: unknown key {unknown[0]!r}; known are {sorted(ENTRY_KEYS)}")
     if ("task" in entry) == ("jsonl" in entry):

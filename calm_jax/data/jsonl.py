@@ -67,7 +67,7 @@ def task(path: str | os.PathLike, vocabulary: Any) -> Any:
         f"calm_jax/jsonl/{pathlib.Path(path).stem}",
         source=source,
         output_features=tasks.output_features(vocabulary),
-        preprocessors=tasks.PREPROCESSORS,
+        preprocessors=[tasks.tokenize],
     )
 
 

@@ -1,11 +1,14 @@
 """Key-value arithmetic as a TensorFlow Dataset, made on this machine in a few seconds."""
 
+import contextlib
 import dataclasses
+import io
 import pathlib
 from collections.abc import Iterator
 
 import numpy as np
 import tensorflow_datasets as tfds
+from absl import logging
 
 from calm_jax.data.key_value import CONFIGS, CORPORA, KeyValueConfig, World
 
@@ -71,10 +74,16 @@ class KeyValueArithmetic(tfds.core.GeneratorBasedBuilder):
 
 def prepare(world: KeyValueConfig, corpus: str, data_dir: pathlib.Path) -> None:
     """Writes a corpus under `data_dir` unless it is there; safe beside other processes."""
-    name = f"{world.name}_{corpus}"
+    builder = KeyValueArithmetic(config=f"{world.name}_{corpus}", data_dir=data_dir)
+    if builder.is_prepared():
+        return
+    logging.info("Generating %s", builder.info.full_name)
+    tfds.disable_progress_bar()
     try:
-        KeyValueArithmetic(config=name, data_dir=data_dir).download_and_prepare()
+        # What TFDS prints is about downloads; there are none.
+        with contextlib.redirect_stdout(io.StringIO()):
+            builder.download_and_prepare()
     except OSError:
         # Another process may have finished first: TFDS renames its folder into place.
-        if not KeyValueArithmetic(config=name, data_dir=data_dir).is_prepared():
+        if not builder.is_prepared():
             raise

@@ -3,7 +3,9 @@
 The number of processes only decides which rows of the batch each of them holds.
 """
 
+import functools
 import itertools
+import sys
 from collections.abc import Iterator
 
 import grain
@@ -16,6 +18,27 @@ READ_THREADS = 2
 PREFETCHED_BATCHES = 8
 
 Batch = dict[str, np.ndarray]
+
+
+class _ShuffledRows:
+    """Row numbers `start` … `start + count`, in a new random order each epoch, without end.
+
+    grain's own shuffle takes 0.8 ms an index where there are few rows.
+    """
+
+    def __init__(self, start: int, count: int, seed: list[int]):
+        self._start, self._count, self._seed = start, count, seed
+        self._order = functools.lru_cache(maxsize=2)(self._order_of_epoch)
+
+    def _order_of_epoch(self, epoch: int) -> np.ndarray:
+        return np.random.default_rng([*self._seed, epoch]).permutation(self._count)
+
+    def __len__(self) -> int:
+        return sys.maxsize
+
+    def __getitem__(self, index: int) -> int:
+        epoch, inside = divmod(index, self._count)
+        return self._start + int(self._order(epoch)[inside])
 
 
 class Stream:
@@ -38,9 +61,7 @@ class Stream:
         local = _local_batch_size(batch_size, process_count)
         parts, start = [], 0
         for number, part in enumerate(source.parts):
-            part_seed = np.random.SeedSequence([seed, number]).generate_state(1)[0]
-            rows = grain.MapDataset.range(start, start + len(part))
-            parts.append(rows.shuffle(seed=int(part_seed)).repeat())
+            parts.append(grain.MapDataset.source(_ShuffledRows(start, len(part), [seed, number])))
             start += len(part)
         rows = grain.MapDataset.mix(parts, [part.weight for part in source.parts])
         self._batches = rows.batch(local)[process_index::process_count].map(source.batch)

@@ -14,11 +14,13 @@ import dataclasses
 import importlib
 import os
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 # Before TensorFlow's first import: its start-up notes would bury ours.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
+import numpy as np
 import seqio
 import tensorflow as tf
 
@@ -35,14 +37,23 @@ TOKENIZE_BATCH = 1024
 def tokenize(
     dataset: tf.data.Dataset, output_features: Mapping[str, seqio.Feature]
 ) -> tf.data.Dataset:
-    """`seqio.preprocessors.tokenize`, a thousand texts a call: ten times faster in Python."""
+    """Texts to ids, end tokens included, a thousand at a call: seqio's own steps take ten times as long.
 
-    def encode(batch: Mapping[str, tf.Tensor]) -> dict[str, tf.Tensor]:
-        texts = {f"{name}_pretokenized": batch[name] for name in output_features}
-        ids = {name: f.vocabulary.encode_tf(batch[name]) for name, f in output_features.items()}
-        return {**batch, **texts, **ids}
+    Only `output_features` remain.
+    """
 
-    return dataset.batch(TOKENIZE_BATCH).map(encode).unbatch()
+    def encode(name: str, texts: tf.Tensor) -> tf.RaggedTensor:
+        feature = output_features[name]
+        ids = feature.vocabulary.encode_tf(texts)
+        if not feature.add_eos:
+            return ids
+        return tf.concat([ids, tf.fill([ids.nrows(), 1], feature.vocabulary.eos_id)], axis=1)
+
+    return (
+        dataset.batch(TOKENIZE_BATCH)
+        .map(lambda batch: {name: encode(name, batch[name]) for name in output_features})
+        .unbatch()
+    )
 
 
 def output_features(vocabulary: Vocabulary) -> dict[str, seqio.Feature]:
@@ -51,9 +62,6 @@ def output_features(vocabulary: Vocabulary) -> dict[str, seqio.Feature]:
         "inputs": seqio.Feature(vocabulary.seqio, add_eos=False),
         "targets": seqio.Feature(vocabulary.seqio, add_eos=True),
     }
-
-
-PREPROCESSORS = [tokenize, seqio.preprocessors.append_eos]
 
 
 class Task(seqio.Task):
@@ -101,7 +109,7 @@ def _add_key_value(
         source=seqio.TfdsDataSource(
             f"{builder.name}/{config.name}_{corpus}:{builder.VERSION}", splits=splits
         ),
-        preprocessors=PREPROCESSORS,
+        preprocessors=[tokenize],
         output_features=output_features(key_value.vocabulary(config.name)),
         task_cls=Task,
     )
@@ -152,6 +160,27 @@ def with_vocabulary(task: seqio.Task, vocabulary: Vocabulary) -> seqio.Task:
     return Task(
         task.name, source=task.source, preprocessors=task.preprocessors, output_features=features
     )
+
+
+def text_examples(task: seqio.Task, split: str, limit: int) -> Iterator[dict[str, Any]]:
+    """The texts `inputs` and `targets` of a Task, and what else its examples carry; `limit` 0 is all."""
+    if tokenize in task.preprocessors:
+        dataset = task.source.get_dataset(split, shuffle=False)
+    else:
+        dataset = task.get_dataset(None, split, shuffle=False)
+    for example in (dataset.take(limit) if limit else dataset).as_numpy_iterator():
+        for name, feature in task.output_features.items():
+            if not isinstance(example[name], bytes):
+                text = example.pop(f"{name}_pretokenized", None)
+                ids = example[name].tolist()
+                example[name] = feature.vocabulary.decode(ids) if text is None else text
+        yield {name: _plain(value) for name, value in example.items()}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, bytes):
+        return value.decode()
+    return value.tolist() if isinstance(value, np.ndarray | np.generic) else value
 
 
 for _config in list(key_value.CONFIGS.values()):

@@ -1,0 +1,21 @@
+"""Text to batches. TensorFlow, seqio and TFDS load only where data is made, never where it is read."""
+
+import importlib
+from typing import Any
+
+_HOMES = {
+    "Vocabulary": "vocabulary",
+    "open_source": "cache",
+    "Source": "cache",
+    "Stream": "stream",
+    "batches_once": "stream",
+    "evaluation_examples": "examples",
+}
+
+__all__ = list(_HOMES)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
