@@ -26,8 +26,7 @@ INSTALL = [
     # The oldest that the tests have run with; preservation policies differ in older ones.
     "orbax-checkpoint>=0.12.8",
     "sentencepiece",
-    # The first that runs on Python 3.11 and newer with the protobuf of today's TensorFlow.
-    "seqio>=0.0.20",
+    "seqio",
     "tensorboard",  # clu's metric writers need it and do not ask for it
     "tensorflow",
     "tensorflow-datasets",
@@ -47,8 +46,6 @@ setup(
     name="calm_jax",
     version=VERSION,
     description="Composes two frozen language models by training a bridge between them",
-    long_description=(ROOT / "README.md").read_text(),
-    long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.11",  # the oldest Python that the jax above runs on
     packages=find_packages(include=["calm_jax", "calm_jax.*"]),

@@ -314,10 +314,7 @@ def _section(cls: type, form: Any = None) -> ConfigDict:
         values = form.to_dict()
     hints = typing.get_type_hints(cls)
     return ConfigDict(
-        {
-            name: _empty(hints[name]) if value is None else value
-            for name, value in values.items()
-        }
+        {name: _empty(hints[name]) if value is None else value for name, value in values.items()}
     )
 
 

@@ -1,0 +1,71 @@
+"""`python -m calm_jax COMMAND …`, installed as `calm COMMAND …`."""
+
+import difflib
+import importlib
+import logging as standard_logging
+import pathlib
+import sys
+from collections.abc import Sequence
+
+from absl import logging
+
+from calm_jax.errors import CalmError
+
+PACKAGE = str(pathlib.Path(__file__).parent)
+
+COMMANDS = {
+    "train": "trains a decoder, or the bridge of a composed model",
+    "evaluate": "scores a run on its tasks",
+    "generate": "answers prompts with a trained model",
+    "report": "turns the runs of an experiment into one page",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a command; returns the exit status: 0, 2 after bad input, 130 when interrupted."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(_usage())
+        return 0
+    name = arguments[0]
+    if name not in COMMANDS:
+        nearest = difflib.get_close_matches(name, COMMANDS, n=1)
+        hint = f"did you mean {nearest[0]!r}?" if nearest else f"known are {', '.join(COMMANDS)}"
+        return _fail(f"unknown command {name!r}; {hint}")
+    _show_own_logs()
+    try:
+        return importlib.import_module(f"calm_jax.cli.{name}").main(arguments[1:])
+    except CalmError as error:
+        return _fail(str(error))
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+
+
+def _usage() -> str:
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name:{width}}  {line}" for name, line in COMMANDS.items()]
+    return "\n".join(
+        ["Usage: calm COMMAND --flag=value …", "", *lines, "", "calm COMMAND --help says more."]
+    )
+
+
+def _fail(message: str) -> int:
+    print(f"error: {message}", file=sys.stderr)
+    return 2
+
+
+def _show_own_logs() -> None:
+    """Shows notes of this package; of the libraries, which share the logger, warnings alone."""
+    logging.set_verbosity(logging.INFO)
+    handler = logging.get_absl_handler()
+    handler.addFilter(_worth_showing)
+    handler.setFormatter(standard_logging.Formatter("%(message)s"))
+
+
+def _worth_showing(record: standard_logging.LogRecord) -> bool:
+    return record.levelno >= standard_logging.WARNING or record.pathname.startswith(PACKAGE)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

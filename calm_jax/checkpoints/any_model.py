@@ -1,0 +1,37 @@
+"""A model from whatever kind of folder holds one."""
+
+import jax
+from etils import epath
+
+from calm_jax.checkpoints import composed, frozen
+from calm_jax.checkpoints.files import absolute, read_json
+from calm_jax.errors import CalmError
+from calm_jax.models import ComposedDecoder, Decoder
+
+
+def load_model(
+    place: epath.PathLike, *, step: int | None = None, mesh: jax.sharding.Mesh | None = None
+) -> Decoder | ComposedDecoder:
+    """Loads a run's directory, a frozen folder or an exported bridge.
+
+    Args:
+        place: the folder. Of a decoder's run, its finished model.
+        step: which checkpoint of a composed run; default: the best by validation.
+        mesh: where everything goes; default: the first device.
+
+    Raises:
+        CalmError: no such folder, a damaged one, a decoder's run that has not finished, or `step` of
+            anything but a composed run.
+    """
+    folder = absolute(place)
+    config = read_json(folder / "config.json", "a run, a frozen folder or an exported bridge")
+    is_run = "kind" in config
+    if config.get("format") == composed.FORMAT or (is_run and config["kind"] == "composed"):
+        return composed.load_composed(folder, step=step, mesh=mesh)
+    if step is not None:
+        raise CalmError(f"{folder} holds one finished decoder: it has no step {step} to choose")
+    if is_run:
+        folder /= "frozen"
+        if not folder.exists():
+            raise CalmError(f"{folder.parent} has not finished: it has no {folder.name} folder yet")
+    return frozen.load(folder, mesh=mesh)

@@ -1,0 +1,172 @@
+"""What the commands share: flags of their own, and configs with keys set on the command line."""
+
+import difflib
+import importlib.util
+import keyword
+import pathlib
+import re
+import traceback
+from collections.abc import Callable, Iterable, Sequence
+
+from absl import flags
+from ml_collections import ConfigDict, config_flags
+
+from calm_jax.errors import CalmError
+from calm_jax.training.configuration import flatten, to_dict, unknown_key
+
+OVERRIDE = re.compile(r"--?(?:no)?config\.([^=\[]+)")
+
+
+def parse(
+    argv: Sequence[str],
+    usage: str,
+    define: Callable[[flags.FlagValues], None],
+    *,
+    required: Sequence[str] = (),
+    load_config: Callable[[flags.FlagValues], ConfigDict] | None = None,
+) -> tuple[flags.FlagValues, ConfigDict | None]:
+    """Parses a command's arguments, without a trace in any other command's flags.
+
+    Args:
+        argv: what follows the command's name.
+        usage: what --help says before it lists the flags.
+        define: defines the flags.
+        required: names of flags that must be given.
+        load_config: makes, of the flags, the config that `--config.KEY=VALUE` changes; without it
+            such arguments are errors.
+
+    Returns:
+        the flags, and the config or None.
+
+    Raises:
+        CalmError: an argument that means nothing, named with the nearest that does; a required flag
+            left out.
+        SystemExit: --help was asked for, and printed.
+    """
+    values = flags.FlagValues()
+    flags.DEFINE_bool("help", False, "show this", flag_values=values)
+    define(values)
+    values.set_gnu_getopt(True)
+    try:
+        rest = values(["calm", *argv], known_only=True)[1:]
+    except (flags.Error, ValueError) as error:
+        raise CalmError(_first_line(error)) from None
+    if values.help:
+        print(usage + "\n\n" + _describe(values, load_config))
+        raise SystemExit(0)
+    _refuse([a for a in rest if load_config is None or not _may_be_override(a)], values)
+    for name in required:
+        if values[name].value is None:
+            raise CalmError(f"--{name} is missing")
+    if load_config is None:
+        return values, None
+    return values, override(load_config(values), rest)
+
+
+def override(config: ConfigDict, arguments: Sequence[str]) -> ConfigDict:
+    """Sets keys of the config by arguments `--config.KEY=VALUE`, and locks it.
+
+    Raises:
+        CalmError: an unknown key, named with the nearest known one; a value of another type; any
+            other argument.
+    """
+    values = flags.FlagValues()
+    values.set_gnu_getopt(True)
+    keys = _keys(config)
+    for argument in arguments:
+        match = OVERRIDE.match(argument)
+        if match and match[1] not in keys:
+            raise unknown_key(match[1], keys)
+    arguments = ["calm", *map(_quote_keywords, arguments)]
+    try:
+        config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=arguments)
+        rest = values(arguments, known_only=True)[1:]
+    except flags.Error as error:
+        raise CalmError(_first_line(error).split(". ")[0]) from None
+    except (ValueError, TypeError, AttributeError, LookupError) as error:
+        # A path into a list, such as data.train[4].weight, says no more than "out of range".
+        raise CalmError(f"{' '.join(arguments[1:])}: {_first_line(error)}") from None
+    _refuse(rest)
+    return values.config
+
+
+def load_file(path: str) -> ConfigDict:
+    """The config that a Python file's `get_config()` returns.
+
+    Raises:
+        CalmError: no such file, or one that fails: with its line.
+    """
+    if not pathlib.Path(path).is_file():
+        raise CalmError(f"--config={path}: there is no such file")
+    spec = importlib.util.spec_from_file_location("calm_config", path)
+    if spec is None:
+        raise CalmError(f"--config={path} is not a Python file")
+    try:
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        config = module.get_config()
+    except Exception as error:
+        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__)
+                 if frame.filename == spec.origin]  # fmt: skip
+        line = f":{lines[-1]}" if lines else ""
+        raise CalmError(
+            f"--config={path}{line}: {type(error).__name__}: {_first_line(error)}"
+        ) from error
+    if not isinstance(config, ConfigDict):
+        raise CalmError(f"--config={path}: get_config() returns {type(config).__name__}")
+    return config
+
+
+def _keys(config: ConfigDict) -> list[str]:
+    """All dotted keys, of values and of sections."""
+    keys = []
+    for key in flatten(config):
+        parts = key.split(".")
+        keys += [".".join(parts[: end + 1]) for end in range(len(parts))]
+    return list(dict.fromkeys(keys))
+
+
+def _quote_keywords(argument: str) -> str:
+    """`--config.decoder.from=X` in the form that can be parsed as Python, where `from` is no name."""
+    flag, equals, value = argument.partition("=")
+    if not OVERRIDE.match(flag):
+        return argument
+    start, *names = flag.split(".")
+    names = [f'["{name}"]' if keyword.iskeyword(name) else f".{name}" for name in names]
+    return start + "".join(names) + equals + value
+
+
+def _may_be_override(argument: str) -> bool:
+    """Also an argument without a dash: the value in `--config.KEY VALUE`."""
+    return bool(OVERRIDE.match(argument)) or not argument.startswith("-")
+
+
+def _refuse(arguments: Sequence[str], known: Iterable[str] = ()) -> None:
+    """Raises `CalmError` for the first argument, with the nearest of the flags `known`."""
+    for argument in arguments:
+        if not argument.startswith("-"):
+            raise CalmError(f"unexpected argument {argument!r}; every argument is a --flag=value")
+        flag = argument.split("=")[0].lstrip("-")
+        nearest = difflib.get_close_matches(flag, list(known), n=1)
+        hint = f"did you mean --{nearest[0]}?" if nearest else "--help lists the flags"
+        raise CalmError(f"unknown flag --{flag}; {hint}")
+
+
+def _describe(values: flags.FlagValues, load_config) -> str:
+    lines = ["Flags:"]
+    for name in values:
+        default = values[name].default
+        shown = "" if default in (None, False, []) else f" (default: {default})"
+        lines.append(f"  --{name}: {values[name].help}{shown}")
+    if load_config is not None:
+        lines.append("  --config.KEY=VALUE: set one key of the config, as often as needed")
+        if "config" in values and values.config is not None:
+            lines += ["", f"Keys of {values.config}, with their values:"]
+            config = flatten(to_dict(load_config(values)))
+            lines += [f"  --config.{key}={value!r}" for key, value in config.items()]
+    return "\n".join(lines)
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

@@ -1,0 +1,54 @@
+"""`calm generate`: what a model answers."""
+
+from absl import flags
+from etils import epath
+
+from calm_jax.cli import config
+from calm_jax.errors import CalmError
+
+USAGE = """Prints what a model answers to each prompt.
+
+  calm generate --workdir=runs/kv/composed --prompt='<math>ab+cd='
+  calm generate --workdir=runs/kv/anchor/frozen --prompts_file=prompts.txt --max_new_tokens=8
+
+WORKDIR is a run of `calm train`, a frozen folder or an exported bridge. The most probable token is taken
+at every step."""
+
+
+def _define(values: flags.FlagValues) -> None:
+    flags.DEFINE_string("workdir", None, "folder that holds a model", flag_values=values)
+    flags.DEFINE_integer(
+        "step", None, "checkpoint of a composed run, otherwise its best", flag_values=values
+    )
+    flags.DEFINE_multi_string("prompt", [], "text to go on from; repeatable", flag_values=values)
+    flags.DEFINE_string("prompts_file", None, "file with a prompt a line", flag_values=values)
+    flags.DEFINE_integer("max_new_tokens", 32, "length of an answer at most", flag_values=values)
+
+
+def main(argv: list[str]) -> int:
+    """Runs the command; `argv` is what follows its name."""
+    values, _ = config.parse(argv, USAGE, _define, required=("workdir",))
+    prompts = list(values.prompt)
+    if values.prompts_file is not None:
+        prompts += _read_lines(values.prompts_file)
+    if not prompts:
+        raise CalmError("no prompt: give --prompt or --prompts_file")
+
+    from calm_jax.checkpoints.any_model import load_model
+    from calm_jax.decoding import generate
+
+    model = load_model(values.workdir, step=values.step)
+    answers = generate(model, prompts, max_new_tokens=values.max_new_tokens)
+    for prompt, answer in zip(prompts, answers, strict=True):
+        print(prompt + model.vocabulary.decode(answer.tolist()))
+    return 0
+
+
+def _read_lines(path: str) -> list[str]:
+    try:
+        text = epath.Path(path).read_text()
+    except OSError as error:
+        raise CalmError(f"--prompts_file={path}: {error.strerror or error}") from None
+    except UnicodeDecodeError as error:
+        raise CalmError(f"--prompts_file={path} is not UTF-8 text: {error}") from None
+    return text.splitlines()
