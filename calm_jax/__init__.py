@@ -4,7 +4,7 @@ Names load when they are first used, so that `import calm_jax` costs nothing.
 """
 
 import importlib
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 __version__ = "0.1.0"
 
@@ -23,18 +23,6 @@ _MODULES = {
 }
 
 __all__ = sorted(_MODULES)
-
-if TYPE_CHECKING:
-    from calm_jax.checkpoints.composed import export_bridge, load_composed
-    from calm_jax.checkpoints.frozen import load, save_frozen
-    from calm_jax.decoding import generate
-    from calm_jax.models import (
-        ComposedDecoder,
-        CompositionConfig,
-        Decoder,
-        DecoderConfig,
-        compose,
-    )
 
 
 def __getattr__(name: str) -> Any:

@@ -20,8 +20,8 @@ def load_model(
         mesh: where everything goes; default: the first device.
 
     Raises:
-        CalmError: no such folder, a damaged one, a decoder's run that has not finished, or `step` of
-            anything but a composed run.
+        CalmError: no such folder, a damaged one, a decoder's run that has not finished, or `step`
+            of anything but a composed run.
     """
     folder = absolute(place)
     config = read_json(folder / "config.json", "a run, a frozen folder or an exported bridge")

@@ -127,7 +127,7 @@ def _keys(config: ConfigDict) -> list[str]:
 
 
 def _quote_keywords(argument: str) -> str:
-    """`--config.decoder.from=X` in the form that can be parsed as Python, where `from` is no name."""
+    """`--config.decoder.from=X` in a form that parses as Python, where `from` is no name."""
     flag, equals, value = argument.partition("=")
     if not OVERRIDE.match(flag):
         return argument

@@ -11,8 +11,8 @@ USAGE = """Prints what a model answers to each prompt.
   calm generate --workdir=runs/kv/composed --prompt='<math>ab+cd='
   calm generate --workdir=runs/kv/anchor/frozen --prompts_file=prompts.txt --max_new_tokens=8
 
-WORKDIR is a run of `calm train`, a frozen folder or an exported bridge. The most probable token is taken
-at every step."""
+WORKDIR is a run of `calm train`, a frozen folder or an exported bridge. At every step the most
+probable token is taken."""
 
 
 def _define(values: flags.FlagValues) -> None:

@@ -9,9 +9,10 @@ USAGE = """Trains what the config says, and goes on where an earlier call stoppe
   calm train --config=configs/kv_compose.py --workdir=runs/kv/composed
   calm train --config=configs/kv_compose.py --workdir=runs/kv/wide --config.train.batch_size=256
 
-The run's directory then holds its config, checkpoints, metrics and costs, and of a decoder the finished
-model (WORKDIR/frozen). A directory that holds a run goes on with it: mesh, number of steps, logging and
-saving may change, nothing else. `calm train --config=FILE --help` lists every key with its value."""
+The run's directory then holds its config, checkpoints, metrics and costs, and of a decoder the
+finished model (WORKDIR/frozen). A directory that holds a run goes on with it: mesh, number of
+steps, logging and saving may change, nothing else. `calm train --config=FILE --help` lists every
+key with its value."""
 
 
 def _define(values: flags.FlagValues) -> None:

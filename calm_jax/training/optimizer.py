@@ -1,0 +1,69 @@
+"""Optimizers by name, as optax chains."""
+
+import jax
+import optax
+from ml_collections import ConfigDict
+
+from calm_jax.errors import CalmError
+from calm_jax.models.parameters import Tree, path_name
+
+# Ends of the names of parameters that are no matrices, in stacked layers too.
+_NOT_DECAYED = ("bias", "norm", "scale")
+
+
+def make_optimizer(
+    config: ConfigDict, num_steps: int
+) -> tuple[optax.GradientTransformation, optax.Schedule]:
+    """The optimizer of a run and its learning rate by step.
+
+    Moments have the dtype of what is trained, float32. Weight decay is decoupled, times the learning
+    rate, and of matrices alone.
+
+    Args:
+        config: the section `optimizer` (see `calm_jax.training.configuration`).
+        num_steps: the last step's number, to which the schedule runs.
+
+    Raises:
+        CalmError: an unknown name of an optimizer or a schedule.
+    """
+    schedule = make_schedule(config, num_steps)
+    if config.name == "adamw":
+        scale = [optax.scale_by_adam(b1=config.b1, b2=config.b2)]
+    elif config.name == "adafactor":
+        # Shazeer and Stern 2018, without momentum and without steps relative to a parameter's own
+        # size: what starts at 0, as a new bridge's output does, would hardly move.
+        scale = [optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0)]
+    else:
+        raise CalmError(f"optimizer.name {config.name!r} is neither 'adamw' nor 'adafactor'")
+    clip = [optax.clip_by_global_norm(config.clip_norm)] if config.clip_norm else []
+    decay = [optax.add_decayed_weights(config.weight_decay, mask=_decayed)]
+    if not config.weight_decay:
+        decay = []
+    return optax.chain(*clip, *scale, *decay, optax.scale_by_learning_rate(schedule)), schedule
+
+
+def make_schedule(config: ConfigDict, num_steps: int) -> optax.Schedule:
+    """Learning rate of the step with a number, 0 the first: linear warm-up, then as config says."""
+    peak, warmup = config.learning_rate, config.warmup_steps
+    rest = num_steps - warmup
+    if config.schedule == "cosine":
+        after = optax.cosine_decay_schedule(peak, rest, alpha=config.final_fraction)
+    elif config.schedule == "linear":
+        after = optax.linear_schedule(peak, config.final_fraction * peak, rest)
+    elif config.schedule == "constant":
+        after = optax.constant_schedule(peak)
+    else:
+        raise CalmError(
+            f"optimizer.schedule {config.schedule!r} is none of 'cosine', 'linear' and 'constant'"
+        )
+    if not warmup:
+        return after
+    # Not from 0: the first step would be lost.
+    before = optax.linear_schedule(peak / (warmup + 1), peak, warmup)
+    return optax.join_schedules([before, after], [warmup])
+
+
+def _decayed(parameters: Tree) -> Tree:
+    return jax.tree.map_with_path(
+        lambda path, x: x.ndim > 1 and not path_name(path).endswith(_NOT_DECAYED), parameters
+    )

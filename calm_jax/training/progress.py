@@ -1,0 +1,305 @@
+"""What a run tells while it trains: a line on the screen, metrics.jsonl and TensorBoard."""
+
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Mapping
+from typing import Any, TextIO
+
+import jax
+from absl import logging
+from etils import epath
+
+from calm_jax.checkpoints.files import is_bucket
+from calm_jax.errors import CalmError
+
+TERMINAL_SECONDS = 0.2  # between two states of the line that a terminal shows
+LOG_SECONDS = 5.0  # between two lines elsewhere
+BUCKET_SECONDS = 30.0  # between two writes of an object, which can only be written whole
+
+
+class Progress:
+    """Reports the steps of one call of training. Only the first process of several says anything.
+
+    A step's number counts the steps done: the first is 1.
+
+    Args:
+        workdir: the run's directory.
+        num_steps: the last step's number.
+        first_step: steps done before this call; lines of later ones are dropped from metrics.jsonl.
+        tokens_per_step: of the global batch, padding included.
+        log_every: steps between two lines of metrics.jsonl.
+        tensorboard: write event files too, where TensorFlow is installed.
+        screen: where the line goes; default: standard output.
+
+    Raises:
+        CalmError: the directory cannot be written.
+    """
+
+    def __init__(
+        self,
+        workdir: epath.PathLike,
+        *,
+        num_steps: int,
+        first_step: int,
+        tokens_per_step: int,
+        log_every: int,
+        tensorboard: bool = True,
+        screen: TextIO | None = None,
+    ):
+        self.num_steps, self.log_every = num_steps, log_every
+        self.tokens_per_step = tokens_per_step
+        self.active = jax.process_index() == 0
+        if not self.active:
+            return
+        workdir = epath.Path(workdir)
+        self._screen = _Screen(sys.stdout if screen is None else screen)
+        self._metrics = MetricsFile(workdir / "metrics.jsonl", keep_to=first_step)
+        self._events = _event_writer(workdir / "tensorboard") if tensorboard else None
+        self._first_step, self._started = first_step, time.perf_counter()
+        self._shown = _Interval(first_step)  # since the line on the screen
+        self._logged = _Interval(first_step)  # since the line in metrics.jsonl
+
+    def train(self, step: int, metrics: Mapping[str, float], seconds_waited: float) -> None:
+        """One step is done; `seconds_waited` is how long it waited for its batch."""
+        if not self.active:
+            return
+        for interval in (self._shown, self._logged):
+            interval.add(step, seconds_waited)
+        last = step == self.num_steps
+        if last or step % self.log_every == 0:
+            self._write("train", step, dict(metrics) | self._logged.speed(self.tokens_per_step))
+            self._logged = _Interval(step)
+        if last or self._screen.is_due():
+            self._screen.show(self._line(step, metrics["loss"]))
+            self._shown = _Interval(step)
+
+    def validation(self, step: int, metrics: Mapping[str, float]) -> None:
+        """The scores after a step. The time since that step counts towards no step's."""
+        if not self.active:
+            return
+        self._write("validation", step, dict(metrics))
+        scores = " · ".join(
+            f"{name} {value:.4g}"
+            for name, value in metrics.items()
+            if name.startswith(("loss", "accuracy", "exact"))
+        )
+        self._screen.keep(f"validation after step {step:,}: {scores}")
+        self._shown, self._logged = _Interval(step), _Interval(step)
+
+    def close(self) -> None:
+        """Writes what is left."""
+        if not self.active:
+            return
+        self._screen.close()
+        self._metrics.close()
+        if self._events is not None:
+            self._events.close()
+
+    def _write(self, split: str, step: int, metrics: dict[str, float]) -> None:
+        self._metrics.write({"step": step, "split": split, **metrics})
+        if self._events is not None:
+            named = {f"{split}/{name}": value for name, value in metrics.items()}
+            self._events.write_scalars(step, named)
+
+    def _line(self, step: int, loss: float) -> str:
+        speed = self._shown.speed(self.tokens_per_step)
+        elapsed = time.perf_counter() - self._started
+        left = elapsed / (step - self._first_step) * (self.num_steps - step)
+        return (
+            f"step {step:,}/{self.num_steps:,} · loss {loss:.4f} · "
+            f"{speed['tokens_per_second']:,.0f} tokens/s · "
+            f"{1000 * speed['step_seconds']:.0f} ms a step, {speed['waiting']:.0%} waiting for data · "
+            f"{duration(left)} left"
+        )
+
+
+class _Interval:
+    """Time and steps since a step."""
+
+    def __init__(self, step: int):
+        self.start_step = self.step = step
+        self.start = time.perf_counter()
+        self.waited = 0.0
+
+    def add(self, step: int, waited: float) -> None:
+        self.step = step
+        self.waited += waited
+
+    def speed(self, tokens_per_step: int) -> dict[str, float]:
+        """Means over the interval: tokens a second, seconds a step, share of waiting for data."""
+        steps = self.step - self.start_step
+        elapsed = max(time.perf_counter() - self.start, 1e-9)
+        return {
+            "tokens_per_second": steps * tokens_per_step / elapsed,
+            "step_seconds": elapsed / steps,
+            "waiting": min(self.waited / elapsed, 1.0),
+        }
+
+
+class _Screen:
+    """A line that a terminal shows in place, and a log gets anew every few seconds."""
+
+    def __init__(self, stream: TextIO):
+        self._stream, self._terminal = stream, stream.isatty()
+        self._every = TERMINAL_SECONDS if self._terminal else LOG_SECONDS
+        self._last, self._open = -math.inf, False
+
+    def is_due(self) -> bool:
+        return time.perf_counter() - self._last >= self._every
+
+    def show(self, line: str) -> None:
+        self._last = time.perf_counter()
+        self._print(f"\r\x1b[K{line}" if self._terminal else f"{line}\n")
+        self._open = self._terminal
+
+    def keep(self, line: str) -> None:
+        """Shows a line that stays."""
+        self.close()
+        self._print(f"{line}\n")
+
+    def close(self) -> None:
+        if self._open:
+            self._print("\n")
+        self._open = False
+
+    def _print(self, text: str) -> None:
+        self._stream.write(text)
+        self._stream.flush()
+
+
+class MetricsFile:
+    """metrics.jsonl of a run that may have been stopped at any byte.
+
+    Opening it drops, atomically, the lines of steps after `keep_to` and whatever is not whole.
+    Raises `CalmError` when it cannot be written.
+    """
+
+    def __init__(self, path: epath.Path, *, keep_to: int):
+        self.path = path
+        self._file, self._bucket = None, is_bucket(path)
+        self._lines = _lines_up_to(path, keep_to)
+        try:
+            if self._bucket:
+                self._upload()
+                return
+            beside = path.with_name(f".{path.name}.tmp")
+            beside.write_text("".join(self._lines))
+            beside.replace(path)
+            self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115: `close` closes it
+        except OSError as error:
+            raise self._failed(error) from error
+
+    def write(self, record: Mapping[str, Any]) -> None:
+        """Appends a line; it is on disk when this returns, in a bucket within half a minute."""
+        line = json.dumps(record) + "\n"
+        try:
+            if self._bucket:
+                self._lines.append(line)
+                if time.perf_counter() - self._uploaded > BUCKET_SECONDS:
+                    self._upload()
+            else:
+                self._file.write(line)
+                self._file.flush()
+        except OSError as error:
+            raise self._failed(error) from error
+
+    def close(self) -> None:
+        """Writes what is left."""
+        if self._bucket:
+            self._upload()
+        else:
+            self._file.close()
+
+    def _upload(self) -> None:
+        self.path.write_text("".join(self._lines))
+        self._uploaded = time.perf_counter()
+
+    def _failed(self, error: OSError) -> CalmError:
+        return CalmError(f"cannot write {self.path}: {error.strerror or error}")
+
+
+def _lines_up_to(path: epath.Path, step: int) -> list[str]:
+    if not path.exists():
+        return []
+    kept = []
+    for line in path.read_text().splitlines(keepends=True):
+        try:
+            record = json.loads(line)
+        except ValueError:  # the process was stopped while it wrote this line
+            continue
+        if record["step"] <= step:
+            kept.append(line.rstrip("\n") + "\n")
+    return kept
+
+
+def _event_writer(folder: epath.Path) -> Any:
+    """clu's writer of TensorBoard's event files, in a thread; None without TensorFlow."""
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    try:
+        import tensorflow as tf
+    except ImportError:
+        logging.warning("TensorFlow is not installed: nothing is written for TensorBoard")
+        return None
+    # It would take the accelerators' memory.
+    tf.config.set_visible_devices([], "GPU")
+    from clu import metric_writers
+
+    return metric_writers.AsyncWriter(metric_writers.SummaryWriter(os.fspath(folder)))
+
+
+def costs_table(costs: Mapping[str, Any]) -> str:
+    """What a run will cost, as text: a row for each tree, then the step's and the mesh's figures.
+
+    Args:
+        costs: the content of costs.json: "trees", "memory_bytes", "flops_per_step", "mesh",
+            "global_batch", "tokens_per_step".
+    """
+    rows = [("tree", "parameters", "size", "")]
+    for tree in costs["trees"]:
+        note = "trained" if tree["trained"] else "frozen"
+        note = "state" if tree["name"] == "optimizer" else note
+        rows.append((tree["name"], f"{tree['parameters']:,}", size(tree["bytes"]), note))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = [
+        f"{name:{widths[0]}}  {parameters:>{widths[1]}}  {bytes_:>{widths[2]}}  {note}".rstrip()
+        for name, parameters, bytes_, note in rows
+    ]
+    mesh = " × ".join(f"{axis} {ways}" for axis, ways in costs["mesh"].items())
+    return "\n".join(
+        [
+            *lines,
+            f"a step: {size(costs['memory_bytes'])} of memory a device, compiled; "
+            f"{_with_prefix(costs['flops_per_step'])}FLOP",
+            f"mesh: {mesh}; global batch: {costs['global_batch']:,} rows, "
+            f"{costs['tokens_per_step']:,} tokens",
+        ]
+    )
+
+
+def size(number: float) -> str:
+    """Bytes in binary units: 1536 is 1.5 KiB."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if number < 1024:
+            return f"{number:.0f} B" if unit == "B" else f"{number:.1f} {unit}"
+        number /= 1024
+    return f"{number:.1f} TiB"
+
+
+def duration(seconds: float) -> str:
+    """12 s, 3 min 5 s, 2 h 3 min."""
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours} h {minutes} min"
+    return f"{minutes} min {seconds} s" if minutes else f"{seconds} s"
+
+
+def _with_prefix(number: float) -> str:
+    for prefix in ("", "k", "M", "G", "T", "P"):
+        if number < 1000:
+            return f"{number:.3g} {prefix}"
+        number /= 1000
+    return f"{number:.3g} E"
