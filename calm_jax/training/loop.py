@@ -9,7 +9,6 @@ import time
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import logging
 from calm_jax.training.optimizer import make_optimizer
 from calm_jax.training.progress import Progress, costs_table
 from etils import epath
@@ -47,6 +46,7 @@ def train(config: ConfigDict, workdir: epath.PathLike, *, overwrite: bool = Fals
     mesh = sharding.make_mesh(config.mesh)
     sharding.check_batch(config.train.batch_size, config.train.accumulate, mesh)
     run = open_run(workdir, config, overwrite=overwrite)
+    cache_programs(config.cache_compiled)
     with contextlib.ExitStack() as stack:
         checkpoints = stack.enter_context(
             TrainingCheckpoints(run / "checkpoints", keep=config.train.keep)
@@ -57,12 +57,19 @@ def train(config: ConfigDict, workdir: epath.PathLike, *, overwrite: bool = Fals
     return run
 
 
+def cache_programs(place: str = "") -> None:
+    """Keeps compiled programs on disk, so that no later process compiles them again."""
+    place = place or epath.Path("~/.cache/calm_jax/xla").expanduser()
+    jax.config.update("jax_compilation_cache_dir", str(place))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+
 def _finished(run: epath.Path, config: ConfigDict, checkpoints: TrainingCheckpoints) -> bool:
     done = checkpoints.latest is not None and checkpoints.latest >= config.train.num_steps
     if done and config.kind == "decoder":
         done = (run / "frozen").exists()
     if done:
-        logging.info("%s has finished its %d steps", run, config.train.num_steps)
+        print(f"{run} has finished its {config.train.num_steps:,} steps", flush=True)
     return done
 
 
@@ -121,7 +128,7 @@ class _Session:
         )
         check_identities(restored.state["frozen"], self.model.identities, str(self.run))
         self.model.trainable, self.opt_state = restored.trainable, restored.opt_state
-        logging.info("%s goes on after step %d", self.run, latest)
+        print(f"{self.run} goes on after step {latest:,}", flush=True)
         return restored.state["batch_index"] + 1
 
     def _compile(self):
@@ -163,6 +170,7 @@ class _Session:
             first_step=first,
             tokens_per_step=train.batch_size * self.config.data.length,
             log_every=train.log_every,
+            tensorboard=train.tensorboard,
         )
         eval_step = make_eval_step(self.parts, self.shardings)
         batches = self.stream.iterate(first)

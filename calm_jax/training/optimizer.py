@@ -16,8 +16,8 @@ def make_optimizer(
 ) -> tuple[optax.GradientTransformation, optax.Schedule]:
     """The optimizer of a run and its learning rate by step.
 
-    Moments have the dtype of what is trained, float32. Weight decay is decoupled, times the learning
-    rate, and of matrices alone.
+    Moments have the dtype of what is trained, float32. Weight decay is decoupled, times the
+    learning rate, and of matrices alone.
 
     Args:
         config: the section `optimizer` (see `calm_jax.training.configuration`).

@@ -14,6 +14,7 @@ from etils import epath
 
 from calm_jax.checkpoints.files import is_bucket
 from calm_jax.errors import CalmError
+from calm_jax.quiet_tensorflow import import_tensorflow
 
 TERMINAL_SECONDS = 0.2  # between two states of the line that a terminal shows
 LOG_SECONDS = 5.0  # between two lines elsewhere
@@ -111,8 +112,8 @@ class Progress:
         return (
             f"step {step:,}/{self.num_steps:,} · loss {loss:.4f} · "
             f"{speed['tokens_per_second']:,.0f} tokens/s · "
-            f"{1000 * speed['step_seconds']:.0f} ms a step, {speed['waiting']:.0%} waiting for data · "
-            f"{duration(left)} left"
+            f"{1000 * speed['step_seconds']:.0f} ms a step, {speed['waiting']:.0%} waiting "
+            f"for data · {duration(left)} left"
         )
 
 
@@ -188,7 +189,7 @@ class MetricsFile:
             beside = path.with_name(f".{path.name}.tmp")
             beside.write_text("".join(self._lines))
             beside.replace(path)
-            self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115: `close` closes it
+            self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 - `close` closes it
         except OSError as error:
             raise self._failed(error) from error
 
@@ -237,14 +238,11 @@ def _lines_up_to(path: epath.Path, step: int) -> list[str]:
 
 def _event_writer(folder: epath.Path) -> Any:
     """clu's writer of TensorBoard's event files, in a thread; None without TensorFlow."""
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     try:
-        import tensorflow as tf
+        import_tensorflow()
     except ImportError:
         logging.warning("TensorFlow is not installed: nothing is written for TensorBoard")
         return None
-    # It would take the accelerators' memory.
-    tf.config.set_visible_devices([], "GPU")
     from clu import metric_writers
 
     return metric_writers.AsyncWriter(metric_writers.SummaryWriter(os.fspath(folder)))
