@@ -2,12 +2,12 @@
 
 import difflib
 import importlib
-import logging as standard_logging
+import logging
 import pathlib
 import sys
 from collections.abc import Sequence
 
-from absl import logging
+from absl import logging as absl_logging
 
 from calm_jax.errors import CalmError
 
@@ -56,15 +56,16 @@ def _fail(message: str) -> int:
 
 
 def _show_own_logs() -> None:
-    """Shows notes of this package; of the libraries, which share the logger, warnings alone."""
-    logging.set_verbosity(logging.INFO)
-    handler = logging.get_absl_handler()
+    """Shows notes of this package; of the libraries, which share its logger, warnings alone."""
+    handler = logging.StreamHandler()
     handler.addFilter(_worth_showing)
-    handler.setFormatter(standard_logging.Formatter("%(message)s"))
+    logger = absl_logging.get_absl_logger()
+    logger.handlers, logger.propagate = [handler], False
+    absl_logging.set_verbosity(absl_logging.INFO)
 
 
-def _worth_showing(record: standard_logging.LogRecord) -> bool:
-    return record.levelno >= standard_logging.WARNING or record.pathname.startswith(PACKAGE)
+def _worth_showing(record: logging.LogRecord) -> bool:
+    return record.levelno >= logging.WARNING or record.pathname.startswith(PACKAGE)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,45 @@
+"""TensorFlow, imported so that it leaves the accelerators and the screen alone."""
+
+import contextlib
+import os
+import sys
+import tempfile
+from collections.abc import Iterator
+from types import ModuleType
+
+
+def import_tensorflow() -> ModuleType:
+    """Imports TensorFlow, which takes seconds, without its start-up notes and its devices.
+
+    JAX computes on the accelerators; TensorFlow would take all their memory.
+
+    Raises:
+        ImportError: it is not installed, or does not load; then its notes are shown.
+    """
+    with _hidden_notes():
+        import tensorflow
+
+        for kind in ("GPU", "TPU"):
+            tensorflow.config.set_visible_devices([], kind)
+    return tensorflow
+
+
+@contextlib.contextmanager
+def _hidden_notes() -> Iterator[None]:
+    """Hides what is written to the process' standard error, unless the block fails.
+
+    TensorFlow's libraries write there directly, before any setting of its log level counts.
+    """
+    sys.stderr.flush()
+    with tempfile.TemporaryFile() as notes:
+        shown = os.dup(2)
+        os.dup2(notes.fileno(), 2)
+        try:
+            yield
+        except BaseException:
+            notes.seek(0)
+            os.write(shown, notes.read())
+            raise
+        finally:
+            os.dup2(shown, 2)
+            os.close(shown)
