@@ -1,4 +1,4 @@
-"""Text to batches. TensorFlow, seqio and TFDS load only where data is made, never where it is read."""
+"""Text to batches. TensorFlow, seqio and TFDS load where data is made, not where it is read."""
 
 import importlib
 from typing import Any

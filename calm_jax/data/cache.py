@@ -10,6 +10,7 @@ A cache is a folder named by a fingerprint of all that decides its content:
 It is written beside and renamed when complete.
 """
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -18,9 +19,9 @@ import json
 import os
 import pathlib
 import shutil
-import tempfile
+import uuid
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 from absl import logging
@@ -76,7 +77,7 @@ class Source:
         return np.cumsum([0, *map(len, self.parts)])
 
     def batch(self, rows: np.ndarray) -> dict[str, np.ndarray]:
-        """The rows with these indices, as the six `decoder_…` arrays [B, T]; −1 is a row of padding.
+        """The rows with these indices as the six `decoder_…` arrays [B, T]; −1: a row of padding.
 
         Indices run through the parts in turn. int32, but `decoder_loss_weights` float32.
         """
@@ -89,7 +90,8 @@ class Source:
             targets_BT[mine] = part.arrays["targets"][inside]
             segments_BT[mine] = part.arrays["segment_ids"][inside]
             prompt_BT[mine] = part.arrays["prompt"][inside]
-            weights_BT[mine] = (segments_BT[mine] > 0) & (part.loss_on_inputs | (prompt_BT[mine] == 0))
+            trained = (prompt_BT[mine] == 0) | part.loss_on_inputs
+            weights_BT[mine] = trained & (segments_BT[mine] > 0)
         real_BT = segments_BT > 0
         starts_BT = real_BT & (segments_BT != _shift_right(segments_BT))
         index_BT = np.broadcast_to(np.arange(self.length, dtype=np.int32), shape)
@@ -121,7 +123,7 @@ def open_source(data: Mapping[str, Any], split: str, vocabulary: Vocabulary) -> 
     `data` is `config.data`: entries `{"task": name, "import": module}` or `{"jsonl": path}`, each
     with `weight` and `loss_on_inputs`; `length`, `pack`, `strict`, `limit`, `cache_dir`. Texts are
     tokenised with `vocabulary`. With a ready cache TensorFlow is not imported.
-    Raises `CalmError` for a bad entry or line, and with `strict` for sequences longer than `length`.
+    Raises `CalmError` for a bad entry or line, and with `strict` for a sequence too long.
     """
     cache_dir = cache_directory(data["cache_dir"])
     parts = []
@@ -131,9 +133,8 @@ def open_source(data: Mapping[str, Any], split: str, vocabulary: Vocabulary) -> 
         index = json.loads((folder / "index.json").read_text())
         _report_cut(index, data)
         for number, part in enumerate(index["parts"]):
-            arrays = {
-                name: np.load(folder / str(number) / f"{name}.npy", mmap_mode="r") for name in DTYPES
-            }
+            files = {name: folder / str(number) / f"{name}.npy" for name in DTYPES}
+            arrays = {name: np.load(file, mmap_mode="r") for name, file in files.items()}
             weight = entry.get("weight", 1.0) * part["rate"]
             parts.append(Part(part["name"], weight, entry.get("loss_on_inputs", False), arrays))
     if not parts:
@@ -147,20 +148,16 @@ def check_entry(entry: Mapping[str, Any], split: str) -> None:
     if ("task" in entry) == ("jsonl" in entry):
         raise CalmError(f"data.{split}: {entry} needs either 'task' or 'jsonl'")
     if entry.get("weight", 1.0) <= 0:
-        raise CalmError(f"data.{split}: weight {entry['weight']} of {name_of(entry)} is not above 0")
-
-
-def name_of(entry: Mapping[str, Any]) -> str:
-    """What an entry of the config is called."""
-    return entry.get("task") or str(entry["jsonl"])
+        name = entry.get("task", entry.get("jsonl"))
+        raise CalmError(f"data.{split}: weight {entry['weight']} of {name} is not above 0")
 
 
 def _report_cut(index: Mapping[str, Any], data: Mapping[str, Any]) -> None:
     for part in index["parts"]:
         if part["cut"]:
             message = (
-                f"{part['name']}: {part['cut']:,} of {part['examples']:,} sequences are longer than "
-                f"data.length {data['length']}; the longest has {part['longest']:,} tokens"
+                f"{part['name']}: {part['cut']:,} of {part['examples']:,} sequences are longer "
+                f"than data.length {data['length']}; the longest has {part['longest']:,} tokens"
             )
             if data["strict"]:
                 raise CalmError(f"{message} (data.strict)")
@@ -205,19 +202,15 @@ def _cached(
     folder = cache_dir / "tokens" / fingerprint
     if (folder / "index.json").is_file():
         return folder
+    beside = folder.with_name(f"{fingerprint}.incomplete.{uuid.uuid4().hex}")
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        beside = pathlib.Path(tempfile.mkdtemp(prefix=f"{fingerprint}.incomplete.", dir=folder.parent))
-    except OSError as error:
-        raise CalmError(f"data.cache_dir {cache_dir}: {error.strerror}") from error
-    try:
+        beside.mkdir(parents=True)
         _build(beside, entry, data, split, vocabulary, cache_dir)
-        try:
-            beside.rename(folder)
-        except OSError:
-            # Another process was faster: the folder is there, and holds the same.
-            if not (folder / "index.json").is_file():
-                raise
+        beside.rename(folder)
+    except OSError as error:
+        # Another process may have been faster: its folder is there, and holds the same.
+        if not (folder / "index.json").is_file():
+            raise CalmError(f"data.cache_dir {cache_dir}: {error.strerror or error}") from error
     finally:
         shutil.rmtree(beside, ignore_errors=True)
     return folder
@@ -258,7 +251,8 @@ def ready_tasks(
     for task, rate in tasks.find(entry["task"], entry.get("import", "")):
         tasks.make_ready(task, cache_dir / "tfds")
         if split not in task.splits:
-            raise CalmError(f"task {task.name!r} has no split {split!r}; it has {sorted(task.splits)}")
+            known = ", ".join(sorted(task.splits))
+            raise CalmError(f"task {task.name!r} has no split {split!r}; it has {known}")
         found.append((tasks.with_vocabulary(task, vocabulary), rate))
     return found
 
@@ -270,19 +264,24 @@ def _write_part(
     length = data["length"]
     total = task.num_input_examples(split)
     total = min(filter(None, (total, data["limit"])), default=None)
-    writers = {name: _RowWriter(folder / f"{name}.npy", length, dtype) for name, dtype in DTYPES.items()}
-    chunks = sequences(task, split, data["limit"])
-    with tqdm(total=total, desc=f"{task.name} {split}", unit=" examples") as progress:
-        for chunk in chunks:
+    with contextlib.ExitStack() as stack:
+        writers = {
+            name: stack.enter_context(_RowWriter(folder / f"{name}.npy", length, dtype))
+            for name, dtype in DTYPES.items()
+        }
+        progress = stack.enter_context(
+            tqdm(total=total, desc=f"{task.name} {split}", unit=" examples")
+        )
+        for chunk in sequences(task, split, data["limit"]):
             lengths = [len(prompt) + len(answer) for prompt, answer in chunk]
+            rows = (_packed if data["pack"] else _padded)(chunk, length)
+            for name, writer in writers.items():
+                writer.append(rows[name])
             counts["examples"] += len(chunk)
+            counts["rows"] += len(rows["targets"])
             counts["cut"] += sum(n > length for n in lengths)
             counts["longest"] = max(counts["longest"], *lengths)
-            for name, rows in (_packed if data["pack"] else _padded)(chunk, length).items():
-                writers[name].append(rows)
             progress.update(len(chunk))
-    for writer in writers.values():
-        counts["rows"] = writer.close()
     return counts
 
 
@@ -297,10 +296,13 @@ def sequences(
     dataset = dataset.map(lambda example: {name: example[name] for name in names})
     empty = np.zeros(0, np.int32)
     for batch in dataset.ragged_batch(PACK_CHUNK).prefetch(1):
-        columns = [np.split(batch[n].flat_values.numpy(), batch[n].row_splits.numpy()[1:-1]) for n in names]
-        if len(columns) == 1:
-            columns.insert(0, [empty] * len(columns[0]))
-        yield list(zip(*columns, strict=True))
+        columns = {name: _rows_of(ids) for name, ids in batch.items()}
+        prompts = columns.get("inputs", [empty] * len(columns["targets"]))
+        yield list(zip(prompts, columns["targets"], strict=True))
+
+
+def _rows_of(ids: Any) -> list[np.ndarray]:
+    return np.split(ids.flat_values.numpy(), ids.row_splits.numpy()[1:-1])
 
 
 def _columns(prompt: np.ndarray, answer: np.ndarray, length: int) -> np.ndarray:
@@ -336,7 +338,7 @@ class _RowWriter:
     """Appends rows [?, T] to a .npy file whose number of rows is known only at the end."""
 
     def __init__(self, path: pathlib.Path, length: int, dtype: type):
-        self._file = open(path, "wb")
+        self._file = open(path, "wb")  # noqa: SIM115 (`__exit__` closes it)
         self._length, self._dtype, self._rows = length, np.dtype(dtype), 0
         self._header()
 
@@ -350,8 +352,10 @@ class _RowWriter:
         self._file.write(np.ascontiguousarray(rows, self._dtype).tobytes())
         self._rows += len(rows)
 
-    def close(self) -> int:
-        self._file.seek(0)
-        self._header()
-        self._file.close()
-        return self._rows
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        with self._file:
+            self._file.seek(0)
+            self._header()

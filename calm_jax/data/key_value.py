@@ -38,11 +38,13 @@ OPERATORS = "+-*"
 TRAIN, VALIDATION, EVALUATION = 0, 1, 2
 FOLDS = {"train": TRAIN, "validation": VALIDATION, "evaluation": EVALUATION}
 
+BRIDGE_PARTS = ("math", "subs", "num")
+
 # The splits of each corpus: what TFDS prepares together.
 CORPORA = {
     "augment": ("train", "validation"),
     "anchor": ("train", "validation"),
-    "bridge": tuple(f"{s}_{fold}" for s in ("math", "subs", "num") for fold in ("train", "validation")),
+    "bridge": tuple(f"{part}_{fold}" for part in BRIDGE_PARTS for fold in ("train", "validation")),
     "evaluation": ("subs", "num", "math", "math_seen"),
 }
 
@@ -118,7 +120,9 @@ class KeyValueConfig:
             f"number_tokens would take {self.largest_number:,} tokens": (
                 self.number_tokens and self.largest_number > MAX_NUMBER_TOKENS
             ),
-            f"bridge_rates {self.bridge_rates} must sum to 1": abs(sum(self.bridge_rates) - 1) > 1e-6,
+            f"bridge_rates {self.bridge_rates} must sum to 1": (
+                abs(sum(self.bridge_rates) - 1) > 1e-6
+            ),
         }
         for problem, found in problems.items():
             if found:
@@ -286,7 +290,8 @@ class World:
             filled_NK = self._names[group.operands_NK]
             filled = rng.random(len(group)) < c.anchor_filler
             filled_NK[filled] = self._filler(rng, filled_NK[filled])
-            asked, written, results = group.texts(filled_NK), self._written(group), self._results(group)
+            asked = group.texts(filled_NK)
+            written, results = self._written(group), self._results(group)
             repeats = rng.random(len(group)) < c.anchor_repeat
             for i in range(len(group)):
                 if repeats[i]:
@@ -297,7 +302,7 @@ class World:
     def _bridge(self, rng: np.random.Generator, split: str) -> Iterator[dict]:
         c = self.config
         name, fold = split.split("_")
-        rate = c.bridge_rates[("math", "subs", "num").index(name)]
+        rate = c.bridge_rates[BRIDGE_PARTS.index(name)]
         count = round(c.bridge_examples * rate) if fold == "train" else c.validation_examples
         keys, plain = (None, 1.0) if name == "num" else (np.flatnonzero(self.seen), c.bridge_plain)
         for group in self._draw(rng, count, fold, keys, plain, c.bridge_single):
@@ -368,7 +373,12 @@ class World:
         ]
 
     def _random(
-        self, rng: np.random.Generator, number: int, size: int, keys: np.ndarray | None, plain: float
+        self,
+        rng: np.random.Generator,
+        number: int,
+        size: int,
+        keys: np.ndarray | None,
+        plain: float,
     ) -> Expressions:
         low, high = self.config.values
         operands_NK = self.config.keys + rng.integers(low, high + 1, (number, size))

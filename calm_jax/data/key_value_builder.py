@@ -5,6 +5,7 @@ import dataclasses
 import io
 import pathlib
 from collections.abc import Iterator
+from typing import ClassVar
 
 import numpy as np
 import tensorflow_datasets as tfds
@@ -38,8 +39,8 @@ class KeyValueArithmetic(tfds.core.GeneratorBasedBuilder):
     """Substitution and arithmetic over keys with secret values (arXiv 2401.02412, section 4.1)."""
 
     VERSION = tfds.core.Version("1.0.0")
-    RELEASE_NOTES = {"1.0.0": "First release."}
-    BUILDER_CONFIGS = [corpus for world in CONFIGS.values() for corpus in corpus_configs(world)]
+    RELEASE_NOTES: ClassVar = {"1.0.0": "First release."}
+    BUILDER_CONFIGS: ClassVar = [c for world in CONFIGS.values() for c in corpus_configs(world)]
     # There are no checksums to find beside the code; looking for them takes a package that TFDS
     # 4.9.10 does not declare (importlib_resources).
     code_path = None

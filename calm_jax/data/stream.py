@@ -5,7 +5,6 @@ The number of processes only decides which rows of the batch each of them holds.
 
 import functools
 import itertools
-import sys
 from collections.abc import Iterator
 
 import grain
@@ -16,6 +15,8 @@ from calm_jax.errors import CalmError
 
 READ_THREADS = 2
 PREFETCHED_BATCHES = 8
+
+ENDLESS = 2**53  # the most that grain still divides without rounding
 
 Batch = dict[str, np.ndarray]
 
@@ -34,7 +35,7 @@ class _ShuffledRows:
         return np.random.default_rng([*self._seed, epoch]).permutation(self._count)
 
     def __len__(self) -> int:
-        return sys.maxsize
+        return ENDLESS
 
     def __getitem__(self, index: int) -> int:
         epoch, inside = divmod(index, self._count)
@@ -67,7 +68,7 @@ class Stream:
         self._batches = rows.batch(local)[process_index::process_count].map(source.batch)
 
     def __getitem__(self, index: int) -> Batch:
-        """This process' rows of the global batch `index`, six arrays [B, T] (see `Source.batch`)."""
+        """This process' rows of the global batch `index`: six arrays [B, T], as `Source.batch`."""
         return self._batches[index]
 
     def iterate(self, start: int = 0) -> Iterator[tuple[int, Batch]]:

@@ -37,9 +37,9 @@ TOKENIZE_BATCH = 1024
 def tokenize(
     dataset: tf.data.Dataset, output_features: Mapping[str, seqio.Feature]
 ) -> tf.data.Dataset:
-    """Texts to ids, end tokens included, a thousand at a call: seqio's own steps take ten times as long.
+    """Texts to ids, with the end tokens, a thousand a call; only `output_features` remain.
 
-    Only `output_features` remain.
+    seqio's own steps, a text a call, take several times as long.
     """
 
     def encode(name: str, texts: tf.Tensor) -> tf.RaggedTensor:
@@ -86,7 +86,7 @@ def register_key_value(config: key_value.KeyValueConfig) -> None:
         corpus for corpus in key_value_builder.corpus_configs(config) if corpus.name not in known
     ]
     folds = ("train", "validation")
-    parts = ("math", "subs", "num")
+    parts = key_value.BRIDGE_PARTS
     for corpus in ("augment", "anchor"):
         _add_key_value(config, corpus, corpus, {fold: fold for fold in folds})
     for part in parts:
@@ -163,7 +163,7 @@ def with_vocabulary(task: seqio.Task, vocabulary: Vocabulary) -> seqio.Task:
 
 
 def text_examples(task: seqio.Task, split: str, limit: int) -> Iterator[dict[str, Any]]:
-    """The texts `inputs` and `targets` of a Task, and what else its examples carry; `limit` 0 is all."""
+    """The texts of a Task's features, with what else its examples carry; `limit` 0 is all."""
     if tokenize in task.preprocessors:
         dataset = task.source.get_dataset(split, shuffle=False)
     else:

@@ -40,7 +40,7 @@ class Vocabulary:
 
     @staticmethod
     def bytes() -> "ByteVocabulary":
-        """UTF-8 bytes with ByT5's ids: 0 padding, 1 end, 2 unknown, then byte + 3; no start token."""
+        """UTF-8 bytes with ByT5's ids: 0 padding, 1 end, 2 unknown, byte + 3; no start token."""
         return ByteVocabulary()
 
     @staticmethod
@@ -127,7 +127,7 @@ class Vocabulary:
         return next(token for token in (self.bos_id, self.eos_id, 0) if token is not None)
 
     def first_difference(self, other: "Vocabulary") -> tuple[int, str | None, str | None] | None:
-        """The first id that means another thing in `other`, and both meanings; None: there is none."""
+        """The first id that means another thing in `other`, and both meanings; None if equal."""
         if self.fingerprint == other.fingerprint:
             return None
         pairs = itertools.zip_longest(self.tokens(), other.tokens())
@@ -151,7 +151,8 @@ class Vocabulary:
         raise NotImplementedError
 
     def __repr__(self) -> str:
-        return f"{type(self).__name__}(size={self.size}, bos_id={self.bos_id}, eos_id={self.eos_id})"
+        name = type(self).__name__
+        return f"{name}(size={self.size}, bos_id={self.bos_id}, eos_id={self.eos_id})"
 
 
 class ByteVocabulary(Vocabulary):

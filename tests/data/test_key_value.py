@@ -1,0 +1,233 @@
+"""Every number is checked by Python's own arithmetic, every share by counting texts."""
+
+import ast
+import dataclasses
+import functools
+import itertools
+import re
+
+import pytest
+
+from calm_jax.data import key_value
+from calm_jax.data.key_value import CORPORA, KeyValueConfig, World
+from calm_jax.errors import CalmError
+
+SMALL = KeyValueConfig(
+    "small", keys=300, augment_examples=4000, anchor_examples=4000, bridge_examples=6000
+)
+PAPER = dataclasses.replace(
+    key_value.CONFIGS["paper"],
+    name="paper_small",
+    augment_examples=1500,
+    anchor_examples=1500,
+    bridge_examples=1500,
+    evaluation_examples=300,
+)
+WORLDS = [SMALL, PAPER, key_value.CONFIGS["tiny"]]
+
+TRAINING = [(corpus, split) for corpus in CORPORA for split in CORPORA[corpus] if "train" in split]
+
+
+@pytest.fixture(scope="module", params=WORLDS, ids=lambda config: config.name)
+def world(request):
+    return World(request.param)
+
+
+@pytest.fixture(scope="module")
+def texts(world):
+    return {
+        (corpus, split): list(world.examples(corpus, split))
+        for corpus, splits in CORPORA.items()
+        for split in splits
+    }
+
+
+def body(example: dict) -> str:
+    """The expression of an example, as it is written."""
+    text = example["targets"] if example["set"] == "inline" else example["inputs"]
+    return re.sub(r"<[a-z]+>|=", "", text)
+
+
+def operands(expression: str) -> list[str]:
+    return re.split(r"[+*-]", expression)
+
+
+@functools.cache
+def values_of(world: World) -> dict[str, int]:
+    return dict(zip(world.keys, world.values.tolist(), strict=True))
+
+
+def substituted(world: World, expression: str) -> str:
+    """The expression with a number for each operand: a key's value, or the number that stands."""
+    values = values_of(world)
+
+    def number(operand: re.Match) -> str:
+        digits = re.sub("[a-z]", "", operand[0])
+        return digits or str(values[operand[0]])
+
+    return re.sub("[a-z0-9]+", number, expression)
+
+
+def evaluated(expression: str) -> int:
+    def value(node: ast.AST) -> int:
+        if isinstance(node, ast.Constant):
+            return node.value
+        left, right = value(node.left), value(node.right)
+        return {ast.Add: left + right, ast.Sub: left - right, ast.Mult: left * right}[type(node.op)]
+
+    return value(ast.parse(expression, mode="eval").body)
+
+
+def test_answers_are_right(world, texts):
+    for (corpus, split), examples in texts.items():
+        for example in examples:
+            expression = body(example)
+            numbers = substituted(world, expression)
+            match example["set"]:
+                case "math" | "num":
+                    assert example["inputs"].startswith(key_value.MATH)
+                    assert example["targets"] == str(evaluated(numbers)), (corpus, split)
+                case "subs" | "repeat":
+                    assert example["inputs"].startswith(key_value.SUBS)
+                    assert example["targets"] == numbers
+                case "inline":
+                    keyed = [o for o in operands(expression) if o[0].isalpha()]
+                    assert keyed
+                    for operand in keyed:
+                        key = re.match("[a-z]+", operand)[0]
+                        assert operand == key + substituted(world, key)
+                case other:
+                    raise AssertionError(other)
+            assert example["operands"] == len(operands(expression))
+
+
+def test_keys_and_values(world):
+    config = world.config
+    assert len(set(world.keys)) == config.keys
+    assert {len(key) for key in world.keys} == set(
+        range(config.key_length[0], config.key_length[1] + 1)
+    )
+    assert all(re.fullmatch("[a-z]+", key) for key in world.keys)
+    assert config.values[0] <= world.values.min() and world.values.max() <= config.values[1]
+    if config.unique_values:
+        assert len(set(world.values.tolist())) == config.keys
+    assert world.seen.sum() == round(0.2 * config.keys)
+
+
+def test_no_unseen_key_is_in_the_bridges_training(world, texts):
+    seen = {key for key, is_seen in zip(world.keys, world.seen, strict=True) if is_seen}
+    for split in CORPORA["bridge"]:
+        used = {o for e in texts["bridge", split] for o in operands(body(e)) if o[0].isalpha()}
+        assert used <= seen
+        assert used or split.startswith("num")
+    for example in texts["evaluation", "math"] + texts["evaluation", "subs"]:
+        assert not set(operands(body(example))) & seen
+        assert example["unseen"]
+    for example in texts["evaluation", "math_seen"]:
+        assert set(operands(body(example))) <= seen
+        assert not example["unseen"]
+
+
+def test_unseen_says_that_there_are_keys_and_none_is_the_bridges(world, texts):
+    seen = {key for key, is_seen in zip(world.keys, world.seen, strict=True) if is_seen}
+    for example in texts["augment", "train"]:
+        keys = {re.match("[a-z]*", o)[0] for o in operands(body(example))} - {""}
+        assert example["unseen"] == (bool(keys) and not keys & seen)
+
+
+def test_no_evaluated_expression_was_ever_trained_on(world, texts):
+    """Neither as it is written, nor in numbers where the numbers are what is evaluated."""
+    written, in_numbers = set(), set()
+    for name in TRAINING:
+        for example in texts[name]:
+            expression = body(example)
+            in_numbers.add(substituted(world, expression))
+            # Without filler letters and inline values: the expression they were made from.
+            bare = [re.sub("[a-z]", "", o) or o for o in operands(expression)]
+            keys = [re.sub("[0-9]", "", o) or o for o in operands(expression)]
+            for names in (operands(expression), bare, keys):
+                operators = re.findall("[+*-]", expression)
+                pairs = itertools.zip_longest(names, operators, fillvalue="")
+                written.add("".join(itertools.chain(*pairs)))
+    for split in CORPORA["evaluation"]:
+        evaluated_bodies = [body(example) for example in texts["evaluation", split]]
+        assert not set(evaluated_bodies) & written
+        assert len(set(evaluated_bodies)) == len(evaluated_bodies) == len(
+            texts["evaluation", split]
+        )
+    assert not {body(e) for e in texts["evaluation", "num"]} & in_numbers
+
+
+def test_validation_is_of_neither(world, texts):
+    training = {body(e) for name in TRAINING for e in texts[name]}
+    scored = {body(e) for split in CORPORA["evaluation"] for e in texts["evaluation", split]}
+    for corpus, splits in CORPORA.items():
+        for split in splits:
+            if "validation" in split:
+                assert not {body(e) for e in texts[corpus, split]} & (training | scored)
+
+
+def test_shares_are_those_of_the_config():
+    world = World(SMALL)
+    augment = list(world.examples("augment", "train"))
+    anchor = list(world.examples("anchor", "train"))
+    bridge = list(world.examples("bridge", "math_train"))
+    inline = sum(e["set"] == "inline" for e in augment) / len(augment)
+    repeat = sum(e["set"] == "repeat" for e in anchor) / len(anchor)
+    filler = sum(bool(re.search("[a-z]", body(e))) for e in anchor) / len(anchor)
+    single = sum(e["operands"] == 1 for e in bridge) / len(bridge)
+    assert inline == pytest.approx(SMALL.augment_inline, abs=0.04)
+    assert repeat == pytest.approx(SMALL.anchor_repeat, abs=0.04)
+    assert filler == pytest.approx(SMALL.anchor_filler, abs=0.04)
+    # One operand is never dealt to evaluation, so that more of these are left.
+    assert SMALL.bridge_single < single < 2.5 * SMALL.bridge_single
+    assert len(bridge) == round(SMALL.bridge_examples * SMALL.bridge_rates[0])
+    assert {e["operands"] for e in augment} == {1, 2, 3}
+
+
+def test_a_world_is_always_the_same_and_seeds_differ():
+    again, other = World(SMALL), World(dataclasses.replace(SMALL, seed=1))
+    for corpus, split in (("augment", "train"), ("evaluation", "math")):
+        first = list(World(SMALL).examples(corpus, split))
+        assert first == list(again.examples(corpus, split))
+        assert first != list(other.examples(corpus, split))
+
+
+def test_every_text_is_in_the_vocabulary(world, texts, monkeypatch):
+    monkeypatch.setitem(key_value.CONFIGS, world.config.name, world.config)
+    vocabulary = key_value.vocabulary(world.config.name)
+    unknown = vocabulary.encode("?")[0]
+    for example in itertools.chain(*texts.values()):
+        for text in (example["inputs"], example["targets"]):
+            ids = vocabulary.encode(text)
+            assert unknown not in ids
+            assert vocabulary.decode(ids) == text
+
+
+def test_numbers_are_one_token_or_digits():
+    text = "<math>ab+19="
+    assert len(key_value.vocabulary("tiny").encode(text)) == 6
+    assert len(key_value.vocabulary("paper").encode(text)) == 7
+
+
+@pytest.mark.parametrize(
+    ("changes", "part"),
+    [
+        ({"keys": 9, "unique_values": True, "values": (1, 8)}, "9 keys"),
+        ({"keys": 700, "key_length": (2, 2)}, "700 keys"),
+        ({"values": (-1, 3)}, "values"),
+        ({"operators": "+/"}, "operators"),
+        ({"operands": (1, 3)}, "operands"),
+        ({"values": (1, 60_000)}, "number_tokens"),
+        ({"bridge_rates": (0.5, 0.2, 0.2)}, "bridge_rates"),
+    ],
+)
+def test_a_config_that_cannot_be_is_refused(changes, part):
+    with pytest.raises(CalmError, match=f"'wrong'.*{part}"):
+        KeyValueConfig("wrong", **changes)
+
+
+def test_more_expressions_than_there_are_is_an_error_with_both_numbers():
+    small = KeyValueConfig("few", operands=(2, 2), evaluation_examples=500)
+    with pytest.raises(CalmError, match=r"500 different .* only [0-9]+ were found"):
+        list(World(small).examples("evaluation", "num"))
