@@ -1,1 +1,1 @@
-"""Scoring a run on tasks (`runner`), and turning the runs of an experiment into a page (`report`)."""
+"""Scoring runs on tasks (`runner`), and the page of an experiment (`report`)."""

@@ -76,7 +76,9 @@ def line_chart(
             parts.append(_text(_compact(tick), x(tick), bottom + 16, "middle"))
     parts.append(_text("step", right, bottom + 31, "end"))
     for line in shown:
-        parts += _line(line, [(x(step), y(value)) for step, value in zip(line.xs, line.ys)])
+        parts += _line(
+            line, [(x(step), y(value)) for step, value in zip(line.xs, line.ys, strict=True)]
+        )
     labelled = [(y(line.ys[-1]), line) for line in shown if line.label]
     for position, line in _spread(labelled, 13, _TOP, bottom):
         parts.append(_text(line.label, right + 7, position + 4, "start", line.colour, 600))
@@ -177,7 +179,9 @@ def heat(weight: float) -> str:
     """From white at 0 to a dark green at 1, even steps to the eye being worth more near 0."""
     share = min(max(weight, 0.0), 1.0) ** 0.7
     light, dark = (247, 249, 250), (4, 84, 72)
-    return "#" + "".join(f"{round(a + (b - a) * share):02x}" for a, b in zip(light, dark))
+    return "#" + "".join(
+        f"{round(a + (b - a) * share):02x}" for a, b in zip(light, dark, strict=True)
+    )
 
 
 def heat_key() -> Element:
@@ -194,7 +198,7 @@ def heat_key() -> Element:
 
 
 def swatch(style: str, colour: str = MUTED) -> Element:
-    """A bit of a line or bar, for a legend; `style` as in `Series`, or "bar", "faint bar", "paper"."""
+    """A bit of a line, of a bar, or the mark "paper": `style` as in `Series`, or "(faint) bar"."""
     if style == "paper":
         mark = element("path", d="M15 0l6 6l-6 6l-6 -6z", fill="#fff", stroke=INK, stroke_width=1.4)
         return _svg("", 30, 12, [mark])
@@ -327,7 +331,7 @@ def _spread(placed: list, gap: float, low: float, high: float) -> list:
     for index in range(len(positions) - 1, -1, -1):
         positions[index] = min(positions[index], ceiling)
         ceiling = positions[index] - gap
-    return [(position, item) for position, (_, item) in zip(positions, placed)]
+    return [(position, item) for position, (_, item) in zip(positions, placed, strict=True)]
 
 
 def _compact(value: float) -> str:

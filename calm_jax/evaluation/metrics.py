@@ -38,7 +38,9 @@ def best_constant(targets: Iterable[str]) -> tuple[str, float]:
     """The most frequent target and its share: what always giving one answer reaches at best.
 
     The answer is chosen on these very targets, so no constant chosen beforehand does better. Of
-    equally frequent targets the first in order of text is named. Raises `CalmError` without targets.
+    equally frequent targets the first in order of text is named.
+
+    Raises `CalmError` without targets.
     """
     counts = collections.Counter(target.strip() for target in targets)
     if not counts:
@@ -61,3 +63,9 @@ def score(predictions: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
         "count": len(marks),
         "interval": list(interval),
     }
+
+
+def in_words(score: Mapping[str, Any]) -> str:
+    """A result of `score` as one line."""
+    low, high = score["interval"]
+    return f"{score['exact_match']:.1f}% of {score['count']:,} (95% interval {low:.1f}–{high:.1f})"

@@ -48,7 +48,8 @@ section > :last-child { margin-bottom: 0; }
 .rule { border-top: 1px solid var(--line); margin: 20px 0 16px; }
 .beside { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 300px), 1fr));
   gap: 16px 36px; align-items: center; }
-.panels { display: grid; gap: 22px 26px; grid-template-columns: repeat(auto-fit, minmax(min(100%, 280px), 1fr)); }
+.panels { display: grid; gap: 22px 26px;
+  grid-template-columns: repeat(auto-fit, minmax(min(100%, 280px), 1fr)); }
 .panels.wide { grid-template-columns: repeat(auto-fit, minmax(min(100%, 380px), 1fr)); }
 figure { margin: 0; min-width: 0; }
 figure > strong { display: block; font-size: 14.5px; margin: 0 0 4px; font-weight: 600; }

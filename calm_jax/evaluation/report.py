@@ -28,8 +28,8 @@ def write_report(experiment: epath.PathLike, output: epath.PathLike | None = Non
 
     Args:
         experiment: a folder of run directories. For the key-value experiment they are called
-            augment, anchor and composed; table1.json, `{model: {"subs", "num", "math"}}` in percent,
-            is written when all three have been scored on all three sets.
+            augment, anchor and composed; table1.json, `{model: {"subs", "num", "math"}}` in
+            percent, is written when all three have been scored on all three sets.
         output: the page; default `experiment`/report.html.
 
     Raises:
@@ -85,8 +85,8 @@ def _summary(runs: Sequence[Run], scores: Table1 | None) -> str:
     math = {name: percent(row["math"]["exact_match"]) for name, row in scores.scores.items()}
     return (
         f"A model that knows which number each key stands for (the augment{augment}) and a model "
-        f"that can calculate (the anchor{anchor}) were joined without changing either: only a bridge "
-        f"between their hidden states{bridge} was trained. Composed, they answer "
+        f"that can calculate (the anchor{anchor}) were joined without changing either: only a "
+        f"bridge between their hidden states{bridge} was trained. Composed, they answer "
         f"{math['composed']}% of expressions over keys the bridge never saw; the augment alone "
         f"answers {math['augment']}%, the anchor alone {math['anchor']}%, and the best constant "
         f"answer is right in {percent(scores.constants['math'][1])}%."

@@ -1,4 +1,4 @@
-"""The files that describe a run: what an evaluation leaves behind, and how a report reads it back."""
+"""The files that describe a run: what an evaluation leaves, and how a report reads it back."""
 
 import dataclasses
 import json
@@ -116,7 +116,7 @@ class Run:
 
 
 def read_run(workdir: epath.PathLike) -> Run:
-    """Reads a run directory. Raises `CalmError` where it has no config.json, or on unreadable JSON."""
+    """Reads a run directory. Raises `CalmError` without a config.json, or on unreadable JSON."""
     workdir = absolute(workdir)
     summary = read_optional(evaluation_folder(workdir) / "summary.json")
     made = summary.pop(MADE, {})

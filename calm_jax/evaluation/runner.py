@@ -11,9 +11,8 @@ from etils import epath
 from tqdm import tqdm
 
 from calm_jax import data, sharding
-from calm_jax.checkpoints.composed import load_composed
+from calm_jax.checkpoints.any_model import load_model
 from calm_jax.checkpoints.files import absolute, read_json
-from calm_jax.checkpoints.frozen import load
 from calm_jax.checkpoints.training import TrainingCheckpoints
 from calm_jax.decoding import generate
 from calm_jax.errors import CalmError
@@ -26,7 +25,7 @@ from calm_jax.evaluation.results import (
     write_json,
     write_json_lines,
 )
-from calm_jax.models import ComposedDecoder, Decoder
+from calm_jax.models import ComposedDecoder
 
 SPLIT = "test"
 BATCH_SIZE = 128
@@ -46,14 +45,14 @@ def evaluate(
 ) -> dict[str, Any]:
     """Scores a run by exact match and writes `evaluation/` in its directory.
 
-    There come to lie: every prediction of a task with its metadata (`TASK.jsonl`, `/` in the name as
-    `_`), then `attention.json` of a composed model (one expression), and last `summary.json`. Where a
-    summary of the same checkpoint and settings stands already, nothing is done.
+    There come to lie: every prediction of a task with its metadata (`TASK.jsonl`, with `_` for the
+    `/` in its name), `attention.json` of a composed model (one expression), and last
+    `summary.json`. Where that stands already for the same checkpoint and settings, nothing is done.
 
     Args:
         workdir: a run's directory.
-        step: which checkpoint of a composed run; default: the best by validation. A decoder's run has
-            one finished model, its frozen folder.
+        step: which checkpoint of a composed run; default: the best by validation. A decoder's run
+            has one finished model, its frozen folder.
         tasks: names of Tasks with a test split; default: the config's `evaluate.tasks`.
         limit: examples of each task at most, 0 for all; default: `evaluate.limit`.
         max_new_tokens: length of an answer at most; default: `evaluate.max_new_tokens`.
@@ -61,8 +60,8 @@ def evaluate(
         batch_size: prompts answered at once.
 
     Returns:
-        `{task: {"exact_match": percent, "count": n, "interval": [low, high]}}`, and under "_run" what
-        was scored, when and on what.
+        `{task: {"exact_match": percent, "count": n, "interval": [low, high]}}`, and under "_run"
+        what was scored, when and on what.
 
     Raises:
         CalmError: no run, no finished model, an unknown step or task, a task without examples, or a
@@ -86,12 +85,11 @@ def evaluate(
         return before
 
     with _mesh(mesh) as built:
-        model = _load(folder, config, step, built)
+        model = load_model(folder, step=step if config["kind"] == "composed" else None, mesh=built)
+        examples = {task: _examples(model, task, config, settings) for task in settings["tasks"]}
         answers = {
-            task: _answers(
-                model, task, settings["limit"] or 0, settings["max_new_tokens"] or 0, batch_size
-            )
-            for task in settings["tasks"]
+            task: _answers(model, task, asked, settings["max_new_tokens"], batch_size)
+            for task, asked in examples.items()
         }
         for task, records in answers.items():
             write_json_lines(predictions_file(folder, task), records)
@@ -130,28 +128,27 @@ def _mesh(shape: Mapping[str, int] | None) -> Iterator[jax.sharding.Mesh | None]
         yield mesh
 
 
-def _load(folder: epath.Path, config, step: int, mesh) -> Decoder | ComposedDecoder:
-    if config["kind"] == "composed":
-        return load_composed(folder, step=step, mesh=mesh)
-    if not (folder / "frozen").exists():
-        raise CalmError(f"{folder} has not finished training: it has no frozen folder")
-    return load(folder / "frozen", mesh=mesh)
-
-
-def _answers(model, task: str, limit: int, max_new_tokens: int, batch_size: int) -> Records:
-    """The examples of a task, in their order, with "prediction" and "correct"."""
-    vocabulary = model.vocabulary
+def _examples(model, task: str, config: Mapping[str, Any], settings: Mapping[str, Any]) -> Records:
+    """The examples of a task, once it is sure that all of them can be answered right."""
+    vocabulary, room = model.vocabulary, settings["max_new_tokens"] or 0
     if vocabulary is None:
         raise CalmError(f"the model has no vocabulary to write {task} in")
-    examples = data.evaluation_examples(task, SPLIT, vocabulary, limit)
+    place = config.get("data", {}).get("cache_dir", "")
+    examples = data.evaluation_examples(task, SPLIT, vocabulary, settings["limit"] or 0, place)
     if not examples:
         raise CalmError(f"task {task} has no example in its {SPLIT} split")
     longest = max(len(vocabulary.encode(example["targets"])) for example in examples) + 1
-    if longest > max_new_tokens:
+    if longest > room:
         raise CalmError(
-            f"evaluate.max_new_tokens is {max_new_tokens}, but an answer of {task} with its end token "
-            f"has {longest}"
+            f"evaluate.max_new_tokens is {room}, but an answer of {task} with its end token has "
+            f"{longest}"
         )
+    return examples
+
+
+def _answers(model, task: str, examples: Records, max_new_tokens: int, batch_size: int) -> Records:
+    """The examples, in their order, with "prediction" and "correct"."""
+    vocabulary = model.vocabulary
     lengths = [len(vocabulary.encode(example["inputs"])) for example in examples]
     # Like lengths together, and the last batch filled up: few shapes, so few compilations.
     order = np.argsort(lengths, kind="stable")
@@ -161,7 +158,7 @@ def _answers(model, task: str, limit: int, max_new_tokens: int, batch_size: int)
             rows = order[start : start + batch_size]
             prompts = [examples[row]["inputs"] for row in np.resize(rows, batch_size)]
             tokens_BN = generate(model, prompts, max_new_tokens=max_new_tokens)
-            for row, tokens_N in zip(rows, tokens_BN):
+            for row, tokens_N in zip(rows, tokens_BN[: len(rows)], strict=True):
                 predictions[row] = vocabulary.decode(tokens_N)
             progress.update(len(rows))
     return [

@@ -42,8 +42,8 @@ def headline(scores: Table1) -> Element:
         "div",
         element(
             "p",
-            f"of {cell['count']:,} arithmetic expressions, whose keys were all kept from the bridge's "
-            f"training, are answered exactly by the composed model (95% interval "
+            f"of {cell['count']:,} arithmetic expressions, whose keys were all kept from the "
+            f"bridge's training, are answered exactly by the composed model (95% interval "
             f"{interval(cell['interval'])}). The paper reports {PAPER['composed']['math']}%.",
         ),
         element("p", kept),
@@ -78,7 +78,7 @@ def headline(scores: Table1) -> Element:
 
 
 def table_1(scores: Table1) -> Element:
-    """Models as rows, the three sets as pairs of columns: ours with its interval, and the paper's."""
+    """Models as rows, each set as two columns: our figure with its interval, the paper's."""
     groups = element(
         "tr",
         element("td"),
@@ -116,9 +116,10 @@ def table_1(scores: Table1) -> Element:
         "table", element("thead", groups, columns), element("tbody", *body), class_="results"
     )
     notes = (
-        "Below each figure its 95% interval (Wilson). The best constant answer is the most frequent "
-        "result of the evaluated set itself, so no fixed answer does better. No evaluated expression "
-        "was trained on. The paper's figures are those of its Table 1, on its own, larger task."
+        "Below each figure its 95% interval (Wilson). The best constant answer is the most "
+        "frequent result of the evaluated set itself, so no fixed answer does better. No evaluated "
+        "expression was trained on. The paper's figures are those of its Table 1, on its own, "
+        "larger task."
     )
     return section(
         "Table 1, ours beside the paper's",
@@ -163,7 +164,7 @@ def all_scores(runs: Sequence[Run]) -> Element:
 
 
 def breakdown(runs: Sequence[Run]) -> Element:
-    """Accuracy by operands: seen and unseen keys for composed models, then every model on each set."""
+    """Accuracy by operands: of composed models by seen and unseen keys, of all on each set."""
     heading = "Accuracy by number of operands, and by seen and unseen keys"
     figures = []
     for run in runs:
@@ -223,9 +224,9 @@ def examples(runs: Sequence[Run]) -> Element:
         rows.append(cells)
     wrong = sum(not record["correct"] for record in records.values())
     text = (
-        f"Right and wrong answers of {visible(judge.name)}, spread evenly over its predictions, which "
-        f"hold {wrong:,} wrong ones in {len(records):,}; every prediction stands in the run's "
-        "evaluation folder."
+        f"Right and wrong answers of {visible(judge.name)}, spread evenly over its predictions, "
+        f"which hold {wrong:,} wrong ones in {len(records):,}; every prediction stands in the "
+        "run's evaluation folder."
     )
     header = ("Prompt", "Answer", *(visible(run.name) for run, _ in answers))
     return section(heading, element("p", text, class_="note"), table(header, rows))
@@ -246,7 +247,7 @@ def _kept(scores: Table1, parent: str, name: str) -> str:
 
 
 def _by_operands(series: Sequence[tuple[str, list, str, bool]]) -> list:
-    """Groups of `charts.bar_chart`, one a number of operands, of (label, records, colour, faint)."""
+    """Groups of `charts.bar_chart` by operands, of (label, records, colour, faint)."""
     operands = sorted(
         {r["operands"] for _, records, *_ in series for r in records if "operands" in r}
     )

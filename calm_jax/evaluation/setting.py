@@ -1,4 +1,4 @@
-"""What was built and at what size: beside the paper's setting, in costs, and how to make it again."""
+"""What was built: beside the paper's setting, what it costs, and how to make it again."""
 
 import datetime
 import importlib.metadata
@@ -119,8 +119,8 @@ def costs(runs: Sequence[Run]) -> Element:
         table(header, steps, numbers=6),
         element(
             "p",
-            "FLOPs are those of the matrix products, memory that of the compiled training step; the speed "
-            "is the median over the run.",
+            "FLOPs are those of the matrix products, memory that of the compiled training step; "
+            "the speed is the median over the run.",
             class_="note",
         ),
     )

@@ -91,14 +91,15 @@ def as_text(table: Table1) -> str:
         rows.append(
             [label]
             + [
-                f"{percent(cell['exact_match'])} [{interval(cell['interval'])}] ({PAPER[model][name]})"
-                for name, cell in zip(SETS, cells)
+                f"{percent(cell['exact_match'])} [{interval(cell['interval'])}] ({paper})"
+                for cell, paper in zip(cells, PAPER[model].values(), strict=True)
             ]
         )
     rows.append(["Expressions", *(f"{count:,}" for count in table.counts.values())])
     widths = [max(len(row[column]) for row in rows) for column in range(len(header))]
     lines = [
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in rows
     ]
     rule = "-" * max(map(len, lines))
     return "\n".join([lines[0], rule, *lines[1:-1], rule, lines[-1]])

@@ -1,4 +1,4 @@
-"""The page's sections on training and on the bridge. Missing data makes one line, never an error."""
+"""The page's sections on training and the bridge. Missing data makes one line, never an error."""
 
 from collections.abc import Sequence
 
@@ -55,7 +55,7 @@ def curves(runs: Sequence[Run]) -> Element:
 
 
 def usage(runs: Sequence[Run]) -> Element:
-    """How large each connection's contribution is beside the anchor's hidden state, over training."""
+    """How large each connection's part is beside the anchor's hidden state, over training."""
     heading = "How much each connection is used"
     figures = []
     for run in runs:
@@ -108,8 +108,8 @@ def attention(runs: Sequence[Run]) -> Element:
                 "p",
                 f"{visible(run.name)} reads ",
                 element("code", visible(run.attention["inputs"])),
-                ". Each row is a position of the anchor, each column a position of the augment it may "
-                "look at: itself and those before it. Weights are means over heads.",
+                ". Each row is a position of the anchor, each column a position of the augment it "
+                "may look at: itself and those before it. Weights are means over heads.",
                 class_="note",
             ),
             element("p", "Weight ", charts.heat_key(), class_="legend"),
@@ -141,5 +141,5 @@ def _shade(index: int, count: int) -> str:
     stops = ((11, 116, 100), (43, 95, 158), (180, 83, 9))
     place = 0.0 if count < 2 else index / (count - 1) * (len(stops) - 1)
     below = min(int(place), len(stops) - 2)
-    mix = zip(stops[below], stops[below + 1])
+    mix = zip(stops[below], stops[below + 1], strict=True)
     return "#" + "".join(f"{round(a + (b - a) * (place - below)):02x}" for a, b in mix)

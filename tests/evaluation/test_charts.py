@@ -25,7 +25,7 @@ def numbers(svg, tag: str, name: str) -> list[float]:
 
 @given(VALUES, st.booleans())
 def test_lines_stay_inside(points, log):
-    steps, values = zip(*sorted(points))
+    steps, values = zip(*sorted(points), strict=True)
     svg = charts.line_chart("", [Series(steps, values, "#000000", "dots", "last")], log=log)
     width, height = size(svg)
     for x, y in zip(numbers(svg, "circle", "cx"), numbers(svg, "circle", "cy"), strict=True):

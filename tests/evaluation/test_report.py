@@ -73,7 +73,7 @@ def test_page_shows_the_figures_and_the_papers(experiment):
     for paper in ("98.1", "92.9", "73.7", "72.0", "84.3", "4.2"):
         assert paper in page.text
     for said in ("1,000 strings of 2–4 letters", "20% (200 keys)", "connections 3→0, 3→1, 3→2",
-                 "Best constant answer", "230,400", "calm train --config=configs/kv_compose.py"):  # fmt: skip
+                 "Best constant answer", "230,400", "--config=configs/kv_compose.py"):  # fmt: skip
         assert said in page.text
 
 
@@ -206,7 +206,7 @@ def test_no_experiment(tmp_path):
 
 def test_place_that_cannot_be_written(experiment):
     (experiment / "file").write_text("")
-    with pytest.raises(CalmError, match="cannot write .*file/page.html"):
+    with pytest.raises(CalmError, match=r"cannot write .*file/page.html"):
         write_report(experiment, experiment / "file" / "page.html")
 
 

@@ -1,0 +1,50 @@
+"""`calm evaluate`: score a run on its tasks."""
+
+from absl import flags
+from ml_collections import ConfigDict
+
+from calm_jax.checkpoints.files import absolute, read_json
+from calm_jax.cli import config
+
+USAGE = """Scores a run by exact match and writes every prediction to WORKDIR/evaluation.
+
+  calm evaluate --workdir=runs/kv/composed [--step=2000] [--config.evaluate.limit=100]
+
+What is scored stands in the run's config: evaluate.tasks, evaluate.limit, evaluate.max_new_tokens
+and mesh; each can be set anew by --config.evaluate.limit=… . Does nothing where the same checkpoint
+was scored with the same settings before."""
+
+
+def _define(values: flags.FlagValues) -> None:
+    flags.DEFINE_string("workdir", None, "directory of a run", flag_values=values)
+    flags.DEFINE_integer(
+        "step", None, "checkpoint of a composed run, otherwise its best", flag_values=values
+    )
+
+
+def _load_config(values: flags.FlagValues) -> ConfigDict:
+    """What of the run's config an evaluation heeds."""
+    run = read_json(absolute(values.workdir) / "config.json", "a run")
+    return ConfigDict({key: run[key] for key in ("evaluate", "mesh")})
+
+
+def main(argv: list[str]) -> int:
+    """Runs the command; `argv` is what follows its name."""
+    values, given = config.parse(
+        argv, USAGE, _define, required=("workdir",), load_config=_load_config
+    )
+
+    from calm_jax.evaluation import metrics, results, runner
+
+    summary = runner.evaluate(
+        values.workdir,
+        step=values.step,
+        tasks=given.evaluate.tasks,
+        limit=given.evaluate.limit,
+        max_new_tokens=given.evaluate.max_new_tokens,
+        mesh=given.mesh.to_dict(),
+    )
+    for task, score in summary.items():
+        if task != results.MADE:
+            print(f"{task}: {metrics.in_words(score)}")
+    return 0

@@ -1,0 +1,227 @@
+"""Scoring runs of small random models: what is written is what the model says."""
+
+import functools
+import json
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+
+from calm_jax import data
+from calm_jax.checkpoints.composed import identities
+from calm_jax.checkpoints.frozen import load, save_frozen
+from calm_jax.checkpoints.training import TrainingCheckpoints
+from calm_jax.cli import evaluate as command
+from calm_jax.data.vocabulary import Vocabulary
+from calm_jax.decoding import generate
+from calm_jax.errors import CalmError
+from calm_jax.evaluation import runner
+from calm_jax.evaluation.results import read_run
+from calm_jax.models import CompositionConfig, Decoder, DecoderConfig, compose
+from calm_jax.models.parameters import module_tree
+
+MATH, SUBS = "calm_jax/key_value/tiny/math", "calm_jax/key_value/tiny/subs"
+ANSWER = 6  # tokens
+VOCABULARY = Vocabulary.load("key_value/tiny")
+(VOCABULARY.eos_id,) = VOCABULARY.encode("e")  # a token that random models do write: answers end
+# Of unlike lengths, so that batches mix rows of one length and another.
+PROMPTS = ["ab+c=", "a=", "abc-de+fgh-abcdefgh-abcd+ef=", "b=", "cc+dd=", "z-y="]
+
+
+def frozen_decoder(folder, width: int, seed: int) -> Decoder:
+    # With a head of its own: a random model with a tied one repeats its last token.
+    config = DecoderConfig.llama(
+        vocab_size=VOCABULARY.size, embed_dim=width, num_layers=2, num_heads=2, num_kv_heads=1,
+        head_dim=8, mlp_dim=32,
+    )  # fmt: skip
+    save_frozen(Decoder(config, nnx.Rngs(seed)), folder, vocabulary=VOCABULARY)
+    return load(folder)
+
+
+def write_config(folder, kind: str) -> None:
+    folder.mkdir(exist_ok=True)
+    evaluation = {"tasks": [MATH, SUBS], "limit": 0, "max_new_tokens": ANSWER}
+    mesh = {"data": -1, "fsdp": 1, "tensor": 1}
+    (folder / "config.json").write_text(
+        json.dumps({"kind": kind, "evaluate": evaluation, "mesh": mesh})
+    )
+
+
+def save_steps(folder, steps, tree, state) -> None:
+    with TrainingCheckpoints(folder / "checkpoints") as checkpoints:
+        for step in steps:
+            checkpoints.save(step, tree, {"count": np.zeros(1)}, state, {"loss": 1 / step})
+
+
+@pytest.fixture(scope="module")
+def decoder_run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("anchor")
+    write_config(folder, "decoder")
+    decoder = frozen_decoder(folder / "frozen", 16, 0)
+    save_steps(folder, [3, 7], module_tree(decoder), {"frozen": []})
+    return folder, decoder
+
+
+@pytest.fixture(scope="module")
+def composed_run(tmp_path_factory, decoder_run):
+    folder = tmp_path_factory.mktemp("composed")
+    write_config(folder, "composed")
+    anchor = load(decoder_run[0] / "frozen")
+    augment = frozen_decoder(folder / "augment", 8, 1)
+    config = CompositionConfig(connections=((0, 0), (1, 1)), init="paper")
+    composed = compose(anchor, augment, config, rngs=nnx.Rngs(2))
+    state = {"frozen": identities(composed), "composition": [config.to_dict()]}
+    save_steps(folder, [5], module_tree(composed.bridge), state)
+    return folder, composed
+
+
+@functools.cache  # a model loaded anew would be compiled anew
+def said_by(model) -> tuple[str, ...]:
+    """What the model answers to each prompt: a lone decoder asked one by one."""
+    prompts = ["<math>" + text for text in PROMPTS]
+    batches = [[prompt] for prompt in prompts] if isinstance(model, Decoder) else [prompts]
+    return tuple(
+        VOCABULARY.decode(row)
+        for batch in batches
+        for row in generate(model, batch, max_new_tokens=ANSWER)
+    )
+
+
+@pytest.fixture
+def ask(monkeypatch):
+    """Makes the tasks' examples: `ask(model)` lets `model` be right on every second one."""
+
+    def set_examples(model) -> list[dict]:
+        examples = []
+        for row, (prompt, said) in enumerate(zip(PROMPTS, said_by(model), strict=True)):
+            fits = len(VOCABULARY.encode(said)) < ANSWER
+            target = said if row % 2 and fits else "1+1"
+            examples.append(
+                {"inputs": "<math>" + prompt, "targets": target, "set": "math", "operands": row}
+            )
+        monkeypatch.setattr(
+            data, "evaluation_examples",
+            lambda task, split, vocabulary, limit, place: [dict(e) for e in examples[: limit or None]],
+        )  # fmt: skip
+        return examples
+
+    return set_examples
+
+
+def lines(folder, task: str) -> list[dict]:
+    path = folder / "evaluation" / f"{task.replace('/', '_')}.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@pytest.mark.parametrize("batch_size", [4, 16])
+def test_every_prediction_is_the_models_own(decoder_run, ask, batch_size):
+    folder, decoder = decoder_run
+    (folder / "evaluation" / "summary.json").unlink(missing_ok=True)
+    examples = ask(decoder)
+    assert len(set(said_by(decoder))) >= 4  # so that rows confused would be seen
+    summary = runner.evaluate(folder, batch_size=batch_size)
+    for task in (MATH, SUBS):
+        written = lines(folder, task)
+        assert [line["inputs"] for line in written] == [e["inputs"] for e in examples]
+        assert tuple(line["prediction"] for line in written) == said_by(decoder)
+        for line, example in zip(written, examples, strict=True):
+            assert line["correct"] == (line["prediction"] == example["targets"])
+            assert line["operands"] == example["operands"]
+        right = sum(line["correct"] for line in written)
+        assert 0 < right < len(PROMPTS)
+        assert summary[task]["exact_match"] == pytest.approx(100 * right / len(PROMPTS))
+        assert summary[task]["count"] == len(PROMPTS)
+    assert read_run(folder).scores == {task: summary[task] for task in (MATH, SUBS)}
+
+
+def test_composed_run_is_scored_with_its_bridge(composed_run, ask):
+    folder, composed = composed_run
+    ask(composed)
+    summary = runner.evaluate(folder, batch_size=6)
+    assert summary["_run"]["step"] == 5
+    assert tuple(line["prediction"] for line in lines(folder, MATH)) == said_by(composed)
+    assert said_by(composed) != said_by(composed.anchor)
+
+
+def test_attention_of_one_expression(composed_run, ask):
+    folder, composed = composed_run
+    ask(composed)
+    runner.evaluate(folder, batch_size=6)
+    kept = json.loads((folder / "evaluation" / "attention.json").read_text())
+    ids = [VOCABULARY.start_id, *VOCABULARY.encode(kept["inputs"])]
+    assert kept["tokens"] == [VOCABULARY.tokens()[token] for token in ids]
+    assert [(c["from"], c["to"]) for c in kept["connections"]] == [(0, 0), (1, 1)]
+    maps = composed.attention_maps(np.array([ids], np.int32))
+    for found, expected in zip(kept["connections"], maps, strict=True):
+        weights = np.array(found["weights"])
+        np.testing.assert_allclose(weights, np.asarray(expected["weights"])[0].mean(0), atol=1e-4)
+        np.testing.assert_allclose(weights.sum(-1), 1, atol=1e-2)
+        assert not np.triu(weights, 1).any()
+
+
+def test_done_once_for_the_same_settings(decoder_run, ask, monkeypatch):
+    folder, decoder = decoder_run
+    ask(decoder)
+    first = runner.evaluate(folder, limit=2)
+    assert first[MATH]["count"] == 2
+    with monkeypatch.context() as patch:
+        patch.setattr(runner, "generate", None)  # would fail if called
+        assert runner.evaluate(folder, limit=2) == first
+    assert runner.evaluate(folder, limit=3)[MATH]["count"] == 3
+    assert SUBS not in runner.evaluate(folder, limit=3, tasks=[MATH])
+
+
+def test_same_predictions_on_a_mesh(composed_run, ask):
+    if jax.device_count() < 8:
+        pytest.skip("needs 8 devices")
+    folder, composed = composed_run
+    ask(composed)
+    runner.evaluate(folder, batch_size=6)
+    one = lines(folder, MATH)
+    (folder / "evaluation" / "summary.json").unlink()
+    runner.evaluate(folder, mesh={"data": 2, "fsdp": 2, "tensor": 2}, batch_size=4)
+    assert lines(folder, MATH) == one
+
+
+def test_command(decoder_run, ask, capsys):
+    folder, decoder = decoder_run
+    ask(decoder)
+    arguments = [f"--workdir={folder}", "--config.evaluate.limit=4"]
+    assert command.main(arguments) == 0
+    printed = capsys.readouterr().out
+    assert f"{MATH}: " in printed and " of 4 " in printed
+    assert read_run(folder).made["limit"] == 4
+
+
+def test_nothing_is_left_behind_by_an_error(decoder_run, ask, monkeypatch):
+    folder, decoder = decoder_run
+    ask(decoder)
+    before = runner.evaluate(folder)
+
+    def fail(*_, **__):
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(runner, "generate", fail)
+    with pytest.raises(RuntimeError):
+        runner.evaluate(folder, limit=1)
+    assert read_run(folder).scores[MATH] == before[MATH]
+    assert len(lines(folder, MATH)) == len(PROMPTS)
+
+
+def test_bad_input(decoder_run, composed_run, ask, tmp_path):
+    folder, decoder = decoder_run
+    ask(decoder)
+    with pytest.raises(CalmError, match=r"is not a run: config.json is missing"):
+        runner.evaluate(tmp_path)
+    with pytest.raises(CalmError, match=r"--step=3: .* step 7"):
+        runner.evaluate(folder, step=3)
+    with pytest.raises(CalmError, match=r"no checkpoint of step 4; it has \[5\]"):
+        runner.evaluate(composed_run[0], step=4)
+    with pytest.raises(CalmError, match=r"max_new_tokens is 2, but an answer of .* has 4"):
+        runner.evaluate(folder, max_new_tokens=2, limit=1)
+    with pytest.raises(CalmError, match=r"evaluate\.tasks is empty"):
+        runner.evaluate(folder, tasks=())
+    write_config(tmp_path, "decoder")
+    with pytest.raises(CalmError, match="has no checkpoint yet"):
+        runner.evaluate(tmp_path)
