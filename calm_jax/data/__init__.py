@@ -6,7 +6,7 @@ from typing import Any
 _HOMES = {
     "Vocabulary": "vocabulary",
     "open_source": "cache",
-    "Source": "cache",
+    "Source": "source",
     "Stream": "stream",
     "batches_once": "stream",
     "evaluation_examples": "examples",

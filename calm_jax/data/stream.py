@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import grain
 import numpy as np
 
-from calm_jax.data.cache import Source
+from calm_jax.data.source import Source
 from calm_jax.errors import CalmError
 
 READ_THREADS = 2

@@ -3,7 +3,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from calm_jax.data.cache import Part, Source
+from calm_jax.data.source import Part, Source
 from calm_jax.data.stream import Stream, batches_once
 from calm_jax.errors import CalmError
 

@@ -4,6 +4,7 @@ import sys
 import pytest
 
 from calm_jax.data import Vocabulary, evaluation_examples, key_value, open_source
+from calm_jax.data.key_value_world import World
 from calm_jax.errors import CalmError
 
 USERS_MODULE = '''
@@ -57,7 +58,7 @@ def test_every_config_is_registered_whole():
 
 
 def test_tfds_holds_what_the_world_writes(cache_dir, vocabulary):
-    world = key_value.World(key_value.CONFIGS["tiny"])
+    world = World(key_value.CONFIGS["tiny"])
     for name in ("subs", "num", "math", "math_seen"):
         task = f"calm_jax/key_value/tiny/{name}"
         examples = evaluation_examples(task, "test", vocabulary, cache_dir=str(cache_dir))

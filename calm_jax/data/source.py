@@ -1,0 +1,81 @@
+"""Cached rows, and how they become batches."""
+
+import dataclasses
+import functools
+from collections.abc import Mapping
+
+import numpy as np
+
+# What is stored of a row [T]; all else follows from it.
+DTYPES = {"targets": np.int32, "segment_ids": np.int32, "prompt": np.uint8}
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """The rows of one Task.
+
+    Attributes:
+      name: the Task's.
+      weight: share of the rows of a mixed stream, relative to the other parts'.
+      loss_on_inputs: prompt tokens are trained on too.
+      arrays: `DTYPES`, each [N, T], memory-mapped.
+    """
+
+    name: str
+    weight: float
+    loss_on_inputs: bool
+    arrays: Mapping[str, np.ndarray]
+
+    def __len__(self) -> int:
+        return len(self.arrays["targets"])
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """Rows of one length, of one or more parts, and what starts a sequence."""
+
+    parts: tuple[Part, ...]
+    length: int
+    bos_id: int
+
+    def __len__(self) -> int:
+        return sum(map(len, self.parts))
+
+    @functools.cached_property
+    def _starts(self) -> np.ndarray:
+        return np.cumsum([0, *map(len, self.parts)])
+
+    def batch(self, rows: np.ndarray) -> dict[str, np.ndarray]:
+        """The rows with these indices as the six `decoder_…` arrays [B, T]; −1: a row of padding.
+
+        Indices run through the parts in turn. int32, but `decoder_loss_weights` float32.
+        """
+        shape = len(rows), self.length
+        targets_BT, segments_BT = np.zeros(shape, np.int32), np.zeros(shape, np.int32)
+        prompt_BT, weights_BT = np.zeros(shape, np.int32), np.zeros(shape, np.float32)
+        for start, part in zip(self._starts, self.parts, strict=False):
+            (mine,) = np.nonzero((rows >= start) & (rows < start + len(part)))
+            inside = rows[mine] - start
+            targets_BT[mine] = part.arrays["targets"][inside]
+            segments_BT[mine] = part.arrays["segment_ids"][inside]
+            prompt_BT[mine] = part.arrays["prompt"][inside]
+            trained = (prompt_BT[mine] == 0) | part.loss_on_inputs
+            weights_BT[mine] = trained & (segments_BT[mine] > 0)
+        real_BT = segments_BT > 0
+        starts_BT = real_BT & (segments_BT != _shift_right(segments_BT))
+        index_BT = np.broadcast_to(np.arange(self.length, dtype=np.int32), shape)
+        first_BT = np.maximum.accumulate(np.where(starts_BT, index_BT, 0), axis=1)
+        inputs_BT = np.where(starts_BT, np.int32(self.bos_id), _shift_right(targets_BT))
+        causal_BT = np.where(starts_BT, np.int32(1), _shift_right(prompt_BT))
+        return {
+            "decoder_input_tokens": inputs_BT * real_BT,
+            "decoder_target_tokens": targets_BT,
+            "decoder_loss_weights": weights_BT,
+            "decoder_positions": (index_BT - first_BT) * real_BT,
+            "decoder_segment_ids": segments_BT,
+            "decoder_causal_attention": causal_BT * real_BT,
+        }
+
+
+def _shift_right(x_BT: np.ndarray) -> np.ndarray:
+    return np.pad(x_BT[:, :-1], ((0, 0), (1, 0)))
