@@ -21,21 +21,30 @@ def open_run(workdir: epath.PathLike, config: ConfigDict, *, overwrite: bool = F
     """
     folder = absolute(workdir)
     path = folder / "config.json"
+    old = _read_config(path) if path.exists() else None
     try:
-        if overwrite and path.exists():
+        if overwrite and old is not None:
             folder.rmtree()
+            old = None
         folder.mkdir(parents=True, exist_ok=True)
         empty = not any(folder.iterdir())
     except OSError as error:
         raise CalmError(f"cannot write {folder}: {error.strerror or error}") from error
     new = configuration.to_dict(config)
-    if path.exists():
-        old = read_json(path, "a run")
+    if old is not None:
         _check_same(old, new, folder)
     elif not empty:
         raise CalmError(f"{folder} is neither empty nor a run: it has no config.json")
     write_json(path, new)
     return folder
+
+
+def _read_config(path: epath.Path) -> dict[str, Any]:
+    """A run's config, and not another tool's: `overwrite` removes what this returns for."""
+    values = read_json(path, "a run")
+    if not isinstance(values, dict) or not {"kind", "train"} <= values.keys():
+        raise CalmError(f"{path.parent} is not a run: its config.json is of something else")
+    return values
 
 
 def _check_same(old: dict[str, Any], new: dict[str, Any], folder: epath.Path) -> None:
