@@ -90,12 +90,13 @@ def override(config: ConfigDict, arguments: Sequence[str]) -> ConfigDict:
     return values.config
 
 
-def load_file(path: str) -> ConfigDict:
-    """The config that a Python file's `get_config()` returns.
+def load_file(place: str) -> ConfigDict:
+    """The config that a Python file's `get_config()` returns; of "FILE:NAME", `get_config("NAME")`.
 
     Raises:
         CalmError: no such file, or one that fails: with its line.
     """
+    path, _, name = place.partition(":")
     if not pathlib.Path(path).is_file():
         raise CalmError(f"--config={path}: there is no such file")
     spec = importlib.util.spec_from_file_location("calm_config", path)
@@ -104,7 +105,7 @@ def load_file(path: str) -> ConfigDict:
     try:
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
-        config = module.get_config()
+        config = module.get_config(*([name] if name else []))
     except Exception as error:
         lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__)
                  if frame.filename == spec.origin]  # fmt: skip
