@@ -4,7 +4,7 @@ import dataclasses
 import math
 from collections.abc import Sequence
 
-from calm_jax.evaluation.page import FAINT, INK, LINE, MUTED, Element, element
+from calm_jax.evaluation.page import FAINT, INK, LINE, MUTED, Element, cut, element
 
 _WIDTH, _HEIGHT = 340, 214  # of a panel, in SVG units; shown at about one pixel a unit
 _LEFT, _RIGHT, _TOP, _BOTTOM = 44, 10, 12, 34
@@ -63,7 +63,11 @@ def line_chart(
     steps = [step for line in shown for step in line.xs]
     log = log and min(values) > _FLAT and max(values) / min(values) > 8
     ticks = (
-        [0, 25, 50, 75, 100] if percent else _log_ticks(values) if log else _ticks(0, max(values))
+        [0, 25, 50, 75, 100]
+        if percent
+        else _log_ticks(values)
+        if log
+        else _ticks(min(0, *values), max(values))
     )
     right = _WIDTH - (64 if any(line.label for line in shown) else _RIGHT)
     bottom = _HEIGHT - _BOTTOM
@@ -137,20 +141,22 @@ def ladder(description: str, bars: Sequence[Bar]) -> Element:
 
 def heatmap(description: str, tokens: Sequence[str], weights: Sequence[Sequence[float]]) -> Element:
     """Shares from 0 to 1: rows look at columns."""
-    longest = max((len(token) for token in tokens), default=1)
-    margin = 14 + 7 * min(longest, 12)
-    cell = (_WIDTH - margin - 4) / max(len(tokens), 12)
+    labels = [cut(token, 12) for token in tokens]
+    longest = max(map(len, labels))
+    # A letter is 0.62 of its size wide, and the size 0.82 of a cell, unless cells are large.
+    cell = (_WIDTH - 12) / (max(len(labels), 12) + 0.51 * longest)
     size = min(11.5, cell * 0.82)
-    edge = cell * len(tokens)
+    margin = 8 + 0.62 * size * longest
+    cell = (_WIDTH - margin - 4) / max(len(labels), 12)
+    edge = cell * len(labels)
     background = element(
         "rect", x=margin, y=margin, width=edge, height=edge, fill="#f7f9fa", stroke=LINE
     )
     parts = [background]
-    for index, token in enumerate(tokens):
-        label = token if len(token) <= 12 else token[:11] + "…"
+    for index, label in enumerate(labels):
         at = margin + cell * (index + 0.5)
         parts.append(_text(label, margin - 5, at + size * 0.36, "end", INK, size=size, mono=True))
-        if 0.62 * size * len(label) < cell:  # a letter is 0.6 of its height wide
+        if 0.62 * size * len(label) < cell:
             parts.append(_text(label, at, margin - 6, "middle", INK, size=size, mono=True))
         else:
             turned = _text(label, 0, size * 0.36, "start", INK, size=size, mono=True)

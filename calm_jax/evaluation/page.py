@@ -3,6 +3,7 @@
 Elements are `xml.etree` elements, so every text that goes in is escaped when the page is written.
 """
 
+import zlib
 from collections.abc import Iterable, Sequence
 from xml.etree import ElementTree
 
@@ -14,6 +15,7 @@ Child = Element | str | None
 # Dark enough for text on white (WCAG AA), and told apart by lightness as well as by hue.
 INK, MUTED, FAINT, LINE = "#17212b", "#566270", "#8b96a3", "#dde3e9"
 COLOURS = {"augment": "#b45309", "anchor": "#2b5f9e", "composed": "#0b7464", "constant": "#7a8592"}
+_OTHERS = ("#6a4c9c", "#a03768", "#4d6b14", "#8a5a00", "#33658a", "#7b3f2e")
 
 _COLOUR_RULE = f""":root {{ color-scheme: light; --ink: {INK}; --muted: {MUTED}; --line: {LINE};
   --composed: {COLOURS["composed"]}; }}
@@ -79,7 +81,10 @@ table.results td.ours { font-weight: 650; font-size: 17px; }
 table.results td.paper { color: var(--muted); }
 code, .token { font-family: ui-monospace, "SF Mono", Menlo, Consolas, "Liberation Mono", monospace;
   font-size: .92em; }
-td code, th code { overflow-wrap: anywhere; font-weight: 400; }
+p code, th, strong { overflow-wrap: anywhere; }
+th code { font-weight: 400; }
+tbody th { min-width: 110px; }
+tbody th:has(code) { min-width: 190px; }
 pre { background: #f4f6f8; border: 1px solid var(--line); border-radius: 6px; padding: 12px 14px;
   overflow-x: auto; font-size: 13.5px; line-height: 1.6; margin: 8px 0 14px; }
 .right { color: #0b6b4f; } .wrong { color: #b3261e; }
@@ -125,7 +130,13 @@ def element(tag: str, *children: Child, **attributes: str | float) -> Element:
 
 
 def run_colour(run: Run) -> str:
-    return COLOURS.get(run.name, COLOURS["composed" if run.composed else "anchor"])
+    """The colour of a run's part in the key-value experiment; of other runs, one by its name."""
+    return COLOURS.get(run.name, _OTHERS[zlib.crc32(run.name.encode()) % len(_OTHERS)])
+
+
+def cut(text: str, length: int) -> str:
+    """At most so many characters, an ellipsis included."""
+    return text if len(text) <= length else text[: length - 1] + "…"
 
 
 def visible(text: str) -> str:

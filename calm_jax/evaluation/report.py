@@ -76,7 +76,7 @@ def _summary(runs: Sequence[Run], scores: Table1 | None) -> str:
     """Two sentences: what was composed, and what came of it."""
     if scores is None:
         names = ", ".join(visible(run.name) for run in runs)
-        return f"Runs: {names}. Each was scored on the tasks its config names."
+        return f"What the runs of this experiment score, and how they came to it: {names}."
     by_name = {run.name: run for run in runs}
     augment = _sized(setting.parameters(by_name["augment"], "decoder"))
     anchor = _sized(setting.parameters(by_name["anchor"], "decoder"))

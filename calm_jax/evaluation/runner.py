@@ -29,7 +29,7 @@ from calm_jax.models import ComposedDecoder
 
 SPLIT = "test"
 BATCH_SIZE = 128
-ATTENTION_TOKENS = 48  # of the expression whose attention is kept: more are not legible
+ATTENTION_TOKENS = 32  # of the expression whose attention is kept: more are not legible
 Records = list[dict[str, Any]]
 
 

@@ -8,6 +8,7 @@ from calm_jax.evaluation.charts import Bar
 from calm_jax.evaluation.page import (
     COLOURS,
     Element,
+    cut,
     element,
     figure,
     missing,
@@ -16,7 +17,7 @@ from calm_jax.evaluation.page import (
     section,
     table,
     visible,
-)  # fmt: skip
+)
 from calm_jax.evaluation.results import Run
 from calm_jax.evaluation.table1 import (
     MODELS,
@@ -26,7 +27,7 @@ from calm_jax.evaluation.table1 import (
     expressions,
     interval,
     percent,
-)  # fmt: skip
+)
 
 _EXAMPLES = 5  # right ones, and as many wrong ones
 
@@ -215,8 +216,8 @@ def examples(runs: Sequence[Run]) -> Element:
     rows = []
     for record in chosen:
         cells: list[Any] = [
-            element("code", visible(record["inputs"])),
-            element("code", visible(record["targets"])),
+            element("code", cut(visible(record["inputs"]), 160)),
+            element("code", cut(visible(record["targets"]), 40)),
         ]
         for _, other in answers:
             said = other.get(record["inputs"])
@@ -268,8 +269,7 @@ def _by_operands(series: Sequence[tuple[str, list, str, bool]]) -> list:
 
 
 def _answer(record: dict[str, Any]) -> Element:
-    text = visible(record["prediction"]).strip()
-    text = text if len(text) <= 40 else text[:39] + "…"
+    text = cut(visible(record["prediction"]).strip(), 40)
     mark = "right" if record["correct"] else "wrong"
     return element("span", element("code", text or "(nothing)"), class_=mark)
 

@@ -89,7 +89,7 @@ def costs(runs: Sequence[Run]) -> Element:
                 (
                     visible(run.name),
                     visible(name),
-                    "optimizer" if name == "optimizer" else state,
+                    "" if name == "optimizer" else state,
                     f"{tree['parameters']:,}",
                     size(tree["bytes"]),
                     "–" if flops is None else amount(flops, _FLOPS),
@@ -130,8 +130,11 @@ def making(experiment: str, runs: Sequence[Run]) -> Element:
     """The commands, the time, the machine and the versions."""
     lines = []
     for run in runs:
-        name = run.config.get("name") or run.name
+        name = run.config.get("name") or "…"
         lines.append(f"calm train --config=configs/{name}.py --workdir={experiment}/{run.name}")
+        if run.composed:
+            lines[-1] += f" --config.anchor={run.config['anchor']}"
+            lines[-1] += f' --config.augments="{tuple(run.config["augments"])}"'
         lines.append(f"calm evaluate --workdir={experiment}/{run.name}")
     lines.append(f"calm report --experiment={experiment}")
     facts = [

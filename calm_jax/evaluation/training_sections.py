@@ -6,6 +6,7 @@ from calm_jax.evaluation import charts
 from calm_jax.evaluation.charts import Series
 from calm_jax.evaluation.page import (
     Element,
+    cut,
     element,
     figure,
     missing,
@@ -13,7 +14,7 @@ from calm_jax.evaluation.page import (
     run_colour,
     section,
     visible,
-)  # fmt: skip
+)
 from calm_jax.evaluation.results import Run
 
 _HEATMAPS = 9  # of one run at most
@@ -107,13 +108,13 @@ def attention(runs: Sequence[Run]) -> Element:
             element(
                 "p",
                 f"{visible(run.name)} reads ",
-                element("code", visible(run.attention["inputs"])),
+                element("code", cut(visible(run.attention["inputs"]), 160)),
                 ". Each row is a position of the anchor, each column a position of the augment it "
                 "may look at: itself and those before it. Weights are means over heads.",
                 class_="note",
             ),
             element("p", "Weight ", charts.heat_key(), class_="legend"),
-            panels(figures),
+            panels(figures, wide=len(tokens) > 16 or len(figures) in (2, 4)),
         ]
         if len(shown) < len(run.attention["connections"]):
             total = len(run.attention["connections"])

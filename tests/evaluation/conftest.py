@@ -123,6 +123,7 @@ def write_run(run: Path, model: str, count: int) -> None:
         "train": {"num_steps": STEPS[model], "batch_size": 128},
     }
     if composed:
+        config |= {"anchor": "runs/kv/anchor/frozen", "augments": ["runs/kv/augment/frozen"]}
         config["composition"] = {"connections": CONNECTIONS, "rotary": True, "num_heads": None}
     else:
         config["decoder"] = {"num_layers": 4, "embed_dim": 128 if model == "anchor" else 64}

@@ -13,6 +13,7 @@ from calm_jax.checkpoints.composed import identities
 from calm_jax.checkpoints.frozen import load, save_frozen
 from calm_jax.checkpoints.training import TrainingCheckpoints
 from calm_jax.cli import evaluate as command
+from calm_jax.data import key_value
 from calm_jax.data.vocabulary import Vocabulary
 from calm_jax.decoding import generate
 from calm_jax.errors import CalmError
@@ -44,7 +45,14 @@ def write_config(folder, kind: str) -> None:
     evaluation = {"tasks": [MATH, SUBS], "limit": 0, "max_new_tokens": ANSWER}
     mesh = {"data": -1, "fsdp": 1, "tensor": 1}
     (folder / "config.json").write_text(
-        json.dumps({"kind": kind, "evaluate": evaluation, "mesh": mesh})
+        json.dumps(
+            {
+                "kind": kind,
+                "evaluate": evaluation,
+                "mesh": mesh,
+                "data": {"cache_dir": str(folder / "cache")},
+            }
+        )
     )
 
 
@@ -102,7 +110,7 @@ def ask(monkeypatch):
             )
         monkeypatch.setattr(
             data, "evaluation_examples",
-            lambda task, split, vocabulary, limit, place: [dict(e) for e in examples[: limit or None]],
+            lambda task, split, vocabulary, limit, _: [dict(e) for e in examples[: limit or None]],
         )  # fmt: skip
         return examples
 
@@ -142,6 +150,17 @@ def test_composed_run_is_scored_with_its_bridge(composed_run, ask):
     assert summary["_run"]["step"] == 5
     assert tuple(line["prediction"] for line in lines(folder, MATH)) == said_by(composed)
     assert said_by(composed) != said_by(composed.anchor)
+
+
+def test_registered_task_is_asked_whole(decoder_run):
+    folder, _ = decoder_run
+    summary = runner.evaluate(folder, tasks=[MATH], max_new_tokens=8)
+    written = lines(folder, MATH)
+    assert len(written) == summary[MATH]["count"] == key_value.config("tiny").evaluation_examples
+    assert {(line["set"], line["unseen"]) for line in written} == {("math", True)}
+    assert {line["operands"] for line in written} == {2, 3}
+    for line in written:
+        assert line["correct"] == (line["prediction"] == line["targets"])
 
 
 def test_attention_of_one_expression(composed_run, ask):
