@@ -11,7 +11,8 @@ import numpy as np
 import tensorflow_datasets as tfds
 from absl import logging
 
-from calm_jax.data.key_value import CONFIGS, CORPORA, VERSION, KeyValueConfig
+from calm_jax.data import key_value
+from calm_jax.data.key_value import CONFIGS, CORPORA, KeyValueConfig
 from calm_jax.data.key_value_world import World
 
 
@@ -39,8 +40,8 @@ def corpus_configs(world: KeyValueConfig) -> list[CorpusConfig]:
 class KeyValueArithmetic(tfds.core.GeneratorBasedBuilder):
     """Substitution and arithmetic over keys with secret values (arXiv 2401.02412, section 4.1)."""
 
-    VERSION = tfds.core.Version(VERSION)
-    RELEASE_NOTES: ClassVar = {VERSION: "First release."}
+    VERSION = tfds.core.Version(key_value.VERSION)
+    RELEASE_NOTES: ClassVar = {key_value.VERSION: "First release."}
     BUILDER_CONFIGS: ClassVar = [c for world in CONFIGS.values() for c in corpus_configs(world)]
     # There are no checksums to find beside the code; looking for them takes a package that TFDS
     # 4.9.10 does not declare (importlib_resources).
