@@ -14,11 +14,14 @@ mkdir -p "$runs"
 export PYTHONUNBUFFERED=1
 echo "Runs in $runs. Three trainings follow, then their evaluation."
 
-# calm NAME COMMAND …: runs a command, each line of its output behind the run's name.
+# calm NAME COMMAND …: runs a command, each line of its output behind the run's name; a progress bar,
+# which would be one endless line, becomes several.
 calm() {
   local name=$1
   shift
-  .venv/bin/python -m calm_jax "$@" 2>&1 | sed -u "s/^/$(printf '%-9s' "$name")/"
+  .venv/bin/python -m calm_jax "$@" 2>&1 |
+    stdbuf -o0 tr '\r' '\n' |
+    sed -u "s/^/$(printf '%-9s' "$name")/"
 }
 
 # parent NAME CPUS: trains and scores one of the two models, on its own share of the processors:
