@@ -212,9 +212,7 @@ def _write_part(
     return counts
 
 
-def sequences(
-    task: Any, split: str, limit: int
-) -> Iterator[list[tuple[np.ndarray, np.ndarray]]]:
+def sequences(task: Any, split: str, limit: int) -> Iterator[list[tuple[np.ndarray, np.ndarray]]]:
     """Chunks of (prompt ids, answer ids) of a seqio Task, in its order; `limit` 0 is all."""
     dataset = task.get_dataset(None, split, shuffle=False)
     if limit:

@@ -8,6 +8,7 @@ Every text opens with a marker, for substitution and arithmetic would else ask t
     inline    <subs>              abc12+de7   augment (the value at the key itself)
     num       <math>12+7=         19          anchor, bridge, evaluation
     repeat    <subs>12+7=         12+7        anchor
+    unknown   <math>xyz+7=        ?           anchor (letters that say nothing)
     math      <math>abc+de=       19          bridge (seen keys), evaluation
 
 Keys are strings of random lower-case letters; values and their assignment are random.
@@ -27,10 +28,14 @@ from calm_jax.errors import CalmError
 
 VERSION = "1.0.0"  # of the texts: another one makes all data anew
 
-SUBS, MATH = "<subs>", "<math>"
+SUBS, MATH, UNKNOWN = "<subs>", "<math>", "?"
 SPECIALS = ("<pad>", "<bos>", "<eos>", "<unk>")
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 OPERATORS = "+-*"
+NUMBER_WORDS = (
+    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen "
+    "sixteen seventeen eighteen nineteen"
+).split()
 
 BRIDGE_PARTS = ("math", "subs", "num")
 
@@ -52,6 +57,7 @@ class KeyValueConfig:
     Attributes:
       keys: number of keys.
       key_length: shortest and longest key, in letters.
+      prefix_free: no key is the start of another.
       values: smallest and largest value; plain numbers have the same range.
       unique_values: no two keys share a value.
       operands: fewest and most operands of an expression.
@@ -63,13 +69,17 @@ class KeyValueConfig:
       augment_plain, bridge_plain: share of plain numbers among operands beside keys.
       augment_single, anchor_single, bridge_single: share of expressions of one operand.
       anchor_repeat: share of repeats in the anchor's training.
-      anchor_filler: share of the anchor's expressions with random letters around their numbers.
+      anchor_filler: share of the anchor's numbers with random letters before them.
+      anchor_words: share of the anchor's numbers below twenty that are spelled as words: it learns to
+        find a number at the end of a string of letters, as it will where a bridge tells it of a key.
+      anchor_unknown: share of the anchor's expressions with random letters for numbers.
       bridge_rates: shares of math, subs and num in the bridge's training.
     """
 
     name: str
     keys: int = 1_000
     key_length: tuple[int, int] = (2, 4)
+    prefix_free: bool = True
     values: tuple[int, int] = (0, 9)
     unique_values: bool = False
     operands: tuple[int, int] = (2, 3)
@@ -79,12 +89,14 @@ class KeyValueConfig:
     evaluation_fold: float = 0.27
     validation_fold: float = 0.06
     augment_examples: int = 100_000
-    augment_inline: float = 0.5
+    augment_inline: float = 0.6
     augment_plain: float = 0.2
     augment_single: float = 0.1
     anchor_examples: int = 100_000
     anchor_repeat: float = 0.2
-    anchor_filler: float = 0.5
+    anchor_filler: float = 0.35
+    anchor_words: float = 0.35
+    anchor_unknown: float = 0.1
     anchor_single: float = 0.1
     bridge_examples: int = 150_000
     bridge_rates: tuple[float, float, float] = (0.6, 0.2, 0.2)
@@ -144,6 +156,7 @@ CONFIGS: dict[str, KeyValueConfig] = {
             "paper",
             keys=25_000,
             key_length=(2, 6),
+            prefix_free=False,
             values=(1, 25_000),
             unique_values=True,
             operands=(3, 6),
@@ -183,7 +196,7 @@ def vocabulary(name: str) -> TokenizerVocabulary:
     world = config(name)
     largest = world.largest_number if world.number_tokens else 9
     numbers = [str(n) for n in range(max(largest, 9) + 1)]
-    tokens = [*SPECIALS, SUBS, MATH, *OPERATORS, "=", *LETTERS, *numbers]
+    tokens = [*SPECIALS, SUBS, MATH, UNKNOWN, *OPERATORS, "=", *LETTERS, *numbers]
     ids = {token: i for i, token in enumerate(tokens)}
     tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(ids, unk_token="<unk>"))
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Split(

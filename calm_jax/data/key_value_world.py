@@ -1,12 +1,21 @@
 """The texts of key-value arithmetic, drawn from a `KeyValueConfig`; see `key_value`."""
 
 import dataclasses
+import math
 import zlib
 from collections.abc import Iterator
 
 import numpy as np
 
-from calm_jax.data.key_value import BRIDGE_PARTS, MATH, OPERATORS, SUBS, KeyValueConfig
+from calm_jax.data.key_value import (
+    BRIDGE_PARTS,
+    MATH,
+    NUMBER_WORDS,
+    OPERATORS,
+    SUBS,
+    UNKNOWN,
+    KeyValueConfig,
+)
 from calm_jax.errors import CalmError
 
 # What a fold of the expressions is used for, by the hash that deals them.
@@ -103,14 +112,14 @@ class World:
         c = self.config
         count = c.anchor_examples if split == "train" else c.validation_examples
         for group in self._draw(rng, count, split, None, 1.0, c.anchor_single):
-            filled_NK = self._names[group.operands_NK]
-            filled = rng.random(len(group)) < c.anchor_filler
-            filled_NK[filled] = self._filler(rng, filled_NK[filled])
-            asked = group.texts(filled_NK)
+            unknown = rng.random(len(group)) < c.anchor_unknown
+            asked = group.texts(self._spelled(rng, group, unknown))
             written, results = self._written(group), self._results(group)
             repeats = rng.random(len(group)) < c.anchor_repeat
             for i in range(len(group)):
-                if repeats[i]:
+                if unknown[i]:
+                    yield _example(f"{MATH}{asked[i]}=", UNKNOWN, "unknown", group, False)
+                elif repeats[i]:
                     yield _example(f"{SUBS}{asked[i]}=", written[i], "repeat", group, False)
                 else:
                     yield _example(f"{MATH}{asked[i]}=", results[i], "num", group, False)
@@ -265,33 +274,57 @@ class World:
         unseen_NK = ~np.append(self.seen, False)[np.where(is_key_NK, group.operands_NK, -1)]
         return (unseen_NK.all(1) & is_key_NK.any(1)).tolist()
 
-    def _filler(self, rng: np.random.Generator, texts_NK: np.ndarray) -> np.ndarray:
-        """Up to a key's letters before each number, or after it, or both."""
-        where_NK = rng.integers(1, 4, texts_NK.shape)
-        before_NK, after_NK = (self._random_letters(rng, texts_NK.shape) for _ in range(2))
-        before_NK[where_NK == 2] = ""
-        after_NK[where_NK == 1] = ""
-        return before_NK + texts_NK + after_NK
+    def _spelled(
+        self, rng: np.random.Generator, group: Expressions, unknown: np.ndarray
+    ) -> np.ndarray:
+        """The anchor's operands: as words, behind random letters, and of `unknown` letters alone."""
+        c, shape = self.config, group.operands_NK.shape
+        texts_NK = self._names[group.operands_NK]
+        numbers_NK = self._numbers[group.operands_NK].astype(int)
+        word_NK = (rng.random(shape) < c.anchor_words) & (numbers_NK < len(NUMBER_WORDS))
+        words = np.array(NUMBER_WORDS, object)
+        texts_NK = np.where(word_NK, words[np.where(word_NK, numbers_NK, 0)], texts_NK)
+        letters_NK = self._random_letters(rng, shape)
+        filled_NK = ~word_NK & (rng.random(shape) < c.anchor_filler)
+        texts_NK = np.where(filled_NK, letters_NK + texts_NK, texts_NK)
+        unknown_NK = unknown[:, None] & (rng.random(shape) < 0.8)
+        unknown_NK[np.arange(len(group)), rng.integers(shape[1], size=len(group))] |= unknown
+        return np.where(unknown_NK, letters_NK, texts_NK)
 
     def _random_letters(self, rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
+        """Strings of up to a key's letters, none of them a key or a number's word."""
         longest = self.config.key_length[1]
-        letters = rng.integers(ord("a"), ord("z") + 1, (*shape, longest)).astype(np.uint8)
-        words = letters.view(f"S{longest}")[..., 0].astype(str)
-        lengths = rng.integers(1, longest + 1, shape)
-        cut = [word[:n] for word, n in zip(words.flat, lengths.flat, strict=True)]
-        return np.array(cut, object).reshape(shape)
+        taken = {*self.keys, *NUMBER_WORDS}
+        strings: list[str] = []
+        while len(strings) < math.prod(shape):
+            lengths = rng.integers(1, longest + 1, math.prod(shape))
+            drawn = _letters(rng, len(lengths), longest)
+            cut = (letters[:n] for letters, n in zip(drawn, lengths, strict=True))
+            strings += [letters for letters in cut if letters not in taken]
+        return np.array(strings[: math.prod(shape)], object).reshape(shape)
 
 
 def _key_strings(config: KeyValueConfig, rng: np.random.Generator) -> list[str]:
+    """Different random strings, none of them a number's word."""
     shortest, longest = config.key_length
     keys: dict[str, None] = {}  # keeps the order in which they were drawn
+    starts: set[str] = set()
     while len(keys) < config.keys:
         lengths = rng.integers(shortest, longest + 1, config.keys)
-        letters = rng.integers(ord("a"), ord("z") + 1, (config.keys, longest)).astype(np.uint8)
-        keys |= dict.fromkeys(
-            row.tobytes()[:n].decode() for row, n in zip(letters, lengths, strict=True)
-        )
+        for letters, n in zip(_letters(rng, config.keys, longest), lengths, strict=True):
+            key = letters[:n]
+            shorter = {key[:end] for end in range(1, n)}
+            clash = key in starts or not shorter.isdisjoint(keys)
+            if key not in NUMBER_WORDS and not (config.prefix_free and clash):
+                keys[key] = None
+                starts |= shorter
     return list(keys)[: config.keys]
+
+
+def _letters(rng: np.random.Generator, number: int, length: int) -> list[str]:
+    """Strings of so many random letters."""
+    letters = rng.integers(ord("a"), ord("z") + 1, (number, length)).astype(np.uint8)
+    return letters.view(f"S{length}")[:, 0].astype(str).tolist()
 
 
 def _mix(x: np.ndarray) -> np.ndarray:

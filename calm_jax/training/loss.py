@@ -41,7 +41,7 @@ def loss_sums(
     else:
         x_BTD = model.embed(tokens_BT)
         if noise:
-            x_BTD = noisy(x_BTD, key, noise)
+            x_BTD = noisy(x_BTD, segments_BT, key, noise)
         logits_BTV = model.logits(model.hidden(x_BTD, positions_BT, segments_BT))
     losses_BT = optax.softmax_cross_entropy_with_integer_labels(logits_BTV, targets_BT)
     right_BT = jnp.argmax(logits_BTV, axis=-1) == targets_BT
@@ -57,16 +57,19 @@ def loss_sums(
     return loss, jax.lax.stop_gradient(sums)
 
 
-def noisy(x_BTD: jax.Array, key: jax.Array, noise: float) -> jax.Array:
-    """Gaussian noise of a strength drawn for each row from 0 to `noise` x the embeddings' own rms.
+def noisy(x_BTD: jax.Array, segments_BT: jax.Array, key: jax.Array, noise: float) -> jax.Array:
+    """Gaussian noise, for each sequence of a strength from 0 to `noise` x the embeddings' own rms.
 
     A model trained so reads vectors that are not exactly one of its embeddings, which is what a
     bridge will give it.
     """
+    B, T, _ = x_BTD.shape
     strength_key, normal_key = jax.random.split(key)
     rms = jnp.sqrt(jnp.mean(jnp.square(jax.lax.stop_gradient(x_BTD).astype(jnp.float32))))
-    strength_B11 = noise * rms * jax.random.uniform(strength_key, (x_BTD.shape[0], 1, 1))
-    return x_BTD + (strength_B11 * jax.random.normal(normal_key, x_BTD.shape)).astype(x_BTD.dtype)
+    strength_BS = noise * rms * jax.random.uniform(strength_key, (B, T + 1))
+    strength_BT = jnp.take_along_axis(strength_BS, segments_BT, axis=1)
+    noise_BTD = strength_BT[:, :, None] * jax.random.normal(normal_key, x_BTD.shape)
+    return x_BTD + noise_BTD.astype(x_BTD.dtype)
 
 
 def means(sums: Sums) -> dict[str, jax.Array]:

@@ -114,9 +114,7 @@ def test_too_long_sequences_are_cut_and_counted(data, vocabulary, examples, capl
         caplog.clear()
         batch = all_rows(open_source(data("augment", length=8), "train", vocabulary))
         assert message in caplog.text
-    cut = sorted(
-        tuple(part[:8] for part in row) for row in written_by_hand(examples, vocabulary)
-    )
+    cut = sorted(tuple(part[:8] for part in row) for row in written_by_hand(examples, vocabulary))
     assert sequences(batch) == cut
     with pytest.raises(CalmError, match=f"{message}.*strict"):
         open_source(data("augment", length=8, strict=True), "train", vocabulary)

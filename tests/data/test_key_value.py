@@ -26,6 +26,10 @@ PAPER = dataclasses.replace(
 )
 WORLDS = [SMALL, PAPER, key_value.CONFIGS["tiny"]]
 
+WORDS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
+WORDS += ["eleven", "twelve", *(f"{n}teen" for n in ("thir", "four", "fif", "six", "seven"))]
+WORDS += ["eighteen", "nineteen"]
+
 TRAINING = [(corpus, split) for corpus in CORPORA for split in CORPORA[corpus] if "train" in split]
 
 
@@ -59,12 +63,12 @@ def values_of(world: World) -> dict[str, int]:
 
 
 def substituted(world: World, expression: str) -> str:
-    """The expression with a number for each operand: a key's value, or the number that stands."""
-    values = values_of(world)
+    """The expression with a number for each operand: a key's value, a word's, or what stands."""
+    values = values_of(world) | {word: n for n, word in enumerate(WORDS)}
 
     def number(operand: re.Match) -> str:
         digits = re.sub("[a-z]", "", operand[0])
-        return digits or str(values[operand[0]])
+        return digits or str(values.get(operand[0], "?"))
 
     return re.sub("[a-z0-9]+", number, expression)
 
@@ -84,6 +88,7 @@ def test_answers_are_right(world, texts):
         for example in examples:
             expression = body(example)
             numbers = substituted(world, expression)
+            assert ("?" in numbers) == (example["set"] == "unknown")
             match example["set"]:
                 case "math" | "num":
                     assert example["inputs"].startswith(key_value.MATH)
@@ -91,6 +96,8 @@ def test_answers_are_right(world, texts):
                 case "subs" | "repeat":
                     assert example["inputs"].startswith(key_value.SUBS)
                     assert example["targets"] == numbers
+                case "unknown":
+                    assert example["targets"] == "?"
                 case "inline":
                     keyed = [o for o in operands(expression) if o[0].isalpha()]
                     assert keyed
@@ -129,6 +136,18 @@ def test_no_unseen_key_is_in_the_bridges_training(world, texts):
         assert not example["unseen"]
 
 
+def test_the_anchor_has_met_no_key(world, texts):
+    for name in CORPORA["anchor"]:
+        letters = {re.sub("[0-9]", "", o) for e in texts["anchor", name] for o in operands(body(e))}
+        assert letters - {""}
+        assert not letters & set(world.keys)
+
+
+def test_no_key_is_the_start_of_another_where_that_is_asked(world):
+    starts = {key[:end] for key in world.keys for end in range(1, len(key))}
+    assert bool(starts & set(world.keys)) != world.config.prefix_free
+
+
 def test_unseen_says_that_there_are_keys_and_none_is_the_bridges(world, texts):
     seen = {key for key, is_seen in zip(world.keys, world.seen, strict=True) if is_seen}
     for example in texts["augment", "train"]:
@@ -153,8 +172,8 @@ def test_no_evaluated_expression_was_ever_trained_on(world, texts):
     for split in CORPORA["evaluation"]:
         evaluated_bodies = [body(example) for example in texts["evaluation", split]]
         assert not set(evaluated_bodies) & written
-        assert len(set(evaluated_bodies)) == len(evaluated_bodies) == len(
-            texts["evaluation", split]
+        assert (
+            len(set(evaluated_bodies)) == len(evaluated_bodies) == len(texts["evaluation", split])
         )
     assert not {body(e) for e in texts["evaluation", "num"]} & in_numbers
 
@@ -175,11 +194,16 @@ def test_shares_are_those_of_the_config():
     bridge = list(world.examples("bridge", "math_train"))
     inline = sum(e["set"] == "inline" for e in augment) / len(augment)
     repeat = sum(e["set"] == "repeat" for e in anchor) / len(anchor)
-    filler = sum(bool(re.search("[a-z]", body(e))) for e in anchor) / len(anchor)
+    unknown = sum(e["set"] == "unknown" for e in anchor) / len(anchor)
+    known = [o for e in anchor if e["set"] != "unknown" for o in operands(body(e))]
+    words = sum(o in WORDS for o in known) / len(known)
+    filler = sum(bool(re.fullmatch("[a-z]+[0-9]+", o)) for o in known) / len(known)
     single = sum(e["operands"] == 1 for e in bridge) / len(bridge)
     assert inline == pytest.approx(SMALL.augment_inline, abs=0.04)
-    assert repeat == pytest.approx(SMALL.anchor_repeat, abs=0.04)
-    assert filler == pytest.approx(SMALL.anchor_filler, abs=0.04)
+    assert repeat == pytest.approx(SMALL.anchor_repeat * (1 - SMALL.anchor_unknown), abs=0.04)
+    assert unknown == pytest.approx(SMALL.anchor_unknown, abs=0.03)
+    assert words == pytest.approx(SMALL.anchor_words, abs=0.03)
+    assert filler == pytest.approx(SMALL.anchor_filler * (1 - SMALL.anchor_words), abs=0.03)
     assert single == pytest.approx(SMALL.bridge_single, abs=0.03)
     assert len(bridge) == round(SMALL.bridge_examples * SMALL.bridge_rates[0])
     assert {e["operands"] for e in augment} == {1, 2, 3}
@@ -196,7 +220,7 @@ def test_a_world_is_always_the_same_and_seeds_differ():
 def test_every_text_is_in_the_vocabulary(world, texts, monkeypatch):
     monkeypatch.setitem(key_value.CONFIGS, world.config.name, world.config)
     vocabulary = key_value.vocabulary(world.config.name)
-    unknown = vocabulary.encode("?")[0]
+    unknown = vocabulary.encode("€")[0]
     for example in itertools.chain(*texts.values()):
         for text in (example["inputs"], example["targets"]):
             ids = vocabulary.encode(text)

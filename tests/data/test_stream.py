@@ -33,9 +33,7 @@ def rows(batch) -> list[tuple[int, int]]:
     process_count=st.sampled_from([1, 2, 4]),
     index=st.integers(0, 10**6),
 )
-def test_the_global_batch_is_the_same_on_any_number_of_processes(
-    sizes, seed, process_count, index
-):
+def test_the_global_batch_is_the_same_on_any_number_of_processes(sizes, seed, process_count, index):
     source = source_of(*sizes)
     whole = rows(Stream(source, batch_size=8, seed=seed)[index])
     parts = [

@@ -7,7 +7,7 @@ from calm_jax.data import Vocabulary, evaluation_examples, key_value, open_sourc
 from calm_jax.data.key_value_world import World
 from calm_jax.errors import CalmError
 
-USERS_MODULE = '''
+USERS_MODULE = """
 import seqio
 import tensorflow as tf
 
@@ -25,7 +25,7 @@ seqio.TaskRegistry.add(
         "targets": seqio.Feature(seqio.ByteVocabulary(), add_eos=True),
     },
 )
-'''
+"""
 
 
 @pytest.fixture

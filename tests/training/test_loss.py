@@ -127,16 +127,20 @@ def test_connection_metric_is_the_size_of_what_is_added():
 
 
 def test_noise_has_the_strength_it_is_asked_for():
-    """Rows draw strengths evenly from 0 to noise x rms, so their mean is half of that."""
-    x_BTD = 3.0 * jax.random.normal(jax.random.key(1), (400, 8, 32))
-    added = np.asarray(noisy(x_BTD, jax.random.key(2), 0.5) - x_BTD, np.float64)
-    strength_B = added.std(axis=(1, 2))
+    """Sequences draw strengths evenly from 0 to noise x rms, so their mean is half of that."""
+    x_BTD = 3.0 * jax.random.normal(jax.random.key(1), (200, 16, 32))
+    segments_BT = jnp.repeat(jnp.array([[1, 2]]), 8, axis=1).repeat(200, axis=0)  # two a row
+    added = np.asarray(noisy(x_BTD, segments_BT, jax.random.key(2), 0.5) - x_BTD, np.float64)
+    strength = added.reshape(200, 2, 8, 32).std(axis=(2, 3))
     assert abs(added.mean()) < 0.01
-    assert 0 < strength_B.min() < 0.05
-    assert 1.4 < strength_B.max() < 1.65
-    np.testing.assert_allclose(strength_B.mean(), 0.5 * 3.0 / 2, rtol=0.1)
-    other = noisy(x_BTD, jax.random.key(3), 0.5) - x_BTD
-    assert not np.allclose(added, other)
+    assert 0 < strength.min() < 0.05
+    assert 1.4 < strength.max() < 1.65
+    np.testing.assert_allclose(strength.mean(), 0.5 * 3.0 / 2, rtol=0.1)
+    # The sequences of one row draw on their own; within one the strength is one.
+    assert abs(np.corrcoef(strength.T)[0, 1]) < 0.2
+    halves = added.reshape(200, 2, 2, 4, 32).std(axis=(3, 4))
+    assert np.corrcoef(halves[..., 0].ravel(), halves[..., 1].ravel())[0, 1] > 0.9
+    assert not np.allclose(added, noisy(x_BTD, segments_BT, jax.random.key(3), 0.5) - x_BTD)
 
 
 def test_noise_0_changes_nothing_and_more_does():
@@ -147,5 +151,5 @@ def test_noise_0_changes_nothing_and_more_does():
 
 
 def test_noise_keeps_the_dtype():
-    x_BTD = jnp.ones((2, 3, 4), jnp.bfloat16)
-    assert noisy(x_BTD, jax.random.key(0), 0.1).dtype == jnp.bfloat16
+    x_BTD, segments_BT = jnp.ones((2, 3, 4), jnp.bfloat16), jnp.ones((2, 3), jnp.int32)
+    assert noisy(x_BTD, segments_BT, jax.random.key(0), 0.1).dtype == jnp.bfloat16
