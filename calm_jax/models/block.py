@@ -57,7 +57,9 @@ class SelfAttention(nnx.Module):
         self.query = matrix(rngs, (D, N, H), ("embed", "heads", "head_dim"), inputs=1)
         self.key = matrix(rngs, (D, K, H), ("embed", "kv_heads", "head_dim"), inputs=1)
         self.value = matrix(rngs, (D, K, H), ("embed", "kv_heads", "head_dim"), inputs=1)
-        self.output = matrix(rngs, (N, H, D), ("heads", "head_dim", "embed"), inputs=2)
+        self.output = matrix(
+            rngs, (N, H, D), ("heads", "head_dim", "embed"), inputs=2, scale=_branch_scale(config)
+        )
         if config.attention_bias:
             self.query_bias = constant(0.0, (N, H), ("heads", "head_dim"))
             self.key_bias = constant(0.0, (K, H), ("kv_heads", "head_dim"))
@@ -104,7 +106,7 @@ class Mlp(nnx.Module):
         self.config = config
         self.gate = matrix(rngs, (D, F), ("embed", "mlp"), inputs=1) if config.gated_mlp else None
         self.up = matrix(rngs, (D, F), ("embed", "mlp"), inputs=1)
-        self.down = matrix(rngs, (F, D), ("mlp", "embed"), inputs=1)
+        self.down = matrix(rngs, (F, D), ("mlp", "embed"), inputs=1, scale=_branch_scale(config))
         if config.mlp_bias:
             self.gate_bias = constant(0.0, (F,), ("mlp",)) if config.gated_mlp else None
             self.up_bias = constant(0.0, (F,), ("mlp",))
@@ -156,6 +158,11 @@ class Block(nnx.Module):
             return x_BTD + (
                 self.post_mlp_norm(hidden_BTD) if self.config.post_norms else hidden_BTD
             )
+
+
+def _branch_scale(config: DecoderConfig) -> float:
+    """So that a random model's residual stream does not grow with its depth (GPT-2 §2.3)."""
+    return (2 * config.num_layers) ** -0.5
 
 
 def _l2_norm(x: jax.Array, scale: jax.Array) -> jax.Array:

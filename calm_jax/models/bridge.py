@@ -138,7 +138,9 @@ def heads(config: CompositionConfig, anchor: DecoderConfig) -> tuple[int, int]:
             "composition.head_dim, or other heads"
         )
     H = anchor.embed_dim // N if config.head_dim is None else config.head_dim
-    if not config.output_projection and N * H != anchor.embed_dim:
+    if H < 1:
+        raise CalmError(f"composition.head_dim is {H}; it must be at least 1")
+    if not config.output_projection and anchor.embed_dim != N * H:
         raise CalmError(
             f"composition.output_projection=False needs num_heads x head_dim = {N} x {H} to be the "
             f"anchor's width {anchor.embed_dim}"

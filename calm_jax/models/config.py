@@ -26,6 +26,12 @@ class RopeScaling:
     high_frequency_factor: float = 4.0
     original_length: int = 8192
 
+    def __post_init__(self):
+        if self.kind not in ("linear", "llama3"):
+            raise CalmError(
+                f"decoder.rope_scaling.kind is {self.kind!r}; known are 'linear' and 'llama3'"
+            )
+
 
 @dataclasses.dataclass(frozen=True)
 class DecoderConfig:
@@ -99,6 +105,15 @@ class DecoderConfig:
             raise CalmError(
                 f"decoder: {rotated} rotated features a head; it must be even and at most head_dim "
                 f"{self.head_dim}"
+            )
+        if self.window is not None and self.window < 1:
+            raise CalmError(f"decoder.window is {self.window}; it must be at least 1, or None")
+        if not self.window_pattern:
+            raise CalmError("decoder.window_pattern is empty; give at least one of True and False")
+        if self.xpos_scale_base is not None and (self.rope != "half" or rotated != self.head_dim):
+            raise CalmError(
+                f"decoder.xpos_scale_base needs rope 'half' on all of head_dim {self.head_dim}, not "
+                f"{self.rope!r} on {rotated}"
             )
         if self.block == "parallel" and self.post_norms:
             raise CalmError("decoder.post_norms is True, which the parallel block has no place for")

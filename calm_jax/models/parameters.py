@@ -18,9 +18,9 @@ from calm_jax.errors import CalmError
 Tree = dict[str, Any]
 
 
-def matrix(rngs: nnx.Rngs, shape, axes, *, inputs: int) -> nnx.Param:
-    """N(0, 1/fan_in), float32; the first `inputs` dimensions are summed over."""
-    std = math.prod(shape[:inputs]) ** -0.5
+def matrix(rngs: nnx.Rngs, shape, axes, *, inputs: int, scale: float = 1.0) -> nnx.Param:
+    """N(0, 1/fan_in) times `scale`, float32; the first `inputs` dimensions are summed over."""
+    std = scale * math.prod(shape[:inputs]) ** -0.5
     return nnx.Param(std * jax.random.normal(rngs.params(), shape, jnp.float32), axes=axes)
 
 
@@ -100,7 +100,7 @@ def path_name(path) -> str:
 
 
 def check_same_tree(expected: Tree, found: Tree, where: str) -> None:
-    """Raises `CalmError` at the first path whose presence, shape or dtype differs."""
+    """Raises `CalmError` at the first path whose presence or shape differs."""
     expected, found = (
         {path_name(path): leaf for path, leaf in jax.tree.leaves_with_path(tree)}
         for tree in (expected, found)

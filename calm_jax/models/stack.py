@@ -5,6 +5,7 @@ outer scan over the groups, an inner one over their layers. Compositions cut the
 layers, once, so that no step slices or copies a stacked weight.
 """
 
+import functools
 import math
 from collections.abc import Sequence
 
@@ -106,23 +107,30 @@ def cut_at(
 
 def _recut(
     arrays: list[jax.Array], old: tuple[Shape, ...], new: tuple[Shape, ...]
-) -> list[jax.Array]:
+) -> Sequence[jax.Array]:
     """One parameter's arrays of leading shapes `old` as arrays of leading shapes `new`."""
+
+    place = getattr(arrays[0], "sharding", None)
+    if isinstance(arrays[0], jax.core.Tracer) or not isinstance(place, NamedSharding):
+        return _recutter(old, new, None)(arrays)
+    weight_spec = (*place.spec, *[None] * arrays[0].ndim)[len(old[0]) : arrays[0].ndim]
+    places = tuple(
+        NamedSharding(place.mesh, PartitionSpec(*[None] * len(shape), *weight_spec))
+        for shape in new
+    )
+    return _recutter(old, new, places)(arrays)
+
+
+@functools.cache
+def _recutter(old: tuple[Shape, ...], new: tuple[Shape, ...], places):
+    """The compiled function, one for all parameters of one shape, in later compositions too."""
 
     def recut(arrays):
         flat = [x.reshape(-1, *x.shape[len(shape) :]) for x, shape in zip(arrays, old, strict=True)]
         whole = flat[0] if len(flat) == 1 else jnp.concatenate(flat)
         parts = jnp.split(whole, np.cumsum([math.prod(shape) for shape in new])[:-1])
-        return [
+        return tuple(
             part.reshape(*shape, *whole.shape[1:]) for part, shape in zip(parts, new, strict=True)
-        ]
+        )
 
-    place = getattr(arrays[0], "sharding", None)
-    if isinstance(arrays[0], jax.core.Tracer) or not isinstance(place, NamedSharding):
-        return jax.jit(recut)(arrays)
-    weight_spec = (*place.spec, *[None] * arrays[0].ndim)[len(old[0]) : arrays[0].ndim]
-    places = [
-        NamedSharding(place.mesh, PartitionSpec(*[None] * len(shape), *weight_spec))
-        for shape in new
-    ]
-    return jax.jit(recut, out_shardings=places)(arrays)
+    return jax.jit(recut, out_shardings=places)
