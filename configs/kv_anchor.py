@@ -6,14 +6,15 @@ from calm_jax.training.configuration import decoder_run
 
 def get_config():
     form = DecoderConfig.llama(
-        vocab_size=128,
-        embed_dim=128,
-        num_layers=4,
+        vocab_size=80,
+        embed_dim=96,
+        num_layers=6,
         num_heads=4,
         num_kv_heads=4,
-        head_dim=32,
-        mlp_dim=256,
+        head_dim=24,
+        mlp_dim=288,
         tied_head=True,
+        embed_scale=96**0.5,
     )
     config = decoder_run(form)
     config.name = "kv_anchor"
@@ -21,18 +22,20 @@ def get_config():
     task = {"task": "calm_jax/key_value/demo/anchor"}
     config.data.train = (task,)
     config.data.validation = (task,)
-    config.data.length = 64
+    config.data.length = 48
     config.optimizer.learning_rate = 3e-3
     config.optimizer.warmup_steps = 50
     config.optimizer.b2 = 0.99
-    config.optimizer.weight_decay = 0.01
-    config.train.num_steps = 800
-    config.train.batch_size = 48
+    config.optimizer.weight_decay = 0.1
+    config.train.num_steps = 1_400
+    config.train.batch_size = 32
     # What a bridge adds is never exactly an embedding: the anchor learns to read near ones.
-    config.train.embedding_noise = 0.7
+    config.train.noise = 0.7
     config.train.log_every = 20
-    config.train.validate_every = 100
-    config.train.save_every = 100
-    config.evaluate.tasks = tuple(f"calm_jax/key_value/demo/{name}" for name in ("subs", "num", "math"))
+    config.train.validate_every = 200
+    config.train.save_every = 200
+    config.evaluate.tasks = tuple(
+        f"calm_jax/key_value/demo/{name}" for name in ("subs", "num", "math")
+    )
     config.evaluate.max_new_tokens = 8
     return config

@@ -29,7 +29,7 @@ def anchor():
     config = decoder_run(_form(embed_dim=1024, num_layers=24, num_heads=16))
     _set_data(config, "anchor")
     config.train.num_steps = 100_000
-    config.train.embedding_noise = 0.7
+    config.train.noise = 0.7
     return config
 
 

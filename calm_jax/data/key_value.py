@@ -100,8 +100,8 @@ class KeyValueConfig:
     anchor_single: float = 0.1
     bridge_examples: int = 150_000
     bridge_rates: tuple[float, float, float] = (0.6, 0.2, 0.2)
-    bridge_plain: float = 0.4
-    bridge_single: float = 0.2
+    bridge_plain: float = 0.35
+    bridge_single: float = 0.1
     validation_examples: int = 200
     evaluation_examples: int = 1_000
     seed: int = 0

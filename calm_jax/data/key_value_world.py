@@ -160,12 +160,13 @@ class World:
         """`count` expressions dealt to `fold`, in groups of as many operands.
 
         Operands are of `keys`, a share `plain` of them plain numbers but never all; without keys,
-        plain numbers only. Only training has expressions of one operand and repeats expressions.
+        plain numbers only. Only training has expressions of one operand, repeats expressions, and
+        has the more of a length the harder it is: in proportion to its operands.
         """
         fewest, most = self.config.operands
         rates = {size: 1.0 for size in range(fewest, most + 1)}
         if fold == "train":
-            rates = {1: single} | {size: (1 - single) / len(rates) for size in rates}
+            rates = {1: single} | {size: (1 - single) * size / sum(rates) for size in rates}
         shares = np.array(list(rates.values())) / sum(rates.values())
         groups, missing = [], 0
         for size, number in zip(rates, rng.multinomial(count, shares).tolist(), strict=True):

@@ -6,7 +6,7 @@ model heads are never computed. Every rule of what a token may see is in `calm_j
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -20,6 +20,10 @@ from calm_jax.models.config import CompositionConfig, DecoderConfig
 from calm_jax.models.decoder import Decoder, fill_inputs
 from calm_jax.models.parameters import Structure, module_tree, stacked
 from calm_jax.models.plan import Connection, Plan, Round, make_plan
+
+
+# Of (hidden states [..., B, S, E], augment, first of their layers): the hidden states to read instead.
+Perturb = Callable[[jax.Array, int, int], jax.Array]
 
 
 def compose(
@@ -158,15 +162,25 @@ class ComposedDecoder(nnx.Module):
         ]
 
     def forward(
-        self, tokens_BT, positions_BT=None, segment_ids_BT=None, prompt_mask_BT=None
+        self,
+        tokens_BT,
+        positions_BT=None,
+        segment_ids_BT=None,
+        prompt_mask_BT=None,
+        perturb: Perturb | None = None,
     ) -> tuple[jax.Array, list[jax.Array]]:
         """`__call__` without a compilation of its own: for use inside `jax.jit`.
+
+        Args:
+            perturb: what training does to the taps before a bridge reads them.
 
         Returns:
             the logits, and for each connection the float32 squared norms [2] of f_cross' result and of
             the anchor's stream it is added to, over all tokens but padding.
         """
-        x_BTD, norms = self._residual(tokens_BT, positions_BT, segment_ids_BT, prompt_mask_BT)
+        x_BTD, norms = self._residual(
+            tokens_BT, positions_BT, segment_ids_BT, prompt_mask_BT, perturb
+        )
         return self.logits(x_BTD), norms
 
     def residual(
@@ -205,7 +219,7 @@ class ComposedDecoder(nnx.Module):
                 del remaining[: shape[0]]
         return taps
 
-    def _residual(self, tokens_BT, positions_BT, segment_ids_BT, prompt_mask_BT):
+    def _residual(self, tokens_BT, positions_BT, segment_ids_BT, prompt_mask_BT, perturb=None):
         positions_BT, segment_ids_BT = fill_inputs(tokens_BT, positions_BT, segment_ids_BT)
 
         def squared_norms(h_BTD, y_BTD, weights_BNTS):
@@ -213,7 +227,9 @@ class ComposedDecoder(nnx.Module):
             pair = [jnp.where(real_BT1, x.astype(jnp.float32), 0) for x in (y_BTD, h_BTD)]
             return jnp.stack([jnp.sum(jnp.square(x)) for x in pair])
 
-        return self._run(tokens_BT, positions_BT, segment_ids_BT, prompt_mask_BT, squared_norms)
+        return self._run(
+            tokens_BT, positions_BT, segment_ids_BT, prompt_mask_BT, squared_norms, perturb
+        )
 
     def _apply(self, method: str, *inputs):
         self._cut()
@@ -241,7 +257,7 @@ class ComposedDecoder(nnx.Module):
         for augment, shapes in zip(self.augments, self.plan.augment_shapes, strict=True):
             augment.layers.cut(shapes)
 
-    def _run(self, tokens_BT, positions_BT, segment_ids_BT, prompt_mask_BT, observe):
+    def _run(self, tokens_BT, positions_BT, segment_ids_BT, prompt_mask_BT, observe, perturb=None):
         """The anchor's residual stream with every bridge's result in it, and for each connection what
         `observe(h, f_cross result, attention weights)` returns."""
         self._cut()  # a later composition may have cut the shared anchor elsewhere
@@ -249,6 +265,8 @@ class ComposedDecoder(nnx.Module):
             self.run_augment(number, tokens_BT, positions_BT, segment_ids_BT)
             for number in range(len(self.augments))
         ]
+        if perturb is not None:
+            taps = [tap.perturbed(perturb, number) for number, tap in enumerate(taps)]
         bridge_inputs = [
             BridgeInputs(config, head_dim, positions_BT, segment_ids_BT, prompt_mask_BT)
             for config, head_dim in zip(self.configs, self.head_dims, strict=True)
@@ -339,6 +357,14 @@ class Taps:
         if layers == self.stacked_layers:
             return self.stacked
         return jnp.stack([self.layer(layer) for layer in layers])
+
+    def perturbed(self, perturb: Perturb, augment: int) -> "Taps":
+        """Every hidden state through `perturb`."""
+        by_layer = {layer: perturb(x, augment, layer) for layer, x in self.by_layer.items()}
+        if self.stacked is None:
+            return Taps(by_layer, (), None)
+        stacked = perturb(self.stacked, augment, self.stacked_layers[0])
+        return Taps(by_layer, self.stacked_layers, stacked)
 
     def layer(self, layer: int) -> jax.Array:
         """[B, S, E] after one tapped layer."""

@@ -88,7 +88,8 @@ def _common(kind: str) -> ConfigDict:
     config.train.batch_size = 64  # rows a step, over all devices
     config.train.accumulate = 1  # micro-batches a step: memory of one, gradient of all
     config.train.seed = 0  # of initial values and noise
-    config.train.embedding_noise = 0.0  # on a decoder's embeddings, times their own rms
+    # On a decoder's embeddings, or the taps of a composed model, times their own rms.
+    config.train.noise = 0.0
     config.train.log_every = 10  # steps between lines of metrics.jsonl
     config.train.validate_every = 0  # steps; 0: at the end alone
     config.train.save_every = 0  # steps; 0: at the end alone
@@ -141,7 +142,7 @@ _LEAST = {
     "optimizer.weight_decay": 0,
     "train.accumulate": 1,
     "train.batch_size": 1,
-    "train.embedding_noise": 0,
+    "train.noise": 0,
     "train.keep": 1,
     "train.log_every": 1,
     "train.num_steps": 1,
@@ -215,11 +216,6 @@ def _check_composed(config: ConfigDict) -> None:
         )
     for composition in config.composition if several else [config.composition]:
         CompositionConfig.from_dict(to_dict(composition))
-    if config.train.embedding_noise:
-        raise CalmError(
-            f"train.embedding_noise is {config.train.embedding_noise}, but a composed model's "
-            "embeddings are frozen"
-        )
 
 
 def _check_section(config: Mapping[str, Any], schema: ConfigDict, prefix: str) -> None:

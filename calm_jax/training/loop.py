@@ -141,7 +141,7 @@ class _Session:
             schedule=self.schedule,
             accumulate=train.accumulate,
             seed=train.seed,
-            embedding_noise=train.embedding_noise,
+            noise=train.noise,
         )
         batch = sharding.put_batch(self.stream[0], self.mesh)
         index = jax.device_put(jnp.int32(0), self.shardings.replicated)

@@ -22,7 +22,8 @@ def loss_sums(
 
     Args:
         batch: arrays [B, T] under seqio's decoder keys.
-        key, noise: for a `Decoder`, random noise on its embeddings (see `noisy`); 0: none.
+        key, noise: random noise (see `noisy`) on what reads less exact vectors later: the embeddings
+            of a decoder, the taps of a composed model; 0: none.
 
     Returns:
         the sum of weighted cross-entropies in nats, float32; and float32 sums: "loss", "weight",
@@ -34,8 +35,14 @@ def loss_sums(
     weights_BT = batch["decoder_loss_weights"] * (segments_BT != 0)
     sums: Sums = {}
     if isinstance(model, ComposedDecoder):
+
+        def perturb(tap, augment, layer):
+            tap_key = jax.random.fold_in(jax.random.fold_in(key, augment), layer)
+            return noisy(tap, segments_BT, tap_key, noise)
+
+        prompt_mask_BT = batch["decoder_causal_attention"]
         logits_BTV, norms = model.forward(
-            tokens_BT, positions_BT, segments_BT, batch["decoder_causal_attention"]
+            tokens_BT, positions_BT, segments_BT, prompt_mask_BT, perturb if noise else None
         )
         sums["connections"] = jnp.stack(norms)
     else:
@@ -57,19 +64,21 @@ def loss_sums(
     return loss, jax.lax.stop_gradient(sums)
 
 
-def noisy(x_BTD: jax.Array, segments_BT: jax.Array, key: jax.Array, noise: float) -> jax.Array:
-    """Gaussian noise, for each sequence of a strength from 0 to `noise` x the embeddings' own rms.
+def noisy(x: jax.Array, segments_BT: jax.Array, key: jax.Array, noise: float) -> jax.Array:
+    """Gaussian noise on vectors [..., B, T, D], of up to `noise` x each vector's own rms.
 
-    A model trained so reads vectors that are not exactly one of its embeddings, which is what a
-    bridge will give it.
+    Its strength is drawn for each sequence. An anchor trained so reads vectors that are not exactly
+    one of its embeddings, which is what a bridge will give it; a bridge trained so finds what the
+    taps of all keys have in common.
     """
-    B, T, _ = x_BTD.shape
+    B, T = segments_BT.shape
     strength_key, normal_key = jax.random.split(key)
-    rms = jnp.sqrt(jnp.mean(jnp.square(jax.lax.stop_gradient(x_BTD).astype(jnp.float32))))
-    strength_BS = noise * rms * jax.random.uniform(strength_key, (B, T + 1))
+    x_f32 = jax.lax.stop_gradient(x).astype(jnp.float32)
+    rms = jnp.sqrt(jnp.mean(jnp.square(x_f32), axis=-1, keepdims=True))
+    strength_BS = noise * jax.random.uniform(strength_key, (B, T + 1))
     strength_BT = jnp.take_along_axis(strength_BS, segments_BT, axis=1)
-    noise_BTD = strength_BT[:, :, None] * jax.random.normal(normal_key, x_BTD.shape)
-    return x_BTD + noise_BTD.astype(x_BTD.dtype)
+    normal = jax.random.normal(normal_key, x.shape)
+    return x + (strength_BT[:, :, None] * rms * normal).astype(x.dtype)
 
 
 def means(sums: Sums) -> dict[str, jax.Array]:

@@ -42,7 +42,7 @@ def open_run(workdir: epath.PathLike, config: ConfigDict, *, overwrite: bool = F
 def _read_config(path: epath.Path) -> dict[str, Any]:
     """A run's config, and not another tool's: `overwrite` removes what this returns for."""
     values = read_json(path, "a run")
-    if not isinstance(values, dict) or not {"kind", "train"} <= values.keys():
+    if not {"kind", "train"} <= values.keys():
         raise CalmError(f"{path.parent} is not a run: its config.json is of something else")
     return values
 

@@ -85,9 +85,7 @@ def _composed(config: ConfigDict, mesh) -> RunModel:
     )
     parts = Parts(composed)
     trainable, frozen = parts.of(composed)
-    vocabulary = (
-        Vocabulary.load(config.vocabulary) if config.vocabulary else composed.vocabulary
-    )
+    vocabulary = Vocabulary.load(config.vocabulary) if config.vocabulary else composed.vocabulary
     if vocabulary is None:
         raise CalmError(f"vocabulary is empty, and {config.anchor} has none; name one")
     return RunModel(parts, trainable, frozen, identities(composed), vocabulary)

@@ -97,7 +97,7 @@ def make_train_step(
     schedule: optax.Schedule,
     accumulate: int = 1,
     seed: int = 0,
-    embedding_noise: float = 0.0,
+    noise: float = 0.0,
 ) -> Callable[..., tuple[Tree, Any, dict[str, jax.Array]]]:
     """The jitted step, which donates its first two arguments.
 
@@ -106,7 +106,7 @@ def make_train_step(
         accumulate: micro-batches a step; gradients are weighted by tokens, so the result is that of
             the whole batch.
         seed: with the step's number, the key of everything random in it.
-        embedding_noise: see `calm_jax.training.loss.noisy`.
+        noise: see `calm_jax.training.loss.noisy`.
 
     Returns:
         `train_step(trainable, opt_state, frozen, batch, step) -> (trainable, opt_state, metrics)`.
@@ -114,7 +114,7 @@ def make_train_step(
 
     def sums_and_gradients(trainable, frozen, batch, key):
         def loss(trainable):
-            return loss_sums(parts.merge(trainable, frozen), batch, key, embedding_noise)
+            return loss_sums(parts.merge(trainable, frozen), batch, key, noise)
 
         (_, sums), gradients = jax.value_and_grad(loss, has_aux=True)(trainable)
         return sums, gradients
