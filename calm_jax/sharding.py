@@ -32,14 +32,15 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
     "layers": None,
 }
 
-# Grouped-query models have fewer key heads than a `tensor` axis is wide: then each device keeps all.
+# Grouped-query models have fewer key heads than a `tensor` axis is wide: then each device keeps
+# all.
 REPLICATED_WHEN_INDIVISIBLE = frozenset({"kv_heads"})
 
 
 def make_mesh(shape: Mapping[str, int], devices: list[jax.Device] | None = None) -> Mesh:
     """A mesh over `devices` (default: all), with axes `data`, `fsdp`, `tensor`.
 
-    `shape` gives each axis' size; at most one may be -1, "all that are left"; an axis left out is 1.
+    `shape` gives each axis' size; at most one may be -1, "all that are left"; one left out is 1.
     Raises `CalmError` for an unknown axis, or sizes that do not use the devices exactly.
     """
     devices = jax.devices() if devices is None else devices
@@ -63,7 +64,7 @@ def make_mesh(shape: Mapping[str, int], devices: list[jax.Device] | None = None)
 
 
 def partition_spec(axes: tuple[str | None, ...]) -> PartitionSpec:
-    """Mesh axes for logical `axes`. Raises `CalmError` without a rule, or on a mesh axis used twice."""
+    """Mesh axes for logical `axes`. Raises `CalmError` without a rule, or on one used twice."""
     entries, used = [], []
     for axis in axes:
         if axis is not None and axis not in RULES:

@@ -5,8 +5,8 @@ from calm_jax.training.configuration import composed_run
 
 
 def get_config():
-    # The value of a key is cleanest at the augment's last layer, and the anchor needs it early: it must
-    # have been read before the layers that calculate.
+    # The value of a key is cleanest at the augment's last layer, and the anchor needs it early: it
+    # must have been read before the layers that calculate.
     connections = ((3, 0), (3, 1), (3, 2), (3, 3), (3, 4))
     config = composed_run(CompositionConfig(connections=connections, rotary=True))
     config.name = "kv_compose"

@@ -4,8 +4,9 @@
   calm train --config=configs/kv_paper.py:anchor --workdir=runs/paper/anchor
   calm train --config=configs/kv_paper.py:compose --workdir=runs/paper/composed
 
-25,000 keys of 2 to 6 letters, unique values to 25,000, 3 to 6 operands, + - and *, a fifth of the keys in
-the bridge's training. The paper says neither what its models' sizes were nor how long they trained.
+25,000 keys of 2 to 6 letters, unique values to 25,000, 3 to 6 operands, + - and *, a fifth of the
+keys in the bridge's training. The paper says neither what its models' sizes were nor how long they
+trained.
 """
 
 from calm_jax.models import CompositionConfig, DecoderConfig

@@ -5,7 +5,8 @@
     --config.data.train="({'jsonl': 'examples.jsonl'},)"
 
 ANCHOR and AUGMENT are frozen folders: `calm_jax.save_frozen` writes them, and so does every
-`calm train` of a decoder (WORKDIR/frozen). Their vocabularies must map the same tokens to the same ids.
+`calm train` of a decoder (WORKDIR/frozen). Their vocabularies must map the same tokens to the same
+ids.
 """
 
 from calm_jax.models import CompositionConfig
@@ -27,9 +28,9 @@ def get_config():
     config.anchor = "models/anchor"
     config.augments = ("models/augment",)
 
-    # A line of the file is {"inputs": …, "targets": …}, {"text": …} or {"messages": […]}; only answers
-    # are trained on. Files and registered seqio Tasks mix by weight:
-    # config.data.train = ({"jsonl": "a.jsonl", "weight": 3.0}, {"task": "mine", "import": "my.tasks"})
+    # A line of the file is {"inputs": …, "targets": …}, {"text": …} or {"messages": […]}; only
+    # answers are trained on. Files and registered seqio Tasks mix by weight: config.data.train =
+    # ({"jsonl": "a.jsonl", "weight": 3.0}, {"task": "mine", "import": "my.tasks"})
     config.data.train = ({"jsonl": "data/train.jsonl"},)
     # The checkpoint that scores best here is kept, whatever comes later.
     config.data.validation = ({"jsonl": "data/validation.jsonl"},)

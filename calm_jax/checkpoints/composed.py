@@ -114,15 +114,20 @@ def identities(composed: ComposedDecoder) -> list[dict[str, Any]]:
     ]
 
 
-def check_identities(recorded: list[dict[str, Any]], found: list[dict[str, Any]], where: str) -> None:
+def check_identities(
+    recorded: list[dict[str, Any]], found: list[dict[str, Any]], where: str
+) -> None:
     """Raises `CalmError` naming both, when a frozen model is not the one that was recorded."""
     if len(recorded) != len(found):
-        raise CalmError(f"{where} was trained with {len(recorded) - 1} augments, not {len(found) - 1}")
+        raise CalmError(
+            f"{where} was trained with {len(recorded) - 1} augments, not {len(found) - 1}"
+        )
     for was, now in zip(recorded, found, strict=True):
         if was["fingerprint"] != now["fingerprint"]:
             raise CalmError(
                 f"{where} was trained with the {was['role']} {was['fingerprint'][:16]} "
-                f"({was['place']}), but {now['place'] or 'the one given'} is {now['fingerprint'][:16]}"
+                f"({was['place']}), but {now['place'] or 'the one given'} is "
+                f"{now['fingerprint'][:16]}"
             )
 
 
@@ -131,7 +136,9 @@ def _frozen_parts(values, anchor, augments, mesh, where: str) -> ComposedDecoder
     places = [entry["place"] for entry in values["frozen"]]
     given = [anchor, *(augments if augments is not None else [None] * (len(places) - 1))]
     if len(given) != len(places):
-        raise CalmError(f"{where} was trained with {len(places) - 1} augments, not {len(given) - 1}")
+        raise CalmError(
+            f"{where} was trained with {len(places) - 1} augments, not {len(given) - 1}"
+        )
     models = []
     for entry, model in zip(values["frozen"], given, strict=True):
         model = entry["place"] if model is None else model

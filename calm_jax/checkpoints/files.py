@@ -55,16 +55,19 @@ def write_json(path: epath.Path, value: Any) -> None:
         raise CalmError(f"cannot write {path}: {error.strerror or error}") from error
 
 
-def read_json(path: epath.Path, what: str) -> Any:
-    """Reads JSON. Raises `CalmError`, with `what` the path's folder should be, when there is none."""
+def read_json(path: epath.Path, what: str) -> dict[str, Any]:
+    """Reads a JSON object; its folder should be `what`, says the `CalmError` otherwise."""
     try:
-        return json.loads(path.read_text())
+        values = json.loads(path.read_text())
     except FileNotFoundError:
         raise CalmError(f"{path.parent} is not {what}: {path.name} is missing") from None
     except NotADirectoryError:
         raise CalmError(f"{path.parent} is not {what}: it is a file") from None
     except ValueError as error:
         raise CalmError(f"{path} is damaged: {error}") from None
+    if not isinstance(values, dict):
+        raise CalmError(f"{path} is damaged: it holds no JSON object")
+    return values
 
 
 def read_field(values: Mapping[str, Any], key: str, path: epath.Path) -> Any:

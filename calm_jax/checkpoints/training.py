@@ -1,4 +1,4 @@
-"""Checkpoints of a run: what is trained, its optimizer, and where the run stands. No frozen weight."""
+"""Checkpoints of a run: what is trained, its optimizer, where it stands. No frozen weight."""
 
 import dataclasses
 from typing import Any

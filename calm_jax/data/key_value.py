@@ -32,10 +32,11 @@ SUBS, MATH, UNKNOWN = "<subs>", "<math>", "?"
 SPECIALS = ("<pad>", "<bos>", "<eos>", "<unk>")
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 OPERATORS = "+-*"
-NUMBER_WORDS = (
-    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen "
-    "sixteen seventeen eighteen nineteen"
-).split()
+NUMBER_WORDS = [
+    *("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"),
+    *("ten", "eleven", "twelve", "thirteen", "fourteen", "fifteen", "sixteen", "seventeen"),
+    *("eighteen", "nineteen"),
+]
 
 BRIDGE_PARTS = ("math", "subs", "num")
 
@@ -70,8 +71,8 @@ class KeyValueConfig:
       augment_single, anchor_single, bridge_single: share of expressions of one operand.
       anchor_repeat: share of repeats in the anchor's training.
       anchor_filler: share of the anchor's numbers with random letters before them.
-      anchor_words: share of the anchor's numbers below twenty that are spelled as words: it learns to
-        find a number at the end of a string of letters, as it will where a bridge tells it of a key.
+      anchor_words: share of the anchor's numbers below twenty that are spelled as words: it
+        learns to find a number at the end of a string of letters, where a bridge will tell of one.
       anchor_unknown: share of the anchor's expressions with random letters for numbers.
       bridge_rates: shares of math, subs and num in the bridge's training.
     """

@@ -278,7 +278,7 @@ class World:
     def _spelled(
         self, rng: np.random.Generator, group: Expressions, unknown: np.ndarray
     ) -> np.ndarray:
-        """The anchor's operands: as words, behind random letters, and of `unknown` letters alone."""
+        """The anchor's operands: words, numbers behind letters, and of `unknown` letters alone."""
         c, shape = self.config, group.operands_NK.shape
         texts_NK = self._names[group.operands_NK]
         numbers_NK = self._numbers[group.operands_NK].astype(int)

@@ -36,8 +36,8 @@ def generate(
         int32 [B, max_new_tokens]; a row that ended is filled with `eos_id`.
 
     Raises:
-        CalmError: text without a vocabulary, an empty prompt, an id outside the vocabulary, or
-            `max_new_tokens` below 1.
+        CalmError: one text instead of a list, text without a vocabulary, an empty prompt, an id
+            outside the vocabulary, or `max_new_tokens` below 1.
 
     >>> from flax import nnx
     >>> from calm_jax import Decoder, DecoderConfig, generate
@@ -48,6 +48,8 @@ def generate(
     """
     if max_new_tokens < 1:
         raise CalmError(f"max_new_tokens is {max_new_tokens}; it must be at least 1")
+    if isinstance(prompts, str):
+        raise CalmError(f"prompts is the text {prompts!r}; give a list of prompts")
     if len(prompts) == 0:
         return np.zeros((0, max_new_tokens), np.int32)
     ids = [_encode(model, prompt) for prompt in prompts]
@@ -59,7 +61,9 @@ def generate(
     for row, prompt in zip(tokens_BT, ids, strict=True):
         row[: len(prompt)] = prompt
     graphdef, state = nnx.split(model)
-    new_BN = _greedy(graphdef, max_new_tokens, -1 if eos_id is None else eos_id, state, tokens_BT, lengths_B)
+    new_BN = _greedy(
+        graphdef, max_new_tokens, -1 if eos_id is None else eos_id, state, tokens_BT, lengths_B
+    )
     return np.asarray(new_BN)
 
 
@@ -95,9 +99,7 @@ def _greedy(graphdef, max_new_tokens: int, eos_id: int, state, tokens_BT, prompt
         step, tokens_BT, ended_B = carry
         lengths_B = prompt_lengths_B + step
         segments_BT = (index_T < lengths_B[:, None]).astype(jnp.int32)
-        h_BTD = model.residual(
-            tokens_BT, segment_ids_BT=segments_BT, prompt_mask_BT=prompt_mask_BT
-        )
+        h_BTD = model.residual(tokens_BT, segment_ids_BT=segments_BT, prompt_mask_BT=prompt_mask_BT)
         last_B1D = jnp.take_along_axis(h_BTD, (lengths_B - 1)[:, None, None], axis=1)
         next_B = jnp.argmax(model.logits(last_B1D)[:, 0], axis=-1).astype(jnp.int32)
         next_B = jnp.where(ended_B, eos_id, next_B)

@@ -69,7 +69,8 @@ def line_chart(
         if log
         else _ticks(min(0, *values), max(values))
     )
-    right = _WIDTH - (64 if any(line.label for line in shown) else _RIGHT)
+    longest = max(len(line.label) for line in shown)
+    right = _WIDTH - (14 + 6.6 * longest if longest else _RIGHT)
     bottom = _HEIGHT - _BOTTOM
     last = max(steps) if max(steps) > min(steps) else min(steps) + 1
     x = _Scale(min(steps), last, _LEFT, right)
@@ -133,8 +134,9 @@ def ladder(description: str, bars: Sequence[Bar]) -> Element:
             at = x(bar.paper)
             outline = f"M{at:.1f} {middle - 6:.1f}l6 6l-6 6l-6 -6z"
             parts.append(element("path", d=outline, fill="#fff", stroke=INK, stroke_width=1.4))
-        beyond = max(bar.value, *(bar.interval or (0,)), bar.paper or 0)
-        beyond = x(beyond) + (11 if bar.paper is not None and bar.paper >= beyond - 3 else 6)
+        beyond = x(max(bar.value, *(bar.interval or (0,)))) + 6
+        if bar.paper is not None and -12 < x(bar.paper) - beyond < 36:
+            beyond = x(bar.paper) + 11  # else the mark would stand in the number
         parts.append(_text(f"{bar.value:.1f}", beyond, middle + 4, "start", INK, 600))
     return _svg(description, _WIDTH, bottom + 20, parts)
 

@@ -32,7 +32,7 @@ def curves(runs: Sequence[Run]) -> Element:
         accuracy = [
             Series(*_in_percent(*run.curve("train", "accuracy")), shade, "faint"),
             Series(*_in_percent(*run.curve("validation", "accuracy")), shade, "dashed"),
-            Series(*_in_percent(*run.curve("validation", "exact")), shade, "dots"),
+            *_whole_answers(run),
         ]
         if any(line.xs for line in loss):
             chart = charts.line_chart(f"Loss of {run.name} over training steps", loss, log=True)
@@ -60,10 +60,7 @@ def usage(runs: Sequence[Run]) -> Element:
     heading = "How much each connection is used"
     figures = []
     for run in runs:
-        keys = sorted(
-            {key for line in run.metrics for key in line if key.startswith("connection/")},
-            key=lambda key: (len(key), key),
-        )
+        keys = _metrics(run, "connection/")
         names = connection_names(run)
         lines = []
         for index, key in enumerate(keys):
@@ -131,6 +128,26 @@ def connection_names(run: Run) -> list[str]:
         pairs = sorted(composition["connections"], key=lambda pair: (pair[1], pair[0]))
         return [f"{i}→{j}" for i, j in pairs]
     return [f"{c['from']}→{c['to']}" for c in run.attention.get("connections", ())]
+
+
+def _whole_answers(run: Run) -> list[Series]:
+    """Exactness in validation: a line a set, named, where there are several sets."""
+    keys = _metrics(run, "exact/")
+    if len(keys) < 2:
+        steps, values = run.curve("validation", "exact")
+        return [Series(*_in_percent(steps, values), run_colour(run), "dots")]
+    lines = []
+    for index, key in enumerate(keys):
+        label = cut(visible(key.removeprefix("exact/").rpartition("_")[2]), 12)
+        points = _in_percent(*run.curve("validation", key))
+        lines.append(Series(*points, _shade(index, len(keys)), "dots", label))
+    return lines
+
+
+def _metrics(run: Run, prefix: str) -> list[str]:
+    """The names of logged metrics that start so, in order, numbers by their size."""
+    names = {key for line in run.metrics for key in line if key.startswith(prefix)}
+    return sorted(names, key=lambda name: (len(name), name) if name[-1].isdigit() else (0, name))
 
 
 def _in_percent(steps: list[float], values: list[float]) -> tuple[list[float], list[float]]:

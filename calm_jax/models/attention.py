@@ -1,7 +1,7 @@
 """Masks, rotary positions and dot-product attention, shared by decoders and bridges.
 
-Axes: B batch, T query position, S key position, D model width, N heads, K key heads, G queries a key
-head (N = K·G), H head width.
+Axes: B batch, T query position, S key position, D model width, N heads, K key heads, G queries a
+key head (N = K·G), H head width.
 """
 
 import math
@@ -16,7 +16,7 @@ MASKED_LOGIT = -0.7 * float(jnp.finfo(jnp.float32).max)
 
 
 def causal_mask(segment_ids_BT: jax.Array) -> jax.Array:
-    """Bool [B, T, S]: query t may see key s iff s <= t by index, in the same segment, not padding (0)."""
+    """Bool [B, T, S]: query t sees key s iff s <= t by index and their segment is one, not 0."""
     length = segment_ids_BT.shape[1]
     past_TS = jnp.tril(jnp.ones((length, length), bool))
     same_BTS = segment_ids_BT[:, :, None] == segment_ids_BT[:, None, :]
@@ -102,7 +102,7 @@ def apply_rope(x_BTNH: jax.Array, angles_BTR: jax.Array, style: str) -> jax.Arra
 
 
 def xpos_scale(positions_BT: jax.Array, dim: int, scale_base: float) -> jax.Array:
-    """Decay of xPos (arXiv 2212.10554), float32 [B, T, 1, dim]: queries times it, keys divided by it."""
+    """Decay of xPos (arXiv 2212.10554), float32 [B, T, 1, dim], on queries; on keys its inverse."""
     decay = (jnp.arange(0, dim, 2, dtype=jnp.float32) + 0.4 * dim) / (1.4 * dim)
     # Only differences of positions matter; centring keeps both factors near one.
     power = (positions_BT - positions_BT.shape[1] // 2) / scale_base

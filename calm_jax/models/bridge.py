@@ -126,16 +126,16 @@ class CrossAttention(nnx.Module):
 def heads(config: CompositionConfig, anchor: DecoderConfig) -> tuple[int, int]:
     """(number of heads, head width) of f_cross for an anchor.
 
-    Raises `CalmError` when the heads do not divide the anchor's width and no width is given, or when
-    they do not fill it although there is no output projection.
+    Raises `CalmError` when the heads do not divide the anchor's width and no width is given, or
+    when they do not fill it although there is no output projection.
     """
     N = anchor.num_heads if config.num_heads is None else config.num_heads
     if N < 1:
         raise CalmError(f"composition.num_heads is {N}; it must be at least 1")
     if config.head_dim is None and anchor.embed_dim % N:
         raise CalmError(
-            f"composition.num_heads {N} does not divide the anchor's width {anchor.embed_dim}; give "
-            "composition.head_dim, or other heads"
+            f"composition.num_heads {N} does not divide the anchor's width {anchor.embed_dim}; "
+            "give composition.head_dim, or other heads"
         )
     H = anchor.embed_dim // N if config.head_dim is None else config.head_dim
     if H < 1:

@@ -1,7 +1,8 @@
 """The composed model: a frozen anchor that reads frozen augments through a trainable bridge.
 
-CALM, arXiv 2401.02412. The augments run first, forward only, each up to its last tap; their language
-model heads are never computed. Every rule of what a token may see is in `calm_jax.models.bridge`.
+CALM, arXiv 2401.02412. The augments run first, forward only, each up to its last tap; their
+language model heads are never computed. Every rule of what a token may see is in
+`calm_jax.models.bridge`.
 """
 
 import dataclasses
@@ -21,8 +22,7 @@ from calm_jax.models.decoder import Decoder, fill_inputs
 from calm_jax.models.parameters import Structure, module_tree, stacked
 from calm_jax.models.plan import Connection, Plan, Round, make_plan
 
-
-# Of (hidden states [..., B, S, E], augment, first of their layers): the hidden states to read instead.
+# (hidden states [..., B, S, E], augment, first of their layers) -> the states to read instead.
 Perturb = Callable[[jax.Array, int, int], jax.Array]
 
 
@@ -35,8 +35,8 @@ def compose(
 ) -> "ComposedDecoder":
     """Joins an anchor and one or more augments by a new bridge.
 
-    The layers of the models are cut at the connections in place, so no second copy of the weights is
-    held; the models stay usable and compute what they did.
+    The layers of the models are cut at the connections in place, so no second copy of the weights
+    is held; the models stay usable and compute what they did.
 
     Args:
         anchor: m_B, the model that generates.
@@ -68,7 +68,7 @@ def compose(
     configs = (
         [config_or_list] if isinstance(config_or_list, CompositionConfig) else list(config_or_list)
     )
-    # One model in two roles is cut in two ways: each role gets a module of its own, of the same arrays.
+    # One model in two roles is cut in two ways: each role is a module of its own over the arrays.
     models = [anchor]
     for augment in augments:
         alone = all(augment is not model for model in models)
@@ -175,8 +175,8 @@ class ComposedDecoder(nnx.Module):
             perturb: what training does to the taps before a bridge reads them.
 
         Returns:
-            the logits, and for each connection the float32 squared norms [2] of f_cross' result and of
-            the anchor's stream it is added to, over all tokens but padding.
+            the logits, and for each connection the float32 squared norms [2] of f_cross' result and
+            of the anchor's stream it is added to, over all tokens but padding.
         """
         x_BTD, norms = self._residual(
             tokens_BT, positions_BT, segment_ids_BT, prompt_mask_BT, perturb
@@ -258,8 +258,10 @@ class ComposedDecoder(nnx.Module):
             augment.layers.cut(shapes)
 
     def _run(self, tokens_BT, positions_BT, segment_ids_BT, prompt_mask_BT, observe, perturb=None):
-        """The anchor's residual stream with every bridge's result in it, and for each connection what
-        `observe(h, f_cross result, attention weights)` returns."""
+        """The anchor's residual stream with every bridge's result in it, and what was observed.
+
+        For each connection that is what `observe(h, f_cross result, attention weights)` returns.
+        """
         self._cut()  # a later composition may have cut the shared anchor elsewhere
         taps = [
             self.run_augment(number, tokens_BT, positions_BT, segment_ids_BT)
@@ -343,7 +345,7 @@ class Bridge(nnx.Module):
 
 @dataclasses.dataclass
 class Taps:
-    """An augment's hidden states after its tapped layers, those of its stacked groups as one array."""
+    """An augment's hidden states after its tapped layers; those of stacked groups as one array."""
 
     by_layer: dict[int, jax.Array]  # [B, S, E] each
     stacked_layers: tuple[int, ...]
@@ -374,14 +376,15 @@ class Taps:
 
 
 def check_vocabularies(anchor: Decoder, augment: Decoder, name: str) -> None:
-    """Raises `CalmError` naming the first token that differs, where both models have a vocabulary."""
+    """Raises `CalmError` naming the first token that differs; knows nothing without both."""
     if anchor.vocabulary is None or augment.vocabulary is None:
         return
     difference = anchor.vocabulary.first_difference(augment.vocabulary)
     if difference is not None:
         index, ours, theirs = difference
         raise CalmError(
-            f"the vocabularies differ: token {index} is {ours!r} for the anchor and {theirs!r} for {name}"
+            f"the vocabularies differ: token {index} is {ours!r} for the anchor and {theirs!r} for "
+            f"{name}"
         )
 
 

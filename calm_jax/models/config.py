@@ -1,6 +1,7 @@
 """What a decoder and a composition are made of: frozen dataclasses, no arrays.
 
-A family of models (PaLM, Llama, Gemma, ...) is a choice of `DecoderConfig` fields, never a subclass.
+A family of models (PaLM, Llama, Gemma, ...) is a choice of `DecoderConfig` fields, never a
+subclass.
 """
 
 import dataclasses
@@ -15,8 +16,8 @@ from calm_jax.errors import CalmError
 class RopeScaling:
     """Stretching of rotary positions beyond the length a model was first trained on.
 
-    kind "linear" divides every frequency by `factor` (Gemma 3's global layers); "llama3" divides the
-    low frequencies only, blending between `low_frequency_factor` and `high_frequency_factor`
+    kind "linear" divides every frequency by `factor` (Gemma 3's global layers); "llama3" divides
+    the low frequencies only, blending between `low_frequency_factor` and `high_frequency_factor`
     (Llama 3.1). `original_length` is in tokens.
     """
 
@@ -88,8 +89,7 @@ class DecoderConfig:
     dtype: Literal["float32", "bfloat16"] = "float32"  # of matmuls and of the residual stream
 
     def __post_init__(self):
-        for name in ("vocab_size", "embed_dim", "num_layers", "num_heads", "num_kv_heads", "head_dim",
-                     "mlp_dim"):  # fmt: skip
+        for name in _SIZES:
             if getattr(self, name) < 1:
                 raise CalmError(f"decoder.{name} is {getattr(self, name)}; it must be at least 1")
         for name, allowed in _CHOICES.items():
@@ -112,8 +112,8 @@ class DecoderConfig:
             raise CalmError("decoder.window_pattern is empty; give at least one of True and False")
         if self.xpos_scale_base is not None and (self.rope != "half" or rotated != self.head_dim):
             raise CalmError(
-                f"decoder.xpos_scale_base needs rope 'half' on all of head_dim {self.head_dim}, not "
-                f"{self.rope!r} on {rotated}"
+                f"decoder.xpos_scale_base needs rope 'half' on all of head_dim {self.head_dim}, "
+                f"not {self.rope!r} on {rotated}"
             )
         if self.block == "parallel" and self.post_norms:
             raise CalmError("decoder.post_norms is True, which the parallel block has no place for")
@@ -144,7 +144,7 @@ class DecoderConfig:
 
     @classmethod
     def gemma(cls, **fields) -> "DecoderConfig":
-        """Gemma: sequential block, zero-centred RMSNorm, GeGLU, inputs scaled by sqrt(embed_dim)."""
+        """Gemma: sequential block, zero-centred RMSNorm, GeGLU, inputs times sqrt(embed_dim)."""
         defaults = {"norm_offset": 1.0, "activation": "gelu_tanh"}
         if "embed_dim" in fields:
             defaults["embed_scale"] = math.sqrt(fields["embed_dim"])
@@ -167,6 +167,15 @@ class DecoderConfig:
         return cls(**values)
 
 
+_SIZES = (
+    "vocab_size",
+    "embed_dim",
+    "num_layers",
+    "num_heads",
+    "num_kv_heads",
+    "head_dim",
+    "mlp_dim",
+)
 _CHOICES = {
     "block": ("sequential", "parallel"),
     "activation": ("silu", "gelu_tanh", "gelu"),
@@ -215,7 +224,7 @@ class CompositionConfig:
 
     @classmethod
     def paper(cls, **fields) -> "CompositionConfig":
-        """The paper's own bridge: no norms, gate, biases or rotary, every matrix drawn at random."""
+        """The paper's own bridge: no norms, gate, biases or rotary; every matrix random."""
         return cls(**{"init": "paper", "norms": False, **fields})
 
     def resolve(self, augment_layers: int, anchor_layers: int) -> tuple[tuple[int, int], ...]:
@@ -233,14 +242,14 @@ class CompositionConfig:
                 ):
                     if not 0 <= layer < depth:
                         raise CalmError(
-                            f"composition.connections: ({i}, {j}) names {what} layer {layer}, but the "
-                            f"{what} has layers 0 to {depth - 1}"
+                            f"composition.connections: ({i}, {j}) names {what} layer {layer}, but "
+                            f"the {what} has layers 0 to {depth - 1}"
                         )
             return tuple(sorted(self.connections, key=lambda pair: (pair[1], pair[0])))
         if self.every < 1 or not 1 <= augment_layers // self.every <= anchor_layers:
             raise CalmError(
-                f"composition.every={self.every} leaves no fitting connection between an augment of "
-                f"{augment_layers} layers and an anchor of {anchor_layers}"
+                f"composition.every={self.every} leaves no fitting connection between an augment "
+                f"of {augment_layers} layers and an anchor of {anchor_layers}"
             )
         count = augment_layers // self.every
         gap = anchor_layers // count

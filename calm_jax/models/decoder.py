@@ -50,7 +50,8 @@ class Decoder(nnx.Module):
         Args:
             tokens_BT: int32 [B, T].
             positions_BT: int32 [B, T], the position in its segment of each token; default 0 .. T-1.
-            segment_ids_BT: int32 [B, T]; a token sees its own segment only, 0 is padding; default 1.
+            segment_ids_BT: int32 [B, T]; a token sees its own segment only, 0 is padding; default:
+                all 1.
 
         Returns:
             float32 [B, T, V].
@@ -73,14 +74,14 @@ class Decoder(nnx.Module):
     def residual(
         self, tokens_BT, positions_BT=None, segment_ids_BT=None, prompt_mask_BT=None
     ) -> jax.Array:
-        """The residual stream [B, T, D] that `logits` reads; a lone decoder has no use for the prompt."""
+        """The residual stream [B, T, D] that `logits` reads; the prompt means nothing to it."""
         del prompt_mask_BT
         positions_BT, segment_ids_BT = fill_inputs(tokens_BT, positions_BT, segment_ids_BT)
         return self.hidden(self.embed(tokens_BT), positions_BT, segment_ids_BT)
 
     def embed(self, tokens_BT: jax.Array) -> jax.Array:
         """The residual stream's start, [B, T, D] in the config's dtype."""
-        # Gathered over the width first: XLA cannot go from rows split so to activations split by batch.
+        # Whole in width first: XLA cannot go from rows split by width to tokens split by batch.
         table_VD = sharding.constrain(self.embedding[...].astype(self.config.dtype), "vocab", None)
         x_BTD = table_VD[sharding.constrain(tokens_BT, "batch", "length")]
         # Gemma rounds the scale to the compute dtype before it multiplies.

@@ -1,7 +1,8 @@
 """Parameters with logical axes, and modules as plain trees.
 
 A parameter carries the names of its axes (`calm_jax.sharding.RULES` gives them meaning). Everything
-outside `models/` sees nested dicts of arrays with string keys: what optax, Orbax and `jax.jit` like best.
+outside `models/` sees nested dicts of arrays with string keys: what optax, Orbax and `jax.jit` like
+best.
 """
 
 import math

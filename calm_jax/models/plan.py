@@ -1,8 +1,8 @@
 """Which bridge meets which layers: the plan of a composition, made of numbers alone.
 
-The anchor runs as: first layers, then *rounds*. A round applies the bridges of one connected layer and
-runs the layers that follow it, up to the next connected layer. Evenly spaced rounds of the same form
-are one stacked round, run by one scan.
+The anchor runs as: first layers, then *rounds*. A round applies the bridges of one connected layer
+and runs the layers that follow it, up to the next connected layer. Evenly spaced rounds of the same
+form are one stacked round, run by one scan.
 """
 
 import dataclasses

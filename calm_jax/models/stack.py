@@ -1,8 +1,8 @@
 """Stacked layers, scanned piece by piece, and where they are cut.
 
-A piece of shape (L,) is scanned over its L layers. A piece of shape (G, L) is G groups of L layers: an
-outer scan over the groups, an inner one over their layers. Compositions cut the stack at the connected
-layers, once, so that no step slices or copies a stacked weight.
+A piece of shape (L,) is scanned over its L layers. A piece of shape (G, L) is G groups of L layers:
+an outer scan over the groups, an inner one over their layers. Compositions cut the stack at the
+connected layers, once, so that no step slices or copies a stacked weight.
 """
 
 import functools
@@ -33,7 +33,7 @@ class Stack(nnx.Module):
         self.pieces = nnx.List([stacked(lambda rngs: Block(config, rngs), keys)])
 
     def cut(self, shapes: Sequence[Shape]) -> None:
-        """Cuts the stack in place into pieces of `shapes`, in order; one array is copied at a time."""
+        """Cuts the stack in place into pieces of `shapes`, in order, one array at a time."""
         shapes = tuple(shapes)
         if sum(map(math.prod, shapes)) != self.config.num_layers:
             raise ValueError(f"pieces {shapes} do not hold {self.config.num_layers} layers")
@@ -72,7 +72,7 @@ class Stack(nnx.Module):
         return jax.lax.scan(group, x_BTD, (state, local))
 
     def layers(self, piece: int) -> tuple[nnx.State, jax.Array]:
-        """A piece's parameters, and for each layer whether it is local; both lead with its shape."""
+        """A piece's parameters, and whether each layer is local; both lead with its shape."""
         start = sum(map(math.prod, self.shapes[:piece]))
         shape = self.shapes[piece]
         local = np.array(self.config.local_layers)[start : start + math.prod(shape)]
@@ -109,7 +109,6 @@ def _recut(
     arrays: list[jax.Array], old: tuple[Shape, ...], new: tuple[Shape, ...]
 ) -> Sequence[jax.Array]:
     """One parameter's arrays of leading shapes `old` as arrays of leading shapes `new`."""
-
     place = getattr(arrays[0], "sharding", None)
     if isinstance(arrays[0], jax.core.Tracer) or not isinstance(place, NamedSharding):
         return _recutter(old, new, None)(arrays)

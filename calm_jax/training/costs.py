@@ -15,8 +15,8 @@ from calm_jax.training.step import Parts
 def matmul_flops(function: Callable, *arguments) -> int:
     """FLOPs of all matrix products in one call of `function`, loops counted as often as they run.
 
-    XLA's own count takes the body of a loop once, so the traced program is counted instead; two FLOPs
-    a multiply-add, attention at its full square.
+    XLA's own count takes the body of a loop once, so the traced program is counted instead; two
+    FLOPs a multiply-add, attention at its full square.
     """
     return _jaxpr_flops(jax.make_jaxpr(function)(*arguments).jaxpr)
 

@@ -9,8 +9,6 @@ import time
 import jax
 import jax.numpy as jnp
 import numpy as np
-from calm_jax.training.optimizer import make_optimizer
-from calm_jax.training.progress import Progress, costs_table
 from etils import epath
 from ml_collections import ConfigDict
 
@@ -25,6 +23,8 @@ from calm_jax.errors import CalmError
 from calm_jax.training import configuration
 from calm_jax.training.costs import matmul_flops, tree_costs
 from calm_jax.training.loss import means
+from calm_jax.training.optimizer import make_optimizer
+from calm_jax.training.progress import Progress, costs_table
 from calm_jax.training.run import open_run
 from calm_jax.training.run_model import composition_configs, init_decoder, make_model
 from calm_jax.training.step import Shardings, make_eval_step, make_train_step
@@ -39,7 +39,8 @@ def train(config: ConfigDict, workdir: epath.PathLike, *, overwrite: bool = Fals
         the run's directory.
 
     Raises:
-        CalmError: bad input (see `calm_jax.training.configuration`), or a loss that is not finite: its
+        CalmError: bad input (see `calm_jax.training.configuration`), or a loss that is not finite:
+        its
             step is named and not saved.
     """
     configuration.validate(config)

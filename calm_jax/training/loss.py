@@ -22,7 +22,8 @@ def loss_sums(
 
     Args:
         batch: arrays [B, T] under seqio's decoder keys.
-        key, noise: random noise (see `noisy`) on what reads less exact vectors later: the embeddings
+        key, noise: random noise (see `noisy`) on what reads less exact vectors later: the
+        embeddings
             of a decoder, the taps of a composed model; 0: none.
 
     Returns:

@@ -16,7 +16,8 @@ def open_run(workdir: epath.PathLike, config: ConfigDict, *, overwrite: bool = F
     Mesh, number of steps, logging and saving may differ. The config on disk becomes the new one.
 
     Raises:
-        CalmError: the directory holds something else, was started with another config (every differing
+        CalmError: the directory holds something else, was started with another config (every
+        differing
             key is named with both values), or cannot be written.
     """
     folder = absolute(workdir)
@@ -54,5 +55,6 @@ def _check_same(old: dict[str, Any], new: dict[str, Any], folder: epath.Path) ->
             f"{key} was {was!r}, now {now!r}" for key, (was, now) in differences.items()
         )
         raise CalmError(
-            f"{folder} was started with another config: {listed}. Use --overwrite, or another --workdir"
+            f"{folder} was started with another config: {listed}. Use --overwrite, or another "
+            "--workdir"
         )

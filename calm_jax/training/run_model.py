@@ -70,8 +70,8 @@ def _decoder(config: ConfigDict, mesh) -> RunModel:
         raise CalmError("vocabulary is empty; name one")
     if vocabulary.size > parts.structure.abstract()["embedding"].shape[0]:
         raise CalmError(
-            f"decoder.vocab_size {parts.structure.abstract()['embedding'].shape[0]} is less than the "
-            f"{vocabulary.size} tokens of the vocabulary {config.vocabulary!r}"
+            f"decoder.vocab_size {parts.structure.abstract()['embedding'].shape[0]} is less than "
+            f"the {vocabulary.size} tokens of the vocabulary {config.vocabulary!r}"
         )
     return RunModel(parts, trainable, {}, [], vocabulary)
 

@@ -1,8 +1,8 @@
 """The one training step: `train_step(trainable, opt_state, frozen, batch, step)`.
 
 For a decoder everything is trainable and `frozen` is empty; for a composed model the bridge is
-trainable and `frozen` is `{"anchor": ..., "augments": [...]}`, which is never differentiated, donated
-or given to the optimizer.
+trainable and `frozen` is `{"anchor": ..., "augments": [...]}`, which is never differentiated,
+donated or given to the optimizer.
 """
 
 import dataclasses
