@@ -143,7 +143,7 @@ class Block(nnx.Module):
     def __call__(
         self, x_BTD: jax.Array, shared: SelfAttentionInputs, local: jax.Array
     ) -> jax.Array:
-        """The layer's output [B, T, D], in the dtype of `x_BTD`; if `local`, of its window alone."""
+        """The layer's output [B, T, D], in the dtype of `x_BTD`; `local`: it sees its window."""
         x_BTD = sharding.constrain(x_BTD, "batch", "length", "activation_embed")
         with jax.named_scope("attention"):
             normed_BTD = self.attention_norm(x_BTD)
