@@ -75,8 +75,15 @@ def write_metrics(run: Path, model: str) -> None:
                 line[f"connection/{index}"] = share * wobble
         lines.append(line)
         if step % 100 == 0:
+            exact = math.exp(-3 * loss)
+            sets = (
+                {"math": exact**1.5, "num": exact**0.3, "subs": exact}
+                if model == "composed"
+                else {}
+            )
             lines.append({"step": step, "split": "validation", "loss": loss * 1.1,
-                          "accuracy": math.exp(-loss), "exact": math.exp(-3 * loss)})  # fmt: skip
+                          "accuracy": math.exp(-loss), "exact": exact,
+                          **{f"exact/bridge_{name}": sets[name] for name in sets}})  # fmt: skip
     (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 

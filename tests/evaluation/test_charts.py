@@ -80,3 +80,13 @@ def test_heatmap_darkens_with_weight_and_hides_nothing_large():
     assert titles == ["a looks at a: 1.00", "b looks at a: 0.30", "b looks at b: 0.70"]
     shades = [int(charts.heat(weight)[1:3], 16) for weight in (0.0, 0.3, 0.7, 1.0)]
     assert shades == sorted(shades, reverse=True) and len(set(shades)) == 4
+
+
+@given(st.floats(0, 100), st.floats(0, 100))
+def test_number_of_a_lying_bar_is_free_of_the_papers_mark(value, paper):
+    svg = charts.ladder("", [Bar("name", value, "#000000", (value, value), paper)])
+    mark = float(next(svg.iter("path")).get("d")[1:].split()[0])
+    (number,) = [text for text in svg.iter("text") if text.text == f"{value:.1f}"]
+    start = float(number.get("x"))
+    assert mark + 6 < start or mark - 6 > start + 28
+    assert start + 28 <= size(svg)[0]

@@ -51,6 +51,12 @@ def predictions(experiment, model: str, task: str) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
+def test_each_set_of_the_validation_has_its_line(experiment):
+    write_report(experiment)
+    text = (experiment / "report.html").read_text()
+    assert all(text.count(f">{name}</text>") == 1 for name in ("math", "num", "subs"))
+
+
 def test_table1_json_is_what_the_predictions_say(experiment):
     write_report(experiment)
     table = json.loads((experiment / "table1.json").read_text())
