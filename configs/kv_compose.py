@@ -20,12 +20,12 @@ def get_config():
     config.optimizer.warmup_steps = 100
     config.optimizer.b2 = 0.99
     config.optimizer.weight_decay = 0.3
-    config.train.num_steps = 1_800
+    config.train.num_steps = 3_000
     config.train.batch_size = 32
     config.train.noise = 0.7
     config.train.log_every = 20
-    config.train.validate_every = 300
-    config.train.save_every = 300
+    config.train.validate_every = 500
+    config.train.save_every = 500
     config.evaluate.tasks = tuple(
         f"calm_jax/key_value/demo/{name}" for name in ("subs", "num", "math", "math_seen")
     )

@@ -100,7 +100,7 @@ class KeyValueConfig:
     anchor_unknown: float = 0.1
     anchor_single: float = 0.1
     bridge_examples: int = 100_000
-    bridge_rates: tuple[float, float, float] = (0.6, 0.2, 0.2)
+    bridge_rates: tuple[float, float, float] = (0.75, 0.1, 0.15)
     bridge_plain: float = 0.35
     bridge_single: float = 0.1
     validation_examples: int = 200
