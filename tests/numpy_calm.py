@@ -1,7 +1,7 @@
 """CALM and its decoders in plain numpy: float64, loops over rows, queries and heads.
 
-Written from the definitions, not from the library: it shares no code with `calm_jax` and only reads a
-module's arrays by their names. Connections are (augment, augment layer, anchor layer) triples.
+Written from the definitions, not from the library: it shares no code with `calm_jax` and only reads
+a module's arrays by their names. Connections are (augment, augment layer, anchor layer) triples.
 """
 
 import math
@@ -35,7 +35,7 @@ def composed_logits(
     config, tree = anchor
     logits, seen = [], {c: {"weights": [], "y": [], "h": []} for c in bridge}
     for row in zip(tokens_BT, positions_BT, segments_BT, prompt_BT, strict=True):
-        tokens, positions, segments, prompt = row
+        tokens, positions, segments, _ = row
         taps = [residual_streams(*augment, tokens, positions, segments) for augment in augments]
 
         def bridged(layer, h_TD, taps=taps, row=row):

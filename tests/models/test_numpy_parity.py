@@ -45,7 +45,9 @@ DECODERS = {
         activation="gelu_tanh", mlp_bias=True, rope="interleaved", rope_dim=4, tied_head=False,
         head_bias=True,
     ),
-    "falcon": palm(norm="layer", norm_bias=True, norm_offset=0.0, gated_mlp=False, activation="gelu"),
+    "falcon": palm(
+        norm="layer", norm_bias=True, norm_offset=0.0, gated_mlp=False, activation="gelu",
+    ),
     "cohere": palm(
         num_kv_heads=2, norm="layer", norm_offset=0.0, rope="interleaved", logit_scale=0.0625,
     ),
@@ -83,7 +85,8 @@ COMPOSED = {
         palm(num_layers=8), (palm(num_layers=6, embed_dim=12, head_dim=4),), (every_2,),
     ),
     "llama and llama, the paper's bridge": (
-        llama(num_layers=4), (llama(num_layers=4, embed_dim=8),), (CompositionConfig.paper(every=1),),
+        llama(num_layers=4), (llama(num_layers=4, embed_dim=8),),
+        (CompositionConfig.paper(every=1),),
     ),
     "palm anchor, gemma augment, every option": (
         palm(num_layers=3), (gemma(num_layers=7, window=3, window_pattern=(True, False)),),
@@ -102,7 +105,9 @@ COMPOSED = {
     "two augments, bridges of different forms": (
         llama(num_layers=5), (palm(embed_dim=8), gemma(num_layers=4)),
         (
-            CompositionConfig(connections=((2, 1), (0, 4)), encoder_only=True, rotary=True, bias=True),
+            CompositionConfig(
+                connections=((2, 1), (0, 4)), encoder_only=True, rotary=True, bias=True
+            ),
             CompositionConfig(connections=((3, 1), (1, 2)), num_heads=3, head_dim=6, gate=True),
         ),
     ),

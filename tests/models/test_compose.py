@@ -1,0 +1,221 @@
+"""`compose`: step 0, what is never run or differentiated, memory, and what is refused."""
+
+import gc
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from random_models import (
+    assert_close,
+    llama,
+    packed_batch,
+    palm,
+    random_composed,
+    random_decoder,
+)
+
+from calm_jax.errors import CalmError
+from calm_jax.models import CompositionConfig, compose
+from calm_jax.models import stack as stack_module
+from calm_jax.models.bridge import BridgeInputs, CrossAttention
+from calm_jax.models.parameters import Structure, module_tree, size_in_bytes
+
+ZERO = {
+    "output": CompositionConfig(every=1, bias=True),
+    "value": CompositionConfig(every=1, bias=True, output_projection=False),
+    "gate": CompositionConfig(every=1, bias=True, gate=True),
+}
+
+
+def fresh_bridge(composed, config):
+    """Puts in every place of the bridge values as they are born."""
+    width = composed.augments[0].config.embed_dim
+    state = nnx.state(CrossAttention(config, composed.config, width, nnx.Rngs(0)))
+    for round_ in composed.bridge.rounds:
+        for stacked in round_:
+            nnx.update(
+                stacked,
+                jax.tree.map(
+                    lambda new, old: jnp.broadcast_to(new, old.shape), state, nnx.state(stacked)
+                ),
+            )
+
+
+@pytest.mark.parametrize("name", ZERO)
+def test_step_zero_is_the_anchor_bit_for_bit(name):
+    composed = random_composed(llama(num_layers=7), (palm(),), ZERO[name])
+    batch = packed_batch()
+    alone = np.asarray(composed.anchor(*batch[:3]))  # its layers are cut as the composition needs
+    assert composed.anchor.layers.shapes == ((2,), (2, 2), (1,))
+    assert np.any(np.asarray(composed(*batch)) != alone)  # with a random bridge
+    fresh_bridge(composed, ZERO[name])
+    np.testing.assert_array_equal(composed(*batch), alone)
+
+
+@pytest.mark.parametrize("name", ZERO)
+def test_exactly_one_factor_begins_at_zero_and_then_all_learn(name):
+    config = ZERO[name]
+    crossing = CrossAttention(config, palm(), 6, nnx.Rngs(0))
+    structure, tree = Structure(crossing), module_tree(crossing)
+    random = np.random.default_rng(0)
+    h_BTD, goal_BTD = random.normal(size=(2, 1, 5, 16)).astype(np.float32)
+    tap_BSE = random.normal(size=(1, 5, 6)).astype(np.float32)
+    shared = BridgeInputs(config, 4, np.arange(5)[None], np.ones((1, 5), np.int32), None)
+
+    def loss(tree):
+        return jnp.sum(structure.merge(tree)(h_BTD, tap_BSE, shared)[0] * goal_BTD)
+
+    zeros = {key for key, x in tree.items() if not key.endswith("_bias") and not np.any(x)}
+    assert zeros == {name}
+    for _ in range(2):
+        gradients = jax.grad(loss)(tree)
+        moved = {key for key, gradient in gradients.items() if np.any(gradient)}
+        tree = jax.tree.map(lambda x, gradient: x - 0.1 * gradient, tree, gradients)
+    assert moved == tree.keys()
+
+
+def test_paper_init_draws_every_matrix_by_its_fan_in():
+    config = CompositionConfig.paper(every=1, gate=True)
+    tree = module_tree(CrossAttention(config, palm(embed_dim=64), 32, nnx.Rngs(0)))
+    fan_in = {"projection": 32, "query": 64, "key": 64, "value": 64, "output": 64}
+    assert tree.keys() == fan_in.keys() | {"gate"}
+    assert tree["gate"] == 1
+    for name, inputs in fan_in.items():
+        assert np.std(tree[name]) == pytest.approx(inputs**-0.5, rel=0.1)
+        assert np.mean(tree[name]) == pytest.approx(0, abs=0.1 * inputs**-0.5)
+
+
+def test_the_augment_stops_at_its_last_tap_and_the_bridge_alone_is_differentiated():
+    config = CompositionConfig(connections=((0, 1), (2, 3)), init="paper")
+    composed = random_composed(palm(num_layers=5), (llama(num_layers=5),), config)
+    structure, tree = Structure(composed), module_tree(composed)
+    batch = packed_batch()
+
+    @jax.jit
+    def logits_and_gradients(tree):
+        def loss(tree):
+            logits, _ = structure.merge(tree).forward(*batch)
+            return jnp.sum(logits**2), logits
+
+        return jax.grad(loss, has_aux=True)(tree)
+
+    gradients, logits = logits_and_gradients(tree)
+    assert all(not np.any(x) for x in jax.tree.leaves(gradients["augments"]))
+    assert all(np.any(x) for x in jax.tree.leaves(gradients["bridge"]))
+
+    # NaN in all that must not be read: layers after the last tap, the final norm and the head.
+    augment = tree["augments"]["0"]
+    pieces = augment["layers"]["pieces"]
+    assert composed.augments[0].layers.shapes == ((1,), (2,), (2,))
+    layers, norm, head = jax.tree.map(
+        lambda x: jnp.full_like(x, jnp.nan), (pieces["2"], augment["final_norm"], augment["head"])
+    )
+    poisoned = {
+        "embedding": augment["embedding"],
+        "layers": {"pieces": {**pieces, "2": layers}},
+        "final_norm": norm,
+        "head": head,
+    }
+    _, again = logits_and_gradients({**tree, "augments": {"0": poisoned}})
+    np.testing.assert_array_equal(again, logits)
+
+
+def test_bfloat16_models_with_a_float32_bridge():
+    config = CompositionConfig(every=1, init="paper", bias=True)
+    composed = random_composed(palm(dtype="bfloat16"), (llama(dtype="bfloat16"),), config)
+    assert {x.dtype for x in jax.tree.leaves(module_tree(composed.bridge))} == {np.dtype("float32")}
+    batch = packed_batch()
+    residual = jax.eval_shape(lambda: composed.residual(*batch))
+    assert residual.dtype == jnp.bfloat16
+    logits = composed(*batch)
+    assert logits.dtype == np.float32
+    exact = random_composed(palm(), (llama(),), config)
+    assert_close(logits, exact(*batch), 0.1)
+
+
+def live_bytes():
+    gc.collect()
+    return sum(x.nbytes for x in jax.live_arrays())
+
+
+def test_composing_holds_no_second_copy(monkeypatch):
+    anchor = random_decoder(llama(num_layers=8, embed_dim=64, mlp_dim=256), 0)
+    augment = random_decoder(palm(num_layers=6, embed_dim=64), 1)
+    largest = max(x.nbytes for x in jax.tree.leaves(module_tree(anchor)))
+    weights = size_in_bytes(module_tree(anchor)) + size_in_bytes(module_tree(augment))
+    before = live_bytes()
+    peaks = []
+    recut = stack_module._recut
+
+    def measured(*args):
+        result = recut(*args)
+        peaks.append(live_bytes())
+        return result
+
+    monkeypatch.setattr(stack_module, "_recut", measured)
+    composed = compose(anchor, augment, CompositionConfig(every=2), rngs=nnx.Rngs(0))
+    small = 4096  # keys and masks
+    bridge = size_in_bytes(module_tree(composed.bridge))
+    assert live_bytes() <= before + bridge + small
+    assert peaks
+    assert max(peaks) <= before + bridge + largest + small
+    assert largest < weights / 4  # so that a second copy would show
+
+
+class Tokens:
+    """A vocabulary as the models see it."""
+
+    def __init__(self, *tokens):
+        self.tokens = tokens
+
+    def first_difference(self, other):
+        for index, (ours, theirs) in enumerate(zip(self.tokens, other.tokens, strict=True)):
+            if ours != theirs:
+                return index, ours, theirs
+        return None
+
+
+def test_vocabularies():
+    anchor, augments = random_decoder(palm()), [random_decoder(palm()) for _ in range(2)]
+    config = [CompositionConfig(every=1)] * 2
+
+    def composed():
+        return nnx.eval_shape(lambda: compose(anchor, augments, config, rngs=nnx.Rngs(0)))
+
+    anchor.vocabulary, augments[0].vocabulary = Tokens("a", "b"), Tokens("a", "b")
+    assert composed().vocabulary is anchor.vocabulary
+    augments[1].vocabulary = Tokens("a", "c")
+    with pytest.raises(CalmError, match="token 1 is 'b' for the anchor and 'c' for augment 1"):
+        composed()
+
+
+def test_embedding_rows_may_differ_and_logits_have_the_anchors():
+    composed = random_composed(
+        palm(vocab_size=30), (llama(vocab_size=26),), CompositionConfig(every=1)
+    )
+    shape = jax.eval_shape(lambda: composed.forward(*packed_batch())[0]).shape
+    assert shape == (3, 11, 30)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (CompositionConfig(connections=((0, 3),)), r"\(0, 3\) names anchor layer 3, .* 0 to 2"),
+        (CompositionConfig(connections=((5, 0),)), r"\(5, 0\) names augment layer 5, .* 0 to 2"),
+        (CompositionConfig(every=4), "every=4 leaves no fitting connection"),
+        (CompositionConfig(every=1, num_heads=3), "num_heads 3 does not divide .* width 16"),
+        ([CompositionConfig(every=1)] * 2, "2 composition configs were given for 1 augments"),
+    ],
+)
+def test_refused_before_anything_is_cut(config, message):
+    anchor, augment = random_decoder(palm()), random_decoder(llama())
+    with pytest.raises(CalmError, match=message):
+        compose(anchor, augment, config, rngs=nnx.Rngs(0))
+    assert anchor.layers.shapes == augment.layers.shapes == ((3,),)
+
+
+def test_no_augment():
+    with pytest.raises(CalmError, match="at least one augment"):
+        compose(random_decoder(palm()), [], rngs=nnx.Rngs(0))

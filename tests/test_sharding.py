@@ -1,0 +1,229 @@
+"""Meshes and sharding rules, and that a sharded composed model computes what one device does."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
+from random_models import (
+    assert_close,
+    composed_structure,
+    decoder_structure,
+    llama,
+    palm,
+    random_decoder,
+    random_tree,
+)
+
+from calm_jax import sharding
+from calm_jax.errors import CalmError
+from calm_jax.models import CompositionConfig, compose
+from calm_jax.models.parameters import Structure, module_tree, path_name
+
+# Every dimension that a mesh axis may split divides by 8, except the key heads.
+WIDE = {"vocab_size": 32, "num_heads": 8, "head_dim": 4, "mlp_dim": 24}
+ANCHOR = llama(num_layers=4, embed_dim=16, num_kv_heads=2, **WIDE)
+AUGMENT = palm(num_layers=3, embed_dim=8, **WIDE)
+CONFIG = CompositionConfig(every=1, init="paper", rotary=True, bias=True)
+MESHES = {
+    "data": {"data": 8},
+    "fsdp": {"fsdp": -1},
+    "tensor": {"tensor": 8},
+    "all": {"data": 2, "fsdp": -1, "tensor": 2},
+}
+
+
+def run(mesh):
+    """Logits and gradients of the bridge, with every argument placed by the rules."""
+    structure = composed_structure(ANCHOR, (AUGMENT,), (CONFIG,))
+    shardings = structure.shardings(mesh)
+    random = np.random.default_rng(1)
+    batch = {
+        "tokens": random.integers(32, size=(8, 6)).astype(np.int32),
+        "segments": np.repeat(np.array([[1] * 3 + [2] * 2 + [0]], np.int32), 8, axis=0),
+    }
+
+    def step(tree, batch):
+        def loss(bridge):
+            model = structure.merge({**tree, "bridge": bridge})
+            logits, _ = model.forward(batch["tokens"], None, batch["segments"])
+            return jnp.sum(jnp.sin(logits)), logits
+
+        return jax.grad(loss, has_aux=True)(tree["bridge"])
+
+    places = dict.fromkeys(batch, sharding.batch_sharding(mesh))
+    tree = jax.device_put(random_tree(structure, 0), shardings)
+    with jax.set_mesh(mesh):
+        compiled = jax.jit(step, in_shardings=(shardings, places))
+        gradients, logits = compiled(tree, sharding.put_batch(batch, mesh))
+    return tree, gradients, logits
+
+
+@pytest.fixture(scope="module")
+def on_one_device():
+    return run(sharding.make_mesh({"data": 1}, jax.devices()[:1]))
+
+
+@pytest.mark.parametrize("name", MESHES)
+def test_eight_devices_compute_what_one_does(name, on_one_device):
+    mesh = sharding.make_mesh(MESHES[name])
+    tree, gradients, logits = run(mesh)
+    _, one_gradients, one_logits = on_one_device
+    assert_close(logits, one_logits)
+    jax.tree.map(assert_close, gradients, one_gradients)
+    batch = NamedSharding(mesh, PartitionSpec(("data", "fsdp"), None, "tensor"))
+    assert logits.sharding.is_equivalent_to(batch, 3)
+
+    # What each device holds, by hand.
+    fsdp, tensor = mesh.shape["fsdp"], mesh.shape["tensor"]
+    keys = 2 // tensor if tensor <= 2 else 2
+    held = {
+        "anchor/embedding": (32 // tensor, 16 // fsdp),
+        "anchor/head": (16 // fsdp, 32 // tensor),
+        "anchor/layers/pieces/1/attention/query": (2, 1, 16 // fsdp, 8 // tensor, 4),
+        "anchor/layers/pieces/1/attention/key": (2, 1, 16 // fsdp, keys, 4),
+        "anchor/layers/pieces/1/mlp/down": (2, 1, 24 // tensor, 16 // fsdp),
+        "augments/0/layers/pieces/0/attention/value": (2, 1, 8 // fsdp, 1, 4),
+        "bridge/rounds/0/0/projection": (2, 8, 16 // fsdp),
+        "bridge/rounds/0/0/query": (2, 16 // fsdp, 8 // tensor, 2),
+        "bridge/rounds/1/0/output": (8 // tensor, 2, 16 // fsdp),
+        "bridge/rounds/1/0/tap_norm": (8,),
+    }
+    arrays = {path_name(path): x for path, x in jax.tree.leaves_with_path(tree)}
+    for path, shape in held.items():
+        assert arrays[path].sharding.mesh == mesh
+        assert arrays[path].sharding.shard_shape(arrays[path].shape) == shape, path
+        assert {shard.data.shape for shard in arrays[path].addressable_shards} == {shape}, path
+
+
+def test_composing_on_a_mesh_keeps_every_array_on_it():
+    mesh = sharding.make_mesh({"data": 2, "fsdp": 2, "tensor": 2})
+    models = []
+    for config in (ANCHOR, AUGMENT):
+        structure = Structure(random_decoder(config))
+        tree = jax.device_put(random_tree(structure, 0), structure.shardings(mesh))
+        models.append(structure.merge(tree))
+    composed = compose(*models, CONFIG, rngs=nnx.Rngs(0))
+    wanted = composed_structure(ANCHOR, (AUGMENT,), (CONFIG,)).shardings(mesh)
+
+    def check(array, place):
+        assert array.sharding.mesh == mesh
+        assert array.sharding.is_equivalent_to(place, array.ndim)
+
+    jax.tree.map(check, module_tree(composed), wanted)
+
+
+def test_init_in_place_gives_birth_to_shards():
+    mesh = sharding.make_mesh({"fsdp": 8})
+    place = sharding.array_sharding("w", (16, 4), ("embed", "mlp"), mesh)
+    array = sharding.init_in_place(lambda: jnp.arange(64.0).reshape(16, 4), place)
+    assert array.sharding == place
+    assert array.addressable_shards[3].data.shape == (2, 4)
+    np.testing.assert_array_equal(array, np.arange(64.0).reshape(16, 4))
+
+
+@pytest.mark.parametrize(
+    ("shape", "sizes"),
+    [
+        ({}, None),
+        ({"data": -1}, (8, 1, 1)),
+        ({"data": -1, "fsdp": 2, "tensor": 2}, (2, 2, 2)),
+        ({"tensor": -1, "data": 8}, (8, 1, 1)),
+    ],
+)
+def test_mesh(shape, sizes):
+    devices = jax.devices()[:1] if sizes is None else None
+    mesh = sharding.make_mesh(shape, devices)
+    assert mesh.axis_names == ("data", "fsdp", "tensor")
+    assert mesh.devices.shape == (sizes or (1, 1, 1))
+    assert all(kind == jax.sharding.AxisType.Auto for kind in mesh.axis_types)
+
+
+@pytest.mark.parametrize(
+    ("shape", "message"),
+    [
+        ({"model": 2}, "mesh.model is not a mesh axis; known are"),
+        ({"data": 0}, "mesh.data is 0; it must be at least 1, or -1"),
+        ({"data": -2}, "mesh.data is -2"),
+        ({"data": -1, "fsdp": -1}, "leaves more than one axis open"),
+        ({"data": 4, "fsdp": 4}, "needs 16 devices, but there are 8"),
+        ({"data": 3, "fsdp": -1}, "does not use all 8 devices exactly"),
+        ({"data": 2, "tensor": 2}, "does not use all 8 devices exactly"),
+    ],
+)
+def test_mesh_refused(shape, message):
+    with pytest.raises(CalmError, match=message):
+        sharding.make_mesh(shape)
+
+
+def test_partition_spec():
+    assert sharding.partition_spec(("batch", "length")) == PartitionSpec(("data", "fsdp"), None)
+    assert sharding.partition_spec(("embed", "heads", None)) == PartitionSpec(
+        "fsdp", "tensor", None
+    )
+
+
+@pytest.mark.parametrize(
+    ("axes", "message"),
+    [
+        (("embed", "expert"), "no sharding rule for the logical axis 'expert'; known are"),
+        (("embed", "embed"), "use the mesh axis 'fsdp' twice"),
+        (("batch", "embed"), "use the mesh axis 'fsdp' twice"),
+        (("heads", "mlp"), "use the mesh axis 'tensor' twice"),
+    ],
+)
+def test_partition_spec_refused(axes, message):
+    with pytest.raises(CalmError, match=message):
+        sharding.partition_spec(axes)
+
+
+def test_array_sharding():
+    mesh = sharding.make_mesh({"fsdp": 4, "tensor": 2})
+
+    def spec(shape, axes):
+        return sharding.array_sharding("w", shape, axes, mesh).spec
+
+    stacked = (3, 2, 8, 4, 5)  # two leading axes of stacked layers
+    assert spec(stacked, ("embed", "heads", "head_dim")) == PartitionSpec(
+        None, None, "fsdp", "tensor", None
+    )
+    assert spec((8, 1, 5), ("embed", "kv_heads", "head_dim")) == PartitionSpec("fsdp", None, None)
+    assert spec((8, 6, 5), ("embed", "kv_heads", "head_dim")) == PartitionSpec(
+        "fsdp", "tensor", None
+    )
+
+
+def test_an_array_that_does_not_divide_is_named():
+    mesh = sharding.make_mesh({"fsdp": 4, "tensor": 2})
+    with pytest.raises(CalmError, match=r"w: embed of size 6 is not divisible .* fsdp = 4"):
+        sharding.array_sharding("w", (6, 2), ("embed", "mlp"), mesh)
+    structure = decoder_structure(palm(num_heads=3, embed_dim=8))
+    where = "layers/pieces/0/attention/output: heads of size 3 .* tensor = 2"
+    with pytest.raises(CalmError, match=where):
+        structure.shardings(mesh)
+
+
+def test_every_logical_axis_of_every_model_has_a_rule():
+    everything = llama(
+        attention_bias=True, output_bias=True, mlp_bias=True, norm_bias=True, head_bias=True,
+        qk_norm="rms", post_norms=True,
+    )  # fmt: skip
+    config = CompositionConfig(every=1, bias=True, gate=True)
+    structure = composed_structure(everything, (palm(qk_norm="l2"),), (config,))
+    mesh = sharding.make_mesh({"data": 1}, jax.devices()[:1])
+    places = structure.shardings(mesh)
+    assert jax.tree.structure(places) == jax.tree.structure(structure.abstract())
+
+
+def test_batch_divides_by_the_mesh():
+    mesh = sharding.make_mesh({"data": 2, "fsdp": 2, "tensor": 2})
+    sharding.check_batch(8, 2, mesh)
+    message = r"batch_size 12 is not divisible by 8 \(data 2 x fsdp 2 x accumulate 2\)"
+    with pytest.raises(CalmError, match=message):
+        sharding.check_batch(12, 2, mesh)
+
+
+def test_constrain_without_a_mesh_is_the_array_itself():
+    x = jnp.ones((2, 3))
+    assert sharding.constrain(x, "batch", "length") is x
