@@ -1,0 +1,119 @@
+"""The commands as a person calls them."""
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import tiny_models
+
+import calm_jax
+from calm_jax.__main__ import COMMANDS, main
+from calm_jax.data.vocabulary import Vocabulary
+from calm_jax.training import loop
+
+CONFIG = """
+from calm_jax.training.configuration import decoder_run
+
+def get_config():
+    return decoder_run()
+"""
+
+
+@pytest.fixture
+def config(tmp_path):
+    path = tmp_path / "config.py"
+    path.write_text(CONFIG)
+    return path
+
+
+@pytest.fixture(scope="module")
+def frozen(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models") / "frozen"
+    vocabulary = Vocabulary.bytes()
+    decoder = tiny_models.decoder(vocab_size=vocabulary.size)
+    calm_jax.save_frozen(decoder, folder, vocabulary=vocabulary)
+    return folder
+
+
+def test_calm_alone_lists_every_command(capsys):
+    assert main([]) == 0
+    shown = capsys.readouterr().out
+    for name in COMMANDS:
+        assert f"\n  {name} " in shown
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_of_every_command_holds_an_example(name, capsys):
+    with pytest.raises(SystemExit) as ended:
+        main([name, "--help"])
+    assert ended.value.code == 0
+    assert f"\n  calm {name} --" in capsys.readouterr().out
+
+
+def test_bad_input_is_one_line_and_status_2(config, tmp_path, capsys):
+    assert main(["trian"]) == 2
+    assert capsys.readouterr().err == "error: unknown command 'trian'; did you mean 'train'?\n"
+    arguments = ["train", f"--config={config}", f"--workdir={tmp_path / 'run'}"]
+    assert main([*arguments, "--config.trian.num_steps=3"]) == 2
+    shown = capsys.readouterr().err
+    assert shown == (
+        "error: unknown config key 'trian.num_steps'; did you mean 'train.num_steps'?\n"
+    )
+    assert main(arguments) == 2  # no data is named
+    assert capsys.readouterr().err.startswith("error: data.train is empty")
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_status_reaches_the_shell():
+    run = subprocess.run(
+        [sys.executable, "-m", "calm_jax", "generate", "--workdir=/nowhere/at/all", "--prompt=a"],
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 2
+    assert run.stderr == (
+        "error: /nowhere/at/all is not a run, a frozen folder or an exported bridge: "
+        "config.json is missing\n"
+    )
+
+
+def test_train_hands_config_and_flags_to_the_loop(config, tmp_path, monkeypatch):
+    calls = []
+    monkeypatch.setattr(loop, "train", lambda *args, **options: calls.append((args, options)))
+    arguments = ["train", f"--config={config}", f"--workdir={tmp_path}"]
+    assert main([*arguments, "--config.optimizer.name=adafactor", "--overwrite"]) == 0
+    ((given, workdir), options) = calls[0]
+    assert (given.optimizer.name, workdir, options) == (
+        "adafactor",
+        str(tmp_path),
+        {"overwrite": True},
+    )
+
+
+def test_generate_prints_prompts_and_answers(frozen, tmp_path, capsys):
+    (tmp_path / "prompts.txt").write_text("two\nthree words here\n")
+    arguments = [f"--workdir={frozen}", "--prompt=one", "--max_new_tokens=5"]
+    assert main(["generate", *arguments, f"--prompts_file={tmp_path / 'prompts.txt'}"]) == 0
+    decoder = calm_jax.load(frozen)
+    prompts = ["one", "two", "three words here"]
+    answers = calm_jax.generate(decoder, prompts, max_new_tokens=5)
+    expected = [
+        prompt + decoder.vocabulary.decode(answer)
+        for prompt, answer in zip(prompts, np.asarray(answers).tolist(), strict=True)
+    ]
+    assert capsys.readouterr().out == "".join(f"{line}\n" for line in expected)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "no prompt: give --prompt or --prompts_file"),
+        (["--prompts_file=/nowhere/prompts"], "--prompts_file=/nowhere/prompts: No such file"),
+        (["--prompt=a", "--step=3"], "it has no step 3 to choose"),
+        (["--prompt=a", "--max_new_tokens=0"], "max_new_tokens is 0"),
+    ],
+)
+def test_generate_names_what_is_wrong(frozen, arguments, message, capsys):
+    assert main(["generate", f"--workdir={frozen}", *arguments]) == 2
+    assert message in capsys.readouterr().err
