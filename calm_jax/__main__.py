@@ -56,7 +56,7 @@ def _fail(message: str) -> int:
 
 
 def _show_own_logs() -> None:
-    """Shows notes of this package; of the libraries, which share its logger, warnings alone."""
+    """Shows notes of this package; of the libraries, which share its logger, errors alone."""
     handler = logging.StreamHandler()
     handler.addFilter(_worth_showing)
     logger = absl_logging.get_absl_logger()
@@ -65,7 +65,7 @@ def _show_own_logs() -> None:
 
 
 def _worth_showing(record: logging.LogRecord) -> bool:
-    return record.levelno >= logging.WARNING or record.pathname.startswith(PACKAGE)
+    return record.levelno >= logging.ERROR or record.pathname.startswith(PACKAGE)
 
 
 if __name__ == "__main__":

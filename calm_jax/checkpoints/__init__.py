@@ -1,0 +1,1 @@
+"""Checkpoints of runs, frozen models, bridges."""
