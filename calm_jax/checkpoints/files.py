@@ -41,18 +41,29 @@ def whole_folder(target: epath.PathLike) -> Iterator[epath.Path]:
         raise
 
 
-def write_json(path: epath.Path, value: Any) -> None:
-    """Writes JSON beside `path`, then renames. Raises `CalmError` when it cannot be written."""
-    text = json.dumps(value, indent=1, sort_keys=True) + "\n"
+def write_text(path: epath.PathLike, text: str) -> None:
+    """Writes beside, then renames: a reader finds the old file or the new one, never a part.
+
+    Raises `CalmError` when it cannot be written.
+    """
+    path = absolute(path)
+    # A model of bytes may write half a character; it is kept visible rather than refused.
+    data = text.encode("utf-8", errors="backslashreplace")
     try:
-        if is_bucket(path):
-            path.write_text(text)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if is_bucket(path):  # an object appears whole
+            path.write_bytes(data)
             return
         beside = path.with_name(f".{path.name}.tmp")
-        beside.write_text(text)
+        beside.write_bytes(data)
         beside.replace(path)
     except OSError as error:
         raise CalmError(f"cannot write {path}: {error.strerror or error}") from error
+
+
+def write_json(path: epath.PathLike, value: Any) -> None:
+    """Writes JSON as `write_text` does."""
+    write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
 
 
 def read_json(path: epath.Path, what: str) -> dict[str, Any]:

@@ -5,10 +5,10 @@ from collections.abc import Sequence
 
 from etils import epath
 
-from calm_jax.checkpoints.files import absolute
+from calm_jax.checkpoints.files import absolute, write_json, write_text
 from calm_jax.evaluation import score_sections, setting, training_sections
 from calm_jax.evaluation.page import Element, document, element, visible
-from calm_jax.evaluation.results import Run, read_runs, write_json, write_text
+from calm_jax.evaluation.results import Run, read_runs
 from calm_jax.evaluation.table1 import Table1, as_text, percent, table1
 
 

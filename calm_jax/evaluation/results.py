@@ -8,7 +8,7 @@ from typing import Any
 
 from etils import epath
 
-from calm_jax.checkpoints.files import absolute, is_bucket, read_json
+from calm_jax.checkpoints.files import absolute, read_json, write_text
 from calm_jax.errors import CalmError
 
 # Key of summary.json that says what was scored and how; no task bears such a name.
@@ -23,30 +23,6 @@ def evaluation_folder(workdir: epath.PathLike) -> epath.Path:
 
 def predictions_file(workdir: epath.PathLike, task: str) -> epath.Path:
     return evaluation_folder(workdir) / f"{task.replace('/', '_')}.jsonl"
-
-
-def write_text(path: epath.PathLike, text: str) -> None:
-    """Writes beside, then renames: a reader finds the old file or the new one, never a part.
-
-    Raises `CalmError` where it cannot be written.
-    """
-    path = absolute(path)
-    # A model of bytes may write half a character; it is kept visible rather than refused.
-    data = text.encode("utf-8", errors="backslashreplace")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if is_bucket(path):  # an object appears whole
-            path.write_bytes(data)
-            return
-        beside = path.with_name(f".{path.name}.tmp")
-        beside.write_bytes(data)
-        beside.replace(path)
-    except OSError as error:
-        raise CalmError(f"cannot write {path}: {error.strerror or error}") from error
-
-
-def write_json(path: epath.PathLike, value: Any) -> None:
-    write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
 
 
 def write_json_lines(path: epath.PathLike, records: Iterable[Mapping[str, Any]]) -> None:

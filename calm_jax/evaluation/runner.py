@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from calm_jax import data, sharding
 from calm_jax.checkpoints.any_model import load_model
-from calm_jax.checkpoints.files import absolute, read_json
+from calm_jax.checkpoints.files import absolute, read_json, write_json
 from calm_jax.checkpoints.training import TrainingCheckpoints
 from calm_jax.decoding import generate
 from calm_jax.errors import CalmError
@@ -22,7 +22,6 @@ from calm_jax.evaluation.results import (
     evaluation_folder,
     predictions_file,
     read_optional,
-    write_json,
     write_json_lines,
 )
 from calm_jax.models import ComposedDecoder
