@@ -22,7 +22,12 @@ COMMANDS = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs a command; returns the exit status: 0, 2 after bad input, 130 when interrupted."""
+    """Runs a command; returns the exit status: 0, 2 after bad input, 130 when interrupted.
+
+    Without `argv` this is the process' own program, and also sets up its logs.
+    """
+    if argv is None:
+        _show_own_logs()
     arguments = list(sys.argv[1:] if argv is None else argv)
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(_usage())
@@ -32,7 +37,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         nearest = difflib.get_close_matches(name, COMMANDS, n=1)
         hint = f"did you mean {nearest[0]!r}?" if nearest else f"known are {', '.join(COMMANDS)}"
         return _fail(f"unknown command {name!r}; {hint}")
-    _show_own_logs()
     try:
         return importlib.import_module(f"calm_jax.cli.{name}").main(arguments[1:])
     except CalmError as error:
