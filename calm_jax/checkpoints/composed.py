@@ -44,6 +44,18 @@ def load_composed(
     Raises:
         CalmError: no such folder or step, a damaged one, or frozen models other than those that the
             bridge was trained with (both fingerprints are named).
+
+    >>> import tempfile
+    >>> from flax import nnx
+    >>> import calm_jax
+    >>> config = calm_jax.DecoderConfig.palm(vocab_size=32, embed_dim=16, num_layers=4, num_heads=2,
+    ...                                      head_dim=8, mlp_dim=32)
+    >>> anchor, augment = (calm_jax.Decoder(config, nnx.Rngs(seed)) for seed in (0, 1))
+    >>> folder = tempfile.mkdtemp() + "/bridge"
+    >>> calm_jax.export_bridge(calm_jax.compose(anchor, augment, rngs=nnx.Rngs(2)), folder)
+    >>> composed = calm_jax.load_composed(folder, anchor=anchor, augments=[augment])
+    >>> [(c.layer, c.anchor_layer) for c in composed.connections]
+    [(3, 3)]
     """
     folder = absolute(run_or_bridge)
     if (folder / "checkpoints").exists():
@@ -86,6 +98,8 @@ def export_bridge(
 
     Raises:
         CalmError: `target` exists or cannot be written, or the run cannot be read.
+
+    An example stands at `load_composed`.
     """
     composed = run_or_composed
     if not isinstance(composed, ComposedDecoder):

@@ -38,6 +38,8 @@ def save_frozen(decoder: Decoder, target: epath.PathLike, *, vocabulary: Any = N
 
     Raises:
         CalmError: `target` exists or cannot be written.
+
+    An example stands at `load`.
     """
     vocabulary = decoder.vocabulary if vocabulary is None else vocabulary
     tree = jax.tree.map(lambda x: x.astype(decoder.config.dtype), canonical_tree(decoder))
@@ -71,6 +73,17 @@ def load(
 
     Raises:
         CalmError: not a frozen folder, damaged, or of another form than its config says.
+
+    >>> import tempfile
+    >>> from flax import nnx
+    >>> import calm_jax
+    >>> config = calm_jax.DecoderConfig.palm(vocab_size=32, embed_dim=16, num_layers=2, num_heads=2,
+    ...                                      head_dim=8, mlp_dim=32)
+    >>> folder = tempfile.mkdtemp() + "/decoder"
+    >>> fingerprint = calm_jax.save_frozen(calm_jax.Decoder(config, nnx.Rngs(0)), folder)
+    >>> decoder = calm_jax.load(folder)
+    >>> decoder.config == config, decoder.fingerprint == fingerprint
+    (True, True)
     """
     folder = absolute(target)
     config, identity = read_config(folder)

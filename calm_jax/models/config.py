@@ -40,6 +40,12 @@ class DecoderConfig:
 
     Widths are in features, lengths in tokens. Values are the checkpoint's own: nothing is folded
     into the weights, so a norm's offset or an embedding's scale is a field here.
+
+    >>> from calm_jax import DecoderConfig
+    >>> config = DecoderConfig.palm(vocab_size=32, embed_dim=16, num_layers=2, num_heads=2,
+    ...                             head_dim=8, mlp_dim=32)
+    >>> config.block, config.num_kv_heads, config.tied_head
+    ('parallel', 1, True)
     """
 
     vocab_size: int  # rows of the embedding, padding rows included
@@ -193,6 +199,10 @@ class CompositionConfig:
     The defaults keep the paper's connections and add what later work found to help: the composed
     model equals the anchor before training, and norms stand before the cross-attention.
     `CompositionConfig.paper()` is the paper to the letter.
+
+    >>> from calm_jax import CompositionConfig
+    >>> CompositionConfig(every=2).resolve(augment_layers=6, anchor_layers=10)
+    ((1, 2), (3, 5), (5, 8))
     """
 
     connections: tuple[tuple[int, int], ...] | None = None  # (augment layer, anchor layer), 0-based
