@@ -1,0 +1,243 @@
+import json
+import re
+import shutil
+
+import jax
+import numpy as np
+import pytest
+import tiny_models
+from flax import nnx
+from tiny_models import stored_bytes
+
+from calm_jax import sharding
+from calm_jax.checkpoints import frozen
+from calm_jax.checkpoints.composed import export_bridge, identities, load_composed
+from calm_jax.checkpoints.training import TrainingCheckpoints
+from calm_jax.errors import CalmError
+from calm_jax.models import CompositionConfig, compose
+from calm_jax.models.parameters import module_tree
+
+TOKENS = np.random.default_rng(0).integers(0, tiny_models.VOCAB, (2, 7)).astype(np.int32)
+CONFIG = CompositionConfig(connections=((1, 0), (3, 2), (3, 3)), num_heads=4, bias=True)
+# Nothing else in these tests makes a compiled forward pass of the same trees differ.
+CLOSE = {"rtol": 1e-5, "atol": 1e-5}
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory):
+    """Frozen folders of an anchor, its augment, and another model of each one's form."""
+    folder = tmp_path_factory.mktemp("frozen")
+    for seed, name in enumerate(("anchor", "other anchor")):
+        frozen.save_frozen(tiny_models.decoder(seed, "llama"), folder / name)
+    for seed, name in enumerate(("augment", "other augment"), start=2):
+        frozen.save_frozen(tiny_models.decoder(seed, embed_dim=16), folder / name)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def composed(places):
+    anchor, augment = frozen.load(places / "anchor"), frozen.load(places / "augment")
+    return tiny_models.randomised(compose(anchor, augment, CONFIG, rngs=nnx.Rngs(4)))
+
+
+@pytest.fixture(scope="module")
+def run(composed, tmp_path_factory):
+    """A run's directory with checkpoints of steps 1 and 2, of which 1 is the best."""
+    run = tmp_path_factory.mktemp("runs") / "run"
+    tree = module_tree(composed.bridge)
+    state = {
+        "batch_index": 0,
+        "config": {},
+        "frozen": identities(composed),
+        "composition": [CONFIG.to_dict()],
+    }
+    opt_state = {"count": np.int32(0)}
+    with TrainingCheckpoints(run / "checkpoints") as checkpoints:
+        checkpoints.save(1, tree, opt_state, state, {"loss": 1.0})
+        worse = jax.tree.map(lambda x: x + 1, tree)
+        checkpoints.save(2, worse, opt_state, state, {"loss": 2.0})
+    return run
+
+
+@pytest.fixture(scope="module")
+def exported(composed, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("exported") / "bridge"
+    export_bridge(composed, folder)
+    return folder
+
+
+def check_same(loaded, composed):
+    assert loaded.configs == composed.configs
+    for part in ("anchor", "augments", "bridge"):
+        assert stored_bytes(getattr(loaded, part)) == stored_bytes(getattr(composed, part))
+    np.testing.assert_allclose(loaded(TOKENS), composed(TOKENS), **CLOSE)
+
+
+def test_from_a_run(run, composed):
+    check_same(load_composed(run), composed)
+
+
+def test_a_step_of_a_run(run, composed):
+    later = load_composed(run, step=2)
+    expected = jax.tree.map(lambda x: x + 1, module_tree(composed.bridge))
+    assert stored_bytes(later.bridge) == stored_bytes(expected)
+    with pytest.raises(CalmError, match=r"has no checkpoint of step 3; it has \[1, 2\]"):
+        load_composed(run, step=3)
+
+
+def test_from_an_exported_bridge(exported, composed):
+    check_same(load_composed(exported), composed)
+
+
+def test_export_from_a_run(run, composed, tmp_path):
+    export_bridge(run, tmp_path / "best")
+    check_same(load_composed(tmp_path / "best"), composed)
+    export_bridge(run, tmp_path / "last", step=2)
+    loaded = load_composed(tmp_path / "last")
+    assert stored_bytes(loaded.bridge) == stored_bytes(load_composed(run, step=2).bridge)
+
+
+def test_an_export_is_small(exported, composed):
+    """The bridge's own bytes and a few thousand more, and only names of its own arrays."""
+    size = sum(path.stat().st_size for path in exported.rglob("*") if path.is_file())
+    bridge = sum(map(len, stored_bytes(composed.bridge).values()))
+    models = sum(map(len, stored_bytes(composed.anchor).values()))
+    assert size < bridge + models / 4
+    names = b"".join(path.read_bytes() for path in exported.rglob("*_METADATA"))
+    assert b"rounds" in names
+    assert b"embedding" not in names
+
+
+def test_what_an_export_says(exported, places):
+    values = json.loads((exported / "config.json").read_text())
+    assert [entry["role"] for entry in values["frozen"]] == ["anchor", "augment 0"]
+    for entry, name in zip(values["frozen"], ("anchor", "augment"), strict=True):
+        assert entry["place"] == str(places / name)
+        config = json.loads((places / name / "config.json").read_text())
+        assert entry["fingerprint"] == config["fingerprint"]
+    (composition,) = values["composition"]
+    assert CompositionConfig.from_dict(composition) == CONFIG
+
+
+def test_onto_a_mesh(run, composed):
+    mesh = sharding.make_mesh({"data": 2, "fsdp": 2, "tensor": 2})
+    loaded = load_composed(run, mesh=mesh)
+    assert stored_bytes(loaded.bridge) == stored_bytes(composed.bridge)
+    crossing = loaded.bridge.rounds[0][0]
+    wanted = sharding.array_sharding("", (32, 4, 8), ("embed", "heads", "head_dim"), mesh)
+    assert crossing.query.get_value().sharding.is_equivalent_to(wanted, 3)
+    assert {x.sharding.mesh for x in jax.tree.leaves(nnx.state(loaded))} == {mesh}
+
+
+@pytest.mark.parametrize("kind", ["decoder", "folder"])
+def test_frozen_models_given(run, composed, places, tmp_path, kind):
+    """They were moved: the recorded places are not asked for."""
+    for name in ("anchor", "augment"):
+        shutil.copytree(places / name, tmp_path / name)
+    given = [tmp_path / "anchor", tmp_path / "augment"]
+    if kind == "decoder":
+        given = [frozen.load(place) for place in given]
+    check_same(load_composed(run, anchor=given[0], augments=[given[1]]), composed)
+
+
+@pytest.mark.parametrize("role", ["anchor", "augment"])
+def test_another_frozen_model_is_refused_with_both_fingerprints(run, exported, places, role):
+    other = frozen.load(places / f"other {role}")
+    right = frozen.load(places / role)
+    given = {"anchor": other} if role == "anchor" else {"augments": [other]}
+    for place in (run, exported):
+        with pytest.raises(CalmError) as caught:
+            load_composed(place, **given)
+        for part in (role, right.fingerprint[:16], other.fingerprint[:16], str(place)):
+            assert part in str(caught.value)
+
+
+def test_a_frozen_model_in_memory_is_told_apart_by_its_weights(run, places):
+    """A decoder without a folder is hashed."""
+    right, wrong = tiny_models.decoder(0, "llama"), tiny_models.decoder(1, "llama")
+    assert right.fingerprint is wrong.fingerprint is None
+    load_composed(run, anchor=right)
+    with pytest.raises(CalmError, match=r"was trained with the anchor"):
+        load_composed(run, anchor=wrong)
+
+
+def test_another_number_of_augments(run, places):
+    augment = places / "augment"
+    message = r"was trained with 1 augments, not {}"
+    for given in ([], [augment, augment]):
+        with pytest.raises(CalmError, match=message.format(len(given))):
+            load_composed(run, augments=given)
+
+
+def test_models_never_on_disk_must_be_given(tmp_path):
+    model = tiny_models.composed(CompositionConfig(every=2))
+    export_bridge(model, tmp_path / "bridge")
+    with pytest.raises(CalmError, match=r"the anchor was never on disk; give it"):
+        load_composed(tmp_path / "bridge")
+    loaded = load_composed(tmp_path / "bridge", anchor=model.anchor, augments=[*model.augments])
+    assert stored_bytes(loaded.bridge) == stored_bytes(model.bridge)
+
+
+def test_a_moved_frozen_model(exported, places, tmp_path):
+    copy = shutil.copytree(exported, tmp_path / "bridge")
+    path = copy / "config.json"
+    path.write_text(path.read_text().replace(str(places / "augment"), str(tmp_path / "gone")))
+    with pytest.raises(CalmError, match=r"gone is not a frozen folder"):
+        load_composed(copy)
+
+
+@pytest.mark.parametrize("key", ["frozen", "composition"])
+def test_damaged_export(exported, tmp_path, key):
+    copy = shutil.copytree(exported, tmp_path / "bridge")
+    values = json.loads((copy / "config.json").read_text())
+    del values[key]
+    (copy / "config.json").write_text(json.dumps(values))
+    with pytest.raises(CalmError, match=rf"config\.json is damaged: it has no '{key}'"):
+        load_composed(copy)
+
+
+def test_export_without_its_weights(exported, tmp_path):
+    copy = shutil.copytree(exported, tmp_path / "bridge")
+    shutil.rmtree(copy / "weights")
+    with pytest.raises(CalmError, match=r"bridge/weights cannot be read"):
+        load_composed(copy)
+
+
+def test_neither_run_nor_export(places, exported, run, tmp_path):
+    with pytest.raises(CalmError, match=r"is not a run or an exported bridge"):
+        load_composed(tmp_path)
+    with pytest.raises(CalmError, match=r"format is 'calm_jax frozen folder"):
+        load_composed(places / "anchor")
+    with pytest.raises(CalmError, match=r"is an exported bridge: it has no step 1 to choose"):
+        load_composed(exported, step=1)
+
+
+def test_runs_without_a_bridge(tmp_path):
+    (tmp_path / "empty" / "checkpoints").mkdir(parents=True)
+    with pytest.raises(CalmError, match=r"empty has no checkpoint yet"):
+        load_composed(tmp_path / "empty")
+    with TrainingCheckpoints(tmp_path / "decoder" / "checkpoints") as checkpoints:
+        arrays = {"x": np.zeros(3, np.float32)}
+        checkpoints.save(1, arrays, arrays, {"frozen": []})
+    with pytest.raises(CalmError, match=r"trains a lone decoder; load its frozen folder instead"):
+        load_composed(tmp_path / "decoder")
+
+
+def test_export_to_a_place_that_exists(composed, exported):
+    before = sorted(exported.rglob("*"))
+    with pytest.raises(CalmError, match=re.escape(f"{exported} exists")):
+        export_bridge(composed, exported)
+    assert sorted(exported.rglob("*")) == before
+
+
+def test_several_augments_in_their_order(tmp_path):
+    anchor = tiny_models.decoder(0, "llama")
+    augments = [tiny_models.decoder(1, embed_dim=16), tiny_models.decoder(2, embed_dim=32)]
+    configs = [CompositionConfig(every=2), CompositionConfig(connections=((0, 1),), gate=True)]
+    model = compose(anchor, augments, configs, rngs=nnx.Rngs(0))
+    export_bridge(model, tmp_path / "bridge")
+    loaded = load_composed(tmp_path / "bridge", anchor=anchor, augments=augments)
+    assert loaded.configs == tuple(configs)
+    assert stored_bytes(loaded.bridge) == stored_bytes(model.bridge)
+    with pytest.raises(CalmError, match=r"was trained with the augment 0"):
+        load_composed(tmp_path / "bridge", anchor=anchor, augments=augments[::-1])

@@ -1,0 +1,141 @@
+import functools
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny_models
+
+from calm_jax.data.vocabulary import Vocabulary
+from calm_jax.decoding import generate
+from calm_jax.errors import CalmError
+from calm_jax.models import ComposedDecoder, CompositionConfig
+
+PROMPTS = [[3, 1, 4, 1, 5], [9], list(range(20, 41))]  # the last is longer than one bucket
+NEW = 5
+
+
+def models():
+    yield "decoder", tiny_models.decoder(form="gemma", num_kv_heads=1)
+    for name, config in {
+        "composed": CompositionConfig(every=2, rotary=True),
+        "encoder only": CompositionConfig(every=2, encoder_only=True),
+    }.items():
+        yield name, tiny_models.randomised(tiny_models.composed(config))
+
+
+MODELS = dict(models())
+
+
+def greedy_choices(model, tokens, prompt_length):
+    """The most probable token after each prefix of one row, without padding or batch."""
+    inputs = [jnp.asarray([tokens], jnp.int32)]
+    if isinstance(model, ComposedDecoder):
+        prompt_mask = np.arange(len(tokens))[None] < prompt_length
+        inputs += [None, None, jnp.asarray(prompt_mask, jnp.int32)]
+    return np.argmax(model(*inputs)[0], axis=-1)
+
+
+@functools.cache
+def generated(name):
+    return generate(MODELS[name], PROMPTS, max_new_tokens=NEW)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_every_token_is_the_choice_after_all_before_it(name):
+    found = generated(name)
+    assert found.dtype == np.int32
+    assert found.shape == (len(PROMPTS), NEW)
+    for prompt, new in zip(PROMPTS, found, strict=True):
+        choices = greedy_choices(MODELS[name], [*prompt, *new[:-1]], len(prompt))
+        np.testing.assert_array_equal(new, choices[len(prompt) - 1 :])
+    assert len({tuple(row) for row in found}) == len(PROMPTS)
+
+
+def test_recomputed_token_by_token():
+    """As above, but no forward pass ever holds a token that comes later."""
+    tokens = list(PROMPTS[1])
+    for _ in range(NEW):
+        tokens.append(int(greedy_choices(MODELS["composed"], tokens, 1)[-1]))
+    assert tokens[1:] == generated("composed")[1].tolist()
+
+
+def test_what_is_generated_is_not_part_of_the_prompt():
+    """Under `encoder_only` the augment's view of new tokens is closed: a mask says otherwise."""
+    model, prompt, new = MODELS["encoder only"], PROMPTS[0], generated("encoder only")[0]
+    tokens = [*prompt, *new[:-1]]
+    closed, opened = (
+        model(jnp.asarray([tokens]), None, None, jnp.arange(len(tokens))[None] < length)
+        for length in (len(prompt), len(tokens))
+    )
+    assert float(jnp.abs(closed - opened)[0, len(prompt) :].max()) > 1e-3
+
+
+@pytest.mark.parametrize("name", ["decoder", "composed"])
+def test_a_row_ends_at_its_own_eos(name):
+    rows = generated(name)
+    eos_id = int(rows[0][2])  # so that the first row ends after its third token at the latest
+    found = generate(MODELS[name], PROMPTS, max_new_tokens=NEW, eos_id=eos_id)
+    lengths = []
+    for row, whole in zip(found, rows.tolist(), strict=True):
+        length = whole.index(eos_id) + 1 if eos_id in whole else NEW
+        assert row.tolist() == whole[:length] + [eos_id] * (NEW - length)
+        lengths.append(length)
+    assert lengths[0] <= 3
+    assert max(lengths) == NEW  # one row did not end, and went on undisturbed
+
+
+def test_all_rows_ended_early_are_filled():
+    prompts, whole = [PROMPTS[0]] * 2, generated("decoder")[0].tolist()
+    found = generate(MODELS["decoder"], prompts, max_new_tokens=NEW, eos_id=whole[0])
+    np.testing.assert_array_equal(found, np.full((2, NEW), whole[0]))
+
+
+def test_text_is_encoded_behind_the_start_token():
+    vocabulary = Vocabulary.load("key_value/tiny")
+    model = tiny_models.decoder(vocab_size=vocabulary.size)
+    model.vocabulary = vocabulary
+    texts = ["<math>ab+cd=", "a"]
+    ids = [[vocabulary.bos_id, *vocabulary.encode(text)] for text in texts]
+    assert vocabulary.bos_id is not None
+    assert len(ids[0]) > len(ids[1]) > 1
+    from_text = generate(model, texts, max_new_tokens=4)
+    np.testing.assert_array_equal(from_text, generate(model, ids, max_new_tokens=4))
+    # The vocabulary's own end token ends rows: the same with it given outright.
+    given = generate(model, ids, max_new_tokens=4, eos_id=vocabulary.eos_id)
+    np.testing.assert_array_equal(from_text, given)
+
+
+def test_vocabulary_without_a_start_token_starts_with_its_end_token():
+    model = tiny_models.decoder(vocab_size=264)
+    model.vocabulary = Vocabulary.load("bytes")
+    assert model.vocabulary.bos_id is None
+    ids = [[model.vocabulary.eos_id, *model.vocabulary.encode("héllo")]]
+    np.testing.assert_array_equal(
+        generate(model, ["héllo"], max_new_tokens=3), generate(model, ids, max_new_tokens=3)
+    )
+
+
+def test_no_prompts_no_tokens():
+    assert generate(MODELS["decoder"], [], max_new_tokens=3).shape == (0, 3)
+
+
+@pytest.mark.parametrize(
+    ("prompts", "new", "message"),
+    [
+        ([[1, 2]], 0, r"max_new_tokens is 0; it must be at least 1"),
+        ([[1], []], 2, r"an empty prompt has no next token"),
+        ([[1, 64]], 2, r"prompt token 64 is outside the vocabulary of 64"),
+        ([[-1]], 2, r"prompt token -1 is outside the vocabulary of 64"),
+        (["text"], 2, r"no vocabulary to encode 'text'"),
+    ],
+)
+def test_bad_prompts(prompts, new, message):
+    with pytest.raises(CalmError, match=message):
+        generate(MODELS["decoder"], prompts, max_new_tokens=new)
+
+
+def test_one_text_alone_is_not_a_list_of_letters():
+    model = tiny_models.decoder(vocab_size=264)
+    model.vocabulary = Vocabulary.load("bytes")
+    with pytest.raises(CalmError, match=r"a list of prompts"):
+        generate(model, "hello", max_new_tokens=2)

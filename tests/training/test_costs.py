@@ -1,0 +1,105 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import tiny_models
+from flax import nnx
+
+from calm_jax.models import CompositionConfig
+from calm_jax.training.costs import matmul_flops, tree_costs
+from calm_jax.training.step import Parts
+
+B, D, F, T, V = 4, 16, 24, 32, tiny_models.VOCAB
+
+
+def floats(*shape):
+    return jax.ShapeDtypeStruct(shape, jnp.float32)
+
+
+def test_a_product_of_matrices():
+    assert matmul_flops(jnp.matmul, floats(B, D), floats(D, F)) == 2 * B * D * F
+    flops = matmul_flops(
+        lambda x, y: jnp.einsum("btd,bsd->bts", x, y), floats(B, T, D), floats(B, 2 * T, D)
+    )
+    assert flops == 2 * B * T * 2 * T * D
+
+
+def test_a_scan_counts_as_often_as_it_runs():
+    def layers(x, weights):
+        def layer(x, weight):
+            return jax.lax.scan(lambda x, _: (jnp.tanh(x @ weight), None), x, length=3)[0], None
+
+        return jax.lax.scan(layer, x, weights)[0]
+
+    assert matmul_flops(layers, floats(B, D), floats(5, D, D)) == 5 * 3 * 2 * B * D * D
+
+
+def test_a_gradient_costs_twice_its_forward_pass():
+    """Two products for the middle weight, one for the first: its input needs no gradient."""
+
+    def loss(weights, x):
+        return jnp.sum(jnp.tanh(jnp.tanh(x @ weights[0]) @ weights[1]))
+
+    weights = (floats(D, F), floats(F, D))
+    forward = 2 * B * D * F
+    assert matmul_flops(loss, weights, floats(B, D)) == 2 * forward
+    assert matmul_flops(jax.grad(loss), weights, floats(B, D)) == 2 * forward + 3 * forward
+
+
+def test_compiled_functions_and_branches():
+    product = jax.jit(jnp.matmul)
+
+    def either(x, y):
+        return jax.lax.cond(x[0, 0] > 0, lambda: product(x, y), lambda: x[:, :1] * y[:1])
+
+    assert matmul_flops(either, floats(B, D), floats(D, F)) == 2 * B * D * F
+
+
+def decoder_flops(layers, D, N, K, H, F, *, gated=True, head=True):
+    """Forward FLOPs a token, from the shapes of the papers."""
+    attention = 2 * D * (N + 2 * K) * H + 2 * N * H * D + 2 * 2 * T * N * H
+    mlp = 2 * (3 if gated else 2) * D * F
+    return layers * (attention + mlp) + (2 * D * V if head else 0)
+
+
+def costs_of(model):
+    parts = Parts(model)
+    trainable, frozen = parts.of(model)
+    opt_state = optax.adam(1e-3).init(trainable)
+    return {row["name"]: row for row in tree_costs(parts, trainable, frozen, opt_state)}
+
+
+def test_a_lone_decoder():
+    rows = costs_of(tiny_models.decoder(form="llama"))
+    D, N, K, H, F, L = 32, 8, 2, 4, 32, 4
+    layer = D * N * H + 2 * D * K * H + N * H * D + 3 * D * F + 2 * D
+    parameters = V * D + L * layer + D + D * V
+    assert rows.keys() == {"decoder", "optimizer"}
+    assert rows["decoder"] == {
+        "name": "decoder",
+        "parameters": parameters,
+        "bytes": 4 * parameters,
+        "trained": True,
+        "flops_per_token": decoder_flops(L, D, N, K, H, F),
+    }
+    assert rows["optimizer"]["parameters"] == 2 * parameters + 1  # two moments and a count
+    assert rows["optimizer"]["bytes"] == 4 * (2 * parameters + 1)
+
+
+def test_a_composed_model():
+    """The augment runs up to its last tap, layer 1, and has no head."""
+    config = CompositionConfig(connections=((0, 1), (1, 3)), num_heads=4, head_dim=6)
+    rows = costs_of(tiny_models.composed(config))
+    D, E, N, H, connections = 32, 16, 4, 6, 2
+    assert list(rows) == ["anchor", "augment 0", "bridge", "optimizer"]
+    matrices = E * D + 4 * D * N * H
+    assert rows["bridge"]["parameters"] == connections * (matrices + D + E)
+    per_connection = 2 * matrices + 2 * 2 * T * N * H
+    np.testing.assert_allclose(rows["bridge"]["flops_per_token"], connections * per_connection)
+    assert rows["anchor"]["flops_per_token"] == decoder_flops(4, 32, 8, 2, 4, 32)
+    assert rows["augment 0"]["flops_per_token"] == decoder_flops(2, 16, 8, 1, 4, 32, head=False)
+    assert rows["anchor"]["parameters"] == sum(
+        x.size for x in jax.tree.leaves(nnx.state(tiny_models.decoder(1, "llama")))
+    )
+    trained = {name: row["trained"] for name, row in rows.items()}
+    assert trained == {"anchor": False, "augment 0": False, "bridge": True, "optimizer": False}
