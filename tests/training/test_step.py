@@ -257,9 +257,7 @@ def test_first_two_arguments_are_donated_and_no_other():
 
 def test_randomness_is_a_function_of_seed_and_step_number():
     def losses(start, **options):
-        trainer = Trainer(
-            tiny_models.decoder(), optimizer=optax.sgd(0.0), noise=0.5, **options
-        )
+        trainer = Trainer(tiny_models.decoder(), optimizer=optax.sgd(0.0), noise=0.5, **options)
         trainer.done = start
         return [trainer.step(tiny_models.batch())["loss"] for _ in range(3)]
 

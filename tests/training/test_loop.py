@@ -1,0 +1,434 @@
+"""Whole runs, of models so small that a run takes a second after its compilation."""
+
+import json
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+import tiny_models
+from tiny_models import stored_bytes
+
+from calm_jax import sharding
+from calm_jax.checkpoints import frozen
+from calm_jax.checkpoints.composed import load_composed
+from calm_jax.checkpoints.training import TrainingCheckpoints
+from calm_jax.data.stream import Stream, batches_once
+from calm_jax.data.vocabulary import Vocabulary
+from calm_jax.errors import CalmError
+from calm_jax.models import CompositionConfig, DecoderConfig
+from calm_jax.models.parameters import module_tree
+from calm_jax.training import configuration, loop, step
+
+STEPS, SAVE_EVERY, KILLED_AT = 12, 4, 10
+VOCAB = 264  # of bytes, padded
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder with data, two frozen models, and the caches of every run."""
+    folder = tmp_path_factory.mktemp("runs")
+    random = np.random.default_rng(0)
+    with open(folder / "data.jsonl", "w") as file:
+        for _ in range(40):
+            text = "".join(random.choice(list("abcd"), size=random.integers(1, 6)))
+            file.write(json.dumps({"inputs": text + ">", "targets": text[::-1]}) + "\n")
+    for seed, name in enumerate(("anchor", "augment", "other")):
+        save_model(folder / name, seed)
+    return folder
+
+
+def save_model(target, seed):
+    model = tiny_models.decoder(seed, vocab_size=VOCAB, embed_dim=16, num_layers=2, num_heads=2)
+    frozen.save_frozen(model, target, vocabulary=Vocabulary.load("bytes"))
+
+
+def of_tests(config, place):
+    entry = {"jsonl": str(place / "data.jsonl")}
+    config.data.train = config.data.validation = (entry,)
+    config.data.update(length=16, cache_dir=str(place / "cache"))
+    config.vocabulary = "bytes"
+    config.train.update(
+        num_steps=STEPS,
+        batch_size=8,
+        log_every=1,
+        save_every=SAVE_EVERY,
+        validate_every=6,
+        keep=2,
+        tensorboard=False,
+    )
+    config.cache_compiled = str(place / "xla")
+    return config
+
+
+def composed_config(place):
+    config = configuration.composed_run(CompositionConfig(every=1))
+    config.anchor, config.augments = str(place / "anchor"), (str(place / "augment"),)
+    return of_tests(config, place)
+
+
+def decoder_config(place, **fields):
+    form = DecoderConfig.palm(
+        vocab_size=VOCAB, embed_dim=16, num_layers=2, num_heads=2, head_dim=4, mlp_dim=32, **fields
+    )
+    return of_tests(configuration.decoder_run(form), place)
+
+
+def changed(config, **sections):
+    config = config.copy_and_resolve_references()
+    for name, values in sections.items():
+        config[name].update(values)
+    return config
+
+
+class Recorded:
+    """One call of `train`, and every training batch that it put on its mesh."""
+
+    def __init__(self, config, workdir):
+        self.config, self.workdir, self.batches = config, workdir, []
+        put_batch = sharding.put_batch
+        with pytest.MonkeyPatch.context() as patch:
+
+            def recorded(batch, mesh):
+                self.batches.append({key: np.array(value) for key, value in batch.items()})
+                return put_batch(batch, mesh)
+
+            patch.setattr(sharding, "put_batch", recorded)
+            self.path = loop.train(config, workdir)
+
+
+@pytest.fixture(scope="module")
+def composed_run(place):
+    return Recorded(composed_config(place), place / "composed")
+
+
+@pytest.fixture(scope="module")
+def decoder_run(place):
+    return Recorded(decoder_config(place), place / "decoder")
+
+
+@pytest.fixture(scope="module")
+def killed_run(place):
+    """The composed run's config in another process that SIGKILL ends at step `KILLED_AT`."""
+    (place / "config.json").write_text(json.dumps(configuration.to_dict(composed_config(place))))
+    program = f"""
+import json, os, signal, sys, time
+import tiny_models
+from ml_collections import ConfigDict
+from calm_jax.training import loop
+
+class Progress(loop.Progress):
+    def train(self, step, *rest):
+        super().train(step, *rest)
+        if step == {KILLED_AT}:
+            while not os.path.exists("killed/checkpoints/8"):  # written in the background
+                time.sleep(0.01)
+            os.kill(os.getpid(), signal.SIGKILL)
+
+loop.Progress = Progress
+loop.train(ConfigDict(json.load(open("config.json"))), "killed")
+"""
+    root = Path(__file__).parents[2]
+    ended = subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=place,
+        env={
+            **os.environ,
+            "PYTHONPATH": f"{root}:{root / 'tests'}",
+            "JAX_PLATFORMS": "cpu",
+            "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
+        },
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert ended.returncode == -signal.SIGKILL, ended.stderr
+    return place / "killed"
+
+
+def records(run, split="train"):
+    """Lines of metrics.jsonl by step, without what depends on the clock."""
+    lines = [json.loads(line) for line in (Path(run) / "metrics.jsonl").read_text().splitlines()]
+    left_out = {"tokens_per_second", "step_seconds", "waiting", "split"}
+    steps = [line["step"] for line in lines if line["split"] == split]
+    assert len(steps) == len(set(steps))
+    return {
+        line["step"]: {key: value for key, value in line.items() if key not in left_out}
+        for line in lines
+        if line["split"] == split
+    }
+
+
+def bridge_bytes(run):
+    return stored_bytes(load_composed(run, step=STEPS).bridge)
+
+
+def test_composed_run_learns_and_leaves_what_it_should(composed_run, place):
+    lines, scores = records(composed_run.path), records(composed_run.path, "validation")
+    assert list(lines) == list(range(1, STEPS + 1))
+    assert list(scores) == [6, 12]
+    assert lines[STEPS]["loss"] < lines[1]["loss"]
+    assert scores[12]["loss"] < scores[6]["loss"]
+    assert {"exact", "accuracy", "connection/0", "connection/1"} <= scores[6].keys()
+    rates = [line["learning_rate"] for line in lines.values()]
+    half_cosine = [1e-3 * 0.5 * (1 + np.cos(np.pi * k / STEPS)) for k in range(STEPS)]
+    np.testing.assert_allclose(rates, half_cosine, rtol=1e-4)
+    assert json.loads((composed_run.path / "config.json").read_text()) == configuration.to_dict(
+        composed_config(place)
+    )
+    costs = json.loads((composed_run.path / "costs.json").read_text())
+    assert costs["global_batch"] == 8
+    assert costs["tokens_per_step"] == 8 * 16
+    assert costs["mesh"] == {"data": 8, "fsdp": 1, "tensor": 1}
+    assert [tree["name"] for tree in costs["trees"]] == [
+        "anchor",
+        "augment 0",
+        "bridge",
+        "optimizer",
+    ]
+    assert [tree["trained"] for tree in costs["trees"]] == [False, False, True, False]
+    assert costs["flops_per_step"] > 0
+    assert not (composed_run.path / "frozen").exists()
+
+
+def test_step_0_of_a_composed_run_is_the_anchor(composed_run, place):
+    """The first loss of the run is that of the anchor alone on the first batch."""
+    anchor, batch = frozen.load(place / "anchor"), composed_run.batches[1]
+    keys = ("input_tokens", "positions", "segment_ids")
+    logits = np.asarray(anchor(*(batch[f"decoder_{key}"] for key in keys)), np.float64)
+    log_total = np.log(np.sum(np.exp(logits), axis=-1, keepdims=True))
+    losses = -np.take_along_axis(logits - log_total, batch["decoder_target_tokens"][..., None], -1)
+    weights = batch["decoder_loss_weights"]
+    expected = np.sum(losses[..., 0] * weights) / np.sum(weights)
+    assert records(composed_run.path)[1]["loss"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_training_leaves_frozen_folders_as_they_were(composed_run, place):
+    for seed, name in enumerate(("anchor", "augment")):
+        again = tiny_models.decoder(seed, vocab_size=VOCAB, embed_dim=16, num_layers=2, num_heads=2)
+        assert stored_bytes(frozen.load(place / name)) == stored_bytes(again)
+
+
+def test_validation_scores_every_row_once(decoder_run, place):
+    """Against the mean over rows one by one, by the decoder restored from the best checkpoint."""
+    best = min(records(decoder_run.path, "validation").values(), key=lambda line: line["loss"])
+    if best["step"] != STEPS:
+        pytest.fail("the last step was not the best one; choose another learning rate")
+    decoder = frozen.load(decoder_run.path / "frozen")
+    source = loop.open_source(decoder_run.config.data, "validation", Vocabulary.load("bytes"))
+    loss = weight = right = 0.0
+    for batch in batches_once(source, 1):
+        keys = ("input_tokens", "positions", "segment_ids")
+        logits = np.asarray(decoder(*(batch[f"decoder_{key}"] for key in keys)), np.float64)[0]
+        log_total = np.log(np.sum(np.exp(logits), axis=-1))
+        targets = batch["decoder_target_tokens"][0]
+        for t in np.flatnonzero(batch["decoder_loss_weights"][0]):
+            loss += log_total[t] - logits[t, targets[t]]
+            right += logits[t].argmax() == targets[t]
+            weight += 1
+    assert len(source) % 8  # so that the last batch had rows of padding
+    assert best["loss"] == pytest.approx(loss / weight, rel=1e-5)
+    assert best["accuracy"] == pytest.approx(right / weight, rel=1e-5)
+    assert best["tokens"] == weight
+
+
+def test_decoder_run_ends_with_its_best_checkpoint_frozen(decoder_run):
+    decoder = frozen.load(decoder_run.path / "frozen")
+    assert decoder.vocabulary.fingerprint == Vocabulary.load("bytes").fingerprint
+    assert decoder.config == DecoderConfig.from_dict(
+        {
+            key: value
+            for key, value in configuration.to_dict(decoder_run.config.decoder).items()
+            if key != "from"
+        }
+    )
+    with TrainingCheckpoints(decoder_run.path / "checkpoints", read_only=True) as checkpoints:
+        abstract = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding),
+            module_tree(decoder),
+        )
+        restored = checkpoints.restore(checkpoints.best, abstract)
+    assert stored_bytes(restored.trainable) == stored_bytes(decoder)
+
+
+def test_checkpoints_hold_no_frozen_weight(composed_run):
+    """Every number in them is the bridge's or one of its two moments', or one of few counts."""
+    steps = sorted(int(path.name) for path in (composed_run.path / "checkpoints").iterdir())
+    assert steps == [8, 12]  # the latest two; the best is one of them
+    folder = Path(composed_run.path) / "checkpoints" / "12"
+    bridge = sum(map(len, bridge_bytes(composed_run.path).values()))
+    frozen_bytes = sum(map(len, stored_bytes(frozen.load(composed_run.config.anchor)).values()))
+    arrays = [path for path in folder.rglob("d/*") if path.is_file()]
+    assert 0 < sum(path.stat().st_size for path in arrays) < 3 * bridge + frozen_bytes / 4
+    names = b"".join(path.read_bytes() for path in folder.rglob("*_METADATA"))
+    assert b"rounds" in names
+    for name in (b"embedding", b"mlp", b"final_norm", b"anchor"):
+        assert name not in names
+
+
+def test_finished_run_is_left_alone(composed_run, monkeypatch):
+    monkeypatch.setattr(loop, "make_model", lambda *_: pytest.fail("nothing is left to do"))
+    before = (composed_run.path / "metrics.jsonl").read_bytes()
+    assert loop.train(composed_run.config, composed_run.workdir) == composed_run.path
+    assert (composed_run.path / "metrics.jsonl").read_bytes() == before
+
+
+def test_killed_and_resumed_is_as_if_it_had_not_stopped(composed_run, killed_run, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(killed_run, run)
+    assert max(records(run)) == KILLED_AT
+    resumed = Recorded(composed_run.config, run)
+    assert records(run) == records(composed_run.path)
+    assert records(run, "validation") == records(composed_run.path, "validation")
+    assert bridge_bytes(run) == bridge_bytes(composed_run.path)
+    # It went on after the checkpoint of step 8, and not from the start.
+    assert len(resumed.batches) < len(composed_run.batches)
+
+
+def test_saved_on_8_devices_and_restored_on_2(composed_run, killed_run, tmp_path, monkeypatch):
+    run = tmp_path / "run"
+    shutil.copytree(killed_run, run)
+    make_mesh, meshes = sharding.make_mesh, []
+
+    def on_two(shape):
+        meshes.append(make_mesh(shape, jax.devices()[:2]))
+        return meshes[-1]
+
+    monkeypatch.setattr(sharding, "make_mesh", on_two)
+    config = changed(composed_run.config, mesh={"data": 1, "fsdp": 2})
+    resumed = Recorded(config, run)
+    assert [dict(mesh.shape) for mesh in meshes] == [{"data": 1, "fsdp": 2, "tensor": 1}]
+    expected, found = records(composed_run.path), records(run)
+    assert expected.keys() == found.keys()
+    for number in range(1, STEPS + 1):
+        assert found[number] == pytest.approx(expected[number], rel=1e-4, abs=1e-6), number
+    # The batches of steps 9 to 12, after the one that was compiled for.
+    stream = Stream(
+        loop.open_source(config.data, "train", Vocabulary.load("bytes")), batch_size=8, seed=0
+    )
+    for number, batch in enumerate(resumed.batches[1:5], start=8):
+        jax.tree.map(np.testing.assert_array_equal, batch, stream[number])
+
+
+def test_more_steps_may_be_asked_for_later(composed_run, tmp_path, monkeypatch):
+    run = tmp_path / "run"
+    shutil.copytree(composed_run.path, run)
+    traces, loss_sums = [], step.loss_sums
+
+    def counted(*arguments):
+        traces.append(len(arguments))
+        return loss_sums(*arguments)
+
+    monkeypatch.setattr(step, "loss_sums", counted)
+    loop.train(changed(composed_run.config, train={"num_steps": STEPS + 6}), run)
+    assert max(records(run)) == STEPS + 6
+    # The training step was traced once, with its key and noise, and the validation's once.
+    assert sorted(traces) == [2, 4]
+
+
+def test_a_loss_that_is_not_a_number_ends_the_run_and_is_not_saved(
+    composed_run, tmp_path, monkeypatch
+):
+    iterate = Stream.iterate
+
+    def poisoned(self, start=0):
+        for index, batch in iterate(self, start):
+            if index == 6:
+                batch = batch | {"decoder_loss_weights": np.full((8, 16), np.nan, np.float32)}
+            yield index, batch
+
+    monkeypatch.setattr(Stream, "iterate", poisoned)
+    config = changed(composed_run.config, train={"save_every": 1, "keep": 20})
+    with pytest.raises(CalmError, match=r"^step 7: loss is nan; nothing of this step was saved"):
+        loop.train(config, tmp_path / "run")
+    with TrainingCheckpoints(tmp_path / "run" / "checkpoints", read_only=True) as checkpoints:
+        assert sorted(checkpoints.manager.all_steps()) == [1, 2, 3, 4, 5, 6]
+    restored = load_composed(tmp_path / "run", step=6)
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(module_tree(restored.bridge)))
+    assert max(records(tmp_path / "run")) == 6
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # Orbax, on the way
+def test_disk_full_while_saving_leaves_the_checkpoint_before(composed_run, tmp_path, monkeypatch):
+    """A limit on the size of files, set after the first checkpoint, makes later writes fail."""
+    save = TrainingCheckpoints.save
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def save_until_full(self, number, *rest):
+        if number == 2 * SAVE_EVERY:
+            self.wait()
+            resource.setrlimit(resource.RLIMIT_FSIZE, (2000, limits[1]))
+        save(self, number, *rest)
+
+    monkeypatch.setattr(TrainingCheckpoints, "save", save_until_full)
+    config = changed(composed_run.config, train={"log_every": 100, "validate_every": 0})
+    try:
+        with pytest.raises(CalmError, match=r"cannot save a checkpoint in .*step 4\)") as caught:
+            loop.train(config, tmp_path / "run")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert "\n" not in str(caught.value)
+    monkeypatch.undo()
+    loop.train(config, tmp_path / "run")
+    assert bridge_bytes(tmp_path / "run") == bridge_bytes(composed_run.path)
+
+
+def test_frozen_model_that_changed_since_the_run_began(composed_run, tmp_path):
+    run, augment = tmp_path / "run", tmp_path / "augment"
+    shutil.copytree(composed_run.config.augments[0], augment)
+    config = changed(composed_run.config, train={"num_steps": 4})
+    config.augments = (str(augment),)
+    loop.train(config, run)
+    was = frozen.load(augment).fingerprint
+    shutil.rmtree(augment)
+    save_model(augment, seed=7)
+    now = frozen.load(augment).fingerprint
+    with pytest.raises(CalmError) as caught:
+        loop.train(changed(config, train={"num_steps": 8}), run)
+    assert "augment 0" in str(caught.value)
+    assert was[:16] in str(caught.value)
+    assert now[:16] in str(caught.value)
+
+
+def test_a_decoder_goes_on_from_a_frozen_folder(decoder_run, place, tmp_path):
+    config = of_tests(configuration.decoder_run(), place)
+    config.decoder["from"] = str(decoder_run.path / "frozen")
+    config.train.num_steps = 2
+    loop.train(config, tmp_path / "run")
+    before = records(decoder_run.path, "validation")[STEPS]["loss"]
+    assert records(tmp_path / "run")[1]["loss"] == pytest.approx(before, rel=0.2)
+    started = stored_bytes(frozen.load(decoder_run.path / "frozen"))
+    assert stored_bytes(frozen.load(tmp_path / "run" / "frozen")).keys() == started.keys()
+
+
+def test_bad_input_ends_before_a_run_is_begun(place, tmp_path):
+    def refused(message, **sections):
+        config = changed(decoder_config(place), **sections)
+        with pytest.raises(CalmError, match=message):
+            loop.train(config, tmp_path / "run")
+        assert not (tmp_path / "run").exists()
+
+    refused(r"train.batch_size 12 is not divisible by 8", train={"batch_size": 12})
+    refused(r"needs 16 devices, but there are 8", mesh={"data": 16})
+    refused(r"train.batch_size 8 is not divisible by 16", train={"accumulate": 2})
+
+
+def test_vocabulary_larger_than_the_decoder(place, tmp_path):
+    config = decoder_config(place)
+    config.decoder.vocab_size = 100
+    with pytest.raises(CalmError, match=r"vocab_size 100 is less than the 259 tokens"):
+        loop.train(config, tmp_path / "run")
+
+
+def test_missing_frozen_folder(place, tmp_path):
+    config = composed_config(place)
+    config.anchor = str(tmp_path / "nowhere")
+    with pytest.raises(CalmError, match=r"nowhere is not a frozen folder: config.json is missing"):
+        loop.train(config, tmp_path / "run")
