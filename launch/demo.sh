@@ -24,23 +24,10 @@ calm() {
     sed -u "s/^/$(printf '%-9s' "$name")/"
 }
 
-# parent NAME CPUS: trains and scores one of the two models, on its own share of the processors:
-# small models run faster side by side on one core each than one after the other on two.
+# parent NAME: trains and scores one of the two models.
 parent() {
-  if [[ -n $2 ]]; then
-    taskset --pid --cpu-list "$2" "$BASHPID" >/dev/null
-  fi
   calm "$1" train --config="configs/kv_$1.py" --workdir="$runs/$1"
   calm "$1" evaluate --workdir="$runs/$1"
-}
-
-# Prints the processors this script may use, in two halves; two empty lines where there is but one.
-halves() {
-  .venv/bin/python -c '
-import os
-cpus = [str(cpu) for cpu in sorted(os.sched_getaffinity(0))]
-half = len(cpus) // 2
-print(*[",".join(part) if half else "" for part in (cpus[:half], cpus[half:])], sep="\n")'
 }
 
 stop_children() {
@@ -51,10 +38,9 @@ stop_children() {
 }
 trap stop_children EXIT
 
-mapfile -t cpus < <(halves)
 set -m # each in its process group, so that stopping one stops all that it started
-parent augment "${cpus[0]}" &
-parent anchor "${cpus[1]}" &
+parent augment &
+parent anchor &
 set +m
 wait -n || fail "one of the trainings failed; see above"
 wait -n || fail "one of the trainings failed; see above"
