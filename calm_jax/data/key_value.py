@@ -93,7 +93,7 @@ class KeyValueConfig:
     augment_inline: float = 0.6
     augment_plain: float = 0.2
     augment_single: float = 0.1
-    anchor_examples: int = 60_000
+    anchor_examples: int = 100_000
     anchor_repeat: float = 0.2
     anchor_filler: float = 0.35
     anchor_words: float = 0.35

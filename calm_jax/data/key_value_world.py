@@ -130,7 +130,7 @@ class World:
         rate = c.bridge_rates[BRIDGE_PARTS.index(name)]
         count = round(c.bridge_examples * rate) if fold == "train" else c.validation_examples
         keys, plain = (None, 1.0) if name == "num" else (np.flatnonzero(self.seen), c.bridge_plain)
-        for group in self._draw(rng, count, fold, keys, plain, c.bridge_single):
+        for group in self._draw(rng, count, fold, keys, plain, c.bridge_single, longer=True):
             yield from self._asked(name, group)
 
     def _evaluation(self, rng: np.random.Generator, split: str) -> Iterator[dict]:
@@ -156,17 +156,20 @@ class World:
         keys: np.ndarray | None,
         plain: float,
         single: float,
+        longer: bool = False,
     ) -> list[Expressions]:
         """`count` expressions dealt to `fold`, in groups of as many operands.
 
         Operands are of `keys`, a share `plain` of them plain numbers but never all; without keys,
-        plain numbers only. Only training has expressions of one operand, repeats expressions, and
-        has the more of a length the harder it is: in proportion to its operands.
+        plain numbers only. Only training has expressions of one operand and repeats expressions.
+        With `longer`, it has the more of a length the harder it is: in proportion to its operands.
         """
         fewest, most = self.config.operands
-        rates = {size: 1.0 for size in range(fewest, most + 1)}
+        sizes = range(fewest, most + 1)
+        rates = {size: float(size) if longer and fold == "train" else 1.0 for size in sizes}
         if fold == "train":
-            rates = {1: single} | {size: (1 - single) * size / sum(rates) for size in rates}
+            total = sum(rates.values())
+            rates = {1: single} | {n: (1 - single) * rate / total for n, rate in rates.items()}
         shares = np.array(list(rates.values())) / sum(rates.values())
         groups, missing = [], 0
         for size, number in zip(rates, rng.multinomial(count, shares).tolist(), strict=True):
