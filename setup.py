@@ -37,7 +37,7 @@ INSTALL = [
 EXTRAS = {
     "tpu": ["jax[tpu]"],
     "cuda": ["jax[cuda12]"],
-    "test": ["hypothesis", "pytest", "pytest-xdist", "ruff"],
+    "test": ["hypothesis", "pytest", "ruff"],
     # On Linux plain pip takes torch with CUDA, some gigabytes: hence not in [test].
     "parity": ["torch", "transformers"],
 }
