@@ -18,7 +18,7 @@ INSTALL = [
     "flax>=0.12.9; python_version >= '3.12'",
     # The oldest that the tests have run with.
     "grain>=0.2.18",
-    # The oldest that the tests have run with; jax.set_mesh and its explicit axis types are young.
+    # The oldest that the tests have run with.
     "jax>=0.10.2",
     "ml_collections",
     "numpy",
@@ -27,7 +27,8 @@ INSTALL = [
     "orbax-checkpoint>=0.12.8",
     "sentencepiece",
     "seqio",
-    "tensorboard",  # clu's metric writers need it and do not ask for it
+    # clu's metric writers need it and do not ask for it.
+    "tensorboard",
     "tensorflow",
     "tensorflow-datasets",
     "tokenizers",
@@ -47,7 +48,8 @@ setup(
     version=VERSION,
     description="Composes two frozen language models by training a bridge between them",
     license="Apache-2.0",
-    python_requires=">=3.11",  # the oldest Python that the jax above runs on
+    # The oldest Python that the jax above runs on.
+    python_requires=">=3.11",
     packages=find_packages(include=["calm_jax", "calm_jax.*"]),
     package_data={"calm_jax": ["py.typed"]},
     install_requires=INSTALL,
