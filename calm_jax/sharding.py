@@ -32,8 +32,7 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
     "layers": None,
 }
 
-# Grouped-query models have fewer key heads than a `tensor` axis is wide: then each device keeps
-# all.
+# Grouped queries may have fewer key heads than `tensor` has devices: then each device keeps all.
 REPLICATED_WHEN_INDIVISIBLE = frozenset({"kv_heads"})
 
 

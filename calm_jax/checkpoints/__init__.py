@@ -1,1 +1,1 @@
-"""Checkpoints of runs, frozen models, bridges."""
+"""What is kept on disk: frozen folders, checkpoints of runs, exported bridges."""

@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
-import orbax.checkpoint as ocp
 from etils import epath
 from flax import nnx
 
@@ -107,8 +106,7 @@ def export_bridge(
     elif step is not None:
         raise CalmError(f"a composed model has no step {step} to choose")
     with whole_folder(target) as folder:
-        with ocp.StandardCheckpointer() as checkpointer:
-            checkpointer.save(folder / "weights", module_tree(composed.bridge))
+        frozen.save_tree(folder / "weights", module_tree(composed.bridge))
         write_json(
             folder / "config.json",
             {

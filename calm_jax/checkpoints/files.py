@@ -74,6 +74,8 @@ def read_json(path: epath.Path, what: str) -> dict[str, Any]:
         raise CalmError(f"{path.parent} is not {what}: {path.name} is missing") from None
     except NotADirectoryError:
         raise CalmError(f"{path.parent} is not {what}: it is a file") from None
+    except OSError as error:
+        raise CalmError(f"cannot read {path}: {error.strerror or error}") from error
     except ValueError as error:
         raise CalmError(f"{path} is damaged: {error}") from None
     if not isinstance(values, dict):
@@ -97,3 +99,9 @@ def absolute(path: epath.PathLike) -> epath.Path:
 def is_bucket(path: epath.PathLike) -> bool:
     """Whether the path is on an object store, which has no rename."""
     return "://" in os.fspath(path)
+
+
+def first_line(error: Exception) -> str:
+    """What a library's error says, without the listings that follow."""
+    lines = str(error).partition(" [tensorstore_spec")[0].strip().splitlines()
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__

@@ -16,7 +16,14 @@ import orbax.checkpoint as ocp
 from etils import epath
 from flax import nnx
 
-from calm_jax.checkpoints.files import absolute, read_field, read_json, whole_folder, write_json
+from calm_jax.checkpoints.files import (
+    absolute,
+    first_line,
+    read_field,
+    read_json,
+    whole_folder,
+    write_json,
+)
 from calm_jax.errors import CalmError
 from calm_jax.models import Decoder, DecoderConfig
 from calm_jax.models.parameters import Structure, Tree, check_same_tree, module_tree, path_name
@@ -45,8 +52,7 @@ def save_frozen(decoder: Decoder, target: epath.PathLike, *, vocabulary: Any = N
     tree = jax.tree.map(lambda x: x.astype(decoder.config.dtype), canonical_tree(decoder))
     identity = fingerprint(tree)
     with whole_folder(target) as folder:
-        with ocp.StandardCheckpointer() as checkpointer:
-            checkpointer.save(folder / "weights", tree)
+        save_tree(folder / "weights", tree)
         if vocabulary is not None:
             vocabulary.save(folder / "vocabulary")
         write_json(
@@ -85,8 +91,8 @@ def load(
     >>> decoder.config == config, decoder.fingerprint == fingerprint
     (True, True)
     """
-    folder = absolute(target)
-    config, identity = read_config(folder)
+    described = describe(target)
+    config = described.config
     if dtype is not None:
         config = dataclasses.replace(config, dtype=dtype)
     decoder = nnx.eval_shape(lambda: Decoder(config, nnx.Rngs(0)))
@@ -102,20 +108,34 @@ def load(
         structure.abstract(),
         shardings,
     )
-    decoder = structure.merge(
-        _from_canonical(restore_tree(folder / "weights", _to_canonical(abstract)))
+    tree = restore_tree(
+        described.folder / "weights", _to_canonical(abstract), stored_dtype=described.config.dtype
     )
-    decoder.source = str(folder)
-    decoder.fingerprint = identity
-    if (folder / "vocabulary").exists():
-        from calm_jax.data.vocabulary import Vocabulary
-
-        decoder.vocabulary = Vocabulary.load(folder / "vocabulary")
+    decoder = structure.merge(_from_canonical(tree))
+    decoder.vocabulary = described.vocabulary
+    if config.dtype == described.config.dtype:
+        # Cast weights are another model: a bridge trained on them fits no other.
+        decoder.source, decoder.fingerprint = str(described.folder), described.fingerprint
     return decoder
 
 
-def read_config(folder: epath.Path) -> tuple[DecoderConfig, str]:
-    """The form of a frozen folder's decoder and its fingerprint, without touching the weights."""
+@dataclasses.dataclass(frozen=True)
+class Description:
+    """All of a frozen folder but its weights."""
+
+    folder: epath.Path
+    config: DecoderConfig
+    fingerprint: str
+    vocabulary: Any
+
+
+def describe(target: epath.PathLike) -> Description:
+    """Reads everything of a frozen folder but the weights.
+
+    Raises:
+        CalmError: not a frozen folder, damaged, or with another vocabulary than it was made with.
+    """
+    folder = absolute(target)
     path = folder / "config.json"
     values = read_json(path, "a frozen folder")
     if values.get("format") != FORMAT:
@@ -123,22 +143,45 @@ def read_config(folder: epath.Path) -> tuple[DecoderConfig, str]:
             f"{path}: format is {values.get('format')!r}, this version reads {FORMAT!r}"
         )
     config = DecoderConfig.from_dict(read_field(values, "decoder", path))
-    return config, read_field(values, "fingerprint", path)
+    vocabulary, recorded = None, read_field(values, "vocabulary", path)
+    if recorded is not None:
+        from calm_jax.data.vocabulary import Vocabulary
+
+        vocabulary = Vocabulary.load(folder / "vocabulary")
+        if vocabulary.fingerprint != recorded:
+            raise CalmError(
+                f"{folder / 'vocabulary'} is {vocabulary.fingerprint[:16]}, but the model was "
+                f"saved with {recorded[:16]}"
+            )
+    return Description(folder, config, read_field(values, "fingerprint", path), vocabulary)
 
 
-def restore_tree(path: epath.Path, abstract: Tree) -> Tree:
+def save_tree(path: epath.Path, tree: Tree) -> None:
+    """Writes a tree with Orbax. Raises `CalmError` when it cannot be written."""
+    try:
+        with ocp.StandardCheckpointer() as checkpointer:
+            checkpointer.save(path, tree)
+    except Exception as error:  # a full disk comes as one of many kinds
+        raise CalmError(f"cannot write {path}: {first_line(error)}") from error
+
+
+def restore_tree(path: epath.Path, abstract: Tree, *, stored_dtype: str | None = None) -> Tree:
     """Restores an Orbax tree to the shapes, dtypes and shardings of `abstract`.
 
-    Raises `CalmError` naming the first array that is missing, unknown or of another shape.
+    Raises `CalmError` naming the first array that is missing, unknown, of another shape, or not
+    stored in `stored_dtype` where that is given.
     """
     try:
         with ocp.StandardCheckpointer() as checkpointer:
-            check_same_tree(abstract, checkpointer.metadata(path).item_metadata.tree, str(path))
+            metadata = checkpointer.metadata(path).item_metadata
+            if metadata is None:
+                raise CalmError(f"{path} is missing or half-written")
+            check_same_tree(abstract, metadata.tree, str(path), dtype=stored_dtype)
             return checkpointer.restore(path, abstract)
     except CalmError:
         raise
     except Exception as error:  # Orbax and TensorStore raise many kinds for a damaged folder
-        raise CalmError(f"{path} cannot be read: {_first_line(error)}") from error
+        raise CalmError(f"{path} cannot be read: {first_line(error)}") from error
 
 
 def canonical_tree(decoder: Decoder) -> Tree:
@@ -173,8 +216,3 @@ def _to_canonical(tree: Tree) -> Tree:
 
 def _from_canonical(tree: Tree) -> Tree:
     return {**tree, "layers": {"pieces": {"0": tree["layers"]}}}
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__

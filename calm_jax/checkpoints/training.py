@@ -8,7 +8,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 from orbax.checkpoint import checkpoint_managers
 
-from calm_jax.checkpoints.files import absolute
+from calm_jax.checkpoints.files import absolute, first_line
 from calm_jax.errors import CalmError
 from calm_jax.models.parameters import Tree, check_same_tree
 
@@ -84,6 +84,13 @@ class TrainingCheckpoints:
         best = self.manager.best_step()
         return self.latest if best is None else best
 
+    @property
+    def best_loss(self) -> float:
+        """The best validation loss so far; infinite before the first."""
+        best = self.manager.best_step()
+        metrics = None if best is None else self.manager.metrics(best)
+        return float("inf") if not metrics else metrics[METRIC]
+
     def save(
         self,
         step: int,
@@ -122,7 +129,9 @@ class TrainingCheckpoints:
                 step, args=ocp.args.Composite(state=ocp.args.JsonRestore())
             )
         except Exception as error:
-            raise CalmError(f"{self.folder / str(step)} cannot be read: {error}") from error
+            raise CalmError(
+                f"{self.folder / str(step)} cannot be read: {first_line(error)}"
+            ) from error
         return restored.state
 
     def restore(self, step: int, trainable: Tree, opt_state: Any = None) -> Checkpoint:
@@ -146,7 +155,7 @@ class TrainingCheckpoints:
         except CalmError:
             raise
         except Exception as error:
-            raise CalmError(f"{path} cannot be read: {error}") from error
+            raise CalmError(f"{path} cannot be read: {first_line(error)}") from error
         return Checkpoint(step, restored["trainable"], restored.get("opt_state"), state)
 
     def _check_exists(self, step: int) -> None:
@@ -162,7 +171,7 @@ class TrainingCheckpoints:
             if self.latest is not None
             else "none is whole"
         )
-        return CalmError(f"cannot save a checkpoint in {self.folder}: {error} ({kept})")
+        return CalmError(f"cannot save a checkpoint in {self.folder}: {first_line(error)} ({kept})")
 
 
 def abstract_like(tree: Any, shardings: Any) -> Any:

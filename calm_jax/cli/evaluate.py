@@ -5,6 +5,7 @@ from ml_collections import ConfigDict
 
 from calm_jax.checkpoints.files import absolute, read_json
 from calm_jax.cli import config
+from calm_jax.errors import CalmError
 
 USAGE = """Scores a run by exact match and writes every prediction to WORKDIR/evaluation.
 
@@ -24,7 +25,10 @@ def _define(values: flags.FlagValues) -> None:
 
 def _load_config(values: flags.FlagValues) -> ConfigDict:
     """What of the run's config an evaluation heeds."""
-    run = read_json(absolute(values.workdir) / "config.json", "a run")
+    path = absolute(values.workdir) / "config.json"
+    run = read_json(path, "a run")
+    if "kind" not in run:
+        raise CalmError(f"{path.parent} is not a run: its config.json is of something else")
     return ConfigDict({key: run[key] for key in ("evaluate", "mesh")})
 
 

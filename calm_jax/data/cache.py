@@ -23,6 +23,8 @@ from typing import Any, Self
 
 import numpy as np
 from absl import logging
+from etils import epath
+from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from calm_jax.data import jsonl, key_value
@@ -53,10 +55,12 @@ def open_source(data: Mapping[str, Any], split: str, vocabulary: Vocabulary) -> 
     Raises `CalmError` for a bad entry or line, and with `strict` for a sequence too long.
     """
     cache_dir = cache_directory(data["cache_dir"])
-    parts = []
-    for entry in map(dict, data[split]):
+    parts, folders = [], []
+    for entry in data[split]:
         check_entry(entry, split)
+    for entry in map(dict, data[split]):
         folder = _cached(entry, data, split, vocabulary, cache_dir)
+        folders.append(folder.name)
         index = json.loads((folder / "index.json").read_text())
         _report_cut(index, data)
         for number, part in enumerate(index["parts"]):
@@ -66,17 +70,22 @@ def open_source(data: Mapping[str, Any], split: str, vocabulary: Vocabulary) -> 
             parts.append(Part(part["name"], weight, entry.get("loss_on_inputs", False), arrays))
     if not parts:
         raise CalmError(f"data.{split} names no task")
-    return Source(tuple(parts), data["length"], vocabulary.start_id)
+    fingerprint = hashlib.sha256(json.dumps(folders).encode()).hexdigest()
+    return Source(tuple(parts), data["length"], vocabulary.start_id, fingerprint)
 
 
 def check_entry(entry: Mapping[str, Any], split: str) -> None:
+    if not isinstance(entry, Mapping | ConfigDict):
+        raise CalmError(f"data.{split}: {entry!r} is not an entry such as {{'task': 'name'}}")
     if unknown := sorted(set(entry) - ENTRY_KEYS):
         raise CalmError(f"data.{split}: unknown key {unknown[0]!r}; known are {sorted(ENTRY_KEYS)}")
     if ("task" in entry) == ("jsonl" in entry):
         raise CalmError(f"data.{split}: {entry} needs either 'task' or 'jsonl'")
-    if entry.get("weight", 1.0) <= 0:
+    if not isinstance(entry.get("weight", 1.0), int | float) or entry.get("weight", 1.0) <= 0:
         name = entry.get("task", entry.get("jsonl"))
-        raise CalmError(f"data.{split}: weight {entry['weight']} of {name} is not above 0")
+        raise CalmError(
+            f"data.{split}: weight {entry['weight']!r} of {name} is not a number above 0"
+        )
 
 
 def _report_cut(index: Mapping[str, Any], data: Mapping[str, Any]) -> None:
@@ -110,7 +119,7 @@ def identity(entry: Mapping[str, Any]) -> list[str]:
 
 def _file_hash(path: str) -> str:
     try:
-        with open(path, "rb") as file:
+        with epath.Path(path).open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
         raise CalmError(f"{path}: {error.strerror}") from error

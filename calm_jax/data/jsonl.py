@@ -16,6 +16,8 @@ import pathlib
 from collections.abc import Iterator
 from typing import Any
 
+from etils import epath
+
 from calm_jax.errors import CalmError
 
 
@@ -25,7 +27,7 @@ def parse(path: str | os.PathLike) -> Iterator[dict[str, str]]:
     Raises `CalmError` "FILE:LINE: …" for a line that is empty, is not JSON, or lacks a field.
     """
     try:
-        with open(path, encoding="utf-8") as file:
+        with epath.Path(path).open(encoding="utf-8") as file:
             for number, line in enumerate(file, 1):
                 try:
                     yield from _examples(line)
@@ -48,11 +50,9 @@ def task(path: str | os.PathLike, vocabulary: Any) -> Any:
 
     Raises `CalmError` for a bad line, or for a vocabulary without an end token.
     """
-    import seqio
-    import tensorflow as tf
-
     from calm_jax.data import tasks
 
+    seqio, tf = tasks.seqio, tasks.tf
     examples = count(path)
     signature = {name: tf.TensorSpec([], tf.string) for name in ("inputs", "targets")}
     splits = ("train", "validation", "test")

@@ -313,7 +313,9 @@ def _key_strings(config: KeyValueConfig, rng: np.random.Generator) -> list[str]:
     shortest, longest = config.key_length
     keys: dict[str, None] = {}  # keeps the order in which they were drawn
     starts: set[str] = set()
+    barren = 0
     while len(keys) < config.keys:
+        before = len(keys)
         lengths = rng.integers(shortest, longest + 1, config.keys)
         for letters, n in zip(_letters(rng, config.keys, longest), lengths, strict=True):
             key = letters[:n]
@@ -322,6 +324,12 @@ def _key_strings(config: KeyValueConfig, rng: np.random.Generator) -> list[str]:
             if key not in NUMBER_WORDS and not (config.prefix_free and clash):
                 keys[key] = None
                 starts |= shorter
+        barren = 0 if len(keys) > before else barren + 1
+        if barren == MAX_BARREN_ROUNDS:
+            raise CalmError(
+                f"key-value config {config.name!r}: {config.keys} keys of {config.key_length} "
+                f"letters were asked for, but only {len(keys)} were found"
+            )
     return list(keys)[: config.keys]
 
 

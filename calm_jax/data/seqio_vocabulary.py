@@ -3,10 +3,12 @@
 from collections.abc import Sequence
 
 import numpy as np
-import seqio
-import tensorflow as tf
 
 from calm_jax.data.vocabulary import Vocabulary
+from calm_jax.quiet_tensorflow import import_tensorflow
+
+tf = import_tensorflow()
+import seqio  # noqa: E402 - imports TensorFlow, and so after it
 
 
 class SeqioVocabulary(seqio.Vocabulary):

@@ -32,11 +32,15 @@ class Part:
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """Rows of one length, of one or more parts, and what starts a sequence."""
+    """Rows of one length, of one or more parts, and what starts a sequence.
+
+    `fingerprint` names the rows: equal exactly if all that decides them is.
+    """
 
     parts: tuple[Part, ...]
     length: int
     bos_id: int
+    fingerprint: str = ""
 
     def __len__(self) -> int:
         return sum(map(len, self.parts))

@@ -12,24 +12,19 @@ A Task here holds texts `inputs` (may be empty) and `targets`; the end token fol
 
 import dataclasses
 import importlib
-import os
 import pathlib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-# Before TensorFlow's first import: its start-up notes would bury ours.
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-
 import numpy as np
-import seqio
-import tensorflow as tf
 
 from calm_jax.data import key_value, key_value_builder
 from calm_jax.data.vocabulary import Vocabulary
 from calm_jax.errors import CalmError
+from calm_jax.quiet_tensorflow import import_tensorflow
 
-# TensorFlow would else take all memory of the accelerators that JAX computes on.
-tf.config.set_visible_devices([], "GPU")
+tf = import_tensorflow()
+import seqio  # noqa: E402 - imports TensorFlow, and so after it
 
 TOKENIZE_BATCH = 1024
 

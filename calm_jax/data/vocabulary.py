@@ -10,9 +10,10 @@ import hashlib
 import itertools
 import json
 import os
-import pathlib
 from collections.abc import Iterable, Sequence
 from typing import Any, Self
+
+from etils import epath
 
 from calm_jax.errors import CalmError
 
@@ -55,7 +56,7 @@ class Vocabulary:
         Without that file they are looked up by the names published tokenizers use.
         Raises `CalmError` if the file is missing or not a tokenizer.
         """
-        return TokenizerVocabulary.from_published(pathlib.Path(path))
+        return TokenizerVocabulary.from_published(epath.Path(path))
 
     @staticmethod
     def load(spec: str | os.PathLike) -> "Vocabulary":
@@ -71,10 +72,9 @@ class Vocabulary:
             from calm_jax.data import key_value
 
             return key_value.vocabulary(spec.partition("/")[2] or key_value.DEFAULT)
-        path = pathlib.Path(spec)
-        if (path / INDEX_FILE).is_file():
-            index = json.loads((path / INDEX_FILE).read_text())
-            return KINDS[index["kind"]].from_folder(path, index)
+        path = epath.Path(spec)
+        if (path / INDEX_FILE).exists():
+            return _from_folder(path)
         if path.suffix == ".model":
             return Vocabulary.sentencepiece(path)
         if path.suffix == ".json":
@@ -135,7 +135,7 @@ class Vocabulary:
 
     def save(self, folder: str | os.PathLike) -> None:
         """Writes the vocabulary whole into `folder`, from where `load` reads it."""
-        folder = pathlib.Path(folder)
+        folder = epath.Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         if self.file_name:
             (folder / self.file_name).write_bytes(self._file_bytes())
@@ -146,7 +146,7 @@ class Vocabulary:
         raise NotImplementedError
 
     @classmethod
-    def from_folder(cls, folder: pathlib.Path, index: dict[str, Any]) -> Self:
+    def from_folder(cls, folder: epath.Path, index: dict[str, Any]) -> Self:
         """Reads what `save` wrote."""
         raise NotImplementedError
 
@@ -175,7 +175,7 @@ class ByteVocabulary(Vocabulary):
         return [*self.specials, *(f"<0x{byte:02X}>" for byte in range(256))]
 
     @classmethod
-    def from_folder(cls, folder: pathlib.Path, index: dict[str, Any]) -> Self:
+    def from_folder(cls, folder: epath.Path, index: dict[str, Any]) -> Self:
         return cls()
 
 
@@ -212,7 +212,7 @@ class SentencePieceVocabulary(Vocabulary):
         return self._model
 
     @classmethod
-    def from_folder(cls, folder: pathlib.Path, index: dict[str, Any]) -> Self:
+    def from_folder(cls, folder: epath.Path, index: dict[str, Any]) -> Self:
         return cls(_read(folder / cls.file_name), str(folder / cls.file_name))
 
 
@@ -236,12 +236,12 @@ class TokenizerVocabulary(Vocabulary):
         self.bos_id, self.eos_id = bos_id, eos_id
 
     @classmethod
-    def from_published(cls, path: pathlib.Path) -> Self:
+    def from_published(cls, path: epath.Path) -> Self:
         """Reads `path` and finds its start and end tokens."""
         text = _read(path).decode()
         vocabulary = cls(text, None, None, str(path))
         config_path = path.with_name("tokenizer_config.json")
-        if config_path.is_file():
+        if config_path.exists():
             config = json.loads(config_path.read_text())
             bos, eos = ([_content(config.get(key))] for key in ("bos_token", "eos_token"))
         else:
@@ -267,7 +267,7 @@ class TokenizerVocabulary(Vocabulary):
         return self._tokenizer.to_str().encode()
 
     @classmethod
-    def from_folder(cls, folder: pathlib.Path, index: dict[str, Any]) -> Self:
+    def from_folder(cls, folder: epath.Path, index: dict[str, Any]) -> Self:
         path = folder / cls.file_name
         return cls(_read(path).decode(), index["bos_id"], index["eos_id"], str(path))
 
@@ -277,9 +277,23 @@ KINDS: dict[str, type[Vocabulary]] = {
 }
 
 
+def _from_folder(folder: epath.Path) -> Vocabulary:
+    path = folder / INDEX_FILE
+    try:
+        index = json.loads(path.read_text())
+        kind = KINDS[index["kind"]]
+        if kind.file_name and not (folder / kind.file_name).exists():
+            raise CalmError(f"{folder} is damaged: {kind.file_name} is missing")
+        return kind.from_folder(folder, index)
+    except (ValueError, KeyError, TypeError) as error:
+        if isinstance(error, CalmError):
+            raise
+        raise CalmError(f"{path} is damaged: {type(error).__name__}: {error}") from error
+
+
 def _read(path: str | os.PathLike) -> bytes:
     try:
-        return pathlib.Path(path).read_bytes()
+        return epath.Path(path).read_bytes()
     except OSError as error:
         raise CalmError(f"vocabulary file {path}: {error.strerror}") from error
 

@@ -60,6 +60,8 @@ def generate(
     tokens_BT = np.zeros((len(ids), longest + max_new_tokens), np.int32)
     for row, prompt in zip(tokens_BT, ids, strict=True):
         row[: len(prompt)] = prompt
+    if isinstance(model, ComposedDecoder):
+        model.cut()
     graphdef, state = nnx.split(model)
     new_BN = _greedy(
         graphdef, max_new_tokens, -1 if eos_id is None else eos_id, state, tokens_BT, lengths_B

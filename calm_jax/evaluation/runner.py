@@ -90,6 +90,8 @@ def evaluate(
             task: _answers(model, task, asked, settings["max_new_tokens"], batch_size)
             for task, asked in examples.items()
         }
+        # Until the new one stands, no summary speaks of predictions that are not its own.
+        (evaluation_folder(folder) / "summary.json").unlink(missing_ok=True)
         for task, records in answers.items():
             write_json_lines(predictions_file(folder, task), records)
         if isinstance(model, ComposedDecoder):

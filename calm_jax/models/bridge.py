@@ -93,11 +93,11 @@ class CrossAttention(nnx.Module):
             attention weights, float32 [B, N, T, S].
         """
         config, cast = self.config, h_BTD.dtype
-        q_in_BTD, tap_BSE = h_BTD, tap_BSE.astype(cast)
+        q_in_BTD = h_BTD
         if config.norms:
             q_in_BTD = rms_norm(q_in_BTD, self.query_norm[...], NORM_EPS)
             tap_BSE = rms_norm(tap_BSE, self.tap_norm[...], NORM_EPS)
-        projected_BSD = tap_BSE @ self.projection[...].astype(cast)
+        projected_BSD = tap_BSE.astype(cast) @ self.projection[...].astype(cast)
         if config.bias:
             projected_BSD += self.projection_bias[...].astype(cast)
         q_BTNH = jnp.einsum("BTD,DNH->BTNH", q_in_BTD, self.query[...].astype(cast))

@@ -106,7 +106,7 @@ class ComposedDecoder(nnx.Module):
         self.anchor = anchor
         self.augments = nnx.List(augments)
         self.bridge = self._init_bridge(rngs)
-        self._cut()
+        self.cut()
 
     @property
     def connections(self) -> tuple[Connection, ...]:
@@ -232,7 +232,7 @@ class ComposedDecoder(nnx.Module):
         )
 
     def _apply(self, method: str, *inputs):
-        self._cut()
+        self.cut()
         graphdef, state = nnx.split(self)
         return _apply(graphdef, method, state, *inputs)
 
@@ -251,7 +251,7 @@ class ComposedDecoder(nnx.Module):
         )()
         return structure.merge(tree)
 
-    def _cut(self) -> None:
+    def cut(self) -> None:
         """Cuts the models' layers at the connections, unless they are."""
         self.anchor.layers.cut(self.plan.anchor_shapes)
         for augment, shapes in zip(self.augments, self.plan.augment_shapes, strict=True):
@@ -262,7 +262,7 @@ class ComposedDecoder(nnx.Module):
 
         For each connection that is what `observe(h, f_cross result, attention weights)` returns.
         """
-        self._cut()  # a later composition may have cut the shared anchor elsewhere
+        self.cut()  # a later composition may have cut the shared anchor elsewhere
         taps = [
             self.run_augment(number, tokens_BT, positions_BT, segment_ids_BT)
             for number in range(len(self.augments))

@@ -56,9 +56,8 @@ class DecoderConfig:
     head_dim: int
     mlp_dim: int
 
-    block: Literal["sequential", "parallel"] = (
-        "sequential"  # parallel: one norm feeds both branches
-    )
+    # parallel: one norm feeds both branches
+    block: Literal["sequential", "parallel"] = "sequential"
     gated_mlp: bool = True
     activation: Literal["silu", "gelu_tanh", "gelu"] = "silu"
 
@@ -78,9 +77,8 @@ class DecoderConfig:
     rope_dim: int | None = None  # rotated features of each head; None: all
     rope_base: float = 10_000.0
     rope_scaling: RopeScaling | None = None
-    local_rope_base: float | None = (
-        None  # for layers with a window; None: as the others, scaling too
-    )
+    # For layers with a window; None: as the others, scaling too.
+    local_rope_base: float | None = None
     xpos_scale_base: float | None = None  # in tokens (xPos, PaLM-rlhf-pytorch: 512)
 
     window: int | None = None  # tokens a local layer sees, itself included
@@ -216,13 +214,22 @@ class CompositionConfig:
     gate: bool = False  # a learned scalar on the result of f_cross; not in the paper
     rotary: bool = False  # rotary positions on Q and K of f_cross; not in the paper
     encoder_only: bool = False  # only prompt tokens are read from the augment (paper §4.4, Table 5)
-    scan: bool = True  # False unrolls the loop over connections: XLA's FLOP counts are then whole
+    scan: bool = True  # False: evenly spaced connections are compiled one by one, not as one loop
 
     def __post_init__(self):
+        for name in ("every", "num_heads", "head_dim"):
+            value = getattr(self, name)
+            if value is not None and not isinstance(value, int):
+                raise CalmError(f"composition.{name} is {value!r}; it must be a whole number")
         if self.init not in ("zero", "paper"):
             raise CalmError(f"composition.init is {self.init!r}; known are 'zero' and 'paper'")
         if self.connections is not None:
-            pairs = tuple((int(i), int(j)) for i, j in self.connections)
+            pairs = tuple(map(tuple, self.connections))
+            for pair in pairs:
+                if len(pair) != 2 or not all(isinstance(layer, int) for layer in pair):
+                    raise CalmError(
+                        f"composition.connections: {pair} is not an (augment layer, anchor layer)"
+                    )
             object.__setattr__(self, "connections", pairs)
             if not pairs:
                 raise CalmError(

@@ -100,8 +100,11 @@ def path_name(path) -> str:
     return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
-def check_same_tree(expected: Tree, found: Tree, where: str) -> None:
-    """Raises `CalmError` at the first path whose presence or shape differs."""
+def check_same_tree(expected: Tree, found: Tree, where: str, *, dtype: str | None = None) -> None:
+    """Raises `CalmError` at the first path whose presence or shape differs.
+
+    With `dtype`, also at the first that is not found in it.
+    """
     expected, found = (
         {path_name(path): leaf for path, leaf in jax.tree.leaves_with_path(tree)}
         for tree in (expected, found)
@@ -116,6 +119,8 @@ def check_same_tree(expected: Tree, found: Tree, where: str) -> None:
                 f"{where}: {path} has shape {tuple(found[path].shape)}, the model needs "
                 f"{tuple(expected[path].shape)}"
             )
+        if dtype is not None and found[path].dtype != dtype:
+            raise CalmError(f"{where}: {path} is {found[path].dtype}, the config says {dtype}")
 
 
 def count(tree: Tree) -> int:

@@ -14,6 +14,7 @@ from typing import Any
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
+from calm_jax.data.cache import check_entry
 from calm_jax.errors import CalmError
 from calm_jax.models.config import CompositionConfig, DecoderConfig
 
@@ -52,8 +53,9 @@ def _common(kind: str) -> ConfigDict:
     config = ConfigDict()
     config.name = ""  # what the run is called in reports; "": the name of its directory
     config.kind = kind  # "decoder" or "composed"
-    # "bytes", "key_value/CONFIG", a SentencePiece .model, a tokenizer.json, a saved folder;
-    config.vocabulary = ""  # "": that of the frozen model
+    # "bytes", "key_value/CONFIG", a SentencePiece .model, a tokenizer.json, a saved folder; "" is
+    # that of the frozen model.
+    config.vocabulary = ""
 
     config.data = ConfigDict()
     # Mixed by weight; each {"task": name} or {"jsonl": path}, and if need be "weight" (1.0),
@@ -177,6 +179,14 @@ def validate(config: ConfigDict) -> None:
             f"optimizer.warmup_steps {optimizer.warmup_steps} is not less than train.num_steps "
             f"{train.num_steps}"
         )
+    if train.profile_steps and train.profile_start >= train.num_steps:
+        raise CalmError(
+            f"train.profile_start {train.profile_start} is not less than train.num_steps "
+            f"{train.num_steps}"
+        )
+    for split in ("train", "validation"):
+        for entry in config.data[split]:
+            check_entry(entry, split)
     if not config.data.train:
         raise CalmError("data.train is empty; name a task or a JSON-lines file")
     if optimizer.name != "adamw":

@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import functools
 import math
 import time
 
@@ -15,18 +14,26 @@ from ml_collections import ConfigDict
 from calm_jax import sharding
 from calm_jax.checkpoints import frozen as frozen_folders
 from calm_jax.checkpoints.composed import check_identities
-from calm_jax.checkpoints.files import write_json
+from calm_jax.checkpoints.files import read_json, write_json
 from calm_jax.checkpoints.training import TrainingCheckpoints, abstract_like
-from calm_jax.data.cache import Source, open_source
+from calm_jax.data.cache import open_source
+from calm_jax.data.source import Part, Source
 from calm_jax.data.stream import Stream, batches_once
+from calm_jax.data.vocabulary import Vocabulary
 from calm_jax.errors import CalmError
 from calm_jax.training import configuration
 from calm_jax.training.costs import matmul_flops, tree_costs
 from calm_jax.training.loss import means
 from calm_jax.training.optimizer import make_optimizer
 from calm_jax.training.progress import Progress, costs_table
-from calm_jax.training.run import open_run
-from calm_jax.training.run_model import composition_configs, init_decoder, make_model
+from calm_jax.training.run import check_run, start_run
+from calm_jax.training.run_model import (
+    Described,
+    composition_configs,
+    describe_models,
+    init_decoder,
+    load_model,
+)
 from calm_jax.training.step import Shardings, make_eval_step, make_train_step
 
 
@@ -39,23 +46,46 @@ def train(config: ConfigDict, workdir: epath.PathLike, *, overwrite: bool = Fals
         the run's directory.
 
     Raises:
-        CalmError: bad input (see `calm_jax.training.configuration`), or a loss that is not finite:
-        its
-            step is named and not saved.
+        CalmError: bad input, before anything is written or any weight loaded; or numbers that are
+            not finite: the step is named, and not saved.
     """
     configuration.validate(config)
     mesh = sharding.make_mesh(config.mesh)
     sharding.check_batch(config.train.batch_size, config.train.accumulate, mesh)
-    run = open_run(workdir, config, overwrite=overwrite)
+    run = check_run(workdir, config, overwrite=overwrite)
+    described = describe_models(config)
+    sources = _open_sources(config, described.vocabulary)
+    start_run(run, config, overwrite=overwrite)
     cache_programs(config.cache_compiled)
     with contextlib.ExitStack() as stack:
         checkpoints = stack.enter_context(
             TrainingCheckpoints(run / "checkpoints", keep=config.train.keep)
         )
+        if checkpoints.latest is not None:
+            _check_resumed(run, checkpoints, described, sources)
         if not _finished(run, config, checkpoints):
             stack.enter_context(jax.set_mesh(mesh))
-            _Session(config, run, mesh, checkpoints).run_all()
+            _Session(config, run, mesh, checkpoints, described, sources).run_all()
     return run
+
+
+def _open_sources(config: ConfigDict, vocabulary: Vocabulary) -> dict[str, Source]:
+    """The rows of "train" and, where there are any, of "validation"."""
+    splits = ("train", "validation") if config.data.validation else ("train",)
+    return {split: open_source(config.data, split, vocabulary) for split in splits}
+
+
+def _check_resumed(run, checkpoints: TrainingCheckpoints, described: Described, sources) -> None:
+    """Raises `CalmError` where models or data are not those that the run began with."""
+    state = checkpoints.read_state(checkpoints.latest)
+    check_identities(state["frozen"], described.identities, str(run))
+    for split, source in sources.items():
+        was = state["data"].get(split)
+        if was is not None and was != source.fingerprint:
+            raise CalmError(
+                f"{run} began with other data.{split}: its fingerprint was {was[:16]}, now "
+                f"{source.fingerprint[:16]}"
+            )
 
 
 def cache_programs(place: str = "") -> None:
@@ -66,24 +96,43 @@ def cache_programs(place: str = "") -> None:
 
 
 def _finished(run: epath.Path, config: ConfigDict, checkpoints: TrainingCheckpoints) -> bool:
-    done = checkpoints.latest is not None and checkpoints.latest >= config.train.num_steps
+    latest, wanted = checkpoints.latest, config.train.num_steps
+    done = latest is not None and latest >= wanted
     if done and config.kind == "decoder":
-        done = (run / "frozen").exists()
+        done = _frozen_step(run) == checkpoints.best
     if done:
-        print(f"{run} has finished its {config.train.num_steps:,} steps", flush=True)
+        print(f"{run} has finished: {latest:,} steps of {wanted:,}", flush=True)
     return done
+
+
+def _frozen_step(run: epath.Path) -> int | None:
+    """The checkpoint that a decoder's run has as its frozen folder."""
+    path = run / "frozen_step.json"
+    whole = path.exists() and (run / "frozen").exists()
+    return read_json(path, "a run")["step"] if whole else None
 
 
 class _Session:
     """One call of `train`: everything that is built once, and the loop over it."""
 
-    def __init__(self, config, run: epath.Path, mesh, checkpoints: TrainingCheckpoints):
+    def __init__(self, config, run: epath.Path, mesh, checkpoints, described, sources):
         self.config, self.run, self.mesh, self.checkpoints = config, run, mesh, checkpoints
-        self.model = make_model(config, mesh)
+        self.described, self.sources = described, sources
+        self.model = load_model(config, mesh)
         self.parts = self.model.parts
         self.optimizer, self.schedule = make_optimizer(config.optimizer, config.train.num_steps)
         self.shardings = Shardings.of(self.parts, self.optimizer, mesh)
-        self.stream, self.validation = self._open_data()
+        self.processes = {
+            "process_index": jax.process_index(),
+            "process_count": jax.process_count(),
+        }
+        self.stream = Stream(
+            sources["train"],
+            batch_size=config.train.batch_size,
+            seed=config.data.seed,
+            **self.processes,
+        )
+        self.best_loss = checkpoints.best_loss
         self.first_step = self._restore_or_start()
 
     def run_all(self) -> None:
@@ -94,22 +143,6 @@ class _Session:
             self._loop(step)
         if not self.parts.composed:
             self._save_frozen()
-
-    def _open_data(self) -> tuple[Stream, dict[str, Source]]:
-        """The stream of batches, and the validation data of each set by its name."""
-        config, vocabulary = self.config, self.model.vocabulary
-        processes = {"process_index": jax.process_index(), "process_count": jax.process_count()}
-        source = open_source(config.data, "train", vocabulary)
-        stream = Stream(
-            source, batch_size=config.train.batch_size, seed=config.data.seed, **processes
-        )
-        if not config.data.validation:
-            return stream, {}
-        parts = open_source(config.data, "validation", vocabulary)
-        one_set = functools.partial(dataclasses.replace, parts)
-        return stream, {
-            part.name.rpartition("/")[2]: one_set(parts=(part,)) for part in parts.parts
-        }
 
     def _restore_or_start(self) -> int:
         """Fills in `trainable` and `opt_state`; returns the number of steps already done."""
@@ -127,7 +160,6 @@ class _Session:
             abstract_like(abstract, self.shardings.trainable),
             abstract_like(jax.eval_shape(self.optimizer.init, abstract), self.shardings.opt_state),
         )
-        check_identities(restored.state["frozen"], self.model.identities, str(self.run))
         self.model.trainable, self.opt_state = restored.trainable, restored.opt_state
         print(f"{self.run} goes on after step {latest:,}", flush=True)
         return restored.state["batch_index"] + 1
@@ -192,40 +224,59 @@ class _Session:
                 unseen = (index + 1, metrics, waited)
                 done = index + 1
                 last = done == train.num_steps
-                validate = self.validation and (last or _due(done, train.validate_every))
+                validate = "validation" in self.sources and (
+                    last or _due(done, train.validate_every)
+                )
                 save = last or _due(done, train.save_every)
                 if validate or save:
                     _report(progress, *unseen)  # a step that is not finite is never saved
                     unseen = None
-                    scores = self._validate(eval_step) if validate else None
+                    scores = self._validate(eval_step, done) if validate else None
                     if validate:
                         progress.validation(done, scores)
-                    if save:
+                    # The best is kept, whichever steps are saved besides.
+                    best = scores is not None and scores["loss"] < self.best_loss
+                    self.best_loss = scores["loss"] if best else self.best_loss
+                    if save or best:
                         self._save(done, index, scores)
 
-    def _validate(self, eval_step) -> dict[str, float]:
+    def _validate(self, eval_step, done: int) -> dict[str, float]:
         """Scores of the whole validation data, and exactness of each of its sets."""
-        totals, scores = None, {}
-        for name, source in self.validation.items():
-            sums = None
-            for batch in batches_once(
-                source,
-                self.config.train.batch_size,
-                process_index=jax.process_index(),
-                process_count=jax.process_count(),
-            ):
-                batch = sharding.put_batch(batch, self.mesh)
-                part = jax.device_get(eval_step(self.model.trainable, self.model.frozen, batch))
-                sums = part if sums is None else jax.tree.map(np.add, sums, part)
-            scores[f"exact/{name}"] = float(means(sums)["exact"])
-            totals = sums if totals is None else jax.tree.map(np.add, totals, sums)
-        return scores | {key: float(value) for key, value in means(totals).items()}
+        parts = self.sources["validation"].parts
+        short = [part.name.rpartition("/")[2] for part in parts]
+        names = short if len(set(short)) == len(short) else [part.name for part in parts]
+        sums = [self._sums(eval_step, part) for part in parts]
+        totals = means(jax.tree.map(lambda *x: np.sum(x, axis=0), *sums))
+        scores = {key: float(value) for key, value in totals.items()}
+        if not math.isfinite(scores["loss"]):
+            raise CalmError(
+                f"step {done}: the validation's loss is {scores['loss']}; nothing was saved"
+            )
+        exact = {
+            f"exact/{name}": float(means(s)["exact"]) for name, s in zip(names, sums, strict=True)
+        }
+        return exact | scores
+
+    def _sums(self, eval_step, part: Part) -> dict[str, np.ndarray]:
+        """Sums over all rows of one set, in batches of a micro-batch's size."""
+        source = dataclasses.replace(self.sources["validation"], parts=(part,))
+        rows = self.config.train.batch_size // self.config.train.accumulate
+        sums = [
+            jax.device_get(
+                eval_step(
+                    self.model.trainable, self.model.frozen, sharding.put_batch(batch, self.mesh)
+                )
+            )
+            for batch in batches_once(source, rows, **self.processes)
+        ]
+        return jax.tree.map(lambda *x: np.sum(x, axis=0), *sums)
 
     def _save(self, done: int, index: int, scores: dict[str, float] | None) -> None:
         state = {
             "batch_index": index,
             "config": configuration.to_dict(self.config),
-            "frozen": self.model.identities,
+            "frozen": self.described.identities,
+            "data": {split: source.fingerprint for split, source in self.sources.items()},
             "composition": [config.to_dict() for config in composition_configs(self.config)]
             if self.parts.composed
             else [],
@@ -234,23 +285,27 @@ class _Session:
         self.checkpoints.save(done, self.model.trainable, self.opt_state, state, metrics)
 
     def _save_frozen(self) -> None:
-        """The best checkpoint as a frozen folder."""
-        target = self.run / "frozen"
-        if target.exists():
-            return
+        """The best checkpoint as a frozen folder, in place of an earlier one."""
         self.checkpoints.wait()
+        step = self.checkpoints.best
+        if _frozen_step(self.run) == step:
+            return
         abstract, _ = self.parts.split(self.parts.structure.abstract())
-        best = self.checkpoints.restore(
-            self.checkpoints.best, abstract_like(abstract, self.shardings.trainable)
-        )
+        best = self.checkpoints.restore(step, abstract_like(abstract, self.shardings.trainable))
         decoder = self.parts.merge(best.trainable, {})
-        frozen_folders.save_frozen(decoder, target, vocabulary=self.model.vocabulary)
+        for stale in (self.run / "frozen_step.json", self.run / "frozen"):
+            if stale.exists():
+                stale.rmtree() if stale.is_dir() else stale.unlink()
+        frozen_folders.save_frozen(
+            decoder, self.run / "frozen", vocabulary=self.described.vocabulary
+        )
+        write_json(self.run / "frozen_step.json", {"step": step})
 
 
 def _report(progress: Progress, step: int, metrics: dict[str, jax.Array], waited: float) -> None:
     """Fetches a step's metrics and shows them; ends the run at a loss that is not finite."""
     values = {key: float(value) for key, value in jax.device_get(metrics).items()}
-    for key in ("loss", "grad_norm"):
+    for key in ("loss", "grad_norm", "parameter_norm"):
         if not math.isfinite(values[key]):
             raise CalmError(
                 f"step {step}: {key} is {values[key]}; nothing of this step was saved. Lower "
@@ -267,12 +322,12 @@ class _Profiler:
     """Writes a profile of the steps that the config names, for TensorBoard."""
 
     def __init__(self, run: epath.Path, train: ConfigDict):
-        self.folder, self.start = run / "tensorboard", train.profile_start
-        self.stop = self.start + train.profile_steps
+        self.folder = run / "tensorboard"
+        self.start, self.stop = train.profile_start, train.profile_start + train.profile_steps
         self.running = False
 
     def before(self, index: int) -> None:
-        if self.stop > self.start and index == self.start:
+        if self.start <= index < self.stop and not self.running:
             jax.profiler.start_trace(str(self.folder))
             self.running = True
         elif self.running and index == self.stop:

@@ -22,9 +22,8 @@ def loss_sums(
 
     Args:
         batch: arrays [B, T] under seqio's decoder keys.
-        key, noise: random noise (see `noisy`) on what reads less exact vectors later: the
-        embeddings
-            of a decoder, the taps of a composed model; 0: none.
+        key, noise: random noise (see `noisy`) on a decoder's embeddings, or on the taps of a
+            composed model; 0: none.
 
     Returns:
         the sum of weighted cross-entropies in nats, float32; and float32 sums: "loss", "weight",
@@ -84,7 +83,7 @@ def noisy(x: jax.Array, segments_BT: jax.Array, key: jax.Array, noise: float) ->
 
 def means(sums: Sums) -> dict[str, jax.Array]:
     """Metrics of summed batches: "loss" (nats a token), "accuracy", "exact", "connection/k"."""
-    weight = jnp.maximum(sums["weight"], 1.0)
+    weight = jnp.where(sums["weight"] > 0, sums["weight"], 1.0)
     metrics = {
         "loss": sums["loss"] / weight,
         "accuracy": sums["correct"] / weight,

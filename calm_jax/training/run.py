@@ -10,34 +10,47 @@ from calm_jax.errors import CalmError
 from calm_jax.training import configuration
 
 
-def open_run(workdir: epath.PathLike, config: ConfigDict, *, overwrite: bool = False) -> epath.Path:
-    """Makes a run's directory, or checks that an existing one was started with the same config.
+def check_run(
+    workdir: epath.PathLike, config: ConfigDict, *, overwrite: bool = False
+) -> epath.Path:
+    """Checks that a run of this config may start, or go on, in a directory; writes nothing.
 
-    Mesh, number of steps, logging and saving may differ. The config on disk becomes the new one.
+    Mesh, number of steps, logging and saving may differ from those it was started with.
 
     Raises:
-        CalmError: the directory holds something else, was started with another config (every
-        differing
-            key is named with both values), or cannot be written.
+        CalmError: the directory holds something else, or was started with another config: every
+            differing key is named with both values.
     """
     folder = absolute(workdir)
     path = folder / "config.json"
-    old = _read_config(path) if path.exists() else None
     try:
-        if overwrite and old is not None:
+        if path.exists():
+            old = _read_config(path)
+            if not overwrite:
+                _check_same(old, configuration.to_dict(config), folder)
+        elif folder.exists() and any(not x.name.startswith(".") for x in folder.iterdir()):
+            raise CalmError(f"{folder} is neither empty nor a run: it has no config.json")
+    except OSError as error:
+        raise CalmError(f"cannot read {folder}: {error.strerror or error}") from error
+    for place in (config.get("anchor"), *config.get("augments", ())):
+        if overwrite and place and folder in (absolute(place), *absolute(place).parents):
+            raise CalmError(f"--overwrite would remove {place} with the run {folder}")
+    return folder
+
+
+def start_run(folder: epath.Path, config: ConfigDict, *, overwrite: bool = False) -> None:
+    """Makes a checked run's directory, anew with `overwrite`, and writes its config.
+
+    Raises:
+        CalmError: it cannot be written.
+    """
+    try:
+        if overwrite and (folder / "config.json").exists():
             folder.rmtree()
-            old = None
         folder.mkdir(parents=True, exist_ok=True)
-        empty = not any(folder.iterdir())
     except OSError as error:
         raise CalmError(f"cannot write {folder}: {error.strerror or error}") from error
-    new = configuration.to_dict(config)
-    if old is not None:
-        _check_same(old, new, folder)
-    elif not empty:
-        raise CalmError(f"{folder} is neither empty nor a run: it has no config.json")
-    write_json(path, new)
-    return folder
+    write_json(folder / "config.json", configuration.to_dict(config))
 
 
 def _read_config(path: epath.Path) -> dict[str, Any]:

@@ -10,13 +10,25 @@ from ml_collections import ConfigDict
 
 from calm_jax import sharding
 from calm_jax.checkpoints import frozen as frozen_folders
-from calm_jax.checkpoints.composed import identities
 from calm_jax.data.vocabulary import Vocabulary
 from calm_jax.errors import CalmError
 from calm_jax.models import CompositionConfig, Decoder, DecoderConfig, compose
+from calm_jax.models.bridge import heads
 from calm_jax.models.parameters import Tree, module_tree
+from calm_jax.models.plan import make_plan
 from calm_jax.training import configuration
 from calm_jax.training.step import Parts
+
+
+@dataclasses.dataclass(frozen=True)
+class Described:
+    """What can be said of a run's models before any weight is loaded.
+
+    `identities`: role, place and fingerprint of each frozen model, the anchor first.
+    """
+
+    vocabulary: Vocabulary
+    identities: list[dict[str, Any]]
 
 
 @dataclasses.dataclass
@@ -26,11 +38,58 @@ class RunModel:
     parts: Parts
     trainable: Tree | None
     frozen: Tree
-    identities: list[dict[str, Any]]
-    vocabulary: Vocabulary
 
 
-def make_model(config: ConfigDict, mesh: jax.sharding.Mesh) -> RunModel:
+def describe_models(config: ConfigDict) -> Described:
+    """Checks the models that a config names, without loading a weight.
+
+    Raises:
+        CalmError: a folder that is missing or damaged, connections or heads that do not fit, or
+            vocabularies that differ or are larger than an embedding.
+    """
+    if config.kind == "composed":
+        folders = [frozen_folders.describe(place) for place in (config.anchor, *config.augments)]
+        roles = ["anchor", *(f"augment {k}" for k in range(len(config.augments)))]
+        anchor, *augments = (folder.config for folder in folders)
+        compositions = composition_configs(config)
+        make_plan(compositions, anchor.num_layers, [form.num_layers for form in augments])
+        for composition in compositions:
+            heads(composition, anchor)
+    else:
+        place = config.decoder["from"]
+        folders = [frozen_folders.describe(place)] if place else []
+        roles = ["decoder"]
+    known = [(r, f.vocabulary) for r, f in zip(roles, folders, strict=False) if f.vocabulary]
+    if config.vocabulary:
+        known.insert(0, (f"vocabulary {config.vocabulary!r}", Vocabulary.load(config.vocabulary)))
+    if not known:
+        raise CalmError("vocabulary is empty, and the model has none; name one")
+    name, vocabulary = known[0]
+    for role, other in known[1:]:
+        difference = vocabulary.first_difference(other)
+        if difference is not None:
+            index, ours, theirs = difference
+            raise CalmError(
+                f"the vocabularies differ: token {index} is {ours!r} for {name} and {theirs!r} "
+                f"for the {role}"
+            )
+    forms = [folder.config for folder in folders] or [decoder_config(config)]
+    for role, form in zip(roles, forms, strict=True):
+        if vocabulary.size > form.vocab_size:
+            raise CalmError(
+                f"the {role}'s vocab_size {form.vocab_size} is less than the {vocabulary.size} "
+                f"tokens of {name}"
+            )
+    if config.kind != "composed":
+        return Described(vocabulary, [])
+    identities = [
+        {"role": role, "place": str(folder.folder), "fingerprint": folder.fingerprint}
+        for role, folder in zip(roles, folders, strict=True)
+    ]
+    return Described(vocabulary, identities)
+
+
+def load_model(config: ConfigDict, mesh: jax.sharding.Mesh) -> RunModel:
     """The model to train, on the mesh. A new decoder's values are left to `init_decoder`."""
     return _composed(config, mesh) if config.kind == "composed" else _decoder(config, mesh)
 
@@ -56,24 +115,14 @@ def composition_configs(config: ConfigDict) -> list[CompositionConfig]:
 
 
 def _decoder(config: ConfigDict, mesh) -> RunModel:
-    """A decoder to train whole: from random values, or from a frozen folder in float32."""
-    vocabulary = Vocabulary.load(config.vocabulary) if config.vocabulary else None
-    if config.decoder["from"]:
-        decoder = frozen_folders.load(config.decoder["from"], mesh=mesh)
-        vocabulary = vocabulary or decoder.vocabulary
-        parts = Parts(decoder)
-        trainable = jax.tree.map(lambda x: x.astype(jnp.float32), module_tree(decoder))
-    else:
+    """A decoder to train whole: from random values, or from a frozen folder; in float32."""
+    if not config.decoder["from"]:
         form = decoder_config(config)
-        parts, trainable = Parts(nnx.eval_shape(lambda: Decoder(form, nnx.Rngs(0)))), None
-    if vocabulary is None:
-        raise CalmError("vocabulary is empty; name one")
-    if vocabulary.size > parts.structure.abstract()["embedding"].shape[0]:
-        raise CalmError(
-            f"decoder.vocab_size {parts.structure.abstract()['embedding'].shape[0]} is less than "
-            f"the {vocabulary.size} tokens of the vocabulary {config.vocabulary!r}"
-        )
-    return RunModel(parts, trainable, {}, [], vocabulary)
+        return RunModel(Parts(nnx.eval_shape(lambda: Decoder(form, nnx.Rngs(0)))), None, {})
+    decoder = frozen_folders.load(config.decoder["from"], mesh=mesh)
+    nnx.update(decoder, jax.tree.map(lambda x: x.astype(jnp.float32), nnx.state(decoder)))
+    parts = Parts(decoder)
+    return RunModel(parts, *parts.of(decoder))
 
 
 def _composed(config: ConfigDict, mesh) -> RunModel:
@@ -84,8 +133,4 @@ def _composed(config: ConfigDict, mesh) -> RunModel:
         anchor, augments, composition_configs(config), rngs=nnx.Rngs(config.train.seed)
     )
     parts = Parts(composed)
-    trainable, frozen = parts.of(composed)
-    vocabulary = Vocabulary.load(config.vocabulary) if config.vocabulary else composed.vocabulary
-    if vocabulary is None:
-        raise CalmError(f"vocabulary is empty, and {config.anchor} has none; name one")
-    return RunModel(parts, trainable, frozen, identities(composed), vocabulary)
+    return RunModel(parts, *parts.of(composed))

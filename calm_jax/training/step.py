@@ -130,12 +130,14 @@ def make_train_step(
                 key,
                 accumulate,
             )
-        weight = jnp.maximum(sums["weight"], 1.0)
+        weight = jnp.where(sums["weight"] > 0, sums["weight"], 1.0)
         gradients = jax.tree.map(lambda g: g / weight, gradients)
         updates, opt_state = optimizer.update(gradients, opt_state, trainable)
         trainable = optax.apply_updates(trainable, updates)
         metrics = means(sums) | {
             "grad_norm": optax.tree.norm(gradients),
+            # Of what a checkpoint would hold: loss and gradient are of the parameters before.
+            "parameter_norm": optax.tree.norm(trainable),
             "learning_rate": schedule(step),
         }
         return trainable, opt_state, metrics

@@ -5,7 +5,13 @@ import pytest
 from calm_jax.errors import CalmError
 from calm_jax.models import DecoderConfig
 from calm_jax.training import configuration
-from calm_jax.training.run import open_run
+from calm_jax.training.run import check_run, start_run
+
+
+def open_run(workdir, config, *, overwrite=False):
+    folder = check_run(workdir, config, overwrite=overwrite)
+    start_run(folder, config, overwrite=overwrite)
+    return folder
 
 
 def config(**train):
