@@ -5,4 +5,5 @@ cd "$(dirname "$0")/.."
 source launch/environment.sh
 
 prepare test
-.venv/bin/python -m pytest "$@"
+# A file's tests share models, so they stay in one process.
+.venv/bin/python -m pytest -n auto --maxprocesses=8 --dist=loadfile "$@"

@@ -199,7 +199,9 @@ def test_damaged_export(exported, tmp_path, key):
 def test_export_without_its_weights(exported, tmp_path):
     copy = shutil.copytree(exported, tmp_path / "bridge")
     shutil.rmtree(copy / "weights")
-    with pytest.raises(CalmError, match=r"bridge/weights cannot be read"):
+    with pytest.raises(
+        CalmError, match=r"bridge/weights (cannot be read|is missing or half-written)"
+    ):
         load_composed(copy)
 
 

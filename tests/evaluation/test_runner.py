@@ -33,8 +33,8 @@ PROMPTS = ["ab+c=", "a=", "abc-de+fgh-abcdefgh-abcd+ef=", "b=", "cc+dd=", "z-y="
 def frozen_decoder(folder, width: int, seed: int) -> Decoder:
     # With a head of its own: a random model with a tied one repeats its last token.
     config = DecoderConfig.llama(
-        vocab_size=VOCABULARY.size + -VOCABULARY.size % 8, embed_dim=width, num_layers=2, num_heads=2, num_kv_heads=1,
-        head_dim=8, mlp_dim=32,
+        vocab_size=VOCABULARY.size + -VOCABULARY.size % 8, embed_dim=width,
+        num_layers=2, num_heads=2, num_kv_heads=1, head_dim=8, mlp_dim=32,
     )  # fmt: skip
     save_frozen(Decoder(config, nnx.Rngs(seed)), folder, vocabulary=VOCABULARY)
     return load(folder)

@@ -127,27 +127,40 @@ def test_connection_metric_is_the_size_of_what_is_added():
 
 
 def test_noise_has_the_strength_it_is_asked_for():
-    """Sequences draw strengths evenly from 0 to noise x rms, so their mean is half of that."""
-    x_BTD = 3.0 * jax.random.normal(jax.random.key(1), (200, 16, 32))
+    """Sequences draw strengths evenly from 0 to noise, so their mean is half of that."""
+    x_BTD = jax.random.normal(jax.random.key(1), (200, 16, 32))
+    x_BTD *= jnp.exp(jax.random.normal(jax.random.key(4), (200, 16, 1)))  # long and short vectors
+    rms_BT1 = np.sqrt(np.mean(np.square(x_BTD), axis=-1, keepdims=True))
     segments_BT = jnp.repeat(jnp.array([[1, 2]]), 8, axis=1).repeat(200, axis=0)  # two a row
-    added = np.asarray(noisy(x_BTD, segments_BT, jax.random.key(2), 0.5) - x_BTD, np.float64)
+    added = np.asarray(noisy(x_BTD, segments_BT, jax.random.key(2), 0.5) - x_BTD) / rms_BT1
     strength = added.reshape(200, 2, 8, 32).std(axis=(2, 3))
     assert abs(added.mean()) < 0.01
-    assert 0 < strength.min() < 0.05
-    assert 1.4 < strength.max() < 1.65
-    np.testing.assert_allclose(strength.mean(), 0.5 * 3.0 / 2, rtol=0.1)
+    assert 0 < strength.min() < 0.02
+    assert 0.45 < strength.max() < 0.58
+    np.testing.assert_allclose(strength.mean(), 0.5 / 2, rtol=0.1)
     # The sequences of one row draw on their own; within one the strength is one.
     assert abs(np.corrcoef(strength.T)[0, 1]) < 0.2
     halves = added.reshape(200, 2, 2, 4, 32).std(axis=(3, 4))
     assert np.corrcoef(halves[..., 0].ravel(), halves[..., 1].ravel())[0, 1] > 0.9
-    assert not np.allclose(added, noisy(x_BTD, segments_BT, jax.random.key(3), 0.5) - x_BTD)
+    other = noisy(x_BTD, segments_BT, jax.random.key(3), 0.5) - x_BTD
+    assert not np.allclose(added * rms_BT1, other)
 
 
-def test_noise_0_changes_nothing_and_more_does():
-    model, batch = tiny_models.decoder(), tiny_models.batch()
+@pytest.mark.parametrize("make", [tiny_models.decoder, tiny_models.composed])
+def test_noise_0_changes_nothing_and_more_does(make):
+    model, batch = make(), tiny_models.batch()
+    if make is tiny_models.composed:
+        tiny_models.randomised(model)
     without = loss_sums(model, batch)[0]
     assert loss_sums(model, batch, jax.random.key(0), 0.0)[0] == without
     assert loss_sums(model, batch, jax.random.key(0), 0.5)[0] != without
+
+
+def test_noise_is_on_what_the_bridge_reads_and_nothing_else():
+    """A new bridge adds nothing, whatever it reads: the anchor itself is not disturbed."""
+    model, batch = tiny_models.composed(), tiny_models.batch()
+    without = loss_sums(model, batch)[0]
+    assert loss_sums(model, batch, jax.random.key(0), 0.5)[0] == without
 
 
 def test_noise_keeps_the_dtype():

@@ -184,6 +184,9 @@ def test_four_micro_batches_are_one_batch(make, packed):
         gradients.append(jax.tree.map(np.subtract, before, trainer.trainable))
         norm = np.sqrt(sum(np.sum(np.square(x)) for x in jax.tree.leaves(gradients[-1])))
         assert metrics[-1]["grad_norm"] == pytest.approx(norm, rel=1e-4)
+        after = [np.asarray(x) for x in jax.tree.leaves(trainer.trainable)]
+        norm = np.sqrt(sum(np.sum(np.square(x)) for x in after))
+        assert metrics[-1]["parameter_norm"] == pytest.approx(norm, rel=1e-4)
         assert trainer.train_step._cache_size() == 1  # packed and unpacked share one program
 
     assert metrics[1] == pytest.approx(metrics[0], rel=1e-5)
