@@ -31,7 +31,7 @@ def check_run(
         elif folder.exists() and any(not x.name.startswith(".") for x in folder.iterdir()):
             raise CalmError(f"{folder} is neither empty nor a run: it has no config.json")
     except OSError as error:
-        raise CalmError(f"cannot read {folder}: {error.strerror or error}") from error
+        raise CalmError(f"cannot write {folder}: {error.strerror or error}") from error
     for place in (config.get("anchor"), *config.get("augments", ())):
         if overwrite and place and folder in (absolute(place), *absolute(place).parents):
             raise CalmError(f"--overwrite would remove {place} with the run {folder}")
