@@ -38,7 +38,7 @@ INSTALL = [
 EXTRAS = {
     "tpu": ["jax[tpu]"],
     "cuda": ["jax[cuda12]"],
-    "test": ["hypothesis", "pytest", "ruff"],
+    "test": ["hypothesis", "pytest", "pytest-xdist", "ruff"],
     # On Linux plain pip takes torch with CUDA, some gigabytes: hence not in [test].
     "parity": ["torch", "transformers"],
 }
