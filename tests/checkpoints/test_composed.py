@@ -199,9 +199,7 @@ def test_damaged_export(exported, tmp_path, key):
 def test_export_without_its_weights(exported, tmp_path):
     copy = shutil.copytree(exported, tmp_path / "bridge")
     shutil.rmtree(copy / "weights")
-    with pytest.raises(
-        CalmError, match=r"bridge/weights (cannot be read|is missing or half-written)"
-    ):
+    with pytest.raises(CalmError, match=r"bridge/weights (cannot be|is missing)"):
         load_composed(copy)
 
 

@@ -152,9 +152,7 @@ def test_not_a_frozen_folder(tmp_path):
 
 def test_missing_weights(damaged):
     shutil.rmtree(damaged / "weights")
-    with pytest.raises(
-        CalmError, match=r"weights (cannot be read|is missing or half-written)"
-    ) as caught:
+    with pytest.raises(CalmError, match=r"weights (cannot be|is missing)") as caught:
         frozen.load(damaged)
     assert "\n" not in str(caught.value)
 
@@ -165,9 +163,7 @@ def test_half_the_weights(damaged):
     assert data
     for path in data:
         path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-    with pytest.raises(
-        CalmError, match=r"weights (cannot be read|is missing or half-written)"
-    ) as caught:
+    with pytest.raises(CalmError, match=r"weights (cannot be|is missing)") as caught:
         frozen.load(damaged)
     assert "\n" not in str(caught.value)
 
