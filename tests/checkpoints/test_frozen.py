@@ -157,7 +157,6 @@ def test_missing_weights(damaged):
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # TensorStore
 def test_half_the_weights(damaged):
     data = [path for path in (damaged / "weights").rglob("d/*") if path.is_file()]
     assert data

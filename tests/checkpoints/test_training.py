@@ -131,7 +131,6 @@ def test_a_write_that_never_ended_is_not_a_checkpoint(folder):
 
 
 @pytest.mark.parametrize("item", ["trainable", "opt_state", "state"])
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # TensorStore
 def test_half_a_checkpoint(folder, item):
     shutil.rmtree(folder / "2" / item)
     with pytest.raises(CalmError, match=r"checkpoints/2") as caught:
@@ -139,7 +138,6 @@ def test_half_a_checkpoint(folder, item):
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # TensorStore
 def test_damaged_arrays(folder):
     data = [path for path in (folder / "2" / "trainable").rglob("d/*") if path.is_file()]
     assert data

@@ -359,7 +359,6 @@ def test_a_loss_that_is_not_a_number_ends_the_run_and_is_not_saved(
     assert max(records(tmp_path / "run")) == 6
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # Orbax, on the way
 def test_disk_full_while_saving_leaves_the_checkpoint_before(composed_run, tmp_path, monkeypatch):
     """A limit on the size of files, set after the first checkpoint, makes later writes fail."""
     save = TrainingCheckpoints.save
