@@ -98,7 +98,7 @@ def test_a_mixture_is_read_as_its_tasks_at_their_shares(data, vocabulary):
     source = open_source(data("bridge", "augment"), "train", vocabulary)
     weights = {part.name.rpartition("/")[2]: part.weight for part in source.parts}
     assert weights == pytest.approx(
-        {"bridge_math": 0.6, "bridge_num": 0.2, "bridge_subs": 0.2, "augment": 1.0}
+        {"bridge_math": 0.75, "bridge_num": 0.15, "bridge_subs": 0.1, "augment": 1.0}
     )
 
 

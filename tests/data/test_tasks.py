@@ -110,7 +110,7 @@ def test_examples_of_a_file(tmp_path, cache_dir):
         ({"task": "calm_jax/key_value/tiny/math"}, "train", "no split 'train'; it has test"),
         ({"task": "a", "wieght": 1}, "train", "unknown key 'wieght'; known are .*weight"),
         ({"weight": 1}, "train", "needs either 'task' or 'jsonl'"),
-        ({"task": "a", "weight": 0.0}, "train", "weight 0.0 of a is not above 0"),
+        ({"task": "a", "weight": 0.0}, "train", "weight 0.0 of a is not a number above 0"),
     ],
 )
 def test_a_wrong_entry_is_named(data, vocabulary, entry, split, part):
