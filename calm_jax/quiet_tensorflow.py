@@ -16,6 +16,8 @@ def import_tensorflow() -> ModuleType:
     Raises:
         ImportError: it is not installed, or does not load; then its notes are shown.
     """
+    # Its kernels complain, for every data set, of the integers that texts are made of.
+    os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
     with _hidden_notes():
         import tensorflow
 
