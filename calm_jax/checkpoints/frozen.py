@@ -49,7 +49,7 @@ def save_frozen(decoder: Decoder, target: epath.PathLike, *, vocabulary: Any = N
     An example stands at `load`.
     """
     vocabulary = decoder.vocabulary if vocabulary is None else vocabulary
-    tree = jax.tree.map(lambda x: x.astype(decoder.config.dtype), canonical_tree(decoder))
+    tree = canonical_tree(decoder)
     identity = fingerprint(tree)
     with whole_folder(target) as folder:
         save_tree(folder / "weights", tree)
@@ -185,10 +185,11 @@ def restore_tree(path: epath.Path, abstract: Tree, *, stored_dtype: str | None =
 
 
 def canonical_tree(decoder: Decoder) -> Tree:
-    """The decoder's arrays as on disk: uncut, layers stacked [L, ...]."""
+    """The decoder's arrays as on disk: uncut, layers stacked [L, ...], in the config's dtype."""
     whole = nnx.merge(*nnx.split(decoder))
     whole.layers.cut(((decoder.config.num_layers,),))
-    return _to_canonical(module_tree(whole))
+    tree = _to_canonical(module_tree(whole))
+    return jax.tree.map(lambda x: x.astype(decoder.config.dtype), tree)
 
 
 def fingerprint(tree: Tree) -> str:

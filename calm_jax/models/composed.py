@@ -102,7 +102,9 @@ class ComposedDecoder(nnx.Module):
         )
         self.head_dims = tuple(heads(config, anchor.config)[1] for config in configs)
         for number, augment in enumerate(augments):
-            check_vocabularies(anchor, augment, f"augment {number}")
+            check_vocabularies(
+                anchor.vocabulary, "the anchor", augment.vocabulary, f"augment {number}"
+            )
         self.anchor = anchor
         self.augments = nnx.List(augments)
         self.bridge = self._init_bridge(rngs)
@@ -375,16 +377,16 @@ class Taps:
         return self.stacked[self.stacked_layers.index(layer)]
 
 
-def check_vocabularies(anchor: Decoder, augment: Decoder, name: str) -> None:
+def check_vocabularies(ours: Any, our_name: str, theirs: Any, their_name: str) -> None:
     """Raises `CalmError` naming the first token that differs; knows nothing without both."""
-    if anchor.vocabulary is None or augment.vocabulary is None:
+    if ours is None or theirs is None:
         return
-    difference = anchor.vocabulary.first_difference(augment.vocabulary)
+    difference = ours.first_difference(theirs)
     if difference is not None:
-        index, ours, theirs = difference
+        index, our_token, their_token = difference
         raise CalmError(
-            f"the vocabularies differ: token {index} is {ours!r} for the anchor and {theirs!r} for "
-            f"{name}"
+            f"the vocabularies differ: token {index} is {our_token!r} for {our_name} and "
+            f"{their_token!r} for {their_name}"
         )
 
 

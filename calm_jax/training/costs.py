@@ -18,7 +18,7 @@ def matmul_flops(function: Callable, *arguments) -> int:
     XLA's own count takes the body of a loop once, so the traced program is counted instead; two
     FLOPs a multiply-add, attention at its full square.
     """
-    return _jaxpr_flops(jax.make_jaxpr(function)(*arguments).jaxpr)
+    return jaxpr_flops(jax.make_jaxpr(function)(*arguments).jaxpr)
 
 
 def tree_costs(parts: Parts, trainable: Tree, frozen: Tree, opt_state: Any) -> list[dict[str, Any]]:
@@ -82,7 +82,8 @@ def _forward_flops(parts: Parts, length: int = 32) -> dict[str, float]:
     return result
 
 
-def _jaxpr_flops(jaxpr) -> int:
+def jaxpr_flops(jaxpr) -> int:
+    """`matmul_flops` of a program that is traced already."""
     return sum(_equation_flops(equation) for equation in jaxpr.eqns)
 
 
@@ -99,6 +100,6 @@ def _equation_flops(equation) -> int:
         if hasattr(getattr(value, "jaxpr", value), "eqns")
     ]
     if name == "cond":
-        return max(_jaxpr_flops(branch) for branch in inside)
+        return max(jaxpr_flops(branch) for branch in inside)
     times = params["length"] if name == "scan" else 1
-    return times * sum(_jaxpr_flops(jaxpr) for jaxpr in inside)
+    return times * sum(jaxpr_flops(jaxpr) for jaxpr in inside)

@@ -22,7 +22,7 @@ from calm_jax.data.stream import Stream, batches_once
 from calm_jax.data.vocabulary import Vocabulary
 from calm_jax.errors import CalmError
 from calm_jax.training import configuration
-from calm_jax.training.costs import matmul_flops, tree_costs
+from calm_jax.training.costs import jaxpr_flops, tree_costs
 from calm_jax.training.loss import means
 from calm_jax.training.optimizer import make_optimizer
 from calm_jax.training.progress import Progress, costs_table
@@ -154,7 +154,7 @@ class _Session:
             self.opt_state = init_opt(self.model.trainable)
             return 0
         self.model.trainable = None  # not beside the restored one
-        abstract, _ = self.parts.split(self.parts.structure.abstract())
+        abstract, _ = self.parts.abstract()
         restored = self.checkpoints.restore(
             latest,
             abstract_like(abstract, self.shardings.trainable),
@@ -179,13 +179,14 @@ class _Session:
         batch = sharding.put_batch(self.stream[0], self.mesh)
         index = jax.device_put(jnp.int32(0), self.shardings.replicated)
         arguments = (self.model.trainable, self.opt_state, self.model.frozen, batch, index)
-        compiled = step.lower(*arguments).compile()
+        traced = step.trace(*arguments)
+        compiled = traced.lower().compile()
         memory = compiled.memory_analysis()
         costs = {
             "trees": tree_costs(
                 self.parts, self.model.trainable, self.model.frozen, self.opt_state
             ),
-            "flops_per_step": matmul_flops(step, *arguments),
+            "flops_per_step": jaxpr_flops(traced.jaxpr.jaxpr),
             "memory_bytes": getattr(memory, "peak_memory_in_bytes", 0),
             "mesh": dict(self.mesh.shape),
             "global_batch": train.batch_size,
@@ -290,7 +291,7 @@ class _Session:
         step = self.checkpoints.best
         if _frozen_step(self.run) == step:
             return
-        abstract, _ = self.parts.split(self.parts.structure.abstract())
+        abstract, _ = self.parts.abstract()
         best = self.checkpoints.restore(step, abstract_like(abstract, self.shardings.trainable))
         decoder = self.parts.merge(best.trainable, {})
         for stale in (self.run / "frozen_step.json", self.run / "frozen"):

@@ -14,6 +14,7 @@ from calm_jax.data.vocabulary import Vocabulary
 from calm_jax.errors import CalmError
 from calm_jax.models import CompositionConfig, Decoder, DecoderConfig, compose
 from calm_jax.models.bridge import heads
+from calm_jax.models.composed import check_vocabularies
 from calm_jax.models.parameters import Tree, module_tree
 from calm_jax.models.plan import make_plan
 from calm_jax.training import configuration
@@ -66,13 +67,7 @@ def describe_models(config: ConfigDict) -> Described:
         raise CalmError("vocabulary is empty, and the model has none; name one")
     name, vocabulary = known[0]
     for role, other in known[1:]:
-        difference = vocabulary.first_difference(other)
-        if difference is not None:
-            index, ours, theirs = difference
-            raise CalmError(
-                f"the vocabularies differ: token {index} is {ours!r} for {name} and {theirs!r} "
-                f"for the {role}"
-            )
+        check_vocabularies(vocabulary, name, other, f"the {role}")
     forms = [folder.config for folder in folders] or [decoder_config(config)]
     for role, form in zip(roles, forms, strict=True):
         if vocabulary.size > form.vocab_size:

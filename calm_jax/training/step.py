@@ -56,6 +56,10 @@ class Parts:
         """(trainable, frozen) arrays of a model of this structure."""
         return self.split(module_tree(model))
 
+    def abstract(self) -> tuple[Tree, Tree]:
+        """(trainable, frozen) shapes and dtypes."""
+        return self.split(self.structure.abstract())
+
     def shardings(self, mesh: jax.sharding.Mesh) -> tuple[Tree, Tree]:
         """(trainable, frozen) shardings."""
         return self.split(self.structure.shardings(mesh))
@@ -75,7 +79,7 @@ class Shardings:
     def of(cls, parts: Parts, optimizer: optax.GradientTransformation, mesh) -> "Shardings":
         trainable, frozen = parts.shardings(mesh)
         replicated = sharding.replicated(mesh)
-        abstract, _ = parts.split(parts.structure.abstract())
+        abstract, _ = parts.abstract()
         opt_state = optax.tree_map_params(
             optimizer,
             # Moments have the shape of their parameter; Adafactor's factors do not, and are small.
