@@ -1,0 +1,103 @@
+"""What every family of checkpoints offers to the conversion."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+from calm_jax.checkpoints.convert.table import Rule, Unused
+from calm_jax.checkpoints.sources.source import Source, Tensor
+from calm_jax.models import DecoderConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class Reading:
+    """How one source becomes a frozen folder.
+
+    Attributes:
+        config: the model's form; its dtype is chosen by the conversion.
+        rules: where each of our arrays comes from; together they make the whole canonical tree.
+        tensors: the source's tensors under the names that `rules` and `unused` use.
+        unused: what else `tensors` may hold.
+        warnings: what the user should know, a line each.
+    """
+
+    config: DecoderConfig
+    rules: tuple[Rule, ...]
+    tensors: Mapping[str, Tensor]
+    unused: tuple[Unused, ...] = ()
+    warnings: tuple[str, ...] = ()
+
+
+class Family:
+    """One family of checkpoints, and the forms in which it is published.
+
+    Attributes:
+        name: what `--format` calls it.
+        options: what a tree of this family cannot tell: name of each option, and what it means with
+            its default.
+    """
+
+    name: ClassVar[str]
+    options: ClassVar[Mapping[str, str]] = {}
+
+    def recognises(self, source: Source) -> bool:
+        """Whether the source is of this family, judged by names and config alone."""
+        raise NotImplementedError
+
+    def read(self, source: Source, **options: Any) -> Reading:
+        """How to convert `source`.
+
+        Raises:
+            CalmError: the source needs something that is not supported, which is named, or an
+                option contradicts it.
+        """
+        raise NotImplementedError
+
+
+class HuggingFaceFamily(Family):
+    """A family published as `config.json` and safetensors, both of which can be written back.
+
+    Attributes:
+        architectures: of config.json; the first is the one to export.
+        model_type: of config.json when exporting.
+    """
+
+    architectures: ClassVar[tuple[str, ...]]
+    model_type: ClassVar[str]
+
+    def recognises(self, source: Source) -> bool:
+        if source.kind != "huggingface" or source.config is None:
+            return False
+        return bool(set(source.config.get("architectures") or ()) & set(self.architectures))
+
+    def read(self, source: Source, **options: Any) -> Reading:
+        config = self.decoder_config(source.config, str(source.place / "config.json"))
+        return Reading(config, self.rules(config), self.tensors(source), self.unused(config))
+
+    def tensors(self, source: Source) -> Mapping[str, Tensor]:
+        """The source's tensors under the names of `rules`."""
+        return source.tensors
+
+    def decoder_config(self, values: Mapping[str, Any], where: str) -> DecoderConfig:
+        """The model's form from config.json in any of its spellings; `where` names the file.
+
+        Raises:
+            CalmError: something that is not supported, by its key and value.
+        """
+        raise NotImplementedError
+
+    def huggingface_config(self, config: DecoderConfig) -> dict[str, Any]:
+        """config.json for a model of this form, as transformers writes and reads it today.
+
+        Of a form that this family cannot express it says something else: whoever exports reads it
+        back with `decoder_config` and compares.
+        """
+        raise NotImplementedError
+
+    def rules(self, config: DecoderConfig) -> tuple[Rule, ...]:
+        """The table for a model of this form."""
+        raise NotImplementedError
+
+    def unused(self, config: DecoderConfig) -> tuple[Unused, ...]:
+        """What files of this family may hold besides."""
+        raise NotImplementedError

@@ -1,0 +1,183 @@
+"""What a family is made of: a table from the names of its tensors to ours, read in both directions.
+
+A line of the table names one source tensor and the arrays of ours that it holds, each with an
+einops pattern from its form to ours; exporting reads the patterns backwards. Sizes of the axes come
+from the `DecoderConfig`, so every shape is known before a weight is read.
+
+Axes: V vocabulary, D model width, N heads, K key heads, H head width, F MLP width, f = F / N.
+"""
+
+import dataclasses
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+
+import einops
+import numpy as np
+
+from calm_jax.errors import CalmError
+from calm_jax.models import DecoderConfig
+
+LAYERS = "layers/"  # what paths of stacked arrays start with
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """One of our arrays within a source tensor.
+
+    `target` is its path in the canonical tree, of one layer where the source is one layer's;
+    `pattern` is as `einops.rearrange` takes it, from the source's form to ours.
+    """
+
+    target: str
+    pattern: str
+
+    def source_shape(self, sizes: Mapping[str, int]) -> tuple[int, ...]:
+        """The part's shape in the source."""
+        return tuple(
+            math.prod(1 if name == "1" else sizes[name] for name in group)
+            for group in _groups(self.pattern)
+        )
+
+    def to_ours(self, x: np.ndarray, sizes: Mapping[str, int]) -> np.ndarray:
+        """A view of `x` in our form, where one exists."""
+        return einops.rearrange(x, self.pattern, **self._used(sizes))
+
+    def to_source(self, x: np.ndarray, sizes: Mapping[str, int]) -> np.ndarray:
+        """The inverse of `to_ours`."""
+        left, right = self.pattern.split("->")
+        return einops.rearrange(x, f"{right} -> {left}", **self._used(sizes))
+
+    def _used(self, sizes: Mapping[str, int]) -> dict[str, int]:
+        names = {name for group in _groups(self.pattern) for name in group}
+        return {name: size for name, size in sizes.items() if name in names}
+
+
+@dataclasses.dataclass(frozen=True)
+class Rule:
+    """One line of a family's table.
+
+    Attributes:
+        source: the tensor's name; "{layer}" in it stands for a layer's number.
+        parts: what it holds, side by side along `axis`.
+        absent: the value of every entry of the parts where the source lacks the tensor; None: it
+            must be there.
+    """
+
+    source: str
+    parts: tuple[Part, ...]
+    axis: int = 0
+    absent: float | None = None
+
+    @property
+    def per_layer(self) -> bool:
+        return "{layer}" in self.source
+
+    def names(self, num_layers: int) -> list[str]:
+        """The names of the source tensors, one a layer or one alone."""
+        if not self.per_layer:
+            return [self.source]
+        return [self.source.format(layer=layer) for layer in range(num_layers)]
+
+    def source_shape(self, sizes: Mapping[str, int]) -> tuple[int, ...]:
+        """The shape that each of the source tensors must have."""
+        shapes = [list(part.source_shape(sizes)) for part in self.parts]
+        axis = self.axis % len(shapes[0])
+        whole = list(shapes[0])
+        whole[axis] = sum(shape[axis] for shape in shapes)
+        return tuple(whole)
+
+    def split(
+        self, tensor: np.ndarray, sizes: Mapping[str, int]
+    ) -> Iterator[tuple[str, np.ndarray]]:
+        """(target, array in our form) of each part; views of `tensor` where they exist."""
+        start = 0
+        axis = self.axis % tensor.ndim
+        for part in self.parts:
+            stop = start + part.source_shape(sizes)[axis]
+            yield (
+                part.target,
+                part.to_ours(tensor[(slice(None),) * axis + (slice(start, stop),)], sizes),
+            )
+            start = stop
+
+    def join(self, arrays: Sequence[np.ndarray], sizes: Mapping[str, int]) -> np.ndarray:
+        """The source tensor made of its parts: the inverse of `split`."""
+        parts = [part.to_source(x, sizes) for part, x in zip(self.parts, arrays, strict=True)]
+        return parts[0] if len(parts) == 1 else np.concatenate(parts, axis=self.axis)
+
+
+@dataclasses.dataclass(frozen=True)
+class Unused:
+    """Tensors that a source may hold and the model does not need.
+
+    Attributes:
+        pattern: a regular expression for the whole name.
+        must: "anything"; "zero", what they would add; "same", entry for entry the tensor `other`.
+    """
+
+    pattern: str
+    must: str = "anything"
+    other: str = ""
+
+
+def rule(source: str, target: str, pattern: str, **fields) -> Rule:
+    """A `Rule` of one part."""
+    return Rule(source, (Part(target, pattern),), **fields)
+
+
+def sizes(config: DecoderConfig) -> dict[str, int]:
+    """Size of every axis that patterns may name."""
+    found = {
+        "V": config.vocab_size,
+        "D": config.embed_dim,
+        "N": config.num_heads,
+        "K": config.num_kv_heads,
+        "H": config.head_dim,
+        "F": config.mlp_dim,
+    }
+    if config.mlp_dim % config.num_heads == 0:
+        found["f"] = config.mlp_dim // config.num_heads
+    return found
+
+
+def check_names(
+    rules: Sequence[Rule],
+    unused: Sequence[Unused],
+    num_layers: int,
+    tensors: Mapping[str, object],
+    where: str,
+) -> None:
+    """Raises `CalmError` naming the first tensor that is missing, or that nothing reads."""
+    known = set()
+    for line in rules:
+        for name in line.names(num_layers):
+            known.add(name)
+            if name not in tensors and line.absent is None:
+                raise CalmError(f"{where}: tensor {name} is missing")
+    patterns = [re.compile(entry.pattern) for entry in unused]
+    for name in sorted(tensors):
+        if name not in known and not any(pattern.fullmatch(name) for pattern in patterns):
+            raise CalmError(
+                f"{where}: tensor {name} is not part of the model that its config describes "
+                f"({num_layers} layers)"
+            )
+
+
+def check_shapes(
+    rules: Sequence[Rule], config: DecoderConfig, tensors: Mapping[str, object], where: str
+) -> None:
+    """Raises `CalmError` naming the first tensor whose shape is not what the config says."""
+    for line in rules:
+        expected = line.source_shape(sizes(config))
+        for name in line.names(config.num_layers):
+            if name in tensors and tuple(tensors[name].shape) != expected:
+                raise CalmError(
+                    f"{where}: tensor {name} has shape {tuple(tensors[name].shape)}, the config "
+                    f"says {expected}"
+                )
+
+
+def _groups(pattern: str) -> list[list[str]]:
+    left = pattern.split("->")[0]
+    return [(inside or alone).split() for inside, alone in re.findall(r"\(([^)]*)\)|(\S+)", left)]

@@ -1,0 +1,1 @@
+"""Checkpoints of other programs, opened for reading: names, shapes and dtypes first."""

@@ -1,0 +1,62 @@
+"""What every checkpoint looks like once it is open."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, Literal, Protocol
+
+import numpy as np
+from etils import epath
+
+Kind = Literal["huggingface", "t5x", "orbax", "npz", "torch", "safetensors"]
+
+
+class Tensor(Protocol):
+    """An array of a checkpoint; indexing with whole numbers and slices reads that part alone.
+
+    A failed read raises `CalmError` naming file and tensor.
+    """
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    @property
+    def dtype(self) -> np.dtype: ...
+
+    def __getitem__(self, index: Any) -> np.ndarray: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """An open checkpoint.
+
+    Attributes:
+        place: what the user named.
+        kind: how it is stored.
+        tensors: every array by its full name; of trees, the keys joined by "/".
+        config: the checkpoint's own description (`config.json` of Hugging Face), or None.
+    """
+
+    place: epath.Path
+    kind: Kind
+    tensors: Mapping[str, Tensor]
+    config: Mapping[str, Any] | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Layer:
+    """One layer of a tensor that stacks them along `axis`."""
+
+    stack: Tensor
+    axis: int
+    layer: int
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (*self.stack.shape[: self.axis], *self.stack.shape[self.axis + 1 :])
+
+    @property
+    def dtype(self) -> np.dtype:
+        return self.stack.dtype
+
+    def __getitem__(self, index: Any) -> np.ndarray:
+        return self.stack[(slice(None),) * self.axis + (self.layer,)][index]
