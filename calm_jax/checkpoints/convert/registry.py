@@ -1,0 +1,56 @@
+"""Which families there are, and which one a source is of."""
+
+import functools
+import importlib
+
+from calm_jax.checkpoints.convert.family import Family
+from calm_jax.checkpoints.sources.source import Source
+from calm_jax.errors import CalmError
+
+# The module of each family beside this one, and its classes there.
+_CLASSES = {
+    "llama": ("Llama", "Mistral", "Qwen2", "Qwen3"),
+    "gemma": ("Gemma", "Gemma2", "Gemma3", "GemmaDeepMind"),
+    "gptj": ("GptJ",),
+    "falcon": ("Falcon",),
+    "cohere": ("Cohere",),
+    "palm": ("Palm",),
+    "palm_pytorch": ("PalmPytorch",),
+}
+
+
+@functools.cache
+def families() -> dict[str, Family]:
+    """Every family by its name."""
+    found = {}
+    for module, classes in _CLASSES.items():
+        loaded = importlib.import_module(f"calm_jax.checkpoints.convert.{module}")
+        for name in classes:
+            family = getattr(loaded, name)()
+            found[family.name] = family
+    return found
+
+
+def find_family(source: Source, name: str = "auto") -> Family:
+    """The family called `name`, or with "auto" the one that recognises the source.
+
+    Raises:
+        CalmError: an unknown name, or a source that no family recognises: the message says what the
+            source calls itself.
+    """
+    if name != "auto":
+        if name not in families():
+            raise CalmError(f"--format={name} is unknown; known are auto, {', '.join(families())}")
+        return families()[name]
+    for family in families().values():
+        if family.recognises(source):
+            return family
+    raise CalmError(f"{source.place}: {_what_it_is(source)}; supported are {', '.join(families())}")
+
+
+def _what_it_is(source: Source) -> str:
+    if source.config is not None:
+        architectures = source.config.get("architectures") or ["no architecture"]
+        return f"config.json says {architectures[0]}, a family that is not supported"
+    names = sorted(source.tensors)
+    return f"no known family has tensors like {names[0] if names else 'none at all'}"

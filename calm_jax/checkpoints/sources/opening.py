@@ -1,0 +1,60 @@
+"""Finds out how a checkpoint is stored and opens it."""
+
+import importlib
+import os
+
+from etils import epath
+
+from calm_jax.checkpoints.files import absolute
+from calm_jax.checkpoints.sources.source import Source
+from calm_jax.errors import CalmError
+
+
+def open_source(place: str | os.PathLike) -> Source:
+    """Opens a checkpoint of any kind; no weight is read.
+
+    Args:
+        place: a Hugging Face folder · a T5X checkpoint (msgpack and zarr, or on Orbax) · an Orbax
+            tree · a .npz, .pt or .safetensors file.
+
+    Raises:
+        CalmError: nothing is there, it is of no known kind, or it is damaged.
+    """
+    place = absolute(place)
+    if not place.exists():
+        raise CalmError(f"{place} does not exist")
+    return _reader(place)(place)
+
+
+def _reader(place: epath.Path):
+    """The function `read(place) -> Source` for a place."""
+    suffix_readers = {
+        ".npz": "npz",
+        ".pt": "torch_file",
+        ".pth": "torch_file",
+        ".bin": "torch_file",
+    }
+    if not place.is_dir():
+        if place.suffix == ".safetensors":
+            return _load("huggingface").read_file
+        if place.suffix in suffix_readers:
+            return _load(suffix_readers[place.suffix]).read
+        raise CalmError(
+            f"{place} is no known kind of checkpoint; files are .npz, .pt, .pth, .bin, .safetensors"
+        )
+    if (place / "config.json").exists() or list(place.glob("*.safetensors*")):
+        return _load("huggingface").read
+    t5x = _load("t5x")
+    if t5x.is_t5x(place):
+        return t5x.read
+    orbax_tree = _load("orbax_tree")
+    if orbax_tree.is_orbax(place):
+        return orbax_tree.read
+    raise CalmError(
+        f"{place} is no known kind of checkpoint: it has neither config.json, nor .safetensors "
+        "files, nor the marks of T5X (a file named checkpoint) or Orbax (_METADATA)"
+    )
+
+
+def _load(name: str):
+    return importlib.import_module(f"calm_jax.checkpoints.sources.{name}")
