@@ -17,9 +17,11 @@ from flax import nnx
 from calm_jax.checkpoints import frozen
 from calm_jax.checkpoints.files import absolute, read_field, read_json, whole_folder, write_json
 from calm_jax.checkpoints.training import TrainingCheckpoints, abstract_like
+from calm_jax.checkpoints.trees import restore_tree, save_tree
 from calm_jax.errors import CalmError
 from calm_jax.models import ComposedDecoder, CompositionConfig, Decoder, compose
 from calm_jax.models.parameters import Structure, Tree, module_tree
+from calm_jax.models.plan import make_plan
 
 FORMAT = "calm_jax bridge, version 1"
 
@@ -78,7 +80,7 @@ def load_composed(
         for key in ("frozen", "composition"):
             read_field(values, key, folder / "config.json")
         composed = _frozen_parts(values, anchor, augments, mesh, str(folder))
-        restored = frozen.restore_tree(folder / "weights", _abstract_bridge(composed))
+        restored = restore_tree(folder / "weights", _abstract_bridge(composed))
     composed.bridge = Structure(composed.bridge).merge(restored)
     return composed
 
@@ -106,7 +108,7 @@ def export_bridge(
     elif step is not None:
         raise CalmError(f"a composed model has no step {step} to choose")
     with whole_folder(target) as folder:
-        frozen.save_tree(folder / "weights", module_tree(composed.bridge))
+        save_tree(folder / "weights", module_tree(composed.bridge))
         write_json(
             folder / "config.json",
             {
@@ -117,11 +119,44 @@ def export_bridge(
         )
 
 
+def load_parts(
+    places: Sequence[Decoder | epath.PathLike],
+    dtypes: Sequence[str | None],
+    configs: Sequence[CompositionConfig],
+    mesh: jax.sharding.Mesh | None,
+) -> list[Decoder]:
+    """The anchor and the augments for `compose`, cut at the connections while they are loaded.
+
+    Args:
+        places: frozen folders, or models, which are taken as they are.
+        dtypes: as for `calm_jax.load`, one a place.
+
+    Raises:
+        CalmError: as `calm_jax.load`, or connections that do not fit.
+    """
+    found = [place if isinstance(place, Decoder) else frozen.describe(place) for place in places]
+    depths = [model.config.num_layers for model in found]
+    plan = make_plan(configs, depths[0], depths[1:])
+    return [
+        model
+        if isinstance(model, Decoder)
+        else frozen.load_cut(model, shapes, mesh=mesh, dtype=dtype)
+        for model, shapes, dtype in zip(
+            found, (plan.anchor_shapes, *plan.augment_shapes), dtypes, strict=True
+        )
+    ]
+
+
 def identities(composed: ComposedDecoder) -> list[dict[str, Any]]:
-    """Role, place and fingerprint of each frozen model, the anchor first."""
+    """Role, place, dtype it was cast to and fingerprint of each frozen model, the anchor first."""
     roles = ["anchor", *(f"augment {k}" for k in range(len(composed.augments)))]
     return [
-        {"role": role, "place": model.source, "fingerprint": frozen.model_fingerprint(model)}
+        {
+            "role": role,
+            "place": model.source,
+            "dtype": model.loaded_dtype,
+            "fingerprint": frozen.model_fingerprint(model),
+        }
         for role, model in zip(roles, [composed.anchor, *composed.augments], strict=True)
     ]
 
@@ -151,13 +186,19 @@ def _frozen_parts(values, anchor, augments, mesh, where: str) -> ComposedDecoder
         raise CalmError(
             f"{where} was trained with {len(places) - 1} augments, not {len(given) - 1}"
         )
-    models = []
     for entry, model in zip(values["frozen"], given, strict=True):
-        model = entry["place"] if model is None else model
-        if model is None:
+        if model is None and entry["place"] is None:
             raise CalmError(f"{where}: the {entry['role']} was never on disk; give it")
-        models.append(model if isinstance(model, Decoder) else frozen.load(model, mesh=mesh))
     configs = [CompositionConfig.from_dict(config) for config in values["composition"]]
+    models = load_parts(
+        [
+            entry["place"] if model is None else model
+            for entry, model in zip(values["frozen"], given, strict=True)
+        ],
+        [entry["dtype"] for entry in values["frozen"]],
+        configs,
+        mesh,
+    )
     composed = compose(models[0], models[1:], configs, rngs=nnx.Rngs(0))
     check_identities(values["frozen"], identities(composed), where)
     return composed

@@ -83,6 +83,14 @@ def read_json(path: epath.Path, what: str) -> dict[str, Any]:
     return values
 
 
+def read_bytes(path: epath.Path) -> bytes:
+    """Reads a file. Raises `CalmError` when it is missing or cannot be read."""
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise CalmError(f"cannot read {path}: {error.strerror or error}") from error
+
+
 def read_field(values: Mapping[str, Any], key: str, path: epath.Path) -> Any:
     """`values[key]`, or a `CalmError` that names the file and the key."""
     if key not in values:

@@ -1,35 +1,56 @@
-"""Frozen folders: one trained decoder on disk, whole or absent.
+"""Frozen folders: one trained decoder on disk, whole or absent, every byte of it checked.
 
 folder/
-  config.json    form of the decoder, fingerprint, vocabulary's fingerprint; written last
-  weights/       Orbax; layers stacked [L, ...], names as in the modules
+  config.json    form of the decoder, fingerprint, origin, checksum of itself; written last
+  chunks.json    SHA-256 of every chunk of the weights; its own is the fingerprint
+  weights/       an Orbax checkpoint; layers stacked [L, ...], names as in the modules
   vocabulary/    what `Vocabulary.save` wrote, if the decoder has one
 """
 
 import dataclasses
+import functools
 import hashlib
+import json
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
-import orbax.checkpoint as ocp
 from etils import epath
 from flax import nnx
 
+from calm_jax.checkpoints.chunks import Digests, Layout, Reader, Writer
 from calm_jax.checkpoints.files import (
     absolute,
-    first_line,
+    read_bytes,
     read_field,
     read_json,
     whole_folder,
     write_json,
+    write_text,
 )
+from calm_jax.checkpoints.in_place import canonical_path, read_leaves
 from calm_jax.errors import CalmError
 from calm_jax.models import Decoder, DecoderConfig
-from calm_jax.models.parameters import Structure, Tree, check_same_tree, module_tree, path_name
+from calm_jax.models.parameters import Structure, insert, module_tree, path_name
+from calm_jax.models.stack import Shape
 
-FORMAT = "calm_jax frozen folder, version 1"
-HASHED_BYTES = 2**28  # brought to the host at a time
+FORMAT = "calm_jax frozen folder, version 2"
+DTYPES = ("float32", "bfloat16", "int8")
+
+
+@dataclasses.dataclass(frozen=True)
+class Block:
+    """One array of a model, or one layer of an array that stacks them (`layer` is its number).
+
+    `path` is that on disk; `name` is what messages call it.
+    """
+
+    path: str
+    layer: int | None
+    array: np.ndarray
+    name: str = ""
 
 
 def save_frozen(decoder: Decoder, target: epath.PathLike, *, vocabulary: Any = None) -> str:
@@ -44,27 +65,53 @@ def save_frozen(decoder: Decoder, target: epath.PathLike, *, vocabulary: Any = N
         the fingerprint of the weights.
 
     Raises:
-        CalmError: `target` exists or cannot be written.
+        CalmError: `target` exists or cannot be written, or a weight is NaN or infinite.
 
     An example stands at `load`.
     """
     vocabulary = decoder.vocabulary if vocabulary is None else vocabulary
-    tree = canonical_tree(decoder)
-    identity = fingerprint(tree)
     with whole_folder(target) as folder:
-        save_tree(folder / "weights", tree)
-        if vocabulary is not None:
-            vocabulary.save(folder / "vocabulary")
-        write_json(
-            folder / "config.json",
-            {
-                "format": FORMAT,
-                "decoder": decoder.config.to_dict(),
-                "fingerprint": identity,
-                "vocabulary": None if vocabulary is None else vocabulary.fingerprint,
-            },
-        )
-    return identity
+        return write_model(folder, decoder.config, _blocks(decoder), vocabulary=vocabulary)
+
+
+def write_model(
+    folder: epath.Path,
+    config: DecoderConfig,
+    blocks: Iterable[Block],
+    *,
+    vocabulary: Any = None,
+    origin: Mapping[str, Any] | None = None,
+) -> str:
+    """Fills a new folder with the blocks of a whole model, each written as it comes.
+
+    Args:
+        origin: where the model came from; JSON values that `describe` gives back.
+
+    Returns:
+        the fingerprint of the weights.
+
+    Raises:
+        CalmError: as `save_frozen`.
+    """
+    with Writer(folder / "weights", layout_of(config)) as writer:
+        for block in blocks:
+            writer.add(block.path, block.array, layer=block.layer, name=block.name)
+    write_text(folder / "chunks.json", writer.digests.text())
+    files = {}
+    if vocabulary is not None:
+        vocabulary.save(folder / "vocabulary")
+        for file in sorted((folder / "vocabulary").iterdir()):
+            files[f"vocabulary/{file.name}"] = hashlib.sha256(file.read_bytes()).hexdigest()
+    values = {
+        "format": FORMAT,
+        "decoder": config.to_dict(),
+        "fingerprint": writer.digests.fingerprint(),
+        "vocabulary": None if vocabulary is None else vocabulary.fingerprint,
+        "origin": None if origin is None else dict(origin),
+        "files": files,
+    }
+    write_json(folder / "config.json", {**values, "checksum": _checksum(values)})
+    return values["fingerprint"]
 
 
 def load(
@@ -73,12 +120,15 @@ def load(
     """Loads a frozen folder straight onto the mesh: each device reads its own part.
 
     Args:
-        target: a folder made by `save_frozen`.
+        target: a folder made by `convert` or `save_frozen`.
         mesh: where the weights go; default: the first device.
-        dtype: "float32" or "bfloat16", of weights and compute; default: as stored.
+        dtype: "float32" or "bfloat16", of weights and compute; "int8": matrices in int8 with a
+            float32 scale for each output channel, the rest and the compute as stored; default: as
+            stored.
 
     Raises:
-        CalmError: not a frozen folder, damaged, or of another form than its config says.
+        CalmError: not a frozen folder, damaged in any bit that matters, or of another form than its
+            config says.
 
     >>> import tempfile
     >>> from flax import nnx
@@ -92,31 +142,7 @@ def load(
     (True, True)
     """
     described = describe(target)
-    config = described.config
-    if dtype is not None:
-        config = dataclasses.replace(config, dtype=dtype)
-    decoder = nnx.eval_shape(lambda: Decoder(config, nnx.Rngs(0)))
-    structure = Structure(decoder)
-    if mesh is None:
-        shardings = jax.tree.map(
-            lambda _: jax.sharding.SingleDeviceSharding(jax.devices()[0]), structure.abstract()
-        )
-    else:
-        shardings = structure.shardings(mesh)
-    abstract = jax.tree.map(
-        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, config.dtype, sharding=sharding),
-        structure.abstract(),
-        shardings,
-    )
-    tree = restore_tree(
-        described.folder / "weights", _to_canonical(abstract), stored_dtype=described.config.dtype
-    )
-    decoder = structure.merge(_from_canonical(tree))
-    decoder.vocabulary = described.vocabulary
-    if config.dtype == described.config.dtype:
-        # Cast weights are another model: a bridge trained on them fits no other.
-        decoder.source, decoder.fingerprint = str(described.folder), described.fingerprint
-    return decoder
+    return load_cut(described, ((described.config.num_layers,),), mesh=mesh, dtype=dtype)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,13 +153,14 @@ class Description:
     config: DecoderConfig
     fingerprint: str
     vocabulary: Any
+    origin: Mapping[str, Any] | None
 
 
 def describe(target: epath.PathLike) -> Description:
     """Reads everything of a frozen folder but the weights.
 
     Raises:
-        CalmError: not a frozen folder, damaged, or with another vocabulary than it was made with.
+        CalmError: not a frozen folder, or damaged: the file or key is named.
     """
     folder = absolute(target)
     path = folder / "config.json"
@@ -142,78 +169,119 @@ def describe(target: epath.PathLike) -> Description:
         raise CalmError(
             f"{path}: format is {values.get('format')!r}, this version reads {FORMAT!r}"
         )
-    config = DecoderConfig.from_dict(read_field(values, "decoder", path))
-    vocabulary, recorded = None, read_field(values, "vocabulary", path)
-    if recorded is not None:
+    recorded = read_field(values, "checksum", path)
+    found = _checksum({key: value for key, value in values.items() if key != "checksum"})
+    if recorded != found:
+        raise CalmError(f"{path} is damaged: its checksum is {found[:16]}, not {recorded[:16]}")
+    for name, digest in read_field(values, "files", path).items():
+        found = hashlib.sha256(read_bytes(folder / name)).hexdigest()
+        if found != digest:
+            raise CalmError(
+                f"{folder / name} is damaged: its SHA-256 is {found[:16]}, not {digest[:16]}"
+            )
+    vocabulary = None
+    if read_field(values, "vocabulary", path) is not None:
         from calm_jax.data.vocabulary import Vocabulary
 
         vocabulary = Vocabulary.load(folder / "vocabulary")
-        if vocabulary.fingerprint != recorded:
+        if vocabulary.fingerprint != values["vocabulary"]:
             raise CalmError(
                 f"{folder / 'vocabulary'} is {vocabulary.fingerprint[:16]}, but the model was "
-                f"saved with {recorded[:16]}"
+                f"saved with {values['vocabulary'][:16]}"
             )
-    return Description(folder, config, read_field(values, "fingerprint", path), vocabulary)
+    return Description(
+        folder,
+        DecoderConfig.from_dict(read_field(values, "decoder", path)),
+        read_field(values, "fingerprint", path),
+        vocabulary,
+        read_field(values, "origin", path),
+    )
 
 
-def save_tree(path: epath.Path, tree: Tree) -> None:
-    """Writes a tree with Orbax. Raises `CalmError` when it cannot be written."""
-    try:
-        with ocp.StandardCheckpointer() as checkpointer:
-            checkpointer.save(path, tree)
-    except Exception as error:  # a full disk comes as one of many kinds
-        raise CalmError(f"cannot write {path}: {first_line(error)}") from error
+def load_cut(
+    described: Description,
+    shapes: Sequence[Shape],
+    *,
+    mesh: jax.sharding.Mesh | None = None,
+    dtype: str | None = None,
+) -> Decoder:
+    """`load` of layers cut into pieces of `shapes` while they are read, so that none is copied."""
+    config = described.config
+    if dtype is not None and dtype not in DTYPES:
+        raise CalmError(f"dtype {dtype!r} is unknown; known are {', '.join(DTYPES)}")
+    if dtype is not None:
+        config = dataclasses.replace(config, dtype=dtype)
+    structure = Structure(nnx.eval_shape(functools.partial(_cut_decoder, config, shapes)))
+    if mesh is None:
+        alone = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        shardings = jax.tree.map(lambda _: alone, structure.abstract())
+    else:
+        shardings = structure.shardings(mesh)
+    with Reader(described.folder, layout_of(described.config), described.fingerprint) as reader:
+        tree: dict[str, Any] = {}
+        for path, array in read_leaves(reader, structure, shapes, shardings, config.dtype):
+            insert(tree, path, array)
+    decoder = structure.merge(tree)
+    decoder.vocabulary, decoder.source = described.vocabulary, str(described.folder)
+    decoder.fingerprint = loaded_fingerprint(described, dtype)
+    decoder.loaded_dtype = dtype
+    return decoder
 
 
-def restore_tree(path: epath.Path, abstract: Tree, *, stored_dtype: str | None = None) -> Tree:
-    """Restores an Orbax tree to the shapes, dtypes and shardings of `abstract`.
-
-    Raises `CalmError` naming the first array that is missing, unknown, of another shape, or not
-    stored in `stored_dtype` where that is given.
-    """
-    try:
-        with ocp.StandardCheckpointer() as checkpointer:
-            metadata = checkpointer.metadata(path).item_metadata
-            if metadata is None:
-                raise CalmError(f"{path} is missing or half-written")
-            check_same_tree(abstract, metadata.tree, str(path), dtype=stored_dtype)
-            return checkpointer.restore(path, abstract)
-    except CalmError:
-        raise
-    except Exception as error:  # Orbax and TensorStore raise many kinds for a damaged folder
-        raise CalmError(f"{path} cannot be read: {first_line(error)}") from error
-
-
-def canonical_tree(decoder: Decoder) -> Tree:
-    """The decoder's arrays as on disk: uncut, layers stacked [L, ...], in the config's dtype."""
-    whole = nnx.merge(*nnx.split(decoder))
-    whole.layers.cut(((decoder.config.num_layers,),))
-    tree = _to_canonical(module_tree(whole))
-    return jax.tree.map(lambda x: x.astype(decoder.config.dtype), tree)
-
-
-def fingerprint(tree: Tree) -> str:
-    """Sha256 of names, shapes, dtypes and bytes; the same on every mesh. Hashes part by part."""
-    digest = hashlib.sha256()
-    for path, leaf in sorted((path_name(p), x) for p, x in jax.tree.leaves_with_path(tree)):
-        digest.update(f"{path} {leaf.shape} {leaf.dtype}\n".encode())
-        rows = leaf.reshape(-1) if leaf.ndim < 2 else leaf
-        step = max(1, len(rows) * HASHED_BYTES // max(1, rows.nbytes))
-        for start in range(0, len(rows), step):
-            digest.update(np.asarray(jax.device_get(rows[start : start + step])).tobytes())
-    return digest.hexdigest()
+def loaded_fingerprint(described: Description, dtype: str | None) -> str:
+    """The fingerprint of a model loaded with `dtype`: a bridge fits no weights cast otherwise."""
+    if dtype in (None, described.config.dtype):
+        return described.fingerprint
+    return f"{described.fingerprint} as {dtype}"
 
 
 def model_fingerprint(decoder: Decoder) -> str:
-    """The fingerprint of the decoder's frozen folder, computed if it has none."""
+    """The fingerprint that the decoder's frozen folder has, or would have."""
     if decoder.fingerprint is None:
-        return fingerprint(canonical_tree(decoder))
+        return fingerprint(decoder)
     return decoder.fingerprint
 
 
-def _to_canonical(tree: Tree) -> Tree:
-    return {**tree, "layers": tree["layers"]["pieces"]["0"]}
+def fingerprint(decoder: Decoder) -> str:
+    """Of a decoder's form and weights in the config's dtype; the same on every mesh."""
+    layout = layout_of(decoder.config)
+    digests = Digests(layout)
+    for block in _blocks(decoder):
+        for region, data in layout.cut(block.path, block.array, block.layer):
+            digests.add(block.path, region, data)
+    return digests.fingerprint()
 
 
-def _from_canonical(tree: Tree) -> Tree:
-    return {**tree, "layers": {"pieces": {"0": tree["layers"]}}}
+def layout_of(config: DecoderConfig) -> Layout:
+    """Paths, shapes and chunks of a decoder's arrays on disk."""
+    decoder = nnx.eval_shape(functools.partial(_cut_decoder, config, None))
+    leaves = jax.tree.leaves_with_path(module_tree(decoder))
+    shapes = {canonical_path(path_name(path)): leaf.shape for path, leaf in leaves}
+    return Layout(shapes, {path for path in shapes if path.startswith("layers/")}, config.dtype)
+
+
+def _cut_decoder(config: DecoderConfig, shapes: Sequence[Shape] | None) -> Decoder:
+    decoder = Decoder(config, nnx.Rngs(0))
+    if shapes is not None:
+        decoder.layers.cut(shapes)
+    return decoder
+
+
+def _blocks(decoder: Decoder) -> Iterator[Block]:
+    """A decoder's arrays one by one, whole or layer by layer, however its layers are cut."""
+    tree = module_tree(decoder)
+    pieces = tree["layers"]["pieces"]
+    alone = {key: value for key, value in tree.items() if key != "layers"}
+    for path, array in jax.tree.leaves_with_path(alone):
+        yield Block(path_name(path), None, np.asarray(array))
+    first = 0
+    for piece, shape in enumerate(decoder.layers.shapes):
+        for path, array in jax.tree.leaves_with_path(pieces[str(piece)]):
+            for number, place in enumerate(np.ndindex(shape)):
+                layer = np.asarray(array[place])
+                yield Block(f"layers/{path_name(path)}", first + number, layer)
+        first += math.prod(shape)
+
+
+def _checksum(values: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()

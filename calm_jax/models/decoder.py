@@ -21,7 +21,8 @@ class Decoder(nnx.Module):
     Attributes:
         vocabulary: a `calm_jax.data.vocabulary.Vocabulary`, or None when the model has none yet.
         source: the frozen folder that the parameters came from, or None.
-        fingerprint: of the frozen folder, or None.
+        loaded_dtype: what they were cast to while they were loaded, or None.
+        fingerprint: of the frozen folder and that dtype, or None.
     """
 
     def __init__(self, config: DecoderConfig, rngs: nnx.Rngs):
@@ -37,6 +38,7 @@ class Decoder(nnx.Module):
         self.head_bias = constant(0.0, (V,), ("vocab",)) if config.head_bias else None
         self.vocabulary: Any = None
         self.source: str | None = None
+        self.loaded_dtype: str | None = None
         self.fingerprint: str | None = None
 
     def __call__(

@@ -100,11 +100,16 @@ def path_name(path) -> str:
     return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
-def check_same_tree(expected: Tree, found: Tree, where: str, *, dtype: str | None = None) -> None:
-    """Raises `CalmError` at the first path whose presence or shape differs.
+def insert(tree: Tree, path: str, leaf: Any) -> None:
+    """Puts `leaf` at `a/b/c`, with the dicts on the way."""
+    *folders, name = path.split("/")
+    for folder in folders:
+        tree = tree.setdefault(folder, {})
+    tree[name] = leaf
 
-    With `dtype`, also at the first that is not found in it.
-    """
+
+def check_same_tree(expected: Tree, found: Tree, where: str) -> None:
+    """Raises `CalmError` at the first path whose presence or shape differs."""
     expected, found = (
         {path_name(path): leaf for path, leaf in jax.tree.leaves_with_path(tree)}
         for tree in (expected, found)
@@ -119,8 +124,6 @@ def check_same_tree(expected: Tree, found: Tree, where: str, *, dtype: str | Non
                 f"{where}: {path} has shape {tuple(found[path].shape)}, the model needs "
                 f"{tuple(expected[path].shape)}"
             )
-        if dtype is not None and found[path].dtype != dtype:
-            raise CalmError(f"{where}: {path} is {found[path].dtype}, the config says {dtype}")
 
 
 def count(tree: Tree) -> int:

@@ -14,6 +14,7 @@ from typing import Any
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
+from calm_jax.checkpoints.frozen import DTYPES
 from calm_jax.data.cache import check_entry
 from calm_jax.errors import CalmError
 from calm_jax.models.config import CompositionConfig, DecoderConfig
@@ -40,7 +41,9 @@ def composed_run(*compositions: CompositionConfig) -> ConfigDict:
     """
     config = _common("composed")
     config.anchor = ""  # frozen folder of the anchor
+    config.anchor_dtype = ""  # "float32", "bfloat16" or "int8"; "": as stored
     config.augments = ()  # frozen folders of the augments
+    config.augment_dtype = ""  # of every augment; likewise
     sections = tuple(_section(CompositionConfig, form) for form in compositions)
     # One augment a config, or one config for all.
     config.composition = (
@@ -219,6 +222,9 @@ def _check_composed(config: ConfigDict) -> None:
         raise CalmError("anchor is empty; name a frozen folder")
     if not config.augments:
         raise CalmError("augments is empty; name one frozen folder or more")
+    for key in ("anchor_dtype", "augment_dtype"):
+        if config[key] not in ("", *DTYPES):
+            raise CalmError(f"{key} is {config[key]!r}; known are '', {', '.join(DTYPES)}")
     several = isinstance(config.composition, tuple | list)
     if several and len(config.composition) != len(config.augments):
         raise CalmError(

@@ -10,6 +10,7 @@ from ml_collections import ConfigDict
 
 from calm_jax import sharding
 from calm_jax.checkpoints import frozen as frozen_folders
+from calm_jax.checkpoints.composed import load_parts
 from calm_jax.data.vocabulary import Vocabulary
 from calm_jax.errors import CalmError
 from calm_jax.models import CompositionConfig, Decoder, DecoderConfig, compose
@@ -78,8 +79,13 @@ def describe_models(config: ConfigDict) -> Described:
     if config.kind != "composed":
         return Described(vocabulary, [])
     identities = [
-        {"role": role, "place": str(folder.folder), "fingerprint": folder.fingerprint}
-        for role, folder in zip(roles, folders, strict=True)
+        {
+            "role": role,
+            "place": str(folder.folder),
+            "dtype": dtype,
+            "fingerprint": frozen_folders.loaded_fingerprint(folder, dtype),
+        }
+        for role, folder, dtype in zip(roles, folders, frozen_dtypes(config), strict=True)
     ]
     return Described(vocabulary, identities)
 
@@ -109,6 +115,11 @@ def composition_configs(config: ConfigDict) -> list[CompositionConfig]:
     return [CompositionConfig.from_dict(configuration.to_dict(fields)) for fields in given]
 
 
+def frozen_dtypes(config: ConfigDict) -> list[str | None]:
+    """What to cast the anchor and each augment to while loading; None: as stored."""
+    return [config.anchor_dtype or None, *[config.augment_dtype or None] * len(config.augments)]
+
+
 def _decoder(config: ConfigDict, mesh) -> RunModel:
     """A decoder to train whole: from random values, or from a frozen folder; in float32."""
     if not config.decoder["from"]:
@@ -122,10 +133,9 @@ def _decoder(config: ConfigDict, mesh) -> RunModel:
 
 def _composed(config: ConfigDict, mesh) -> RunModel:
     """A bridge to train between frozen folders."""
-    anchor = frozen_folders.load(config.anchor, mesh=mesh)
-    augments = [frozen_folders.load(place, mesh=mesh) for place in config.augments]
-    composed = compose(
-        anchor, augments, composition_configs(config), rngs=nnx.Rngs(config.train.seed)
-    )
+    configs = composition_configs(config)
+    places = (config.anchor, *config.augments)
+    anchor, *augments = load_parts(places, frozen_dtypes(config), configs, mesh)
+    composed = compose(anchor, augments, configs, rngs=nnx.Rngs(config.train.seed))
     parts = Parts(composed)
     return RunModel(parts, *parts.of(composed))

@@ -1,0 +1,361 @@
+"""Large arrays on disk, in chunks that are checked one by one.
+
+A folder of arrays is an Orbax checkpoint of zarr 3 arrays, uncompressed, a file for each chunk, so
+that any reader of either format reads it too. Beside it stands the list of the SHA-256 of every
+chunk: a reader of this module takes no byte that is not as it was written, and needs no more of the
+files than its own slices touch.
+"""
+
+import concurrent.futures
+import hashlib
+import itertools
+import json
+import math
+import threading
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import tensorstore as ts
+from etils import epath
+
+from calm_jax.checkpoints.files import first_line, is_bucket, read_bytes
+from calm_jax.errors import CalmError
+
+# Small enough that a device of hundreds reads little beyond its own slice, and large enough that a
+# model is thousands of files, not millions.
+CHUNK_BYTES = 2**23
+THREADS = 4
+_TRANSPOSED = 16  # rows copied at a time across memory order: what a cache line and the TLB like
+
+Region = tuple[slice, ...]
+
+
+class Layout:
+    """Shapes of named arrays of one dtype, and where each is cut.
+
+    The first axis of arrays in `stacked` is that of layers; no chunk holds more than one layer.
+    """
+
+    def __init__(self, shapes: Mapping[str, tuple[int, ...]], stacked: Collection[str], dtype: str):
+        self.shapes = dict(shapes)
+        self.dtype = np.dtype(dtype)
+        self.chunks = {
+            path: _chunk_shape(shape, self.dtype.itemsize, path in stacked)
+            for path, shape in shapes.items()
+        }
+
+    def regions(self, path: str) -> Iterator[Region]:
+        """The chunks of an array, in C order."""
+        return _grid(self.shapes[path], self.chunks[path])
+
+    def cut(
+        self, path: str, block: np.ndarray, layer: int | None
+    ) -> Iterator[tuple[Region, np.ndarray]]:
+        """The chunks of a whole array or of one layer of it, as (region of the array, view)."""
+        first = 0
+        if layer is not None:
+            block, first = block[None], layer
+        for inside in _grid(block.shape, self.chunks[path]):
+            rows = slice(first + inside[0].start, first + inside[0].stop)
+            yield (rows, *inside[1:]), block[inside]
+
+    def check(self, written: Mapping[str, Any], where: str) -> None:
+        """Raises `CalmError` naming what differs from the layout in a list that `Digests` wrote."""
+        if written["dtype"] != self.dtype.name:
+            raise CalmError(f"{where} is {written['dtype']}, the config says {self.dtype.name}")
+        for path in sorted(self.shapes.keys() | written["arrays"].keys()):
+            if path not in written["arrays"]:
+                raise CalmError(f"{where}: {path} is missing")
+            if path not in self.shapes:
+                raise CalmError(f"{where}: {path} is not part of the model")
+            shape = tuple(written["arrays"][path]["shape"])
+            if shape != self.shapes[path]:
+                raise CalmError(
+                    f"{where}: {path} has shape {shape}, the model needs {self.shapes[path]}"
+                )
+            self.chunks[path] = tuple(written["arrays"][path]["chunk"])
+
+    def count(self, path: str) -> int:
+        """Number of an array's chunks."""
+        return math.prod(
+            -(-size // step)
+            for size, step in zip(self.shapes[path], self.chunks[path], strict=True)
+        )
+
+    def number(self, path: str, region: Region) -> int:
+        """Place of a chunk in the order of `regions`."""
+        place = 0
+        for part, size, step in zip(region, self.shapes[path], self.chunks[path], strict=True):
+            place = place * -(-size // step) + part.start // step
+        return place
+
+
+def _grid(shape: Sequence[int], chunk: Sequence[int]) -> Iterator[Region]:
+    starts = [range(0, size, step) for size, step in zip(shape, chunk, strict=True)]
+    for corner in itertools.product(*starts):
+        yield tuple(
+            slice(start, min(start + step, size))
+            for start, step, size in zip(corner, chunk, shape, strict=True)
+        )
+
+
+def _chunk_shape(shape: Sequence[int], itemsize: int, stacked: bool) -> tuple[int, ...]:
+    chunk = list(shape)
+    if stacked:
+        chunk[0] = 1
+    while math.prod(chunk) * itemsize > CHUNK_BYTES:
+        largest = chunk.index(max(chunk))
+        chunk[largest] = -(-chunk[largest] // 2)
+    return tuple(chunk)
+
+
+class Digests:
+    """SHA-256 of every chunk of every array, gathered in any order.
+
+    `fingerprint` is the same exactly when names, shapes, dtype and every byte are.
+    """
+
+    def __init__(self, layout: Layout):
+        self._layout = layout
+        self._found: dict[str, list[str | None]] = {
+            path: [None] * layout.count(path) for path in layout.shapes
+        }
+
+    def add(self, path: str, region: Region, data: np.ndarray) -> None:
+        """Takes the digest of one chunk, in any memory order and float dtype."""
+        data = contiguous(data, self._layout.dtype)
+        self._found[path][self._layout.number(path, region)] = _digest(data)
+
+    def text(self) -> str:
+        """The list as JSON. Raises `ValueError` if a chunk is still missing."""
+        for path, digests in self._found.items():
+            if None in digests:
+                raise ValueError(f"{path}: chunk {digests.index(None)} was not given")
+        arrays = {
+            path: {
+                "shape": self._layout.shapes[path],
+                "chunk": self._layout.chunks[path],
+                "sha256": self._found[path],
+            }
+            for path in sorted(self._found)
+        }
+        return json.dumps({"dtype": self._layout.dtype.name, "arrays": arrays}, indent=1) + "\n"
+
+    def fingerprint(self) -> str:
+        """SHA-256 of `text`."""
+        return hashlib.sha256(self.text().encode()).hexdigest()
+
+
+class Writer:
+    """Writes arrays block by block, several chunks at a time; use it in a `with` block.
+
+    No more than a few chunks are held beside the blocks that they are cut from.
+    """
+
+    def __init__(self, folder: epath.Path, layout: Layout):
+        self.digests = Digests(layout)
+        self._layout = layout
+        self._stores = {path: _open(folder, path, layout, create=True) for path in layout.shapes}
+        _write_orbax_metadata(folder, layout)
+        self._pool = concurrent.futures.ThreadPoolExecutor(THREADS)
+        self._free = threading.BoundedSemaphore(2 * THREADS)
+        self._futures: set[concurrent.futures.Future] = set()
+
+    def add(
+        self, path: str, block: np.ndarray, *, layer: int | None = None, name: str = ""
+    ) -> None:
+        """Writes a whole array, or one layer of a stacked one.
+
+        Args:
+            path: of the array.
+            block: in any memory order and any float dtype; it is cast.
+            layer: which layer `block` is.
+            name: what messages call the block; default: its path.
+
+        Raises:
+            CalmError: it holds NaN or infinity, before or after the cast, or cannot be written. May
+                be raised by a later call, or at the end of the `with` block.
+        """
+        for region, view in self._layout.cut(path, block, layer):
+            self._free.acquire()
+            future = self._pool.submit(self._write, path, region, view, name or path)
+            self._futures.add(future)
+            future.add_done_callback(lambda _: self._free.release())
+        self._raise_finished()
+
+    def _write(self, path: str, region: Region, view: np.ndarray, name: str) -> None:
+        data = contiguous(view, self._layout.dtype)
+        if not all_finite(data):
+            raise CalmError(_not_finite(view, name, self._layout.dtype))
+        self.digests.add(path, region, data)
+        try:
+            self._stores[path][region].write(data).result()
+        except ValueError as error:
+            raise CalmError(f"cannot write {path}: {first_line(error)}") from error
+
+    def _raise_finished(self) -> None:
+        for future in [future for future in self._futures if future.done()]:
+            self._futures.remove(future)
+            future.result()
+
+    def __enter__(self) -> "Writer":
+        return self
+
+    def __exit__(self, kind, *_) -> None:
+        self._pool.shutdown(cancel_futures=kind is not None)
+        if kind is None:
+            self._raise_finished()
+
+
+class Reader:
+    """Reads slices of the arrays of a folder that holds `weights/` and `chunks.json`.
+
+    Every chunk that a slice touches is checked. Raises `CalmError` when the list of chunks is
+    missing, is not the one of `fingerprint`, or describes other arrays than `layout`.
+    """
+
+    def __init__(self, folder: epath.Path, layout: Layout, fingerprint: str):
+        path = folder / "chunks.json"
+        text = read_bytes(path)
+        found = hashlib.sha256(text).hexdigest()
+        if found != fingerprint:
+            raise CalmError(
+                f"{path} is damaged: its SHA-256 is {found[:16]}, not {fingerprint[:16]}"
+            )
+        written = json.loads(text)
+        layout.check(written, str(folder / "weights"))
+        self._folder, self._layout = folder / "weights", layout
+        self._digests = written["arrays"]
+        self._pool = concurrent.futures.ThreadPoolExecutor(THREADS)
+
+    def read(self, path: str, regions: Sequence[Region]) -> list[np.ndarray]:
+        """Some slices of one array, each in C order.
+
+        Raises `CalmError` naming the array and the chunk that is missing or not as it was written.
+        """
+        layout = self._layout
+        out = [np.empty([part.stop - part.start for part in r], layout.dtype) for r in regions]
+        store = _open(self._folder, path, layout)
+
+        def read_chunk(number: int, chunk: Region) -> None:
+            overlaps = [_overlap(chunk, region) for region in regions]
+            if not any(overlaps):
+                return
+            try:
+                data = np.ascontiguousarray(store[chunk].read().result())
+            except ValueError as error:
+                raise CalmError(f"{self._folder}: {path}: {first_line(error)}") from error
+            found, written = _digest(data), self._digests[path]["sha256"][number]
+            if found != written:
+                raise CalmError(
+                    f"{self._folder}: {path}: chunk {number} is damaged: its SHA-256 is "
+                    f"{found[:16]}, not {written[:16]}"
+                )
+            for target, region, overlap in zip(out, regions, overlaps, strict=True):
+                if overlap:
+                    target[_within(overlap, region)] = data[_within(overlap, chunk)]
+
+        numbered = enumerate(layout.regions(path))
+        for _ in self._pool.map(lambda pair: read_chunk(*pair), numbered):
+            pass
+        return out
+
+    def __enter__(self) -> "Reader":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._pool.shutdown(cancel_futures=True)
+
+
+def all_finite(x: np.ndarray) -> bool:
+    """Whether no entry is NaN or infinite; for bfloat16 without converting it."""
+    if x.dtype == ml_dtypes.bfloat16:
+        return x.size == 0 or int(np.max(x.view(np.uint16) & 0x7FFF)) < 0x7F80
+    return bool(np.isfinite(x).all())
+
+
+def _not_finite(source: np.ndarray, name: str, dtype: np.dtype) -> str:
+    if np.isfinite(source.astype(np.float32)).all():
+        return f"tensor {name} has values too large for {dtype.name}; convert with --dtype=float32"
+    return f"tensor {name} holds NaN or infinity"
+
+
+def contiguous(view: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    """The array in C order and `dtype`; a copy unless it is so."""
+    if view.dtype == dtype and view.flags.c_contiguous:
+        return view
+    out = np.empty(view.shape, dtype)
+    if view.ndim < 2 or view.strides[-1] == view.itemsize:
+        out[...] = view
+        return out
+    # Against memory order numpy alone takes one cache miss an entry.
+    for start in range(0, view.shape[-1], _TRANSPOSED):
+        columns = (..., slice(start, start + _TRANSPOSED))
+        out[columns] = view[columns]
+    return out
+
+
+def _digest(data: np.ndarray) -> str:
+    return hashlib.sha256(data.reshape(-1).view(np.uint8)).hexdigest()
+
+
+def _overlap(a: Region, b: Region) -> Region | None:
+    both = tuple(
+        slice(max(x.start, y.start), min(x.stop, y.stop)) for x, y in zip(a, b, strict=True)
+    )
+    return both if all(part.start < part.stop for part in both) else None
+
+
+def _within(part: Region, whole: Region) -> Region:
+    return tuple(
+        slice(p.start - w.start, p.stop - w.start) for p, w in zip(part, whole, strict=True)
+    )
+
+
+def _open(folder: epath.Path, path: str, layout: Layout, *, create: bool = False) -> ts.TensorStore:
+    place = f"{folder}/{path.replace('/', '.')}/"
+    spec = {
+        "driver": "zarr3",
+        "kvstore": place if is_bucket(folder) else {"driver": "file", "path": place},
+        "fill_missing_data_reads": False,
+        "store_data_equal_to_fill_value": True,
+        "metadata": {
+            "shape": layout.shapes[path],
+            "data_type": layout.dtype.name,
+            "chunk_grid": {
+                "name": "regular",
+                "configuration": {"chunk_shape": layout.chunks[path]},
+            },
+            "chunk_key_encoding": {"name": "default"},
+            "codecs": [{"name": "bytes", "configuration": {"endian": "little"}}],
+        },
+    }
+    try:
+        return ts.open(spec, open=not create, create=create).result()
+    except ValueError as error:
+        raise CalmError(f"{folder}: {path}: {first_line(error)}") from error
+
+
+def _write_orbax_metadata(folder: epath.Path, layout: Layout) -> None:
+    """What Orbax reads first; the form of its version 0.12."""
+    tree = {}
+    for path, shape in layout.shapes.items():
+        keys = path.split("/")
+        tree[str(tuple(keys))] = {
+            "key_metadata": [{"key": key, "key_type": 2} for key in keys],
+            "value_metadata": {
+                "value_type": "np.ndarray",
+                "skip_deserialize": False,
+                "write_shape": list(shape),
+            },
+        }
+    metadata = {
+        "tree_metadata": tree,
+        "use_ocdbt": False,
+        "use_zarr3": True,
+        "store_array_data_equal_to_fill_value": True,
+        "custom_metadata": None,
+    }
+    (folder / "_METADATA").write_text(json.dumps(metadata))
