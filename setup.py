@@ -11,6 +11,8 @@ VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "calm_jax/__init__.py").rea
 INSTALL = [
     "absl-py",
     "clu",
+    # The tables of the families of checkpoints are written in its patterns.
+    "einops",
     "etils[epath]",
     # The oldest that the tests have run with.
     "flax>=0.12.8; python_version < '3.12'",

@@ -17,6 +17,8 @@ _MODULES = {
     "compose": "calm_jax.models",
     "load": "calm_jax.checkpoints.frozen",
     "save_frozen": "calm_jax.checkpoints.frozen",
+    "convert": "calm_jax.checkpoints.convert.conversion",
+    "export": "calm_jax.checkpoints.convert.export",
     "export_bridge": "calm_jax.checkpoints.composed",
     "load_composed": "calm_jax.checkpoints.composed",
     "generate": "calm_jax.decoding",

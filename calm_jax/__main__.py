@@ -16,6 +16,7 @@ PACKAGE = str(pathlib.Path(__file__).parent)
 COMMANDS = {
     "train": "trains a decoder, or the bridge of a composed model",
     "evaluate": "scores a run on its tasks",
+    "convert": "turns published checkpoints into frozen folders, and back",
     "generate": "answers prompts with a trained model",
     "report": "turns the runs of an experiment into one page",
 }

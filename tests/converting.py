@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from calm_jax.checkpoints.convert.table import LAYERS, check_names, check_shapes, sizes
+from calm_jax.checkpoints.convert.table import check_names, check_shapes, sizes
 from calm_jax.models import Decoder
 from calm_jax.models.parameters import Structure, check_same_tree
 
@@ -30,7 +30,7 @@ def decoder_in_memory(family, source, dtype="float32", **options) -> Decoder:
     tree: dict = {}
     for path, parts in arrays.items():
         *folders, leaf = path.split("/")
-        if path.startswith(LAYERS):
+        if path.startswith("layers/"):
             folders, whole = ["layers", "pieces", "0", *folders[1:]], np.stack(parts)
         else:
             (whole,) = parts

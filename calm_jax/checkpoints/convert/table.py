@@ -11,14 +11,13 @@ import dataclasses
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Literal
 
 import einops
 import numpy as np
 
 from calm_jax.errors import CalmError
 from calm_jax.models import DecoderConfig
-
-LAYERS = "layers/"  # what paths of stacked arrays start with
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,8 +116,11 @@ class Unused:
     """
 
     pattern: str
-    must: str = "anything"
+    must: Literal["anything", "zero", "same"] = "anything"
     other: str = ""
+
+    def matches(self, name: str) -> bool:
+        return re.fullmatch(self.pattern, name) is not None
 
 
 def rule(source: str, target: str, pattern: str, **fields) -> Rule:
@@ -155,9 +157,8 @@ def check_names(
             known.add(name)
             if name not in tensors and line.absent is None:
                 raise CalmError(f"{where}: tensor {name} is missing")
-    patterns = [re.compile(entry.pattern) for entry in unused]
     for name in sorted(tensors):
-        if name not in known and not any(pattern.fullmatch(name) for pattern in patterns):
+        if name not in known and not any(entry.matches(name) for entry in unused):
             raise CalmError(
                 f"{where}: tensor {name} is not part of the model that its config describes "
                 f"({num_layers} layers)"

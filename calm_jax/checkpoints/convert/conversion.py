@@ -1,0 +1,185 @@
+"""Turns a checkpoint of any supported family into a frozen folder, tensor by tensor."""
+
+import collections
+import dataclasses
+import logging
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import tqdm
+from etils import epath
+
+from calm_jax.checkpoints.convert.family import Reading
+from calm_jax.checkpoints.convert.registry import find_family
+from calm_jax.checkpoints.convert.table import check_names, check_shapes, sizes
+from calm_jax.checkpoints.convert.verification import verify_folder
+from calm_jax.checkpoints.files import whole_folder
+from calm_jax.checkpoints.frozen import Block, write_model
+from calm_jax.checkpoints.sources.opening import open_source
+from calm_jax.checkpoints.sources.source import Source
+from calm_jax.errors import CalmError
+
+DTYPES = ("float32", "bfloat16")
+EXACT = {"bfloat16": "bfloat16", "float16": "float32", "float32": "float32"}
+log = logging.getLogger("absl")
+
+
+def convert(
+    source: epath.PathLike,
+    target: epath.PathLike,
+    *,
+    format: str = "auto",
+    dtype: str | None = None,
+    verify: bool = False,
+    **family_options: Any,
+) -> None:
+    """Writes a frozen folder with the weights, the form and the vocabulary of a checkpoint.
+
+    Tensors are read one at a time, so that the host never holds more than two of them.
+
+    Args:
+        source: a Hugging Face folder · a T5X checkpoint · an Orbax tree · a .npz, .pt or
+            .safetensors file.
+        target: a folder that does not exist yet.
+        format: name of the family; "auto" finds it out.
+        dtype: "float32" or "bfloat16", in which weights are stored; default: the smallest that
+            holds the source exactly.
+        verify: also compute logits of a few prompts from the new folder, note them in it, and
+            compare with those of transformers, where it is installed and reads the source.
+        family_options: what the family's tree cannot tell; `calm convert --help` lists them.
+
+    Raises:
+        CalmError: the source is damaged or of an unsupported family; a tensor is missing, unknown,
+            of another shape than the config says, or not finite; an unknown option; `target` exists
+            or cannot be written; the logits differ. Nothing is left behind.
+
+    >>> import tempfile
+    >>> import numpy as np
+    >>> import calm_jax
+    >>> tree = {"decoder/token_embedder/embedding": (32, 16), "decoder/decoder_norm/scale": (16,),
+    ...         "decoder/layers_0/layer_norm/scale": (16,),
+    ...         "decoder/layers_0/q_wi_fused/kernel": (16, 2, 40),
+    ...         "decoder/layers_0/kv_fused/kernel": (16, 1, 16),
+    ...         "decoder/layers_0/o_wo_fused/kernel": (2, 24, 16)}
+    >>> place = tempfile.mkdtemp()
+    >>> np.savez(place + "/palm.npz", **{k: np.zeros(v, np.float32) for k, v in tree.items()})
+    >>> calm_jax.convert(place + "/palm.npz", place + "/palm")
+    >>> calm_jax.load(place + "/palm").config.mlp_dim
+    32
+    """
+    if dtype is not None and dtype not in DTYPES:
+        raise CalmError(f"--dtype={dtype} is unknown; known are {', '.join(DTYPES)}")
+    with whole_folder(target) as folder:
+        opened = open_source(source)
+        family = find_family(opened, format)
+        for name in family_options:
+            if name not in family.options:
+                known = ", ".join(family.options) or "none"
+                raise CalmError(f"{name} is no option of {family.name}; known are {known}")
+        reading = family.read(opened, **family_options)
+        for warning in reading.warnings:
+            log.warning("%s: %s", opened.place, warning)
+        where = str(opened.place)
+        check_names(
+            reading.rules, reading.unused, reading.config.num_layers, reading.tensors, where
+        )
+        check_shapes(reading.rules, reading.config, reading.tensors, where)
+        _check_unused(reading, where)
+        dtypes = _source_dtypes(reading)
+        stored = dtype or _exact_dtype(dtypes, where)
+        config = dataclasses.replace(reading.config, dtype=stored)
+        vocabulary = _vocabulary(opened)
+        if vocabulary is not None and vocabulary.size > config.vocab_size:
+            raise CalmError(
+                f"{where}: the vocabulary has {vocabulary.size} tokens, the embedding "
+                f"{config.vocab_size} rows"
+            )
+        origin = {
+            "source": where,
+            "family": family.name,
+            "dtype": collections.Counter(dtypes.values()).most_common(1)[0][0],
+            "config": None if opened.config is None else dict(opened.config),
+        }
+        origin["other_dtypes"] = {k: v for k, v in dtypes.items() if v != origin["dtype"]}
+        blocks = _blocks(reading, opened)
+        write_model(folder, config, blocks, vocabulary=vocabulary, origin=origin)
+        if verify:
+            verify_folder(folder, opened)
+
+
+def _blocks(reading: Reading, source: Source) -> Iterator[Block]:
+    """Every tensor of the source once, taken apart."""
+    config = reading.config
+    names = [(line, n) for line in reading.rules for n in line.names(config.num_layers)]
+    total = sum(_size(reading.tensors[n]) for _, n in names if n in reading.tensors)
+    axes = sizes(config)
+    with tqdm.tqdm(total=total, unit="B", unit_scale=True, desc=source.place.name) as bar:
+        for line in reading.rules:
+            for layer, name in enumerate(line.names(config.num_layers)):
+                if name in reading.tensors:
+                    tensor = reading.tensors[name][...]
+                    bar.update(tensor.nbytes)
+                else:
+                    value = np.float32(line.absent)
+                    tensor = np.broadcast_to(value, line.source_shape(axes))
+                for target, array in line.split(tensor, axes):
+                    yield Block(target, layer if line.per_layer else None, array, name)
+                del tensor
+
+
+def _size(tensor: Any) -> int:
+    return math.prod(tensor.shape) * np.dtype(tensor.dtype).itemsize
+
+
+def _check_unused(reading: Reading, where: str) -> None:
+    """Raises `CalmError` naming the first unused tensor that would change what is computed."""
+    for entry in reading.unused:
+        if entry.must == "anything":
+            continue
+        for name in filter(entry.matches, sorted(reading.tensors)):
+            found = reading.tensors[name][...]
+            if entry.must == "zero" and np.any(found):
+                raise CalmError(
+                    f"{where}: tensor {name} is not zero, and has no place in the model"
+                )
+            if entry.must == "same":
+                other = reading.tensors[entry.other][...]
+                if found.dtype != other.dtype or not np.array_equal(found, other):
+                    raise CalmError(
+                        f"{where}: tensors {name} and {entry.other} differ; the model has only one"
+                    )
+
+
+def _source_dtypes(reading: Reading) -> dict[str, str]:
+    """The dtype of every tensor that is read."""
+    names = (n for line in reading.rules for n in line.names(reading.config.num_layers))
+    return {n: np.dtype(reading.tensors[n].dtype).name for n in names if n in reading.tensors}
+
+
+def _exact_dtype(dtypes: Mapping[str, str], where: str) -> str:
+    """The smallest dtype that holds every tensor exactly."""
+    for name, dtype in dtypes.items():
+        if dtype not in EXACT:
+            raise CalmError(
+                f"{where}: tensor {name} is {dtype}, which neither float32 nor bfloat16 holds; "
+                "choose one with --dtype"
+            )
+    exact = "float32" if "float32" in map(EXACT.get, dtypes.values()) else "bfloat16"
+    found = collections.Counter(dtypes.values())
+    if exact == "float32" and set(found) != {"float32"}:
+        listed = ", ".join(f"{dtype} ({count} tensors)" for dtype, count in found.most_common())
+        log.warning(
+            "%s holds %s: stored as float32 to keep every bit; --dtype=bfloat16 halves it",
+            where,
+            listed,
+        )
+    return exact
+
+
+def _vocabulary(source: Source) -> Any:
+    from calm_jax.data.vocabulary import Vocabulary
+
+    place = source.place
+    return Vocabulary.from_model_folder(place if place.is_dir() else place.parent)

@@ -1,0 +1,172 @@
+"""Writes a frozen folder as the checkpoint of another program."""
+
+import json
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import tqdm
+from etils import epath
+
+from calm_jax.checkpoints import frozen
+from calm_jax.checkpoints.chunks import Reader, all_finite
+from calm_jax.checkpoints.convert.family import HuggingFaceFamily
+from calm_jax.checkpoints.convert.registry import families
+from calm_jax.checkpoints.convert.table import Rule, sizes
+from calm_jax.checkpoints.files import whole_folder, write_json
+from calm_jax.errors import CalmError
+
+FORMATS = ("huggingface",)
+SHARD_BYTES = 5 * 10**9  # of a safetensors file at most, as on the hub
+SAFETENSORS = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
+
+
+def export(source: epath.PathLike, target: epath.PathLike, *, to: str = "huggingface") -> None:
+    """Writes a frozen folder as config.json, safetensors and tokenizer files for transformers.
+
+    Weights are written in the dtype that they were converted from, one tensor at a time; those of a
+    model that was trained here, in its own.
+
+    Args:
+        source: a frozen folder.
+        target: a folder that does not exist yet.
+        to: "huggingface".
+
+    Raises:
+        CalmError: `source` is no frozen folder or damaged; no family of transformers computes what
+            it does; `target` exists or cannot be written.
+    """
+    if to not in FORMATS:
+        raise CalmError(f"--to={to} is unknown; known are {', '.join(FORMATS)}")
+    described = frozen.describe(source)
+    family, values = _find_family(described)
+    tensors = _Tensors(described, family.rules(described.config))
+    with whole_folder(target) as folder:
+        shards = tensors.in_shards()
+        total = sum(tensors.size(name) for shard in shards for name in shard)
+        with tensors, tqdm.tqdm(total=total, unit="B", unit_scale=True) as bar:
+            for number, names in enumerate(shards):
+                with (folder / _file_name(number, len(shards))).open("wb") as file:
+                    for data in _safetensors(tensors, names):
+                        file.write(data)
+                        bar.update(len(data))
+        if len(shards) > 1:
+            places = {
+                name: _file_name(number, len(shards))
+                for number, names in enumerate(shards)
+                for name in names
+            }
+            index = {"metadata": {"total_size": total}, "weight_map": places}
+            write_json(folder / "model.safetensors.index.json", index)
+        if described.vocabulary is not None:
+            described.vocabulary.save_published(folder)
+        write_json(folder / "config.json", {**values, "dtype": tensors.main_dtype})
+
+
+def _find_family(described: frozen.Description) -> tuple[HuggingFaceFamily, dict[str, Any]]:
+    """The family that computes what the model does, and its config.json.
+
+    A family's config says what the model is exactly if reading it gives the model's form.
+    """
+    origin = described.origin or {}
+    known = [family for family in families().values() if isinstance(family, HuggingFaceFamily)]
+    known.sort(key=lambda family: family.name != origin.get("family"))
+    for family in known:
+        values = family.huggingface_config(described.config)
+        own = origin.get("config") if family.name == origin.get("family") else None
+        for config in [{**own, **values}] * bool(own) + [values]:
+            try:
+                form = family.decoder_config(config, "config.json")
+            except CalmError:
+                continue
+            if {**form.to_dict(), "dtype": ""} == {**described.config.to_dict(), "dtype": ""}:
+                return family, config
+    names = ", ".join(family.name for family in known)
+    raise CalmError(f"{described.folder}: none of {names} computes what this model does")
+
+
+class _Tensors:
+    """The tensors to write, by their names for transformers, each made when it is asked for."""
+
+    def __init__(self, described: frozen.Description, rules: tuple[Rule, ...]):
+        origin = described.origin or {}
+        self.main_dtype = origin.get("dtype", described.config.dtype)
+        if self.main_dtype not in SAFETENSORS:
+            self.main_dtype = described.config.dtype
+        self._other_dtypes = origin.get("other_dtypes", {})
+        self._config, self._sizes = described.config, sizes(described.config)
+        self._rules = {
+            name: (rule, layer if rule.per_layer else None)
+            for rule in rules
+            for layer, name in enumerate(rule.names(self._config.num_layers))
+        }
+        layout = frozen.layout_of(self._config)
+        self._shapes = layout.shapes
+        self._reader = Reader(described.folder, layout, described.fingerprint)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._rules[name][0].source_shape(self._sizes)
+
+    def dtype(self, name: str) -> np.dtype:
+        return np.dtype(self._other_dtypes.get(name, self.main_dtype))
+
+    def size(self, name: str) -> int:
+        """In bytes."""
+        return math.prod(self.shape(name)) * self.dtype(name).itemsize
+
+    def in_shards(self) -> list[list[str]]:
+        """Names in the order of their layers, a list for each file."""
+        shards: list[list[str]] = [[]]
+        filled = 0
+        for name in sorted(self._rules, key=lambda name: (self._rules[name][1] or 0, name)):
+            if shards[-1] and filled + self.size(name) > SHARD_BYTES:
+                shards.append([])
+                filled = 0
+            shards[-1].append(name)
+            filled += self.size(name)
+        return shards
+
+    def read(self, name: str) -> np.ndarray:
+        """The tensor in the source's form and dtype."""
+        rule, layer = self._rules[name]
+        parts = []
+        for part in rule.parts:
+            shape = self._shapes[part.target]
+            region = tuple(slice(0, size) for size in shape)
+            if layer is not None:
+                region = (slice(layer, layer + 1), *region[1:])
+            (array,) = self._reader.read(part.target, [region])
+            parts.append(array if layer is None else array[0])
+        tensor = np.ascontiguousarray(rule.join(parts, self._sizes)).astype(self.dtype(name))
+        if not all_finite(tensor):
+            raise CalmError(f"{name} has values too large for {tensor.dtype.name}")
+        return tensor
+
+    def __enter__(self) -> "_Tensors":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._reader.__exit__(*_)
+
+
+def _file_name(number: int, count: int) -> str:
+    if count == 1:
+        return "model.safetensors"
+    return f"model-{number + 1:05}-of-{count:05}.safetensors"
+
+
+def _safetensors(tensors: _Tensors, names: list[str]) -> Iterator[bytes]:
+    """A safetensors file in parts: the library itself writes only what is whole in memory."""
+    header: dict[str, Mapping[str, Any]] = {"__metadata__": {"format": "pt"}}
+    start = 0
+    for name in names:
+        stop = start + tensors.size(name)
+        dtype = SAFETENSORS[tensors.dtype(name).name]
+        header[name] = {"dtype": dtype, "shape": tensors.shape(name), "data_offsets": [start, stop]}
+        start = stop
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    yield len(text).to_bytes(8, "little") + text
+    for name in names:
+        yield tensors.read(name).tobytes()
