@@ -7,6 +7,7 @@ files than its own slices touch.
 """
 
 import concurrent.futures
+import copy
 import hashlib
 import itertools
 import json
@@ -61,8 +62,13 @@ class Layout:
             rows = slice(first + inside[0].start, first + inside[0].stop)
             yield (rows, *inside[1:]), block[inside]
 
-    def check(self, written: Mapping[str, Any], where: str) -> None:
-        """Raises `CalmError` naming what differs from the layout in a list that `Digests` wrote."""
+    def as_written(self, written: Mapping[str, Any], where: str) -> "Layout":
+        """The same arrays in the chunks of a list that `Digests` wrote.
+
+        Raises `CalmError` naming the first array that differs in dtype, presence or shape.
+        """
+        layout = copy.copy(self)
+        layout.chunks = {}
         if written["dtype"] != self.dtype.name:
             raise CalmError(f"{where} is {written['dtype']}, the config says {self.dtype.name}")
         for path in sorted(self.shapes.keys() | written["arrays"].keys()):
@@ -75,7 +81,8 @@ class Layout:
                 raise CalmError(
                     f"{where}: {path} has shape {shape}, the model needs {self.shapes[path]}"
                 )
-            self.chunks[path] = tuple(written["arrays"][path]["chunk"])
+            layout.chunks[path] = tuple(written["arrays"][path]["chunk"])
+        return layout
 
     def count(self, path: str) -> int:
         """Number of an array's chunks."""
@@ -225,8 +232,8 @@ class Reader:
                 f"{path} is damaged: its SHA-256 is {found[:16]}, not {fingerprint[:16]}"
             )
         written = json.loads(text)
-        layout.check(written, str(folder / "weights"))
-        self._folder, self._layout = folder / "weights", layout
+        self._folder = folder / "weights"
+        self._layout = layout.as_written(written, str(self._folder))
         self._digests = written["arrays"]
         self._pool = concurrent.futures.ThreadPoolExecutor(THREADS)
 

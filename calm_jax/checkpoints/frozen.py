@@ -172,7 +172,7 @@ def describe(target: epath.PathLike) -> Description:
     recorded = read_field(values, "checksum", path)
     found = _checksum({key: value for key, value in values.items() if key != "checksum"})
     if recorded != found:
-        raise CalmError(f"{path} is damaged: its checksum is {found[:16]}, not {recorded[:16]}")
+        raise CalmError(f"{path} is damaged: its checksum is {found[:16]}, not {str(recorded)[:16]}")
     for name, digest in read_field(values, "files", path).items():
         found = hashlib.sha256(read_bytes(folder / name)).hexdigest()
         if found != digest:
@@ -211,7 +211,7 @@ def load_cut(
         raise CalmError(f"dtype {dtype!r} is unknown; known are {', '.join(DTYPES)}")
     if dtype is not None:
         config = dataclasses.replace(config, dtype=dtype)
-    structure = Structure(nnx.eval_shape(functools.partial(_cut_decoder, config, shapes)))
+    structure = _structure(config, tuple(shapes))
     if mesh is None:
         alone = jax.sharding.SingleDeviceSharding(jax.devices()[0])
         shardings = jax.tree.map(lambda _: alone, structure.abstract())
@@ -252,19 +252,25 @@ def fingerprint(decoder: Decoder) -> str:
     return digests.fingerprint()
 
 
+@functools.cache
 def layout_of(config: DecoderConfig) -> Layout:
     """Paths, shapes and chunks of a decoder's arrays on disk."""
-    decoder = nnx.eval_shape(functools.partial(_cut_decoder, config, None))
-    leaves = jax.tree.leaves_with_path(module_tree(decoder))
+    structure = _structure(config, ((config.num_layers,),))
+    leaves = jax.tree.leaves_with_path(structure.abstract())
     shapes = {canonical_path(path_name(path)): leaf.shape for path, leaf in leaves}
     return Layout(shapes, {path for path in shapes if path.startswith("layers/")}, config.dtype)
 
 
-def _cut_decoder(config: DecoderConfig, shapes: Sequence[Shape] | None) -> Decoder:
-    decoder = Decoder(config, nnx.Rngs(0))
-    if shapes is not None:
+@functools.cache
+def _structure(config: DecoderConfig, shapes: tuple[Shape, ...]) -> Structure:
+    """Of a decoder whose layers are cut."""
+
+    def make() -> Decoder:
+        decoder = Decoder(config, nnx.Rngs(0))
         decoder.layers.cut(shapes)
-    return decoder
+        return decoder
+
+    return Structure(nnx.eval_shape(make))
 
 
 def _blocks(decoder: Decoder) -> Iterator[Block]:
