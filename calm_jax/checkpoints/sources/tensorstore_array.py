@@ -1,0 +1,91 @@
+"""Arrays on disk that TensorStore reads."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import tensorstore as ts
+from etils import epath
+
+from calm_jax.checkpoints.files import first_line, is_bucket
+from calm_jax.errors import CalmError
+
+# Keeps the nodes of OCDBT's B-tree, which every array of a folder shares.
+_CONTEXT = {"cache_pool#ocdbt": {"total_bytes_limit": 10**8}}
+
+
+@dataclasses.dataclass(frozen=True)
+class StoredTensor:
+    """An array that is open and not yet read: a `Tensor` of a source.
+
+    Attributes:
+        store: its TensorStore.
+        name: as messages call it: the checkpoint and the tensor.
+        dtype: of what is read; where the store's own differs, its bits are taken as this.
+    """
+
+    store: ts.TensorStore
+    name: str
+    dtype: np.dtype
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.store.shape)
+
+    def __getitem__(self, index: Any) -> np.ndarray:
+        """Raises `CalmError` when a chunk is absent or damaged."""
+        try:
+            return np.asarray(self.store[index].read().result()).view(self.dtype)
+        except (ValueError, OSError, RuntimeError) as error:
+            raise CalmError(f"{self.name} cannot be read: {first_line(error)}") from error
+
+
+def zarr_spec(
+    folder: epath.Path, path: str, *, driver: str = "zarr", ocdbt: bool = False
+) -> dict[str, Any]:
+    """TensorStore spec of the array at `path` in a folder; driver "zarr" (version 2) or "zarr3".
+
+    A chunk that is absent is an error: writers of checkpoints store every chunk, and a file that
+    was lost must not read as zeros.
+    """
+    kvstore = f"{folder}/" if is_bucket(folder) else {"driver": "file", "path": f"{folder}/"}
+    if ocdbt:
+        kvstore = {"driver": "ocdbt", "base": kvstore, "cache_pool": "cache_pool#ocdbt"}
+    kvstore = ts.KvStore.Spec(kvstore) / f"{path.strip('/')}/"
+    return {
+        "driver": driver,
+        "kvstore": kvstore.to_json(),
+        "fill_missing_data_reads": False,
+    }
+
+
+def open_all(
+    specs: Mapping[str, Mapping[str, Any]], where: str, *, bfloat16_as_uint16: bool = False
+) -> dict[str, StoredTensor]:
+    """Opens the arrays of a checkpoint, all at once; no weight is read.
+
+    Args:
+        specs: of every array by its name.
+        where: what messages call the checkpoint.
+        bfloat16_as_uint16: arrays of uint16 hold the bits of bfloat16.
+
+    Raises:
+        CalmError: an array is missing, damaged, or contradicts its spec.
+    """
+    context = ts.Context(_CONTEXT)
+    opening = {
+        name: ts.open(spec, context=context, open=True, read=True) for name, spec in specs.items()
+    }
+    tensors = {}
+    for name, future in opening.items():
+        called = f"{where}: tensor {name}"
+        try:
+            store = future.result()
+        except (ValueError, OSError, RuntimeError) as error:
+            raise CalmError(f"{called} cannot be opened: {first_line(error)}") from error
+        dtype = store.dtype.numpy_dtype
+        if bfloat16_as_uint16 and dtype == np.uint16:
+            dtype = ts.bfloat16.numpy_dtype
+        tensors[name] = StoredTensor(store, called, dtype)
+    return tensors

@@ -1,0 +1,160 @@
+"""Trees of Orbax in every form that it writes and wrote, and damaged ones."""
+
+import json
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+from orbax.checkpoint import v1
+
+from calm_jax.checkpoints.sources import orbax_tree
+from calm_jax.errors import CalmError
+
+
+def tree():
+    rng = np.random.default_rng(0)
+    return {
+        "transformer/layer_0/mlp": {"w": rng.normal(size=(6, 4)).astype(np.float32)},
+        "norm": {"scale": jnp.asarray(rng.normal(size=5), jnp.bfloat16)},
+        "list": [np.arange(3, dtype=np.int32), np.arange(2, dtype=np.int8)],
+        "step": np.asarray(7, np.int32),
+        "empty": {},
+        "nothing": None,
+    }
+
+
+NAMES = {"transformer/layer_0/mlp/w", "norm/scale", "list/0", "list/1", "step"}
+
+
+def standard(place):
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(place, tree())
+    return place
+
+
+def pytree(**options):
+    def write(place):
+        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(**options)) as checkpointer:
+            checkpointer.save(place, args=ocp.args.PyTreeSave(tree()))
+        return place
+
+    return write
+
+
+def version_one(place):
+    v1.save(place, tree() | {"name": "text"})
+    return place
+
+
+def manager(**items):
+    def write(place):
+        with ocp.CheckpointManager(place) as saver:
+            trees = {name: ocp.args.StandardSave(tree()) for name in items}
+            config = {"config": ocp.args.JsonSave({"a": 1})}
+            saver.save(3, args=ocp.args.Composite(**trees, **config))
+        return place
+
+    return write
+
+
+def old(place):
+    """As before commit files, sharding files and metadata of the whole."""
+    standard(place)
+    for name in ("_CHECKPOINT_METADATA", "commit_success.txt", "_sharding", "array_metadatas"):
+        path = place / name
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    return place
+
+
+FORMS = {
+    "standard": standard,
+    "files": pytree(use_ocdbt=False),
+    "zarr3": pytree(use_ocdbt=True, use_zarr3=True),
+    "zarr3 files": pytree(use_ocdbt=False, use_zarr3=True),
+    "version 1": version_one,
+    "run": manager(state=1),
+    "step": lambda place: manager(state=1)(place) / "3",
+    "old": old,
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_reads_what_orbax_wrote(tmp_path, form):
+    place = FORMS[form](tmp_path / "tree")
+    assert orbax_tree.is_orbax(place)
+    source = orbax_tree.read(place)
+    assert source.kind == "orbax"
+    assert source.tensors.keys() == NAMES
+    leaves, _ = jax.tree.flatten_with_path(tree())
+    for path, expected in leaves:
+        name = "/".join(str(getattr(key, "key", getattr(key, "idx", None))) for key in path)
+        tensor = source.tensors[name]
+        assert tensor.shape == expected.shape
+        assert tensor.dtype == expected.dtype == tensor[...].dtype
+        np.testing.assert_array_equal(tensor[...], expected)
+    matrix = source.tensors["transformer/layer_0/mlp/w"]
+    np.testing.assert_array_equal(matrix[2:5, 1], tree()["transformer/layer_0/mlp"]["w"][2:5, 1])
+
+
+def test_opening_reads_no_weight(tmp_path):
+    place = pytree(use_ocdbt=False)(tmp_path / "tree")
+    (place / "norm.scale" / "0").unlink()
+    tensors = orbax_tree.read(place).tensors
+    assert tensors["list/0"][1] == 1
+    with pytest.raises(CalmError, match=r"tree: tensor norm/scale cannot be read: .*norm.scale/0"):
+        tensors["norm/scale"][...]
+
+
+@pytest.mark.parametrize("options", [{}, {"use_zarr3": True}])
+def test_damaged_chunk(tmp_path, options):
+    place = pytree(use_ocdbt=False, **options)(tmp_path / "tree")
+    chunk = place / "transformer/layer_0/mlp.w" / ("c/0/0" if options else "0.0")
+    chunk.write_bytes(chunk.read_bytes()[:-5])
+    with pytest.raises(CalmError, match="tensor transformer/layer_0/mlp/w cannot be read"):
+        orbax_tree.read(place).tensors["transformer/layer_0/mlp/w"][...]
+
+
+def test_truncated_ocdbt_data(tmp_path):
+    place = standard(tmp_path / "tree")
+    for file in place.glob("**/d/*"):
+        file.write_bytes(b"")
+    with pytest.raises(CalmError, match=r"tree: tensor \S+ cannot be opened: .*\S"):
+        orbax_tree.read(place)
+
+
+def test_missing_array(tmp_path):
+    place = pytree(use_ocdbt=False)(tmp_path / "tree")
+    shutil.rmtree(place / "norm.scale")
+    with pytest.raises(CalmError, match="tensor norm/scale cannot be opened: .*NOT_FOUND"):
+        orbax_tree.read(place)
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("{", "_METADATA is damaged"),
+        ("{}", "_METADATA is damaged: it has no 'tree_metadata'"),
+        (json.dumps({"tree_metadata": {"a": {}}}), "_METADATA is damaged: it has an entry"),
+    ],
+)
+def test_damaged_metadata(tmp_path, text, message):
+    place = standard(tmp_path / "tree")
+    (place / "_METADATA").write_text(text)
+    with pytest.raises(CalmError, match=message):
+        orbax_tree.read(place)
+
+
+def test_several_trees_are_listed(tmp_path):
+    place = manager(state=1, other=1)(tmp_path / "run") / "3"
+    with pytest.raises(CalmError, match="holds several trees; name one of them: other, state"):
+        orbax_tree.read(place)
+
+
+def test_a_folder_of_something_else(tmp_path):
+    (tmp_path / "notes.txt").write_text("x")
+    assert not orbax_tree.is_orbax(tmp_path)
+    with pytest.raises(CalmError, match="_METADATA is missing"):
+        orbax_tree.read(tmp_path)
