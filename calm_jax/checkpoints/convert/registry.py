@@ -10,7 +10,8 @@ from calm_jax.errors import CalmError
 # The module of each family beside this one, and its classes there.
 _CLASSES = {
     "llama": ("Llama", "Mistral", "Qwen2", "Qwen3"),
-    "gemma": ("Gemma", "Gemma2", "Gemma3", "GemmaDeepMind"),
+    "gemma": ("Gemma", "Gemma2", "Gemma3"),
+    "gemma_deepmind": ("GemmaDeepMind",),
     "gptj": ("GptJ",),
     "falcon": ("Falcon",),
     "cohere": ("Cohere",),
