@@ -30,7 +30,9 @@ BIT, CUT, LONGER, EMPTY, GONE, SWAPPED, RENAMED, NUMBER, COPIED = DAMAGES = (
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     folder = tmp_path_factory.mktemp("models") / "model"
-    decoder = tiny_models.decoder(form="llama", window=4, window_pattern=(True, False), num_layers=2)
+    decoder = tiny_models.decoder(
+        form="llama", window=4, window_pattern=(True, False), num_layers=2
+    )
     frozen.save_frozen(decoder, folder, vocabulary=Vocabulary.load("key_value/tiny"))
     return folder, frozen.load(folder)
 
