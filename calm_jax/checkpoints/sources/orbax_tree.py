@@ -4,11 +4,13 @@ Read with TensorStore, not with Orbax: any number of devices may have written th
 versions lack files that Orbax asks for today, and each array is read only where it is needed.
 """
 
+from collections.abc import Callable
+
 from etils import epath
 
 from calm_jax.checkpoints.files import read_field, read_json
 from calm_jax.checkpoints.sources.source import Source
-from calm_jax.checkpoints.sources.tensorstore_array import open_all, zarr_spec
+from calm_jax.checkpoints.sources.tensorstore_array import StoredTensor, open_all, zarr_spec
 from calm_jax.errors import CalmError
 
 _UNFINISHED = ".orbax-checkpoint-tmp"
@@ -43,28 +45,34 @@ def tree_folder(place: epath.Path) -> epath.Path:
     return trees[0]
 
 
-def open_tree(folder: epath.Path, below: str = "") -> dict:
-    """The tensors of a tree's folder by their names.
-
-    Args:
-        folder: holds `_METADATA`.
-        below: only names that begin so.
-    """
+def open_tree(
+    folder: epath.Path, rename: Callable[[str], str | None] = lambda name: name
+) -> dict[str, StoredTensor]:
+    """The tensors of the tree in `folder` by their names; those that `rename` makes None, not."""
     path = folder / "_METADATA"
-    metadata = read_json(path, "a tree of Orbax")
-    driver = "zarr3" if metadata.get("use_zarr3") else "zarr"
+    driver = "zarr3" if read_json(path, "a tree of Orbax").get("use_zarr3") else "zarr"
     ocdbt = (folder / "manifest.ocdbt").exists()
-    specs = {}
-    for entry in read_field(metadata, "tree_metadata", path).values():
-        try:
-            keys = [str(part["key"]) for part in entry["key_metadata"]]
-            value = entry["value_metadata"]
-        except (KeyError, TypeError):
-            raise CalmError(f"{path} is damaged: it has an entry {entry!r}") from None
-        name = "/".join(keys)
-        if name.startswith(below) and _is_array(value):
-            specs[name] = zarr_spec(folder, ".".join(keys), driver=driver, ocdbt=ocdbt)
+    specs = {
+        new_name: zarr_spec(folder, stored, driver=driver, ocdbt=ocdbt)
+        for name, stored in array_names(folder).items()
+        if (new_name := rename(name)) is not None
+    }
     return open_all(specs, str(folder))
+
+
+def array_names(folder: epath.Path) -> dict[str, str]:
+    """Names of the arrays of the tree in `folder`, and where in it each is stored."""
+    path = folder / "_METADATA"
+    entries = read_field(read_json(path, "a tree of Orbax"), "tree_metadata", path)
+    found = {}
+    try:
+        for entry in entries.values():
+            keys = [str(part["key"]) for part in entry["key_metadata"]]
+            if _is_array(entry["value_metadata"]):
+                found["/".join(keys)] = ".".join(keys)
+    except (AttributeError, KeyError, TypeError):
+        raise CalmError(f"{path} is damaged: tree_metadata is no list of arrays") from None
+    return found
 
 
 def _trees(place: epath.Path) -> list[epath.Path]:

@@ -1,0 +1,193 @@
+"""Checkpoints of T5X: parameters alone, the optimizer's state is not opened.
+
+Three forms are on disk (`t5x/checkpoints.py`):
+ legacy: a msgpack file `checkpoint` whose leaves are TensorStore specs of zarr folders beside it,
+  and arrays; version 3, or 2, which has bfloat16 as uint16;
+ old Orbax (2022 to 2023): the same file with leaves `PLACEHOLDER://<folder>`;
+ Orbax: a folder `state/` with `_METADATA`.
+"""
+
+import posixpath
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+from etils import epath
+
+from calm_jax.checkpoints.files import first_line, is_bucket, read_bytes
+from calm_jax.checkpoints.sources import orbax_tree
+from calm_jax.checkpoints.sources.source import Source, Tensor
+from calm_jax.checkpoints.sources.tensorstore_array import open_all, zarr_spec
+from calm_jax.errors import CalmError
+
+VERSIONS = (2, 3)
+# T5X joins the paths of all three to the checkpoint's folder; a bucket in them is a dummy.
+_STORES = ("file", "gfile", "gcs")
+_PLACEHOLDER = "PLACEHOLDER://"
+_MESH_TENSORFLOW = b"model_checkpoint_path"
+_PARAMETERS = re.compile(r"(?:_?optimizer/)?target/(.+)")
+# What flaxformer writes among the parameters to tell its own versions apart.
+_MARKS = ("__save_format_metadata__", "__version__")
+
+
+def is_t5x(place: epath.Path) -> bool:
+    """Whether `place` is a checkpoint of T5X, or a folder of such."""
+    return _is_checkpoint(place) or bool(_steps(place))
+
+
+def read(place: epath.Path) -> Source:
+    """Opens the parameters; names are those below `target`.
+
+    Args:
+        place: a folder `checkpoint_<step>`, or one that holds a single such.
+
+    Raises:
+        CalmError: there is more than one step, the form is not supported, or it is damaged.
+    """
+    folder = place if _is_checkpoint(place) else _only_step(place)
+    tree = _orbax_folder(folder)
+    tensors = _read_orbax(tree) if tree else _read_msgpack(folder)
+    if not tensors:
+        raise CalmError(f"{folder} has no parameters: its tree has nothing below target")
+    return Source(place, "t5x", tensors)
+
+
+def _is_checkpoint(folder: epath.Path) -> bool:
+    return _orbax_folder(folder) is not None or (folder / "checkpoint").is_file()
+
+
+def _only_step(place: epath.Path) -> epath.Path:
+    steps = _steps(place)
+    if not steps:
+        raise CalmError(f"{place} is no checkpoint of T5X: it has no file named checkpoint")
+    if len(steps) > 1:
+        listed = ", ".join(step.name for step in steps)
+        raise CalmError(f"{place} holds several checkpoints; name one of them: {listed}")
+    return steps[0]
+
+
+def _steps(place: epath.Path) -> list[epath.Path]:
+    """Finished checkpoints in a folder, by step."""
+    found = [path for path in place.glob("checkpoint_*") if re.search(r"_\d+$", path.name)]
+    found = [path for path in found if _is_checkpoint(path)]
+    return sorted(found, key=lambda path: int(path.name.rpartition("_")[2]))
+
+
+def _orbax_folder(folder: epath.Path) -> epath.Path | None:
+    """The folder of Orbax's tree, if this is T5X on Orbax: its tree has a `target`."""
+    for tree in (folder / "state", folder):
+        if (tree / "_METADATA").is_file():
+            return tree if any(map(_parameter_name, orbax_tree.array_names(tree))) else None
+    return None
+
+
+def _read_orbax(tree: epath.Path) -> dict[str, Tensor]:
+    return orbax_tree.open_tree(tree, _parameter_name)
+
+
+def _parameter_name(name: str) -> str | None:
+    """The name of a parameter from its whole path; None of the optimizer's state."""
+    found = _PARAMETERS.fullmatch(name)
+    return None if found is None or any(mark in name for mark in _MARKS) else found[1]
+
+
+def _read_msgpack(folder: epath.Path) -> dict[str, Tensor]:
+    """Parameters of the two forms with a msgpack file."""
+    path = folder / "checkpoint"
+    version, leaves = _parse(path)
+    ocdbt = (folder / "manifest.ocdbt").exists()
+    specs, arrays, forms = {}, {}, {}
+    for name, leaf in leaves.items():
+        called = f"{path}: tensor {name}"
+        if isinstance(leaf, str) and leaf.startswith(_PLACEHOLDER):
+            inside = _inside(folder, leaf.removeprefix(_PLACEHOLDER), called)
+            specs[name] = zarr_spec(folder, inside, ocdbt=ocdbt)
+        elif isinstance(leaf, Mapping):
+            inside, forms[name] = _check_spec(leaf, called)
+            specs[name] = zarr_spec(folder, _inside(folder, inside, called))
+        elif isinstance(leaf, np.ndarray | np.generic):
+            arrays[name] = np.asarray(leaf)
+        elif leaf is not None:
+            raise CalmError(f"{called} is {leaf!r}, neither an array nor where one is stored")
+    tensors = open_all(specs, str(folder), bfloat16_as_uint16=version == 2)
+    for name, (shape, dtype) in forms.items():
+        store = tensors[name].store
+        if (shape, dtype) != (store.shape, store.dtype.name):
+            raise CalmError(
+                f"{path}: tensor {name} has shape {shape} and dtype {dtype}, its zarr folder "
+                f"{tuple(store.shape)} and {store.dtype.name}"
+            )
+    return {**tensors, **arrays}
+
+
+def _parse(path: epath.Path) -> tuple[int | None, dict[str, Any]]:
+    """Version of a msgpack file, and its leaves that are parameters, by name."""
+    from flax import serialization
+
+    data = read_bytes(path)
+    if data.startswith(_MESH_TENSORFLOW):
+        raise CalmError(
+            f"{path} is of Mesh TensorFlow (model_checkpoint_path), which is not supported; "
+            "T5X converts it"
+        )
+    try:
+        contents = serialization.msgpack_restore(data)
+    except Exception as error:  # msgpack, numpy and Flax each raise their own
+        raise CalmError(
+            f"{path} is damaged: it is no whole msgpack file ({first_line(error)})"
+        ) from None
+    leaves = dict(_leaves(contents, str(path)))
+    placeholders = any(isinstance(x, str) and x.startswith(_PLACEHOLDER) for x in leaves.values())
+    version = contents.get("version")
+    if not placeholders and version not in VERSIONS:
+        raise CalmError(
+            f"{path} has version {version!r} and keys {sorted(map(str, contents))}; T5X's versions "
+            f"{' and '.join(map(str, VERSIONS))} are supported"
+        )
+    named = {_parameter_name(path_in_file): leaf for path_in_file, leaf in leaves.items()}
+    named.pop(None, None)
+    return version, named
+
+
+def _leaves(tree: Any, where: str, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(path, leaf) of nested dicts, a TensorStore spec being a leaf."""
+    if not isinstance(tree, Mapping):
+        raise CalmError(f"{where} is damaged: it holds a {type(tree).__name__}, not a tree")
+    for key, value in tree.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, Mapping) and not value.keys() >= {"driver", "kvstore", "metadata"}:
+            yield from _leaves(value, where, f"{name}/")
+        else:
+            yield name, value
+
+
+def _check_spec(spec: Mapping[str, Any], called: str) -> tuple[str, tuple[tuple[int, ...], str]]:
+    """Where a spec says that its array is, and the shape and dtype that it says it has."""
+    store = spec["kvstore"]
+    try:
+        kinds = spec["driver"], store["driver"]
+        # Before TensorStore 0.1.14 the path was the array's, not the store's.
+        path = store.get("path") or spec["path"]
+        shape = spec["metadata"]["shape"]
+        # Flax writes a list as a dict, unless it is told how to write the whole spec.
+        shape = shape.values() if isinstance(shape, Mapping) else shape
+        form = tuple(map(int, shape)), str(spec["dtype"])
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise CalmError(f"{called} has a damaged spec ({error!r}): {dict(spec)}") from None
+    if kinds[0] != "zarr" or kinds[1] not in _STORES:
+        raise CalmError(
+            f"{called} is stored as {kinds[0]} on {kinds[1]}; supported is zarr on "
+            f"{', '.join(_STORES)}"
+        )
+    return path, form
+
+
+def _inside(folder: epath.Path, path: str, called: str) -> str:
+    """`path` from the checkpoint's folder; raises `CalmError` when it leads out of it."""
+    root = "/" if is_bucket(folder) else str(folder)
+    whole = posixpath.normpath(posixpath.join(root, path))
+    inside = posixpath.relpath(whole, root)
+    if inside == "." or inside.startswith(".."):
+        raise CalmError(f"{called} is stored at {path!r}, which is not inside {folder}")
+    return inside
