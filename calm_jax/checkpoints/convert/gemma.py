@@ -88,9 +88,10 @@ class Gemma(HuggingFaceFamily):
         )
 
     def activation(self, values: Mapping[str, Any], where: str) -> str:
-        found = read.activation(values, self.activation_key, where, "gelu_tanh")
         # Gemma 1 was published as "gelu" and trained with the tanh form.
-        return "gelu_tanh" if values.get(self.activation_key) == "gelu" else found
+        if values.get(self.activation_key) == "gelu":
+            return "gelu_tanh"
+        return read.activation(values, self.activation_key, where, "gelu_tanh")
 
     def attention_fields(
         self, values: Mapping[str, Any], where: str, sizes: Mapping[str, int]
@@ -179,6 +180,9 @@ class Gemma2(Gemma):
         "attn_logit_softcapping": 50.0,
         "final_logit_softcapping": 30.0,
     }
+
+    def activation(self, values: Mapping[str, Any], where: str) -> str:
+        return read.activation(values, self.activation_key, where, "gelu_tanh")
 
     def attention_fields(
         self, values: Mapping[str, Any], where: str, sizes: Mapping[str, int]

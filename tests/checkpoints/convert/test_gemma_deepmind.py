@@ -24,7 +24,8 @@ from tests.converting import decoder_in_memory
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 NAMES = sorted(path.stem for path in GOLDEN.glob("gemma_deepmind_*.npz"))
-TOLERANCE = 1e-4  # of the largest logit
+# Of the largest logit. The exact gelu in place of the tanh form changes less than 1e-4 of it.
+TOLERANCE, SEEN = 4e-6, 4e-5
 PERIODS = {"1": 1, "2": 2, "3": 6}  # of the attention pattern, by generation
 
 
@@ -157,7 +158,7 @@ def test_every_option_is_seen_in_the_logits(name, option, wrong):
     golden = Golden(name)
     options = {**golden.options, option: wrong}
     decoder = decoder_in_memory(GemmaDeepMind(), in_memory(golden.nested), **options)
-    assert golden.difference(decoder) > 20 * TOLERANCE
+    assert golden.difference(decoder) > SEEN
 
 
 def test_a_folder_is_converted_bit_for_bit(tmp_path):
