@@ -1,0 +1,224 @@
+"""Reading config.json: keys with their types, and what several families of transformers share.
+
+Every function takes the file's `values` and `where`, its name for messages, and raises `CalmError`
+naming the file, the key and the value. A key that is absent has the default; without one it must be
+there.
+"""
+
+import math
+import reprlib
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeVar
+
+from calm_jax.errors import CalmError
+from calm_jax.models.config import RopeScaling
+
+Choice = TypeVar("Choice")
+
+LOCAL, GLOBAL = "sliding_attention", "full_attention"
+# The fields of `DecoderConfig` by the names that most families use.
+SIZES = {
+    "vocab_size": "vocab_size",
+    "hidden_size": "embed_dim",
+    "intermediate_size": "mlp_dim",
+    "num_hidden_layers": "num_layers",
+    "num_attention_heads": "num_heads",
+    "num_key_value_heads": "num_kv_heads",
+    "head_dim": "head_dim",
+}
+# How we call an activation, and how transformers does; what it writes first.
+_ACTIVATIONS = {
+    "silu": ("silu", "swish"),
+    "gelu": ("gelu", "gelu_python"),
+    "gelu_tanh": (
+        "gelu_pytorch_tanh",
+        "gelu_new",
+        "gelu_fast",
+        "gelu_accurate",
+        "gelu_python_tanh",
+    ),
+}
+ACTIVATION_NAMES = {ours: theirs[0] for ours, theirs in _ACTIVATIONS.items()}
+
+
+def whole_number(
+    values: Mapping[str, Any], key: str, where: str, default: int | None = None, *, least: int = 1
+) -> int:
+    """A whole number of at least `least`."""
+    value = _get(values, key, where, default)
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise _wrong(where, key, value, f"a whole number of at least {least}")
+    return value
+
+
+def optional_whole_number(
+    values: Mapping[str, Any], key: str, where: str, default: int | None = None
+) -> int | None:
+    """A whole number of at least 1, or None: where the file says null, or lacks the key and there
+    is no default."""
+    if values.get(key, default) is None:
+        return None
+    return whole_number(values, key, where, default)
+
+
+def number(values: Mapping[str, Any], key: str, where: str, default: float | None = None) -> float:
+    """A finite number above 0."""
+    value = _get(values, key, where, default)
+    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < math.inf:
+        raise _wrong(where, key, value, "a finite number above 0")
+    return float(value)
+
+
+def boolean(values: Mapping[str, Any], key: str, where: str, default: bool | None = None) -> bool:
+    """True or false."""
+    value = _get(values, key, where, default)
+    if not isinstance(value, bool):
+        raise _wrong(where, key, value, "true or false")
+    return value
+
+
+def choice(
+    values: Mapping[str, Any],
+    key: str,
+    where: str,
+    meanings: Mapping[str, Choice],
+    default: str | None = None,
+) -> Choice:
+    """What one of several words means; `default` is such a word."""
+    value = _get(values, key, where, default)
+    if not isinstance(value, str) or value not in meanings:
+        raise _wrong(where, key, value, f"one of {', '.join(meanings)}")
+    return meanings[value]
+
+
+def activation(values: Mapping[str, Any], key: str, where: str, default: str) -> str:
+    """An activation as `DecoderConfig` calls it, `default` too, which null also means."""
+    if values.get(key) is None:
+        return default
+    meanings = {name: ours for ours, theirs in _ACTIVATIONS.items() for name in theirs}
+    return choice(values, key, where, meanings)
+
+
+def refuse(values: Mapping[str, Any], where: str, key: str, *allowed: Any) -> None:
+    """A key that changes the computation: it may be absent, or one of the `allowed`."""
+    if key in values and values[key] not in allowed:
+        raise CalmError(f"{where}: {key} is {reprlib.repr(values[key])}, which is not supported")
+
+
+def rope(
+    values: Mapping[str, Any], where: str, layer_type: str | None = None
+) -> tuple[float, RopeScaling | None]:
+    """Base and scaling of the rotary positions.
+
+    transformers 5 writes `rope_parameters`; before, there were `rope_theta` and `rope_scaling`.
+    With `layer_type` they are those of Gemma 3's local or global layers: a dictionary for each, and
+    before, `rope_local_base_freq` for the local ones, to which `rope_scaling` did not apply.
+    """
+    found = _mapping(values, "rope_parameters", where)
+    scaling = _mapping(values, "rope_scaling", where)
+    if layer_type is not None:
+        for key, value in found.items():
+            if key not in (LOCAL, GLOBAL):
+                raise _wrong(f"{where}: rope_parameters", key, value, f"in {LOCAL} or {GLOBAL}")
+        found = _mapping(found, layer_type, f"{where}: rope_parameters")
+    if layer_type != LOCAL and scaling:
+        found = {**found, **scaling}
+    base_key = "rope_local_base_freq" if layer_type == LOCAL else "rope_theta"
+    base_default = 1e6 if layer_type == GLOBAL else 1e4
+    inside = f"{where}: rotary positions"
+    base = (
+        number(values, base_key, where, base_default)
+        if found.get("rope_theta") is None
+        else number(found, "rope_theta", inside)
+    )
+    refuse({**values, **found}, inside, "partial_rotary_factor", None, 1.0)
+    return base, _rope_scaling(found, values, inside)
+
+
+def rope_parameters(base: float, scaling: RopeScaling | None) -> dict[str, Any]:
+    """What `rope` reads, as transformers 5 writes it."""
+    found: dict[str, Any] = {"rope_type": "default", "rope_theta": base}
+    if scaling is not None:
+        found |= {"rope_type": scaling.kind, "factor": scaling.factor}
+    if scaling is not None and scaling.kind == "llama3":
+        found |= {
+            "low_freq_factor": scaling.low_frequency_factor,
+            "high_freq_factor": scaling.high_frequency_factor,
+            "original_max_position_embeddings": scaling.original_length,
+        }
+    return found
+
+
+def local_layers(values: Mapping[str, Any], where: str, num_layers: int) -> list[bool] | None:
+    """For each layer of `layer_types`, whether it is local; None where there is no such list."""
+    types = values.get("layer_types")
+    if types is None:
+        return None
+    if (
+        not isinstance(types, list)
+        or len(types) != num_layers
+        or not all(kind in (LOCAL, GLOBAL) for kind in types)
+    ):
+        raise _wrong(
+            where, "layer_types", types, f"{LOCAL} or {GLOBAL} for each of {num_layers} layers"
+        )
+    return [kind == LOCAL for kind in types]
+
+
+def local_layer_fields(local: Sequence[bool], window: int | None) -> dict[str, Any]:
+    """`DecoderConfig` fields of a model whose layers are `local` or not, by the shortest pattern.
+
+    >>> local_layer_fields([True, False, True], 8)
+    {'window': 8, 'window_pattern': (True, False)}
+    """
+    if not any(local):
+        return {}
+    period = next(
+        size
+        for size in range(1, len(local) + 1)
+        if all(here == local[layer % size] for layer, here in enumerate(local))
+    )
+    return {"window": window, "window_pattern": tuple(local[:period])}
+
+
+def _rope_scaling(
+    found: Mapping[str, Any], values: Mapping[str, Any], where: str
+) -> RopeScaling | None:
+    key = "rope_type" if "rope_type" in found else "type"
+    kinds = {"default": None, "linear": "linear", "llama3": "llama3"}
+    kind = choice(found, key, where, kinds, "default")
+    if kind is None:
+        return None
+    factor = number(found, "factor", where)
+    if kind == "linear":
+        return RopeScaling(kind, factor)
+    low = number(found, "low_freq_factor", where)
+    high = number(found, "high_freq_factor", where)
+    if low >= high:
+        raise CalmError(f"{where}: low_freq_factor {low} is not below high_freq_factor {high}")
+    # In this order, as transformers has it.
+    places = (values, found, {"original_max_position_embeddings": values.get(_LENGTH)})
+    place = next((p for p in places if p.get("original_max_position_embeddings") is not None), {})
+    return RopeScaling(
+        kind, factor, low, high, whole_number(place, "original_max_position_embeddings", where)
+    )
+
+
+_LENGTH = "max_position_embeddings"
+
+
+def _mapping(values: Mapping[str, Any], key: str, where: str) -> Mapping[str, Any]:
+    value = values.get(key)
+    if value is not None and not isinstance(value, Mapping):
+        raise _wrong(where, key, value, "an object")
+    return value or {}
+
+
+def _get(values: Mapping[str, Any], key: str, where: str, default: Any) -> Any:
+    if key not in values and default is None:
+        raise CalmError(f"{where}: {key} is missing")
+    return values.get(key, default)
+
+
+def _wrong(where: str, key: str, value: Any, needed: str) -> CalmError:
+    return CalmError(f"{where}: {key} is {reprlib.repr(value)}; it must be {needed}")
