@@ -1,0 +1,274 @@
+"""PaLM (arXiv 2204.02311) as T5X stores it: the fused parallel layer of flaxformer.
+
+Every head has the rows of its queries beside its share of the MLP (f = F / N hidden units):
+ q_wi_fused [D, N, H + 2f]: query, gate (wi_0), up (wi_1);
+ kv_fused [D, 1, 2H]: key, value;
+ o_wo_fused [N, H + f, D]: output, down.
+"""
+
+import dataclasses
+import math
+import re
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import numpy as np
+
+from calm_jax.checkpoints.convert.family import Family, Reading
+from calm_jax.checkpoints.convert.table import Part, Rule, rule
+from calm_jax.checkpoints.sources.layers import unstack
+from calm_jax.checkpoints.sources.source import Source, Tensor
+from calm_jax.errors import CalmError
+from calm_jax.models import DecoderConfig
+
+EMBEDDING = "decoder/token_embedder/embedding"
+HEAD = "decoder/logits_dense/kernel"
+LAYER = "decoder/layers_{layer}/"
+STACKED = "decoder/decoder/"
+_LAYER_NUMBER = r"decoder/layers_(\d+)/"
+
+
+class Palm(Family):
+    """Layers are stacked (`decoder/decoder/…`) or apart (`decoder/layers_0/…`); int8 or floats."""
+
+    name = "palm"
+    options: ClassVar[Mapping[str, str]] = {
+        "norm_offset": "what is added to every stored norm scale (default 1.0, PaLM's "
+        "center_scale_at_zero; 0.0 where scales are stored as they are applied)",
+        "scan_axis": "axis of stacked tensors that counts the layers (default 1, as T5X writes "
+        "them; 0 where they were transposed)",
+        "query_scale": "factor on queries (default: head width to the power of -1/2, "
+        "rescale_logits of flaxformer; 1.0 without it)",
+        "logit_scale": "factor on logits (default: model width to the power of -1/2 where the "
+        "embedding is the head too, otherwise 1.0)",
+    }
+
+    def recognises(self, source: Source) -> bool:
+        return any("q_wi_fused" in name for name in source.tensors) or _is_sequential(source)
+
+    def read(
+        self,
+        source: Source,
+        *,
+        norm_offset: float = 1.0,
+        scan_axis: int = 1,
+        query_scale: float | None = None,
+        logit_scale: float | None = None,
+    ) -> Reading:
+        where = str(source.place)
+        _refuse(source)
+        tensors = _dequantised(_apart(source.tensors, scan_axis, where), where)
+        config = _config(tensors, where)
+        given = {
+            "norm_offset": norm_offset,
+            "query_scale": query_scale,
+            "logit_scale": 1.0 if logit_scale is None and not config.tied_head else logit_scale,
+        }
+        given = {option: _number(option, x) for option, x in given.items() if x is not None}
+        config = dataclasses.replace(config, **given)
+        return Reading(
+            config, rules(config), tensors, warnings=_norm_warnings(tensors, config.norm_offset)
+        )
+
+
+def rules(config: DecoderConfig) -> tuple[Rule, ...]:
+    """The table of a model whose layers are apart."""
+    head = () if config.tied_head else (rule(HEAD, "head", "D V -> D V"),)
+    return (
+        rule(EMBEDDING, "embedding", "V D -> V D"),
+        *head,
+        # The loaders of the largest models read none: their last norm has no scale.
+        rule(
+            "decoder/decoder_norm/scale",
+            "final_norm/scale",
+            "D -> D",
+            absent=1.0 - config.norm_offset,
+        ),
+        rule(LAYER + "layer_norm/scale", "layers/attention_norm/scale", "D -> D"),
+        Rule(
+            LAYER + "q_wi_fused/kernel",
+            (
+                Part("layers/attention/query", "D N H -> D N H"),
+                Part("layers/mlp/gate", "D N f -> D (N f)"),
+                Part("layers/mlp/up", "D N f -> D (N f)"),
+            ),
+            axis=-1,
+        ),
+        Rule(
+            LAYER + "kv_fused/kernel",
+            (
+                Part("layers/attention/key", "D K H -> D K H"),
+                Part("layers/attention/value", "D K H -> D K H"),
+            ),
+            axis=-1,
+        ),
+        Rule(
+            LAYER + "o_wo_fused/kernel",
+            (
+                Part("layers/attention/output", "N H D -> N H D"),
+                Part("layers/mlp/down", "N f D -> (N f) D"),
+            ),
+            axis=1,
+        ),
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Dequantised:
+    """int8 weights times their scales, float32."""
+
+    kernel: Tensor
+    scale: Tensor
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.kernel.shape)
+
+    @property
+    def dtype(self) -> np.dtype:
+        return np.dtype(np.float32)
+
+    def __getitem__(self, index: Any) -> np.ndarray:
+        scale = np.asarray(self.scale[...], np.float32)
+        return (np.asarray(self.kernel[...], np.float32) * scale)[index]
+
+
+def _is_sequential(source: Source) -> bool:
+    return any("pre_self_attention_layer_norm" in name for name in source.tensors)
+
+
+def _refuse(source: Source) -> None:
+    for name in sorted(source.tensors):
+        if "relpos_bias" in name:
+            raise CalmError(
+                f"{source.place}: tensor {name} is a relative position bias, which is not "
+                "supported; PaLM has rotary positions"
+            )
+    if _is_sequential(source):
+        raise CalmError(
+            f"{source.place} is the sequential decoder of t5x/examples/decoder_only "
+            "(pre_self_attention_layer_norm), which is not supported; PaLM has fused parallel "
+            "layers (q_wi_fused)"
+        )
+
+
+def _apart(tensors: Mapping[str, Tensor], scan_axis: int, where: str) -> dict[str, Tensor]:
+    """The tensors with every layer by itself, named as if it had been stored so."""
+    if scan_axis not in (0, 1) or isinstance(scan_axis, bool):
+        raise CalmError(f"scan_axis is {scan_axis!r}; it must be 0 or 1")
+    found = {name: tensor for name, tensor in tensors.items() if not name.startswith(STACKED)}
+    stacked = {name: tensor for name, tensor in tensors.items() if name.startswith(STACKED)}
+    _check_stacked(stacked, _width(tensors, where), scan_axis, where)
+    for name, tensor in stacked.items():
+        for layer, view in enumerate(unstack(tensor, scan_axis)):
+            alone = LAYER.format(layer=layer) + name.removeprefix(STACKED)
+            if alone in found:
+                raise CalmError(f"{where}: tensor {alone} is in {name} once more")
+            found[alone] = view
+    return found
+
+
+def _check_stacked(stacked: Mapping[str, Tensor], width: int, scan_axis: int, where: str) -> None:
+    """Raises `CalmError` when `scan_axis` contradicts the shapes; where it could be either, not."""
+    hint = f"try scan_axis={1 - scan_axis}"
+    depths = {}
+    for name, tensor in stacked.items():
+        shape = tuple(tensor.shape)
+        if len(shape) < 2:
+            raise CalmError(f"{where}: tensor {name} has shape {shape}, no axis of layers in it")
+        depths[name] = shape[scan_axis]
+        first = next(iter(depths))
+        if depths[name] != depths[first]:
+            raise CalmError(
+                f"{where}: with scan_axis={scan_axis}, tensor {name} has {depths[name]} layers "
+                f"and {first} {depths[first]}; {hint}"
+            )
+        starts_with_width = name.endswith(
+            ("/layer_norm/scale", "kv_fused/kernel", "wi_fused/kernel")
+        )
+        if starts_with_width and shape[1 - scan_axis] != width:
+            raise CalmError(
+                f"{where}: with scan_axis={scan_axis}, tensor {name} of shape {shape} is for a "
+                f"model width of {shape[1 - scan_axis]}, the embedding has {width}; {hint}"
+            )
+
+
+def _dequantised(tensors: Mapping[str, Tensor], where: str) -> dict[str, Tensor]:
+    """The tensors, of which pairs of `qkernel` and `qscale` have become a `kernel`."""
+    found = dict(tensors)
+    for name in tensors:
+        path, _, leaf = name.rpartition("/")
+        if leaf != "qkernel":
+            continue
+        kernel, scale = found.pop(name), found.pop(f"{path}/qscale", None)
+        if scale is None:
+            raise CalmError(f"{where}: tensor {path}/qscale is missing, which {name} needs")
+        if np.dtype(kernel.dtype) != np.int8:
+            raise CalmError(f"{where}: tensor {name} is {np.dtype(kernel.dtype)}, not int8")
+        sizes = list(zip(scale.shape, kernel.shape, strict=False))
+        if len(scale.shape) != len(kernel.shape) or any(s not in (1, size) for s, size in sizes):
+            raise CalmError(
+                f"{where}: tensor {path}/qscale of a layer has shape {tuple(scale.shape)}, which "
+                f"does not scale {tuple(kernel.shape)}"
+            )
+        if f"{path}/kernel" in tensors:
+            raise CalmError(f"{where}: tensor {path}/kernel is there as int8 once more")
+        found[f"{path}/kernel"] = Dequantised(kernel, scale)
+    return found
+
+
+def _config(tensors: Mapping[str, Tensor], where: str) -> DecoderConfig:
+    """The form that the shapes tell; of the last axes of the fused kernels, H and f."""
+    layers = {int(found[1]) for name in tensors if (found := re.match(_LAYER_NUMBER, name))}
+    first = LAYER.format(layer=0)
+    q_wi = _shape(tensors, f"{first}q_wi_fused/kernel", 3, where)
+    o_wo = _shape(tensors, f"{first}o_wo_fused/kernel", 3, where)
+    hidden = q_wi[2] - o_wo[1]
+    head_dim = o_wo[1] - hidden
+    if hidden < 1 or head_dim < 1:
+        raise CalmError(
+            f"{where}: {first}q_wi_fused/kernel has {q_wi[2]} features a head and o_wo_fused "
+            f"{o_wo[1]}; they must be H + 2f and H + f, which leaves H = {head_dim}, f = {hidden}"
+        )
+    return DecoderConfig.palm(
+        vocab_size=_shape(tensors, EMBEDDING, 2, where)[0],
+        embed_dim=_width(tensors, where),
+        num_layers=max(layers) + 1,
+        num_heads=q_wi[1],
+        head_dim=head_dim,
+        mlp_dim=hidden * q_wi[1],
+        tied_head=HEAD not in tensors,
+    )
+
+
+def _width(tensors: Mapping[str, Tensor], where: str) -> int:
+    return _shape(tensors, EMBEDDING, 2, where)[1]
+
+
+def _shape(tensors: Mapping[str, Tensor], name: str, rank: int, where: str) -> tuple[int, ...]:
+    if name not in tensors:
+        raise CalmError(f"{where}: tensor {name} is missing")
+    shape = tuple(tensors[name].shape)
+    if len(shape) != rank:
+        raise CalmError(f"{where}: tensor {name} has shape {shape}, not {rank} axes")
+    return shape
+
+
+def _number(option: str, value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise CalmError(f"{option} is {value!r}; it must be a number")
+    return float(value)
+
+
+def _norm_warnings(tensors: Mapping[str, Tensor], norm_offset: float) -> tuple[str, ...]:
+    """What speaks against `norm_offset`: scales start at 0 where they are centred, else at 1."""
+    scales = [x[...] for name, x in tensors.items() if name.endswith("/layer_norm/scale")]
+    if not scales or norm_offset not in (0.0, 1.0):
+        return ()
+    mean = float(np.mean(np.asarray(scales, np.float32)))
+    if abs(mean - norm_offset) > 0.25:
+        return ()
+    return (
+        f"norm scales average {mean:.2f}, which is what they are where norm_offset is "
+        f"{1 - norm_offset}, not {norm_offset}",
+    )

@@ -1,0 +1,89 @@
+"""A tree of arrays as one `.npz` file, whose members are named by their paths."""
+
+import contextlib
+import dataclasses
+import math
+import zipfile
+import zlib
+from collections.abc import Iterator
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+from etils import epath
+from numpy.lib import format as npy
+
+from calm_jax.checkpoints.files import first_line
+from calm_jax.checkpoints.sources.source import Source
+from calm_jax.errors import CalmError
+
+_DAMAGES = (
+    EOFError,
+    KeyError,
+    NotImplementedError,  # a compression that zipfile does not know
+    OSError,
+    RuntimeError,  # an encrypted member
+    ValueError,
+    zipfile.BadZipFile,
+    zlib.error,
+)
+
+
+def read(place: epath.Path) -> Source:
+    """Opens a file that `numpy.savez` wrote; of the arrays only shapes and dtypes are read.
+
+    Raises:
+        CalmError: it is damaged, or holds Python objects, which could run anything when read.
+    """
+    with _opened(place, str(place)) as archive:
+        members = archive.infolist()
+    tensors = {}
+    for member in members:
+        name = member.filename.removesuffix(".npy")
+        called = f"{place}: tensor {name}"
+        with _opened(place, called) as archive, archive.open(member) as data:
+            shape, dtype = _read_header(data, called)
+            found, expected = member.file_size - data.tell(), math.prod(shape) * dtype.itemsize
+        if found != expected:
+            raise CalmError(f"{called} of shape {shape} has {found} bytes, not {expected}")
+        if dtype == np.dtype("V2"):  # numpy has no name for bfloat16 and writes it as raw bytes
+            dtype = np.dtype(ml_dtypes.bfloat16)
+        tensors[name] = Member(place, member.filename, called, shape, dtype)
+    return Source(place, "npz", tensors)
+
+
+@dataclasses.dataclass(frozen=True)
+class Member:
+    """One array of the file; every read decompresses the whole of it."""
+
+    place: epath.Path
+    filename: str
+    called: str
+    shape: tuple[int, ...]
+    dtype: np.dtype
+
+    def __getitem__(self, index: Any) -> np.ndarray:
+        with _opened(self.place, self.called) as archive, archive.open(self.filename) as data:
+            array = npy.read_array(data, allow_pickle=False)
+        return array.view(self.dtype)[index]
+
+
+def _read_header(data: Any, called: str) -> tuple[tuple[int, ...], np.dtype]:
+    version = npy.read_magic(data)
+    read_header = npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0
+    shape, _, dtype = read_header(data)
+    if dtype.hasobject:
+        raise CalmError(f"{called} holds Python objects, which are not read")
+    return shape, dtype
+
+
+@contextlib.contextmanager
+def _opened(place: epath.Path, called: str) -> Iterator[zipfile.ZipFile]:
+    """The archive; damage found within the block becomes a `CalmError` about `called`."""
+    try:
+        with place.open("rb") as file, zipfile.ZipFile(file) as archive:
+            yield archive
+    except CalmError:
+        raise
+    except _DAMAGES as error:
+        raise CalmError(f"{called} cannot be read: {first_line(error)}") from error
