@@ -9,14 +9,8 @@ from etils import epath
 from hypothesis import strategies as st
 
 from calm_jax import DecoderConfig
-from calm_jax.checkpoints.convert.gemma import (
-    GLOBAL,
-    LOCAL,
-    Gemma,
-    Gemma2,
-    Gemma3,
-    local_layer_fields,
-)
+from calm_jax.checkpoints.convert.gemma import Gemma, Gemma2, Gemma3
+from calm_jax.checkpoints.convert.huggingface_config import GLOBAL, LOCAL, local_layer_fields
 from calm_jax.checkpoints.convert.table import check_names, check_shapes
 from calm_jax.checkpoints.sources.source import Source
 from calm_jax.errors import CalmError
@@ -57,7 +51,12 @@ def configs(draw, family):
             st.none()
             | TENTHS.map(lambda factor: RopeScaling("linear", factor))
             | st.builds(
-                RopeScaling, st.just("llama3"), TENTHS, TENTHS, TENTHS, st.integers(1, 8192)
+                RopeScaling,
+                st.just("llama3"),
+                TENTHS,
+                st.floats(0.5, 1.0),
+                st.floats(1.5, 4.0),
+                st.integers(1, 8192),
             )
         ),
     }
@@ -111,6 +110,34 @@ def test_absent_keys_mean_what_they_mean_to_transformers():
     assert (third.attention_logit_cap, third.final_logit_cap) == (None, None)
     assert (third.window, third.window_pattern) == (4096, (True,) * 5 + (False,))
     assert (third.rope_base, third.local_rope_base, third.qk_norm) == (1e6, 1e4, "rms")
+
+
+def test_the_published_config_of_4b_leaves_most_of_it_to_defaults():
+    text = {
+        "hidden_size": 2560,
+        "intermediate_size": 10_240,
+        "model_type": "gemma3_text",
+        "num_hidden_layers": 34,
+        "rope_scaling": {"factor": 8.0, "rope_type": "linear"},
+        "sliding_window": 1024,
+    }
+    values = {"text_config": text, "torch_dtype": "bfloat16", "vision_config": {}}
+    assert Gemma3().decoder_config(values, WHERE) == DecoderConfig.gemma(
+        vocab_size=262_208,
+        embed_dim=2560,
+        num_layers=34,
+        num_heads=8,
+        num_kv_heads=4,
+        head_dim=256,
+        mlp_dim=10_240,
+        post_norms=True,
+        qk_norm="rms",
+        window=1024,
+        window_pattern=(True,) * 5 + (False,),
+        rope_base=1e6,
+        rope_scaling=RopeScaling("linear", 8.0),
+        local_rope_base=1e4,
+    )
 
 
 NEW_3 = SIZES | {
