@@ -185,7 +185,7 @@ def _check_spec(spec: Mapping[str, Any], called: str) -> tuple[str, tuple[tuple[
 
 def _inside(folder: epath.Path, path: str, called: str) -> str:
     """`path` from the checkpoint's folder; raises `CalmError` when it leads out of it."""
-    root = "/" if is_bucket(folder) else str(folder)
+    root = f"/{str(folder).partition('://')[2]}" if is_bucket(folder) else str(folder)
     whole = posixpath.normpath(posixpath.join(root, path))
     inside = posixpath.relpath(whole, root)
     if inside == "." or inside.startswith(".."):
