@@ -27,6 +27,7 @@ INSTALL = [
     "optax",
     # The oldest that the tests have run with; preservation policies differ in older ones.
     "orbax-checkpoint>=0.12.8",
+    "safetensors",
     "sentencepiece",
     "seqio",
     # clu's metric writers need it and do not ask for it.

@@ -1,0 +1,140 @@
+"""A folder of Hugging Face: config.json and safetensors, in one file or in shards.
+
+The container is described at https://huggingface.co/docs/safetensors; its own library reads it.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+from etils import epath
+from safetensors import SafetensorError, safe_open
+
+from calm_jax.checkpoints.files import first_line, is_bucket, read_field, read_json
+from calm_jax.checkpoints.sources.source import Source
+from calm_jax.errors import CalmError
+
+CONFIG, SINGLE, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
+_DTYPES = {
+    "BOOL": np.bool_, "U8": np.uint8, "I8": np.int8, "U16": np.uint16, "I16": np.int16,
+    "U32": np.uint32, "I32": np.int32, "U64": np.uint64, "I64": np.int64, "F16": np.float16,
+    "BF16": ml_dtypes.bfloat16, "F32": np.float32, "F64": np.float64,
+}  # fmt: skip
+
+
+def read(place: epath.Path) -> Source:
+    """Opens a folder; no weight is read.
+
+    Tensors are those of the shards in `model.safetensors.index.json`, of `model.safetensors`, or of
+    all `.safetensors` files together.
+
+    Raises:
+        CalmError: the folder is on a bucket; config.json is missing or damaged; index and shards
+            contradict each other, or shards have a tensor twice; a file is damaged.
+    """
+    config = _read_config(place)
+    if (place / INDEX).exists():
+        tensors = _indexed(place)
+    elif (place / SINGLE).exists():
+        tensors = _open_file(place / SINGLE)
+    else:
+        tensors = {}
+        for file in sorted(place.glob("*.safetensors")):
+            for name, tensor in _open_file(file).items():
+                if name in tensors:
+                    raise CalmError(f"{file}: tensor {name} is also in {tensors[name].file.name}")
+                tensors[name] = tensor
+        if not tensors:
+            raise CalmError(f"{place} has a {CONFIG} and no tensors in .safetensors files")
+    return Source(place, "huggingface", tensors, config)
+
+
+def read_file(place: epath.Path) -> Source:
+    """Opens one `.safetensors` file, with the config.json beside it where there is one.
+
+    Raises `CalmError` as `read` does.
+    """
+    tensors = _open_file(place)
+    if (place.parent / CONFIG).exists():
+        return Source(place.parent, "huggingface", tensors, _read_config(place.parent))
+    return Source(place, "safetensors", tensors)
+
+
+@dataclasses.dataclass(frozen=True)
+class StoredTensor:
+    """A tensor in a safetensors file; see `Tensor`."""
+
+    file: epath.Path
+    name: str
+    shape: tuple[int, ...]
+    stored_as: str
+    opened: Any
+
+    @property
+    def dtype(self) -> np.dtype:
+        if self.stored_as not in _DTYPES:
+            raise CalmError(
+                f"{self.file}: tensor {self.name} is {self.stored_as}, which is not supported"
+            )
+        return np.dtype(_DTYPES[self.stored_as])
+
+    def __getitem__(self, index: Any) -> np.ndarray:
+        dtype = self.dtype
+        try:
+            return np.asarray(self.opened.get_slice(self.name)[index], dtype)
+        except (SafetensorError, OSError) as error:
+            raise CalmError(
+                f"{self.file}: tensor {self.name} cannot be read: {first_line(error)}"
+            ) from error
+
+
+def _open_file(file: epath.Path) -> dict[str, StoredTensor]:
+    if is_bucket(file):
+        raise CalmError(f"{file} is on a bucket; copy the checkpoint to a disk first")
+    try:
+        opened = safe_open(str(file), framework="numpy")
+        slices = {name: opened.get_slice(name) for name in opened.offset_keys()}
+        return {
+            name: StoredTensor(file, name, tuple(part.get_shape()), part.get_dtype(), opened)
+            for name, part in slices.items()
+        }
+    except (SafetensorError, OSError) as error:
+        raise CalmError(f"{file} is no whole safetensors file: {first_line(error)}") from error
+
+
+def _indexed(place: epath.Path) -> dict[str, StoredTensor]:
+    index = place / INDEX
+    places = read_field(read_json(index, "a Hugging Face checkpoint"), "weight_map", index)
+    if not isinstance(places, Mapping) or not places:
+        raise CalmError(f"{index}: weight_map is no object of tensors and their files")
+    for name, file in places.items():
+        if not isinstance(file, str) or epath.Path(file).name != file:
+            raise CalmError(f"{index}: tensor {name} is in {file!r}, which is no name of a file")
+        if not (place / file).exists():
+            raise CalmError(f"{index}: tensor {name} is in {file}, which is missing")
+    files = sorted(set(places.values()))
+    if SINGLE not in files and (place / SINGLE).exists():
+        raise CalmError(f"{place} has both {SINGLE} and {INDEX} with other files; remove one")
+    tensors = {}
+    for file in files:
+        for name, tensor in _open_file(place / file).items():
+            if places.get(name) != file:
+                raise CalmError(
+                    f"{place / file}: tensor {name} is not in this file, says {INDEX}, but in "
+                    f"{places.get(name, 'none')}"
+                )
+            tensors[name] = tensor
+    for name, file in places.items():
+        if name not in tensors:
+            raise CalmError(f"{place / file}: tensor {name} is missing, which {INDEX} says is here")
+    return tensors
+
+
+def _read_config(place: epath.Path) -> Mapping[str, Any]:
+    values = read_json(place / CONFIG, "a Hugging Face checkpoint")
+    architectures = values.get("architectures") or []
+    if not isinstance(architectures, list) or not all(isinstance(a, str) for a in architectures):
+        raise CalmError(f"{place / CONFIG}: architectures is {architectures!r}, no list of names")
+    return values
