@@ -9,7 +9,9 @@ import pytest
 pytest.importorskip("torch", reason="needs the extra [parity]")
 transformers = pytest.importorskip("transformers", reason="needs the extra [parity]")
 
-from calm_jax.checkpoints.convert.gemma import GLOBAL, LOCAL, Gemma, Gemma2, Gemma3  # noqa: E402
+import calm_jax  # noqa: E402
+from calm_jax.checkpoints.convert.gemma import Gemma, Gemma2, Gemma3  # noqa: E402
+from calm_jax.checkpoints.convert.huggingface_config import GLOBAL, LOCAL  # noqa: E402
 from calm_jax.checkpoints.sources.opening import open_source  # noqa: E402
 from tests.converting import decoder_in_memory  # noqa: E402
 from tests.parity.random_huggingface import save_random  # noqa: E402
@@ -145,6 +147,26 @@ def test_the_config_that_is_written_is_transformers_own(name, saved, tmp_path):
     with torch.no_grad():
         theirs = model(torch.from_numpy(tokens.astype(np.int64))).logits.numpy()
     assert np.max(np.abs(theirs - logits)) <= 1e-6 * np.max(np.abs(logits))
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_converted_and_exported_it_is_the_same_model_to_transformers(name, saved, tmp_path):
+    import torch
+
+    family, folder, tokens, logits = saved(name)
+    calm_jax.convert(folder, tmp_path / "frozen")
+    calm_jax.export(tmp_path / "frozen", tmp_path / "exported")
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "exported", attn_implementation="eager"
+    )
+    with torch.no_grad():
+        theirs = model(torch.from_numpy(tokens.astype(np.int64))).logits.numpy()
+    assert np.max(np.abs(theirs - logits)) <= 1e-6 * np.max(np.abs(logits))
+    source = open_source(folder)
+    reading, exported = family.read(source), model.state_dict()
+    names = [n for rule in reading.rules for n in rule.names(reading.config.num_layers)]
+    for name in names:
+        assert np.array_equal(reading.tensors[name][...], exported[name].numpy())
 
 
 class Wrong:

@@ -74,8 +74,10 @@ def _find_family(described: frozen.Description) -> tuple[HuggingFaceFamily, dict
     known.sort(key=lambda family: family.name != origin.get("family"))
     for family in known:
         values = family.huggingface_config(described.config)
-        own = origin.get("config") if family.name == origin.get("family") else None
-        for config in [{**own, **values}] * bool(own) + [values]:
+        own = origin.get("config") or {}
+        # A model taken out of a larger one has no place for the larger one's keys.
+        same = own.get("model_type") == values["model_type"]
+        for config in [{**own, **values}] * same + [values]:
             try:
                 form = family.decoder_config(config, "config.json")
             except CalmError:

@@ -6,7 +6,7 @@ the MLP, as in Llama; in Gemma 2 and 3 the one on the attention's result.
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from calm_jax.checkpoints.convert import huggingface_config as read
@@ -16,38 +16,12 @@ from calm_jax.checkpoints.sources.source import Source, Tensor
 from calm_jax.errors import CalmError
 from calm_jax.models import DecoderConfig
 
-LOCAL, GLOBAL = "sliding_attention", "full_attention"
-_SIZES = {
-    "vocab_size": "vocab_size",
-    "hidden_size": "embed_dim",
-    "intermediate_size": "mlp_dim",
-    "num_hidden_layers": "num_layers",
-    "num_attention_heads": "num_heads",
-    "num_key_value_heads": "num_kv_heads",
-    "head_dim": "head_dim",
-}
 _CAPS = {
     "attn_logit_softcapping": "attention_logit_cap",
     "final_logit_softcapping": "final_logit_cap",
 }
 # The language model within a model that sees, and its head.
 _WITHIN = re.compile(r"^(model\.language_model|language_model\.model)\.")
-
-
-def local_layer_fields(local: Sequence[bool], window: int | None) -> dict[str, Any]:
-    """`DecoderConfig` fields of a model whose layers are `local` or not, by the shortest pattern.
-
-    >>> local_layer_fields([True, False, True], 8)
-    {'window': 8, 'window_pattern': (True, False)}
-    """
-    if not any(local):
-        return {}
-    period = next(
-        size
-        for size in range(1, len(local) + 1)
-        if all(here == local[layer % size] for layer, here in enumerate(local))
-    )
-    return {"window": window, "window_pattern": tuple(local[:period])}
 
 
 class Gemma(HuggingFaceFamily):
@@ -76,7 +50,7 @@ class Gemma(HuggingFaceFamily):
         read.refuse(values, where, "attention_bias", False)
         read.refuse(values, where, "use_bidirectional_attention", False, None)
         sizes = {
-            _SIZES[key]: read.whole_number(values, key, where, default)
+            read.SIZES[key]: read.whole_number(values, key, where, default)
             for key, default in self.defaults.items()
         }
         return DecoderConfig.gemma(
@@ -107,7 +81,7 @@ class Gemma(HuggingFaceFamily):
         return {
             "architectures": [self.architectures[0]],
             "model_type": self.model_type,
-            **{key: getattr(config, field) for key, field in _SIZES.items()},
+            **{key: getattr(config, field) for key, field in read.SIZES.items()},
             self.activation_key: read.ACTIVATION_NAMES[config.activation],
             "rms_norm_eps": config.norm_eps,
             "tie_word_embeddings": config.tied_head,
@@ -187,7 +161,10 @@ class Gemma2(Gemma):
     def attention_fields(
         self, values: Mapping[str, Any], where: str, sizes: Mapping[str, int]
     ) -> dict[str, Any]:
-        local = self.local_layers(values, where, sizes["num_layers"])
+        local = read.local_layers(values, where, sizes["num_layers"])
+        if local is None:
+            period = self.global_every(values, where)
+            local = [(layer + 1) % period != 0 for layer in range(sizes["num_layers"])]
         window = read.whole_number(values, "sliding_window", where, 4096) if any(local) else None
         query_width = read.number(values, "query_pre_attn_scalar", where, 256)
         caps = {
@@ -200,26 +177,9 @@ class Gemma2(Gemma):
             "post_norms": True,
             "query_scale": None if query_width == sizes["head_dim"] else query_width**-0.5,
             **caps,
-            **local_layer_fields(local, window),
+            **read.local_layer_fields(local, window),
             **self.rope_fields(values, where),
         }
-
-    def local_layers(self, values: Mapping[str, Any], where: str, num_layers: int) -> list[bool]:
-        """For each layer, whether it is local."""
-        types = values.get("layer_types")
-        if types is None:
-            period = self.global_every(values, where)
-            return [(layer + 1) % period != 0 for layer in range(num_layers)]
-        if (
-            not isinstance(types, list)
-            or len(types) != num_layers
-            or not all(kind in (LOCAL, GLOBAL) for kind in types)
-        ):
-            raise CalmError(
-                f"{where}: layer_types is {types!r}; it must say {LOCAL} or {GLOBAL} for each of "
-                f"{num_layers} layers"
-            )
-        return [kind == LOCAL for kind in types]
 
     def global_every(self, values: Mapping[str, Any], where: str) -> int:
         """How many layers on from a global one the next stands, where no list says."""
@@ -230,7 +190,7 @@ class Gemma2(Gemma):
             "query_pre_attn_scalar": round(config.scale**-2),
             **{key: getattr(config, field) for key, field in _CAPS.items()},
             "sliding_window": config.window or 4096,
-            "layer_types": [LOCAL if local else GLOBAL for local in config.local_layers],
+            "layer_types": [read.LOCAL if local else read.GLOBAL for local in config.local_layers],
             "rope_parameters": self.rope_keys(config),
         }
 
@@ -267,23 +227,24 @@ class Gemma3(Gemma2):
         return read.whole_number(values, "sliding_window_pattern", where, 6)
 
     def rope_fields(self, values: Mapping[str, Any], where: str) -> dict[str, Any]:
-        base, scaling = read.rope(values, where, GLOBAL)
-        local_base, local_scaling = read.rope(values, where, LOCAL)
+        base, scaling = read.rope(values, where, read.GLOBAL)
+        local_base, local_scaling = read.rope(values, where, read.LOCAL)
         fields = {"rope_base": base, "rope_scaling": scaling}
         if (local_base, local_scaling) == (base, scaling):
             return fields
         if local_scaling is not None:
             raise CalmError(
-                f"{where}: rope scaling of {LOCAL} is {local_scaling}, of {GLOBAL} {scaling}; "
-                "local layers may only have none or the same"
+                f"{where}: rope scaling of {read.LOCAL} is {local_scaling}; it may only be none, "
+                f"or like {read.GLOBAL} in all: {scaling}"
             )
         return {**fields, "local_rope_base": local_base}
 
     def rope_keys(self, config: DecoderConfig) -> dict[str, Any]:
         everywhere = super().rope_keys(config)
         if config.local_rope_base is None:
-            return {GLOBAL: everywhere, LOCAL: everywhere}
-        return {GLOBAL: everywhere, LOCAL: read.rope_parameters(config.local_rope_base, None)}
+            return {read.GLOBAL: everywhere, read.LOCAL: everywhere}
+        local = read.rope_parameters(config.local_rope_base, None)
+        return {read.GLOBAL: everywhere, read.LOCAL: local}
 
     def tensors(self, source: Source) -> Mapping[str, Tensor]:
         found = {

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from calm_jax.checkpoints.convert.family import Family, Reading
-from calm_jax.checkpoints.convert.gemma import local_layer_fields
+from calm_jax.checkpoints.convert.huggingface_config import local_layer_fields
 from calm_jax.checkpoints.convert.table import Part, Rule, Unused, rule
 from calm_jax.checkpoints.sources.source import Layer, Source, Tensor
 from calm_jax.errors import CalmError
