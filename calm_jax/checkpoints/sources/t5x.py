@@ -7,6 +7,7 @@ Three forms are on disk (`t5x/checkpoints.py`):
  Orbax: a folder `state/` with `_METADATA`.
 """
 
+import os
 import posixpath
 import re
 from collections.abc import Iterator, Mapping
@@ -168,7 +169,7 @@ def _check_spec(spec: Mapping[str, Any], called: str) -> tuple[str, tuple[tuple[
     try:
         kinds = spec["driver"], store["driver"]
         # Before TensorStore 0.1.14 the path was the array's, not the store's.
-        path = store.get("path") or spec["path"]
+        path = os.fspath(store.get("path") or spec["path"])
         shape = spec["metadata"]["shape"]
         # Flax writes a list as a dict, unless it is told how to write the whole spec.
         shape = shape.values() if isinstance(shape, Mapping) else shape

@@ -161,3 +161,9 @@ def test_a_folder_of_something_else(tmp_path):
     assert not orbax_tree.is_orbax(tmp_path)
     with pytest.raises(CalmError, match="_METADATA is missing"):
         orbax_tree.read(tmp_path)
+
+
+def test_an_unfinished_step_is_none(tmp_path):
+    place = manager(state=1)(tmp_path / "run")
+    shutil.copytree(place / "3", place / "4.orbax-checkpoint-tmp")
+    np.testing.assert_array_equal(orbax_tree.read(place).tensors["list/0"][...], [0, 1, 2])

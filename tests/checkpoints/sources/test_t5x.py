@@ -169,6 +169,7 @@ def test_paths_out_of_the_checkpoint(tmp_path, path, form):
         ({"driver": "n5"}, "is stored as n5 on file"),
         ({"kvstore": 3}, "has a damaged spec"),
         ({"kvstore": {"driver": "file"}}, "has a damaged spec"),
+        ({"kvstore": {"driver": "file", "path": 3}}, "has a damaged spec"),
         ({"metadata": {"shape": "wide"}}, "has a damaged spec"),
         ({"metadata": None}, "has a damaged spec"),
     ],
