@@ -43,6 +43,37 @@ LLAMA_3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 16,
 }
+LOCAL_5 = {"sliding_window": 5, "query_pre_attn_scalar": 12}
+GEMMA_3 = {
+    **SIZES,
+    **LOCAL_5,
+    "num_hidden_layers": 7,
+    "rope_parameters": {
+        "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1_000_000.0},
+        "sliding_attention": {"rope_type": "default", "rope_theta": 10_000.0},
+    },
+}
+EYE = {
+    "hidden_size": 16,
+    "intermediate_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "image_size": 28,
+    "patch_size": 14,
+}
+
+
+def gemma3_seeing() -> transformers.PreTrainedConfig:
+    """A model that also sees, of which the language model alone is converted."""
+    return transformers.Gemma3Config(
+        text_config=transformers.Gemma3TextConfig(**GEMMA_3 | {"num_hidden_layers": 2}),
+        vision_config=transformers.SiglipVisionConfig(**EYE),
+        mm_tokens_per_image=4,
+        boi_token_index=1,
+        eoi_token_index=2,
+        image_token_index=0,
+    )
+
 
 MODELS = {
     "llama": lambda: transformers.LlamaConfig(
@@ -53,6 +84,10 @@ MODELS = {
         **SIZES, use_sliding_window=True, sliding_window=5, max_window_layers=1
     ),
     "qwen3": lambda: transformers.Qwen3Config(**SIZES, tie_word_embeddings=True),
+    "gemma": lambda: transformers.GemmaConfig(**SIZES),
+    "gemma2": lambda: transformers.Gemma2Config(**SIZES, **LOCAL_5, attn_logit_softcapping=5.0),
+    "gemma3": lambda: transformers.Gemma3TextConfig(**GEMMA_3),
+    "gemma3_seeing": gemma3_seeing,
 }
 
 

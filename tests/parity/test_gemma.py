@@ -14,6 +14,7 @@ from calm_jax.checkpoints.convert.gemma import Gemma, Gemma2, Gemma3  # noqa: E4
 from calm_jax.checkpoints.convert.huggingface_config import GLOBAL, LOCAL  # noqa: E402
 from calm_jax.checkpoints.sources.opening import open_source  # noqa: E402
 from tests.converting import decoder_in_memory  # noqa: E402
+from tests.parity.make_golden import EYE  # noqa: E402
 from tests.parity.random_huggingface import save_random  # noqa: E402
 
 # Of the largest logit. The exact gelu in place of the tanh form changes 6e-5 of it.
@@ -33,14 +34,6 @@ ROPES = {
     LOCAL: {"rope_type": "default", "rope_theta": 1e4},
 }
 TEXT_3 = {**SIZES, **LOCALS, "num_hidden_layers": 8, "rope_parameters": ROPES}
-EYE = {
-    "hidden_size": 16,
-    "intermediate_size": 16,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 2,
-    "image_size": 28,
-    "patch_size": 14,
-}
 
 
 def seeing_config():

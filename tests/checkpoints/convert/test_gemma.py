@@ -1,17 +1,21 @@
 """Gemma 1, 2 and 3 of transformers: config.json in all spellings, names, and committed outputs."""
 
 import json
+import pathlib
 
 import hypothesis
 import numpy as np
 import pytest
+import safetensors.numpy
 from etils import epath
 from hypothesis import strategies as st
 
+import calm_jax
 from calm_jax import DecoderConfig
 from calm_jax.checkpoints.convert.gemma import Gemma, Gemma2, Gemma3
 from calm_jax.checkpoints.convert.huggingface_config import GLOBAL, LOCAL, local_layer_fields
 from calm_jax.checkpoints.convert.table import check_names, check_shapes
+from calm_jax.checkpoints.sources.opening import open_source
 from calm_jax.checkpoints.sources.source import Source
 from calm_jax.errors import CalmError
 from calm_jax.models.config import RopeScaling
@@ -89,6 +93,24 @@ def test_config_json_is_read_back_as_it_was(family):
         assert family().decoder_config(values, WHERE) == config
 
     check()
+
+
+GOLDEN = pathlib.Path(__file__).parent / "golden"
+
+
+@pytest.mark.parametrize(
+    ("name", "family"),
+    [("gemma", Gemma()), ("gemma2", Gemma2()), ("gemma3", Gemma3()), ("gemma3_seeing", Gemma3())],
+)
+def test_logits_are_those_of_transformers(name, family):
+    """The outputs are by tests/parity/make_golden.py."""
+    source = open_source(GOLDEN / name)
+    assert family.recognises(source)
+    with np.load(GOLDEN / name / "logits.npz") as golden:
+        logits = np.asarray(decoder_in_memory(family, source)(golden["tokens"]))
+        difference = np.max(np.abs(logits - golden["logits"]))
+        # The exact gelu in place of the tanh form changes less than 1e-4 of the largest logit.
+        assert difference <= 4e-6 * np.max(np.abs(golden["logits"]))
 
 
 def test_absent_keys_mean_what_they_mean_to_transformers():
@@ -270,6 +292,23 @@ def test_the_language_model_of_one_that_sees(prefix):
     part = decoder_in_memory(family, source)
     tokens = np.arange(24, dtype=np.int32).reshape(2, 12)
     assert np.array_equal(whole(tokens), part(tokens))
+
+
+def test_a_head_beside_a_tied_embedding_must_equal_it(tmp_path):
+    arrays = safetensors.numpy.load_file(GOLDEN / "gemma" / "model.safetensors")
+    head = arrays["model.embed_tokens.weight"]
+    for name, changed in (("same", head), ("other", head + 1)):
+        place = tmp_path / name
+        place.mkdir()
+        (place / "config.json").write_bytes((GOLDEN / "gemma" / "config.json").read_bytes())
+        safetensors.numpy.save_file(
+            arrays | {"lm_head.weight": changed}, place / "model.safetensors"
+        )
+    calm_jax.convert(tmp_path / "same", tmp_path / "frozen")
+    assert calm_jax.load(tmp_path / "frozen").config.tied_head
+    with pytest.raises(CalmError, match=r"lm_head\.weight and model\.embed_tokens\.weight differ"):
+        calm_jax.convert(tmp_path / "other", tmp_path / "refused")
+    assert not (tmp_path / "refused").exists()
 
 
 def test_a_tensor_in_two_forms_is_refused():
