@@ -4,8 +4,10 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
+from calm_jax.checkpoints.convert.huggingface_config import refuse
 from calm_jax.checkpoints.convert.table import Rule, Unused
 from calm_jax.checkpoints.sources.source import Source, Tensor
+from calm_jax.errors import CalmError
 from calm_jax.models import DecoderConfig
 
 
@@ -71,7 +73,11 @@ class HuggingFaceFamily(Family):
         return bool(set(source.config.get("architectures") or ()) & set(self.architectures))
 
     def read(self, source: Source, **options: Any) -> Reading:
-        config = self.decoder_config(source.config, str(source.place / "config.json"))
+        if source.config is None:
+            raise CalmError(f"{source.place}: {self.name} needs a config.json beside the tensors")
+        where = str(source.place / "config.json")
+        refuse(source.config, where, "quantization_config", None)
+        config = self.decoder_config(source.config, where)
         return Reading(config, self.rules(config), self.tensors(source), self.unused(config))
 
     def tensors(self, source: Source) -> Mapping[str, Tensor]:
