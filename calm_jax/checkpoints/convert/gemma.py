@@ -10,8 +10,8 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from calm_jax.checkpoints.convert import huggingface_config as read
-from calm_jax.checkpoints.convert.family import HuggingFaceFamily
-from calm_jax.checkpoints.convert.table import Rule, Unused, rule
+from calm_jax.checkpoints.convert.llama import Llama
+from calm_jax.checkpoints.convert.table import Unused
 from calm_jax.checkpoints.sources.source import Source, Tensor
 from calm_jax.errors import CalmError
 from calm_jax.models import DecoderConfig
@@ -24,13 +24,12 @@ _CAPS = {
 _WITHIN = re.compile(r"^(model\.language_model|language_model\.model)\.")
 
 
-class Gemma(HuggingFaceFamily):
-    """Gemma 1: every layer sees everything, logits are not capped, no second norms."""
+class Gemma(Llama):
+    """Gemma 1: Llama's names, another form; every layer sees everything."""
 
     name = "gemma"
     architectures = ("GemmaForCausalLM",)
     model_type = "gemma"
-    activation_key: ClassVar[str] = "hidden_act"
     # What a config.json that lacks a key means (transformers' GemmaConfig).
     defaults: ClassVar[Mapping[str, int]] = {
         "vocab_size": 256_000,
@@ -41,91 +40,36 @@ class Gemma(HuggingFaceFamily):
         "num_key_value_heads": 16,
         "head_dim": 256,
     }
-    norms: ClassVar[Mapping[str, str]] = {
-        "input_layernorm": "attention_norm",
-        "post_attention_layernorm": "mlp_norm",
-    }
 
     def decoder_config(self, values: Mapping[str, Any], where: str) -> DecoderConfig:
         read.refuse(values, where, "attention_bias", False)
         read.refuse(values, where, "use_bidirectional_attention", False, None)
-        sizes = {
-            read.SIZES[key]: read.whole_number(values, key, where, default)
-            for key, default in self.defaults.items()
-        }
+        sizes = self.sizes(values, where)
         return DecoderConfig.gemma(
             **sizes,
             norm_eps=read.number(values, "rms_norm_eps", where, 1e-6),
             activation=self.activation(values, where),
             tied_head=read.boolean(values, "tie_word_embeddings", where, True),
-            **self.attention_fields(values, where, sizes),
+            **self.rope_fields(values, where),
+            **self.own_fields(values, where, sizes["num_layers"]),
         )
 
     def activation(self, values: Mapping[str, Any], where: str) -> str:
-        # Gemma 1 was published as "gelu" and trained with the tanh form.
-        if values.get(self.activation_key) == "gelu":
+        # It was published as "gelu" and trained with the tanh form.
+        if values.get("hidden_act") == "gelu":
             return "gelu_tanh"
-        return read.activation(values, self.activation_key, where, "gelu_tanh")
-
-    def attention_fields(
-        self, values: Mapping[str, Any], where: str, sizes: Mapping[str, int]
-    ) -> dict[str, Any]:
-        """`DecoderConfig` fields in which the generations differ."""
-        return self.rope_fields(values, where)
+        return read.activation(values, "hidden_act", where, "gelu_tanh")
 
     def rope_fields(self, values: Mapping[str, Any], where: str) -> dict[str, Any]:
+        """`DecoderConfig` fields of the rotary positions."""
         base, scaling = read.rope(values, where)
         return {"rope_base": base, "rope_scaling": scaling}
 
-    def huggingface_config(self, config: DecoderConfig) -> dict[str, Any]:
-        return {
-            "architectures": [self.architectures[0]],
-            "model_type": self.model_type,
-            **{key: getattr(config, field) for key, field in read.SIZES.items()},
-            self.activation_key: read.ACTIVATION_NAMES[config.activation],
-            "rms_norm_eps": config.norm_eps,
-            "tie_word_embeddings": config.tied_head,
-            "attention_bias": False,
-            **self.attention_keys(config),
-        }
+    def own_fields(self, values: Mapping[str, Any], where: str, num_layers: int) -> dict[str, Any]:
+        return {}
 
-    def attention_keys(self, config: DecoderConfig) -> dict[str, Any]:
-        """The inverse of `attention_fields`."""
-        return {"rope_parameters": self.rope_keys(config)}
-
-    def rope_keys(self, config: DecoderConfig) -> dict[str, Any]:
-        return read.rope_parameters(config.rope_base, config.rope_scaling)
-
-    def rules(self, config: DecoderConfig) -> tuple[Rule, ...]:
-        layer, attention, mlp = "model.layers.{layer}", "layers/attention", "layers/mlp"
-        head_norms = {"q_norm": "query_norm", "k_norm": "key_norm"} if config.qk_norm else {}
-        head = (rule("lm_head.weight", "head", "V D -> D V"),)
-        return (
-            rule("model.embed_tokens.weight", "embedding", "V D -> V D"),
-            rule(f"{layer}.self_attn.q_proj.weight", f"{attention}/query", "(N H) D -> D N H"),
-            rule(f"{layer}.self_attn.k_proj.weight", f"{attention}/key", "(K H) D -> D K H"),
-            rule(f"{layer}.self_attn.v_proj.weight", f"{attention}/value", "(K H) D -> D K H"),
-            rule(f"{layer}.self_attn.o_proj.weight", f"{attention}/output", "D (N H) -> N H D"),
-            *(
-                rule(f"{layer}.self_attn.{theirs}.weight", f"{attention}/{ours}/scale", "H -> H")
-                for theirs, ours in head_norms.items()
-            ),
-            rule(f"{layer}.mlp.gate_proj.weight", f"{mlp}/gate", "F D -> D F"),
-            rule(f"{layer}.mlp.up_proj.weight", f"{mlp}/up", "F D -> D F"),
-            rule(f"{layer}.mlp.down_proj.weight", f"{mlp}/down", "D F -> F D"),
-            *(
-                rule(f"{layer}.{theirs}.weight", f"layers/{ours}/scale", "D -> D")
-                for theirs, ours in self.norms.items()
-            ),
-            rule("model.norm.weight", "final_norm/scale", "D -> D"),
-            *(() if config.tied_head else head),
-        )
-
-    def unused(self, config: DecoderConfig) -> tuple[Unused, ...]:
-        buffers = Unused(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
-        if not config.tied_head:
-            return (buffers,)
-        return (buffers, Unused(r"lm_head\.weight", "same", "model.embed_tokens.weight"))
+    def own_keys(self, config: DecoderConfig) -> dict[str, Any]:
+        return {"attention_bias": False}
 
 
 class Gemma2(Gemma):
@@ -134,7 +78,6 @@ class Gemma2(Gemma):
     name = "gemma2"
     architectures = ("Gemma2ForCausalLM",)
     model_type = "gemma2"
-    activation_key = "hidden_activation"
     defaults: ClassVar[Mapping[str, int]] = {
         "vocab_size": 256_000,
         "hidden_size": 2304,
@@ -144,11 +87,11 @@ class Gemma2(Gemma):
         "num_key_value_heads": 4,
         "head_dim": 256,
     }
-    norms: ClassVar[Mapping[str, str]] = {
-        "input_layernorm": "attention_norm",
-        "post_attention_layernorm": "post_attention_norm",
-        "pre_feedforward_layernorm": "mlp_norm",
-        "post_feedforward_layernorm": "post_mlp_norm",
+    norms: ClassVar[Mapping[str, tuple[str, str]]] = {
+        "input_layernorm.weight": ("layers/attention_norm/scale", "D -> D"),
+        "post_attention_layernorm.weight": ("layers/post_attention_norm/scale", "D -> D"),
+        "pre_feedforward_layernorm.weight": ("layers/mlp_norm/scale", "D -> D"),
+        "post_feedforward_layernorm.weight": ("layers/post_mlp_norm/scale", "D -> D"),
     }
     caps: ClassVar[Mapping[str, float | None]] = {
         "attn_logit_softcapping": 50.0,
@@ -156,42 +99,36 @@ class Gemma2(Gemma):
     }
 
     def activation(self, values: Mapping[str, Any], where: str) -> str:
-        return read.activation(values, self.activation_key, where, "gelu_tanh")
+        return read.activation(values, "hidden_activation", where, "gelu_tanh")
 
-    def attention_fields(
-        self, values: Mapping[str, Any], where: str, sizes: Mapping[str, int]
-    ) -> dict[str, Any]:
-        local = read.local_layers(values, where, sizes["num_layers"])
+    def own_fields(self, values: Mapping[str, Any], where: str, num_layers: int) -> dict[str, Any]:
+        local = read.local_layers(values, where, num_layers)
         if local is None:
             period = self.global_every(values, where)
-            local = [(layer + 1) % period != 0 for layer in range(sizes["num_layers"])]
+            local = [(layer + 1) % period != 0 for layer in range(num_layers)]
         window = read.whole_number(values, "sliding_window", where, 4096) if any(local) else None
-        query_width = read.number(values, "query_pre_attn_scalar", where, 256)
-        caps = {
-            _CAPS[key]: None
-            if values.get(key, default) is None
-            else read.number(values, key, where, default)
-            for key, default in self.caps.items()
-        }
-        return {
+        fields = {
             "post_norms": True,
-            "query_scale": None if query_width == sizes["head_dim"] else query_width**-0.5,
-            **caps,
+            "query_scale": read.number(values, "query_pre_attn_scalar", where, 256) ** -0.5,
             **read.local_layer_fields(local, window),
-            **self.rope_fields(values, where),
         }
+        for key, default in self.caps.items():
+            if values.get(key, default) is not None:
+                fields[_CAPS[key]] = read.number(values, key, where, default)
+        return fields
 
     def global_every(self, values: Mapping[str, Any], where: str) -> int:
         """How many layers on from a global one the next stands, where no list says."""
         return 2
 
-    def attention_keys(self, config: DecoderConfig) -> dict[str, Any]:
+    def own_keys(self, config: DecoderConfig) -> dict[str, Any]:
         return {
+            **super().own_keys(config),
+            "hidden_activation": read.ACTIVATION_NAMES[config.activation],
             "query_pre_attn_scalar": round(config.scale**-2),
             **{key: getattr(config, field) for key, field in _CAPS.items()},
             "sliding_window": config.window or 4096,
             "layer_types": [read.LOCAL if local else read.GLOBAL for local in config.local_layers],
-            "rope_parameters": self.rope_keys(config),
         }
 
 
@@ -218,10 +155,8 @@ class Gemma3(Gemma2):
         read.refuse(values, where, "attn_logit_softcapping", None)
         return super().decoder_config(values, where)
 
-    def attention_fields(
-        self, values: Mapping[str, Any], where: str, sizes: Mapping[str, int]
-    ) -> dict[str, Any]:
-        return {"qk_norm": "rms", **super().attention_fields(values, where, sizes)}
+    def own_fields(self, values: Mapping[str, Any], where: str, num_layers: int) -> dict[str, Any]:
+        return {"qk_norm": "rms", **super().own_fields(values, where, num_layers)}
 
     def global_every(self, values: Mapping[str, Any], where: str) -> int:
         return read.whole_number(values, "sliding_window_pattern", where, 6)
@@ -239,12 +174,12 @@ class Gemma3(Gemma2):
             )
         return {**fields, "local_rope_base": local_base}
 
-    def rope_keys(self, config: DecoderConfig) -> dict[str, Any]:
-        everywhere = super().rope_keys(config)
-        if config.local_rope_base is None:
-            return {read.GLOBAL: everywhere, read.LOCAL: everywhere}
-        local = read.rope_parameters(config.local_rope_base, None)
-        return {read.GLOBAL: everywhere, read.LOCAL: local}
+    def own_keys(self, config: DecoderConfig) -> dict[str, Any]:
+        everywhere = local = read.rope_parameters(config.rope_base, config.rope_scaling)
+        if config.local_rope_base is not None:
+            local = read.rope_parameters(config.local_rope_base, None)
+        ropes = {read.GLOBAL: everywhere, read.LOCAL: local}
+        return {**super().own_keys(config), "rope_parameters": ropes}
 
     def tensors(self, source: Source) -> Mapping[str, Tensor]:
         found = {

@@ -18,28 +18,16 @@ from calm_jax.errors import CalmError
 from calm_jax.models import DecoderConfig
 from calm_jax.models.config import RopeScaling
 
-# Each generation's form, and what its sizes have in common; of options, their default.
-_GENERATIONS: dict[int, dict[str, Any]] = {
-    1: {"query_scale": None},
-    2: {
-        "query_scale": None,
-        "window": 4096,
-        "attention_logit_cap": 50.0,
-        "final_logit_cap": 30.0,
-        "rope_factor": 1.0,
-    },
-    3: {
-        "query_scale": None,
-        "window": 512,
-        "attention_logit_cap": 0.0,
-        "final_logit_cap": 0.0,
-        "rope_factor": 1.0,
-    },
+# By generation, what a tree does not show: of a size that was never published.
+_ASSUMED: dict[int, dict[str, float]] = {
+    1: {},
+    2: {"window": 4096, "attention_logit_cap": 50.0, "final_logit_cap": 30.0, "rope_factor": 1.0},
+    3: {"window": 512, "attention_logit_cap": 0.0, "final_logit_cap": 0.0, "rope_factor": 1.0},
 }
 _PATTERNS = {1: (False,), 2: (True, False), 3: (True,) * 5 + (False,)}  # local layers
 _LONG = {"window": 1024, "rope_factor": 8.0}
-# The published sizes by generation, layers and width: what the tree does not show of them.
-_PUBLISHED: dict[tuple[int, int, int], dict[str, Any]] = {
+# The published sizes by generation, layers and width: what is otherwise in them.
+_PUBLISHED: dict[tuple[int, int, int], dict[str, float]] = {
     (1, 18, 2048): {},
     (1, 28, 3072): {},
     (2, 26, 2304): {},
@@ -127,14 +115,14 @@ def _config(
 
     given = _numbers(options, generation, where)
     published = _PUBLISHED.get((generation, num_layers, embed_dim))
-    found = {**_GENERATIONS[generation], **(published or {}), **given}
-    warnings: list[str] = []
-    assumed = {name: value for name, value in found.items() if name not in given}
+    usual = {} if generation == 1 else {"query_scale": head_dim**-0.5}
+    found = usual | _ASSUMED[generation] | (published or {}) | given
+    assumed = [f"{name}={value:g}" for name, value in found.items() if name not in given]
+    warnings: tuple[str, ...] = ()
     if published is None and assumed:
-        listed = [f"{n}={head_dim**-0.5 if v is None else v:g}" for n, v in assumed.items()]
-        warnings.append(
+        warnings = (
             f"a Gemma {generation} of {num_layers} layers of width {embed_dim} was never "
-            f"published, and the tree does not tell everything: assumed {', '.join(listed)}"
+            f"published, and the tree does not tell everything: assumed {', '.join(assumed)}",
         )
     pattern = _PATTERNS[generation]
     layers = [pattern[layer % len(pattern)] for layer in range(num_layers)]
@@ -152,12 +140,12 @@ def _config(
         head_dim=head_dim,
         mlp_dim=mlp_dim,
         post_norms=post_norms,
-        query_scale=found["query_scale"],
+        query_scale=found.get("query_scale"),
         attention_logit_cap=found.get("attention_logit_cap") or None,
         final_logit_cap=found.get("final_logit_cap") or None,
         **fields,
     )
-    return config, tuple(warnings)
+    return config, warnings
 
 
 def _shape(tensors: Mapping[str, Tensor], name: str, rank: int, where: str) -> tuple[int, ...]:
@@ -175,7 +163,7 @@ def _numbers(options: Mapping[str, Any], generation: int, where: str) -> dict[st
     for name, value in options.items():
         if name == "gating" or value is None:
             continue
-        if name not in _GENERATIONS[generation]:
+        if name != "query_scale" and name not in _ASSUMED[generation]:
             raise CalmError(f"option {name}={value}: {where} is Gemma {generation}, without such")
         try:
             found[name] = int(value) if name == "window" else float(value)

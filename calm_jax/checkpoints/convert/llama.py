@@ -25,10 +25,6 @@ _MATRICES = {
     "mlp.up_proj.weight": (f"{_MLP}/up", "F D -> D F"),
     "mlp.down_proj.weight": (f"{_MLP}/down", "D F -> F D"),
 }
-_NORMS = {
-    "input_layernorm.weight": ("layers/attention_norm/scale", "D -> D"),
-    "post_attention_layernorm.weight": ("layers/mlp_norm/scale", "D -> D"),
-}
 _HEAD_NORMS = {
     "self_attn.q_norm.weight": (f"{_ATTENTION}/query_norm/scale", "H -> H"),
     "self_attn.k_norm.weight": (f"{_ATTENTION}/key_norm/scale", "H -> H"),
@@ -60,6 +56,10 @@ class Llama(HuggingFaceFamily):
         "intermediate_size": 11_008,
         "num_hidden_layers": 32,
         "num_attention_heads": 32,
+    }
+    norms: ClassVar[Mapping[str, tuple[str, str]]] = {
+        "input_layernorm.weight": ("layers/attention_norm/scale", "D -> D"),
+        "post_attention_layernorm.weight": ("layers/mlp_norm/scale", "D -> D"),
     }
 
     def decoder_config(self, values: Mapping[str, Any], where: str) -> DecoderConfig:
@@ -119,7 +119,7 @@ class Llama(HuggingFaceFamily):
     def rules(self, config: DecoderConfig) -> tuple[Rule, ...]:
         of_a_layer = (
             _MATRICES
-            | _NORMS
+            | dict(self.norms)
             | (_HEAD_NORMS if config.qk_norm else {})
             | (_ATTENTION_BIASES if config.attention_bias else {})
             | (_OUTPUT_BIAS if config.output_bias else {})

@@ -69,7 +69,7 @@ def configs(draw, family):
         query_width = draw(st.integers(1, 300))
         fields |= {
             "post_norms": True,
-            "query_scale": None if query_width == head_dim else query_width**-0.5,
+            "query_scale": query_width**-0.5,
             "final_logit_cap": draw(st.none() | TENTHS),
             **local_layer_fields(local, draw(st.integers(1, 50))),
         }
@@ -125,7 +125,7 @@ def test_absent_keys_mean_what_they_mean_to_transformers():
         assert (config.head_dim, config.norm_eps, config.tied_head) == (256, 1e-6, True)
         assert (config.norm_offset, config.activation) == (1.0, "gelu_tanh")
         assert config.embed_scale == config.embed_dim**0.5
-        assert config.query_scale is None
+        assert config.scale == 256**-0.5
     assert (first.rope_base, first.window, first.final_logit_cap) == (1e4, None, None)
     assert (second.attention_logit_cap, second.final_logit_cap) == (50.0, 30.0)
     assert (second.window, second.window_pattern, second.rope_base) == (4096, (True, False), 1e4)
@@ -154,6 +154,7 @@ def test_the_published_config_of_4b_leaves_most_of_it_to_defaults():
         mlp_dim=10_240,
         post_norms=True,
         qk_norm="rms",
+        query_scale=256**-0.5,
         window=1024,
         window_pattern=(True,) * 5 + (False,),
         rope_base=1e6,
