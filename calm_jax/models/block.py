@@ -13,6 +13,7 @@ from calm_jax import sharding
 from calm_jax.models.attention import SelfAttentionInputs, dot_product_attention
 from calm_jax.models.config import DecoderConfig
 from calm_jax.models.parameters import constant, matrix
+from calm_jax.models.quantized import product
 
 ACTIVATIONS = {
     "silu": jax.nn.silu,
@@ -77,9 +78,9 @@ class SelfAttention(nnx.Module):
         self, x_BTD: jax.Array, shared: SelfAttentionInputs, local: jax.Array
     ) -> jax.Array:
         cast = x_BTD.dtype
-        q_BTNH = jnp.einsum("BTD,DNH->BTNH", x_BTD, self.query[...].astype(cast))
-        k_BSKH = jnp.einsum("BSD,DKH->BSKH", x_BTD, self.key[...].astype(cast))
-        v_BSKH = jnp.einsum("BSD,DKH->BSKH", x_BTD, self.value[...].astype(cast))
+        q_BTNH = product("BTD,DNH->BTNH", x_BTD, self, "query")
+        k_BSKH = product("BSD,DKH->BSKH", x_BTD, self, "key")
+        v_BSKH = product("BSD,DKH->BSKH", x_BTD, self, "value")
         if self.config.attention_bias:
             q_BTNH += self.query_bias[...].astype(cast)
             k_BSKH += self.key_bias[...].astype(cast)
@@ -94,7 +95,7 @@ class SelfAttention(nnx.Module):
             q_BTNH, k_BSKH, v_BSKH, shared.mask(local),
             scale=self.config.scale, logit_cap=self.config.attention_logit_cap,
         )  # fmt: skip
-        y_BTD = jnp.einsum("BTNH,NHD->BTD", x_BTNH, self.output[...].astype(cast))
+        y_BTD = product("BTNH,NHD->BTD", x_BTNH, self, "output")
         return y_BTD + self.output_bias[...].astype(cast) if self.config.output_bias else y_BTD
 
 
@@ -114,16 +115,16 @@ class Mlp(nnx.Module):
 
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
         activation = ACTIVATIONS[self.config.activation]
-        hidden_BTF = self._project(x_BTD, self.up, "up_bias")
+        hidden_BTF = self._project("BTD,DF->BTF", x_BTD, "up")
         if self.config.gated_mlp:
-            hidden_BTF *= activation(self._project(x_BTD, self.gate, "gate_bias"))
+            hidden_BTF *= activation(self._project("BTD,DF->BTF", x_BTD, "gate"))
         else:
             hidden_BTF = activation(hidden_BTF)
-        return self._project(hidden_BTF, self.down, "down_bias")
+        return self._project("BTF,FD->BTD", hidden_BTF, "down")
 
-    def _project(self, x: jax.Array, weight: nnx.Param, bias: str) -> jax.Array:
-        y = x @ weight[...].astype(x.dtype)
-        return y + getattr(self, bias)[...].astype(x.dtype) if self.config.mlp_bias else y
+    def _project(self, equation: str, x: jax.Array, name: str) -> jax.Array:
+        y = product(equation, x, self, name)
+        return y + getattr(self, f"{name}_bias")[...].astype(x.dtype) if self.config.mlp_bias else y
 
 
 class Block(nnx.Module):

@@ -91,6 +91,8 @@ class DecoderConfig:
     tied_head: bool = True
 
     dtype: Literal["float32", "bfloat16"] = "float32"  # of matmuls and of the residual stream
+    # int8: matrices with a scale for each output channel, to be read only; None: as in `dtype`
+    weights: Literal["int8"] | None = None
 
     def __post_init__(self):
         for name in _SIZES:
@@ -187,6 +189,7 @@ _CHOICES = {
     "qk_norm": (None, "rms", "l2"),
     "rope": (None, "half", "interleaved"),
     "dtype": ("float32", "bfloat16"),
+    "weights": (None, "int8"),
 }
 
 

@@ -11,12 +11,15 @@ from calm_jax import sharding
 from calm_jax.models.attention import SelfAttentionInputs
 from calm_jax.models.block import Norm
 from calm_jax.models.config import DecoderConfig
-from calm_jax.models.parameters import constant, matrix
+from calm_jax.models.parameters import constant, matrix, weight
+from calm_jax.models.quantized import product, quantize_module, rows
 from calm_jax.models.stack import Stack
 
 
 class Decoder(nnx.Module):
-    """A decoder with random float32 parameters; `calm_jax.load` makes one with trained ones.
+    """A decoder with random parameters; `calm_jax.load` makes one with trained ones.
+
+    They are float32; with `config.weights="int8"` matrices are int8 (`calm_jax.models.quantized`).
 
     Attributes:
         vocabulary: a `calm_jax.data.vocabulary.Vocabulary`, or None when the model has none yet.
@@ -31,7 +34,7 @@ class Decoder(nnx.Module):
         # Unit-variance logits of a random model, whichever scales the family applies.
         std = D**-0.5 / config.logit_scale if config.tied_head else 1.0 / config.embed_scale
         table_VD = std * jax.random.normal(rngs.params(), (V, D), jnp.float32)
-        self.embedding = nnx.Param(table_VD, axes=("vocab", "embed"))
+        self.embedding = weight(table_VD, ("vocab", "embed"), summed=(-1,))
         self.layers = Stack(config, rngs)
         self.final_norm = Norm(D, "embed", config)
         self.head = None if config.tied_head else matrix(rngs, (D, V), ("embed", "vocab"), inputs=1)
@@ -40,6 +43,8 @@ class Decoder(nnx.Module):
         self.source: str | None = None
         self.loaded_dtype: str | None = None
         self.fingerprint: str | None = None
+        if config.weights == "int8":
+            quantize_module(self)
 
     def __call__(
         self,
@@ -83,9 +88,8 @@ class Decoder(nnx.Module):
 
     def embed(self, tokens_BT: jax.Array) -> jax.Array:
         """The residual stream's start, [B, T, D] in the config's dtype."""
-        # Whole in width first: XLA cannot go from rows split by width to tokens split by batch.
-        table_VD = sharding.constrain(self.embedding[...].astype(self.config.dtype), "vocab", None)
-        x_BTD = table_VD[sharding.constrain(tokens_BT, "batch", "length")]
+        tokens_BT = sharding.constrain(tokens_BT, "batch", "length")
+        x_BTD = rows(self, "embedding", tokens_BT, self.config.dtype)
         # Gemma rounds the scale to the compute dtype before it multiplies.
         x_BTD = x_BTD * jnp.asarray(self.config.embed_scale, x_BTD.dtype)
         return sharding.constrain(x_BTD, "batch", "length", "activation_embed")
@@ -102,10 +106,10 @@ class Decoder(nnx.Module):
     def logits(self, x_BTD: jax.Array) -> jax.Array:
         """Final norm and head: float32 [B, T, V] for a residual stream [B, T, D]."""
         x_BTD = self.final_norm(x_BTD)
-        table_DV = self.embedding[...].T if self.head is None else self.head[...]
-        logits_BTV = jnp.einsum(
-            "BTD,DV->BTV", x_BTD, table_DV.astype(x_BTD.dtype), preferred_element_type=jnp.float32
-        )
+        if self.head is None:
+            logits_BTV = product("BTD,VD->BTV", x_BTD, self, "embedding", dtype=jnp.float32)
+        else:
+            logits_BTV = product("BTD,DV->BTV", x_BTD, self, "head", dtype=jnp.float32)
         logits_BTV *= self.config.logit_scale
         if self.head_bias is not None:
             logits_BTV += self.head_bias[...].astype(jnp.float32)

@@ -22,7 +22,13 @@ Tree = dict[str, Any]
 def matrix(rngs: nnx.Rngs, shape, axes, *, inputs: int, scale: float = 1.0) -> nnx.Param:
     """N(0, 1/fan_in) times `scale`, float32; the first `inputs` dimensions are summed over."""
     std = scale * math.prod(shape[:inputs]) ** -0.5
-    return nnx.Param(std * jax.random.normal(rngs.params(), shape, jnp.float32), axes=axes)
+    summed = tuple(range(-len(shape), inputs - len(shape)))
+    return weight(std * jax.random.normal(rngs.params(), shape, jnp.float32), axes, summed)
+
+
+def weight(value: jax.Array, axes, summed: tuple[int, ...]) -> nnx.Param:
+    """A matrix; `summed`: the dimensions that its product sums over, counted from the last, -1."""
+    return nnx.Param(value, axes=axes, summed=summed)
 
 
 def constant(value: float, shape, axes) -> nnx.Param:
@@ -71,6 +77,14 @@ class Structure:
             is_leaf=lambda x: isinstance(x, nnx.Variable),
         )
         return _string_keys(nnx.to_pure_dict(names))
+
+    def summed(self) -> dict[str, tuple[int, ...]]:
+        """For each matrix, by path: the dimensions that its product sums over, from the last."""
+        return {
+            "/".join(map(str, path)): variable.get_metadata("summed")
+            for path, variable in nnx.to_flat_state(self.state)
+            if variable.has_metadata("summed")
+        }
 
     def shardings(self, mesh: jax.sharding.Mesh) -> Tree:
         """`NamedSharding` of every array; raises `CalmError` naming the array that does not fit."""

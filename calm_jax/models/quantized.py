@@ -1,0 +1,116 @@
+"""Frozen weights in int8, and products with matrices stored either way.
+
+A matrix W is stored as int8 q with one float32 scale s for each output channel (each row of the
+embedding), symmetric: W ≈ q s. The scale multiplies the product, x W ≈ (x q) s, so that no float
+copy of a weight is kept; every int8 value is exact in bfloat16. In a module `query` is q and
+`query_scale` is s, with the axes of `query` that its product does not sum over.
+"""
+
+import functools
+from collections.abc import Iterable, Iterator
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from calm_jax import sharding
+from calm_jax.models.parameters import Structure, Tree, path_name
+
+SCALE = "_scale"
+
+
+def quantize(weight: jax.Array, summed: tuple[int, ...]) -> tuple[jax.Array, jax.Array]:
+    """The nearest int8 values, ties to even, and their scales; can be compiled.
+
+    Args:
+        weight: a float matrix, with any number of leading axes.
+        summed: the axes that its product sums over.
+
+    Returns:
+        q, int8 within ±127 in the shape of `weight`; and s, float32, without the axes `summed`:
+        the largest |weight| of a channel / 127, or 1 where that is no normal float32. Then
+        |weight - q s| <= s / 2, up to float32 rounding.
+    """
+    weight = weight.astype(jnp.float32)
+    scale = jnp.max(jnp.abs(weight), axis=summed, keepdims=True) / 127
+    scale = jnp.where(scale < jnp.finfo(jnp.float32).tiny, 1.0, scale)
+    return jnp.round(weight / scale).astype(jnp.int8), jnp.squeeze(scale, summed)
+
+
+def quantize_module(module: nnx.Module) -> None:
+    """Quantizes every matrix in `module` in place, stacked or not."""
+    for _, part in list(nnx.iter_modules(module)):
+        for name, param in list(vars(part).items()):
+            if isinstance(param, nnx.Param) and param.has_metadata("summed"):
+                axes, summed = param.get_metadata("axes"), param.get_metadata("summed")
+                values, scale = quantize(param.get_value(), summed)
+                kept = [axes[i] for i in range(-len(axes), 0) if i not in summed]
+                setattr(part, name, nnx.Param(values, **param.get_metadata()))
+                setattr(part, name + SCALE, nnx.Param(scale, axes=tuple(kept)))
+
+
+def quantized_leaves(
+    leaves: Iterable[tuple[str, jax.Array]], structure: Structure, shardings: Tree
+) -> Iterator[tuple[str, jax.Array]]:
+    """The (path, array) pairs of an int8 decoder from those of its float weights, one by one.
+
+    Each float matrix can be freed before the next is asked for; all other arrays pass as they are.
+
+    Args:
+        leaves: the float decoder's, in any order.
+        structure: of the float decoder, cut as the leaves are.
+        shardings: of the int8 decoder, cut likewise.
+    """
+    summed = structure.summed()
+    places = {path_name(path): place for path, place in jax.tree.leaves_with_path(shardings)}
+    for path, array in leaves:
+        if path in summed:
+            quantizer = _quantizer(summed[path], (places[path], places[path + SCALE]))
+            values, scale = jax.block_until_ready(quantizer(array))
+            del array
+            yield path, values
+            yield path + SCALE, scale
+        else:
+            yield path, array
+
+
+def product(
+    equation: str, x: jax.Array, module: nnx.Module, name: str, *, dtype: jnp.dtype | None = None
+) -> jax.Array:
+    """`einsum(equation, x, W)` for the matrix `name` of `module`, computed in the dtype of `x`.
+
+    Args:
+        equation: the result's last axes are those of W that are not summed over.
+        dtype: of the result; default: that of `x`.
+    """
+    weight, scale = getattr(module, name)[...], getattr(module, name + SCALE, None)
+
+    def multiply(x, weight):
+        return jnp.einsum(equation, x, weight.astype(x.dtype), preferred_element_type=dtype)
+
+    if scale is None:
+        return multiply(x, weight)
+
+    # Recomputed backward: else a scan over layers would keep all their weights cast to float.
+    @functools.partial(jax.checkpoint, prevent_cse=False)
+    def scaled(x, weight, scale):
+        y = multiply(x, weight)
+        return (y * scale).astype(y.dtype)
+
+    return scaled(x, weight, scale[...])
+
+
+def rows(module: nnx.Module, name: str, ids: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """The rows `ids` of the table `name` of `module`, [..., D] in `dtype`."""
+    table_VD, scale_V = getattr(module, name)[...], getattr(module, name + SCALE, None)
+    if scale_V is None:
+        table_VD = table_VD.astype(dtype)
+    # Whole in width first: XLA cannot go from rows split by width to tokens split by batch.
+    x = sharding.constrain(table_VD, "vocab", None)[ids]
+    return x if scale_V is None else (x * scale_V[...][ids][..., None]).astype(dtype)
+
+
+@functools.cache
+def _quantizer(summed: tuple[int, ...], places):
+    """`quantize`, compiled once for all arrays of one form."""
+    return jax.jit(functools.partial(quantize, summed=summed), out_shardings=places)
