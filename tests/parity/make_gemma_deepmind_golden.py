@@ -119,6 +119,7 @@ def _options(config) -> dict:
         found["window"] = config.sliding_window_size
         found["attention_logit_cap"] = config.attn_logits_soft_cap or 0
         found["final_logit_cap"] = config.final_logit_softcap or 0
+    if config.use_qk_norm:
         found["rope_factor"] = config.global_scale_factor
     return found
 

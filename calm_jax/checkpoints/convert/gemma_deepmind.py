@@ -21,7 +21,7 @@ from calm_jax.models.config import RopeScaling
 # By generation, what a tree does not show: of a size that was never published.
 _ASSUMED: dict[int, dict[str, float]] = {
     1: {},
-    2: {"window": 4096, "attention_logit_cap": 50.0, "final_logit_cap": 30.0, "rope_factor": 1.0},
+    2: {"window": 4096, "attention_logit_cap": 50.0, "final_logit_cap": 30.0},
     3: {"window": 512, "attention_logit_cap": 0.0, "final_logit_cap": 0.0, "rope_factor": 1.0},
 }
 _PATTERNS = {1: (False,), 2: (True, False), 3: (True,) * 5 + (False,)}  # local layers
@@ -52,8 +52,8 @@ class GemmaDeepMind(Family):
         "head width to the power -1/2",
         "attention_logit_cap": "soft cap of attention logits, 0 for none; 50 (Gemma 2), 0",
         "final_logit_cap": "soft cap of the model's logits, 0 for none; 30 (Gemma 2), 0",
-        "rope_factor": "what positions are divided by in layers that see everything; of a size "
-        "that was never published: 1",
+        "rope_factor": "what positions are divided by in Gemma 3's layers that see everything; of "
+        "a size that was never published: 1",
         "gating": "layout of gating_einsum, plain [2, D, F] or transposed [2, F, D]; needed only "
         "where width D and MLP width F are equal",
     }

@@ -291,7 +291,15 @@ def test_bad_trees_and_options_are_refused(change, options, message):
         decoder_in_memory(GemmaDeepMind(), in_memory(tree), **options)
 
 
-def test_the_first_generation_has_no_window():
-    tree = Golden("gemma_deepmind_1_multi_head").nested
-    with pytest.raises(CalmError, match="window=4: tree is Gemma 1"):
-        GemmaDeepMind().read(in_memory(tree), window=4)
+@pytest.mark.parametrize(
+    ("name", "option", "generation"),
+    [
+        ("1_multi_head", "window", 1),
+        ("1_multi_head", "rope_factor", 1),
+        ("2_plain", "rope_factor", 2),
+    ],
+)
+def test_what_a_generation_does_not_have_is_no_option_of_it(name, option, generation):
+    tree = Golden(f"gemma_deepmind_{name}").nested
+    with pytest.raises(CalmError, match=f"{option}=4: tree is Gemma {generation}, without"):
+        GemmaDeepMind().read(in_memory(tree), **{option: 4})
