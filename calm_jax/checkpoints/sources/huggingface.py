@@ -4,6 +4,7 @@ The container is described at https://huggingface.co/docs/safetensors; its own l
 """
 
 import dataclasses
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -83,6 +84,8 @@ class StoredTensor:
     def __getitem__(self, index: Any) -> np.ndarray:
         dtype = self.dtype
         try:
+            if index is Ellipsis:  # the library's slices are not for tensors of nothing
+                return np.asarray(self.opened.get_tensor(self.name), dtype)
             return np.asarray(self.opened.get_slice(self.name)[index], dtype)
         except (SafetensorError, OSError) as error:
             raise CalmError(
@@ -110,8 +113,10 @@ def _indexed(place: epath.Path) -> dict[str, StoredTensor]:
     if not isinstance(places, Mapping) or not places:
         raise CalmError(f"{index}: weight_map is no object of tensors and their files")
     for name, file in places.items():
-        if not isinstance(file, str) or epath.Path(file).name != file:
-            raise CalmError(f"{index}: tensor {name} is in {file!r}, which is no name of a file")
+        if not isinstance(file, str) or not re.fullmatch(r"[^/\\]+\.safetensors", file):
+            raise CalmError(
+                f"{index}: tensor {name} is in {file!r}, which is no file of the folder"
+            )
         if not (place / file).exists():
             raise CalmError(f"{index}: tensor {name} is in {file}, which is missing")
     files = sorted(set(places.values()))
