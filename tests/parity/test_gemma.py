@@ -9,13 +9,14 @@ import pytest
 pytest.importorskip("torch", reason="needs the extra [parity]")
 transformers = pytest.importorskip("transformers", reason="needs the extra [parity]")
 
+from converting import decoder_in_memory  # noqa: E402
+from parity.make_golden import EYE  # noqa: E402
+from parity.random_huggingface import save_random  # noqa: E402
+
 import calm_jax  # noqa: E402
 from calm_jax.checkpoints.convert.gemma import Gemma, Gemma2, Gemma3  # noqa: E402
 from calm_jax.checkpoints.convert.huggingface_config import GLOBAL, LOCAL  # noqa: E402
 from calm_jax.checkpoints.sources.opening import open_source  # noqa: E402
-from tests.converting import decoder_in_memory  # noqa: E402
-from tests.parity.make_golden import EYE  # noqa: E402
-from tests.parity.random_huggingface import save_random  # noqa: E402
 
 # Of the largest logit. The exact gelu in place of the tanh form changes 6e-5 of it.
 TOLERANCE, SEEN = 4e-6, 4e-5

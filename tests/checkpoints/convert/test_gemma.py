@@ -7,6 +7,7 @@ import hypothesis
 import numpy as np
 import pytest
 import safetensors.numpy
+from converting import decoder_in_memory
 from etils import epath
 from hypothesis import strategies as st
 
@@ -19,7 +20,6 @@ from calm_jax.checkpoints.sources.opening import open_source
 from calm_jax.checkpoints.sources.source import Source
 from calm_jax.errors import CalmError
 from calm_jax.models.config import RopeScaling
-from tests.converting import decoder_in_memory
 
 WHERE = "model/config.json"
 SIZES = {

@@ -11,6 +11,7 @@ import re
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+from converting import decoder_in_memory
 from etils import epath
 
 import calm_jax
@@ -20,7 +21,6 @@ from calm_jax.checkpoints.convert.table import check_names, check_shapes
 from calm_jax.checkpoints.sources.opening import open_source
 from calm_jax.checkpoints.sources.source import Source
 from calm_jax.errors import CalmError
-from tests.converting import decoder_in_memory
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 NAMES = sorted(path.stem for path in GOLDEN.glob("gemma_deepmind_*.npz"))
