@@ -116,23 +116,25 @@ def rope(
     """
     found = _mapping(values, "rope_parameters", where)
     scaling = _mapping(values, "rope_scaling", where)
-    if layer_type is not None:
+    inside = f"{where}: rope_parameters"
+    if layer_type is None:
+        refuse(found, inside, LOCAL)
+        refuse(found, inside, GLOBAL)
+    else:
         for key, value in found.items():
             if key not in (LOCAL, GLOBAL):
-                raise _wrong(f"{where}: rope_parameters", key, value, f"in {LOCAL} or {GLOBAL}")
-        found = _mapping(found, layer_type, f"{where}: rope_parameters")
+                raise _wrong(inside, key, value, f"in {LOCAL} or {GLOBAL}")
+        found = _mapping(found, layer_type, inside)
     if layer_type != LOCAL and scaling:
         found = {**found, **scaling}
     base_key = "rope_local_base_freq" if layer_type == LOCAL else "rope_theta"
     base_default = 1e6 if layer_type == GLOBAL else 1e4
-    inside = f"{where}: rotary positions"
-    base = (
-        number(values, base_key, where, base_default)
-        if found.get("rope_theta") is None
-        else number(found, "rope_theta", inside)
-    )
-    refuse({**values, **found}, inside, "partial_rotary_factor", None, 1.0)
-    return base, _rope_scaling(found, values, inside)
+    if found.get("rope_theta") is None:
+        base = number(values, base_key, where, base_default)
+    else:
+        base = number(found, "rope_theta", where)
+    refuse({**values, **found}, where, "partial_rotary_factor", None, 1.0)
+    return base, _rope_scaling(found, values, where)
 
 
 def rope_parameters(base: float, scaling: RopeScaling | None) -> dict[str, Any]:
@@ -196,15 +198,10 @@ def _rope_scaling(
     high = number(found, "high_freq_factor", where)
     if low >= high:
         raise CalmError(f"{where}: low_freq_factor {low} is not below high_freq_factor {high}")
+    key = "original_max_position_embeddings"
     # In this order, as transformers has it.
-    places = (values, found, {"original_max_position_embeddings": values.get(_LENGTH)})
-    place = next((p for p in places if p.get("original_max_position_embeddings") is not None), {})
-    return RopeScaling(
-        kind, factor, low, high, whole_number(place, "original_max_position_embeddings", where)
-    )
-
-
-_LENGTH = "max_position_embeddings"
+    length = values.get(key) or found.get(key) or values.get("max_position_embeddings")
+    return RopeScaling(kind, factor, low, high, whole_number({key: length}, key, where))
 
 
 def _mapping(values: Mapping[str, Any], key: str, where: str) -> Mapping[str, Any]:
