@@ -5,8 +5,8 @@ naming the file, the key and the value. A key that is absent has the default; wi
 there.
 """
 
-import math
 import reprlib
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -15,6 +15,7 @@ from calm_jax.models.config import RopeScaling
 
 Choice = TypeVar("Choice")
 
+LARGEST = sys.float_info.max
 LOCAL, GLOBAL = "sliding_attention", "full_attention"
 # The fields of `DecoderConfig` by the names that most families use.
 SIZES = {
@@ -64,7 +65,7 @@ def optional_whole_number(
 def number(values: Mapping[str, Any], key: str, where: str, default: float | None = None) -> float:
     """A finite number above 0."""
     value = _get(values, key, where, default)
-    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < math.inf:
+    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value <= LARGEST:
         raise _wrong(where, key, value, "a finite number above 0")
     return float(value)
 

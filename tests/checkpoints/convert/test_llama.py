@@ -227,6 +227,7 @@ def test_harmless_keys_are_ignored():
         (Llama, {"rms_norm_eps": "1e-6"}, "rms_norm_eps is '1e-6'"),
         (Llama, {"rms_norm_eps": float("nan")}, "rms_norm_eps is nan"),
         (Llama, {"rope_theta": float("inf")}, "rope_theta is inf"),
+        (Llama, {"rope_theta": 10**400}, "rope_theta is 1000.*it must be a finite number"),
         (Llama, {"tie_word_embeddings": "true"}, "tie_word_embeddings is 'true'"),
         (Llama, {"tie_word_embeddings": 1}, "tie_word_embeddings is 1"),
         (Llama, {"attention_bias": None}, "attention_bias is None"),
