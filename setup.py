@@ -20,6 +20,8 @@ INSTALL = [
     "flax>=0.12.9; python_version >= '3.12'",
     # The oldest that the tests have run with.
     "grain>=0.2.18",
+    # Chat templates are strangers' programs, and older versions let them out of the sandbox.
+    "jinja2>=3.1.6",
     # The oldest that the tests have run with.
     "jax>=0.10.2",
     "ml_collections",

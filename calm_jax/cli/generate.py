@@ -1,5 +1,7 @@
 """`calm generate`: what a model answers."""
 
+from typing import Any
+
 from absl import flags
 from etils import epath
 
@@ -10,9 +12,11 @@ USAGE = """Prints what a model answers to each prompt.
 
   calm generate --workdir=runs/kv/composed --prompt='<math>ab+cd='
   calm generate --workdir=runs/kv/anchor/frozen --prompts_file=prompts.txt --max_new_tokens=8
+  calm generate --workdir=models/gemma --chat --prompt='Who wrote Faust?'
 
 WORKDIR is a run of `calm train`, a frozen folder or an exported bridge. At every step the most
-probable token is taken."""
+probable token is taken. With --chat each prompt is a message of the user, put to the model in its
+own chat template."""
 
 
 def _define(values: flags.FlagValues) -> None:
@@ -22,6 +26,10 @@ def _define(values: flags.FlagValues) -> None:
     )
     flags.DEFINE_multi_string("prompt", [], "text to go on from; repeatable", flag_values=values)
     flags.DEFINE_string("prompts_file", None, "file with a prompt a line", flag_values=values)
+    flags.DEFINE_bool("chat", False, "prompts are messages of a user", flag_values=values)
+    flags.DEFINE_string(
+        "system", None, "message of the system before each with --chat", flag_values=values
+    )
     flags.DEFINE_integer("max_new_tokens", 32, "length of an answer at most", flag_values=values)
 
 
@@ -33,15 +41,28 @@ def main(argv: list[str]) -> int:
         prompts += _read_lines(values.prompts_file)
     if not prompts:
         raise CalmError("no prompt: give --prompt or --prompts_file")
+    if values.system is not None and not values.chat:
+        raise CalmError("--system stands before messages of a chat: give --chat too")
 
     from calm_jax.checkpoints.any_model import load_model
     from calm_jax.decoding import generate
 
     model = load_model(values.workdir, step=values.step)
-    answers = generate(model, prompts, max_new_tokens=values.max_new_tokens)
-    for prompt, answer in zip(prompts, answers, strict=True):
-        print(prompt + model.vocabulary.decode(answer.tolist()))
+    texts = prompts
+    if values.chat:
+        texts = _chats(model.vocabulary, prompts, values.system, values.workdir)
+    answers = generate(model, texts, max_new_tokens=values.max_new_tokens)
+    for prompt, tokens in zip(prompts, answers, strict=True):
+        answer = model.vocabulary.decode(tokens.tolist())
+        print(f"user: {prompt}\nassistant: {answer}" if values.chat else prompt + answer)
     return 0
+
+
+def _chats(vocabulary: Any, prompts: list[str], system: str | None, workdir: str) -> list[str]:
+    if vocabulary is None or vocabulary.chat_template is None:
+        raise CalmError(f"--chat: the vocabulary of {workdir} has no chat template")
+    before = [] if system is None else [{"role": "system", "content": system}]
+    return [vocabulary.chat([*before, {"role": "user", "content": text}]) for text in prompts]
 
 
 def _read_lines(path: str) -> list[str]:

@@ -132,7 +132,7 @@ def _cached(
     vocabulary: Vocabulary,
     cache_dir: pathlib.Path,
 ) -> pathlib.Path:
-    decides = [FORMAT, identity(entry), split, vocabulary.fingerprint, vocabulary.eos_id]
+    decides = [FORMAT, identity(entry), split, vocabulary.tokenization_fingerprint]
     decides += [data["length"], data["pack"], data["limit"]]
     fingerprint = hashlib.sha256(json.dumps(decides).encode()).hexdigest()[:24]
     folder = cache_dir / "tokens" / fingerprint

@@ -7,7 +7,8 @@ Each line of the file is one of
     {"messages": [{"role": "user", "content": "…"}, {"role": "assistant", "content": "…"}, …]}
 
 A chat becomes one example for each turn of the assistant, trained on that turn; all before it is
-the prompt, written `role: content` with a line break after each message, and `assistant: ` last.
+the prompt. They are written by the chat template of the vocabulary, if it has one (`chat.turns`);
+else `role: content` with a line break after each message, and `assistant: ` last.
 """
 
 import json
@@ -18,34 +19,40 @@ from typing import Any
 
 from etils import epath
 
+from calm_jax.data import chat
+from calm_jax.data.vocabulary import Vocabulary
 from calm_jax.errors import CalmError
 
 
-def parse(path: str | os.PathLike) -> Iterator[dict[str, str]]:
+def parse(path: str | os.PathLike, vocabulary: Vocabulary | None = None) -> Iterator[dict]:
     """Yields `{"inputs", "targets"}` of every example in the file, in order.
 
-    Raises `CalmError` "FILE:LINE: …" for a line that is empty, is not JSON, or lacks a field.
+    With a vocabulary that has a chat template each also says `is_turn`: whether the template made
+    it, and so wrote its special tokens. Raises `CalmError` "FILE:LINE: …" for a line that is empty,
+    is not JSON, or lacks a field, or for a chat that the template refuses.
     """
+    if vocabulary is not None and vocabulary.chat_template is None:
+        vocabulary = None
     try:
         with epath.Path(path).open(encoding="utf-8") as file:
             for number, line in enumerate(file, 1):
                 try:
-                    yield from _examples(line)
+                    yield from _examples(line, vocabulary)
                 except CalmError as error:
                     raise CalmError(f"{path}:{number}: {error}") from error
     except (OSError, UnicodeDecodeError) as error:
         raise CalmError(f"{path}: {error}") from error
 
 
-def count(path: str | os.PathLike) -> int:
+def count(path: str | os.PathLike, vocabulary: Vocabulary | None = None) -> int:
     """Number of examples in the file, every line checked. Raises `CalmError` as `parse` does."""
-    total = sum(1 for _ in parse(path))
+    total = sum(1 for _ in parse(path, vocabulary))
     if not total:
         raise CalmError(f"{path}: the file is empty")
     return total
 
 
-def task(path: str | os.PathLike, vocabulary: Any) -> Any:
+def task(path: str | os.PathLike, vocabulary: Vocabulary) -> Any:
     """A `seqio.Task` of the file's examples; every split is the whole file (imports TensorFlow).
 
     Raises `CalmError` for a bad line, or for a vocabulary without an end token.
@@ -53,12 +60,14 @@ def task(path: str | os.PathLike, vocabulary: Any) -> Any:
     from calm_jax.data import tasks
 
     seqio, tf = tasks.seqio, tasks.tf
-    examples = count(path)
+    examples = count(path, vocabulary)
     signature = {name: tf.TensorSpec([], tf.string) for name in ("inputs", "targets")}
+    if vocabulary.chat_template is not None:
+        signature["is_turn"] = tf.TensorSpec([], tf.bool)
     splits = ("train", "validation", "test")
     source = seqio.FunctionDataSource(
         lambda split, shuffle_files, seed=None: tf.data.Dataset.from_generator(
-            lambda: parse(path), output_signature=signature
+            lambda: parse(path, vocabulary), output_signature=signature
         ),
         splits=splits,
         num_input_examples=dict.fromkeys(splits, examples),
@@ -71,7 +80,27 @@ def task(path: str | os.PathLike, vocabulary: Any) -> Any:
     )
 
 
-def _examples(line: str) -> list[dict[str, str]]:
+def _examples(line: str, vocabulary: Vocabulary | None) -> Iterator[dict]:
+    record = _record(line)
+    is_turn = False
+    if "messages" in record:
+        messages = _messages(record["messages"])
+        is_turn = vocabulary is not None
+        pairs = chat.turns(vocabulary, messages) if is_turn else _plain_turns(messages)
+    elif "text" in record:
+        pairs = [("", _text(record, "text"))]
+    elif "inputs" in record or "targets" in record:
+        pairs = [(_text(record, "inputs", True), _text(record, "targets"))]
+    else:
+        raise CalmError(
+            'lacks "inputs" and "targets", "text", or "messages"; has ' + ", ".join(record)
+        )
+    for inputs, targets in pairs:
+        example = {"inputs": inputs, "targets": targets}
+        yield example if vocabulary is None else {**example, "is_turn": is_turn}
+
+
+def _record(line: str) -> dict[str, Any]:
     if not line.strip():
         raise CalmError("the line is empty")
     try:
@@ -80,27 +109,26 @@ def _examples(line: str) -> list[dict[str, str]]:
         raise CalmError(f"not JSON: {error.msg} at column {error.colno}") from error
     if not isinstance(record, dict):
         raise CalmError(f"not a JSON object but {type(record).__name__}")
-    if "messages" in record:
-        return _chat(record["messages"])
-    if "text" in record:
-        return [{"inputs": "", "targets": _text(record, "text")}]
-    if "inputs" in record or "targets" in record:
-        return [{"inputs": _text(record, "inputs", True), "targets": _text(record, "targets")}]
-    raise CalmError('lacks "inputs" and "targets", "text", or "messages"; has ' + ", ".join(record))
+    return record
 
 
-def _chat(messages: Any) -> list[dict[str, str]]:
+def _messages(messages: Any) -> list[dict[str, Any]]:
     if not isinstance(messages, list) or not all(isinstance(m, dict) for m in messages):
         raise CalmError('"messages" is not a list of objects')
-    prompt, examples = "", []
     for message in messages:
-        role, content = _text(message, "role"), _text(message, "content")
-        if role == "assistant":
-            examples.append({"inputs": f"{prompt}{role}: ", "targets": content})
-        prompt += f"{role}: {content}\n"
-    if not examples:
+        _text(message, "role"), _text(message, "content")
+    if not any(message["role"] == "assistant" for message in messages):
         raise CalmError('"messages" has no turn of the assistant')
-    return examples
+    return messages
+
+
+def _plain_turns(messages: list[dict[str, Any]]) -> Iterator[tuple[str, str]]:
+    prompt = ""
+    for message in messages:
+        role, content = message["role"], message["content"]
+        if role == "assistant":
+            yield f"{prompt}{role}: ", content
+        prompt += f"{role}: {content}\n"
 
 
 def _text(record: dict[str, Any], field: str, may_be_empty: bool = False) -> str:

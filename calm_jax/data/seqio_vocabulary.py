@@ -1,9 +1,10 @@
 """A `Vocabulary` in the form that seqio Tasks take."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from calm_jax.data import chat
 from calm_jax.data.vocabulary import Vocabulary
 from calm_jax.quiet_tensorflow import import_tensorflow
 
@@ -45,18 +46,21 @@ class SeqioVocabulary(seqio.Vocabulary):
 
     def _encode_tf(self, s: tf.Tensor) -> tf.Tensor | tf.RaggedTensor:
         def encode(texts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-            ids = self.vocabulary.encode_batch([text.decode() for text in texts.reshape(-1)])
-            lengths = np.array([len(i) for i in ids], np.int64)
-            return np.concatenate([np.array(i, np.int32) for i in ids]), lengths
+            return _flat(self.vocabulary.encode_batch(_texts(texts)))
 
-        flat, lengths = tf.numpy_function(
-            encode, [tf.reshape(s, [-1])], [tf.int32, tf.int64], stateful=False
-        )
-        flat.set_shape([None])
-        lengths.set_shape([None])
-        if s.shape.rank == 0:
-            return flat
-        return tf.RaggedTensor.from_row_lengths(flat, lengths, validate=False)
+        ids = _ragged(tf.numpy_function(encode, [tf.reshape(s, [-1])], FLAT, stateful=False))
+        return ids if s.shape.rank else ids.flat_values
+
+    def encode_examples_tf(self, batch: Mapping[str, tf.Tensor]) -> dict[str, tf.RaggedTensor]:
+        """Ids [N, ?] of texts `inputs` and `targets` [N], where `is_turn` [N] as turns of chats."""
+
+        def encode(inputs: np.ndarray, targets: np.ndarray, is_turn: np.ndarray) -> tuple:
+            pair = chat.encode_examples(self.vocabulary, _texts(inputs), _texts(targets), is_turn)
+            return *_flat(pair[0]), *_flat(pair[1])
+
+        columns = [batch[name] for name in ("inputs", "targets", "is_turn")]
+        flat = tf.numpy_function(encode, columns, FLAT * 2, stateful=False)
+        return {"inputs": _ragged(flat[:2]), "targets": _ragged(flat[2:])}
 
     def _decode_tf(self, ids: tf.Tensor) -> tf.Tensor:
         def decode(ids: np.ndarray) -> np.ndarray:
@@ -73,3 +77,22 @@ class SeqioVocabulary(seqio.Vocabulary):
             and self.vocabulary.fingerprint == other.vocabulary.fingerprint
             and (self.bos_id, self.eos_id) == (other.bos_id, other.eos_id)
         )
+
+
+# Rows of ids on their way out of Python: all of them in one array, and how long each is.
+FLAT = [tf.int32, tf.int64]
+
+
+def _texts(texts: np.ndarray) -> list[str]:
+    return [text.decode() for text in texts.reshape(-1)]
+
+
+def _flat(ids: list[list[int]]) -> tuple[np.ndarray, np.ndarray]:
+    lengths = np.array([len(row) for row in ids], np.int64)
+    return np.concatenate([np.array(row, np.int32) for row in ids]), lengths
+
+
+def _ragged(flat_and_lengths: Sequence[tf.Tensor]) -> tf.RaggedTensor:
+    for tensor in flat_and_lengths:
+        tensor.set_shape([None])
+    return tf.RaggedTensor.from_row_lengths(*flat_and_lengths, validate=False)

@@ -34,8 +34,12 @@ def tokenize(
 ) -> tf.data.Dataset:
     """Texts to ids, with the end tokens, a thousand a call; only `output_features` remain.
 
-    seqio's own steps, a text a call, take several times as long.
+    seqio's own steps, a text a call, take several times as long. An example with a true
+    `is_turn` is a turn of a chat, which ends as `chat.encode_examples` says.
     """
+    if "is_turn" in dataset.element_spec:
+        vocabulary = output_features["targets"].vocabulary
+        return dataset.batch(TOKENIZE_BATCH).map(vocabulary.encode_examples_tf).unbatch()
 
     def encode(name: str, texts: tf.Tensor) -> tf.RaggedTensor:
         feature = output_features[name]

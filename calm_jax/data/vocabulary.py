@@ -2,7 +2,7 @@
 
 A vocabulary turns text into ids and back and adds nothing: the start and end tokens are the
 pipeline's business. It is stored whole beside a frozen model, so that the model never depends on
-the place its vocabulary came from.
+the place its vocabulary came from; a published one with all its files, chat template included.
 """
 
 import functools
@@ -10,18 +10,23 @@ import hashlib
 import itertools
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Self
 
 from etils import epath
 
+from calm_jax.data.published import NOTHING, Published, read_file
 from calm_jax.errors import CalmError
 
 INDEX_FILE = "vocabulary.json"
 
-# Names that published tokenizers give the two tokens, for a tokenizer.json that stands alone.
-BOS_TOKENS = ("<bos>", "<s>", "<|begin_of_text|>", "<|startoftext|>")
-EOS_TOKENS = ("<eos>", "</s>", "<|end_of_text|>", "<|endoftext|>", "<|im_end|>", "<|eot_id|>")
+# Start and end tokens in published tokenizers, for a tokenizer.json that stands alone.
+PUBLISHED_NAMES = (
+    ("<bos>", "<s>", "<|begin_of_text|>", "<|startoftext|>"),
+    ("<eos>", "</s>", "<|end_of_text|>", "<|endoftext|>", "<|im_end|>", "<|eot_id|>"),
+)
+
+ADDED_TOKEN_FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
 
 
 class Vocabulary:
@@ -29,7 +34,8 @@ class Vocabulary:
 
     Attributes:
       bos_id: the id that starts a sequence, or None.
-      eos_id: the id that ends a sequence, or None.
+      eos_id: the id that training puts at the end of a sequence, or None.
+      eos_ids: every id that ends an answer, `eos_id` first; chat models have several.
       size: number of ids; every id is in [0, size). Any id, 0 too, may be ordinary text.
     """
 
@@ -37,7 +43,9 @@ class Vocabulary:
     file_name: str | None = None
     bos_id: int | None
     eos_id: int | None
+    other_eos_ids: tuple[int, ...] = ()
     size: int
+    published: Published = NOTHING
 
     @staticmethod
     def bytes() -> "ByteVocabulary":
@@ -45,25 +53,47 @@ class Vocabulary:
         return ByteVocabulary()
 
     @staticmethod
-    def sentencepiece(path: str | os.PathLike) -> "SentencePieceVocabulary":
+    def sentencepiece(path: str | os.PathLike) -> "Vocabulary":
         """A SentencePiece model file. Raises `CalmError` if it is missing or not such a file."""
-        return SentencePieceVocabulary(_read(path), str(path))
+        from calm_jax.data.sentencepiece_vocabulary import SentencePieceVocabulary
+
+        return SentencePieceVocabulary.from_published(epath.Path(path))
 
     @staticmethod
     def tokenizer(path: str | os.PathLike) -> "TokenizerVocabulary":
         """A `tokenizer.json`; its start and end tokens come from `tokenizer_config.json` beside it.
 
         Without that file they are looked up by the names published tokenizers use.
-        Raises `CalmError` if the file is missing or not a tokenizer.
+        Raises `CalmError` if the file is missing or not a tokenizer, or if one beside it is damaged
+        or contradicts it.
         """
         return TokenizerVocabulary.from_published(epath.Path(path))
+
+    @staticmethod
+    def from_model_folder(folder: str | os.PathLike) -> "Vocabulary | None":
+        """The vocabulary of the published model in `folder`; None if it has none there.
+
+        That is tokenizer.json, or else a SentencePiece model: tokenizer.model, or the one file
+        "….model" or "….spm"; with what `calm_jax.data.published` names beside it.
+        Raises `CalmError` if a file is damaged or contradicts another.
+        """
+        folder = epath.Path(folder)
+        if (folder / "tokenizer.json").exists():
+            return Vocabulary.tokenizer(folder / "tokenizer.json")
+        if (folder / "tokenizer.model").exists():
+            return Vocabulary.sentencepiece(folder / "tokenizer.model")
+        models = sorted(path for path in folder.iterdir() if path.suffix in (".model", ".spm"))
+        if len(models) > 1:
+            names = ", ".join(path.name for path in models)
+            raise CalmError(f"{folder} has several SentencePiece models and no tokenizer: {names}")
+        return Vocabulary.sentencepiece(models[0]) if models else None
 
     @staticmethod
     def load(spec: str | os.PathLike) -> "Vocabulary":
         """The vocabulary that `spec` names.
 
         "bytes" · "key_value" or "key_value/CONFIG" (the key-value task's own) · a SentencePiece
-        model "….model" · "….json", a tokenizer · a folder made by `save`.
+        model "….model" or "….spm" · "….json", a tokenizer · a folder made by `save`.
         """
         spec = str(spec)
         if spec == "bytes":
@@ -75,32 +105,35 @@ class Vocabulary:
         path = epath.Path(spec)
         if (path / INDEX_FILE).exists():
             return _from_folder(path)
-        if path.suffix == ".model":
+        if path.suffix in (".model", ".spm"):
             return Vocabulary.sentencepiece(path)
         if path.suffix == ".json":
             return Vocabulary.tokenizer(path)
         raise CalmError(
-            f"vocabulary {spec!r} is not 'bytes', 'key_value', a .model or .json file, "
+            f"vocabulary {spec!r} is not 'bytes', 'key_value', a .model, .spm or .json file, "
             f"or a folder with {INDEX_FILE}"
         )
 
     def encode(self, text: str) -> list[int]:
-        """Ids of `text`, without start or end tokens."""
+        """Ids of `text`, without start or end tokens.
+
+        Special tokens that stand in the text of a published vocabulary, "</s>", become their ids.
+        """
         return self.encode_batch([text])[0]
+
+    def encode_sequence(self, text: str) -> list[int]:
+        """Ids of `text` behind the start token, which the text may bring itself, as chats do."""
+        ids = self.encode(text)
+        return ids if ids[:1] == [self.start_id] else [self.start_id, *ids]
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Ids of each text, without start or end tokens."""
         raise NotImplementedError
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Text of `ids` up to the first end token; start tokens say nothing."""
-        kept = []
-        for token in ids:
-            if token == self.eos_id:
-                break
-            if token != self.bos_id:
-                kept.append(int(token))
-        return self._decode(kept)
+        """Text of `ids` up to the first end token; start and other special tokens say nothing."""
+        kept = itertools.takewhile(lambda token: token not in self.eos_ids, map(int, ids))
+        return self._decode([token for token in kept if token != self.bos_id])
 
     def _decode(self, ids: list[int]) -> str:
         raise NotImplementedError
@@ -109,10 +142,58 @@ class Vocabulary:
         """The name of every id, in id order; "" for an id without one."""
         raise NotImplementedError
 
+    def token_id(self, token: str) -> int | None:
+        """The id that has this name, None if there is none."""
+        return self.tokens().index(token) if token in self.tokens() else None
+
     @functools.cached_property
     def fingerprint(self) -> str:
         """SHA-256 of the token map: equal exactly if every id means the same."""
         return hashlib.sha256(json.dumps(self.tokens()).encode()).hexdigest()
+
+    @functools.cached_property
+    def tokenization_fingerprint(self) -> str:
+        """SHA-256 of all that decides the ids of a text or a chat: changes with every file."""
+        digest = hashlib.sha256(json.dumps([self.fingerprint, self._index()]).encode())
+        for name, data in self._files().items():
+            digest.update(f"{name} {len(data)} ".encode() + data)
+        return digest.hexdigest()
+
+    @property
+    def eos_ids(self) -> tuple[int, ...]:
+        return () if self.eos_id is None else (self.eos_id, *self.other_eos_ids)
+
+    @property
+    def chat_template(self) -> str | None:
+        """The Jinja source of the published chat template, None if there is none."""
+        return self.published.chat_template
+
+    def chat(
+        self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True
+    ) -> str:
+        """The text of a chat in the model's own form, as transformers writes it.
+
+        It carries its special tokens, often the start token too: `encode_sequence` takes it.
+
+        Args:
+            messages: `{"role": "user", "content": "…"}` and so on; more fields if the template
+                reads more.
+            add_generation_prompt: whether the head of the assistant's answer follows.
+
+        Raises:
+            CalmError: there is no template, or it refuses the messages.
+        """
+        if self.chat_template is None:
+            raise CalmError(f"{self} has no chat template")
+        from calm_jax.data import chat
+
+        return chat.render(
+            self.chat_template,
+            messages,
+            self.published.special_tokens,
+            add_generation_prompt=add_generation_prompt,
+            where=self.published.template_file,
+        )
 
     @functools.cached_property
     def seqio(self) -> Any:
@@ -135,18 +216,55 @@ class Vocabulary:
 
     def save(self, folder: str | os.PathLike) -> None:
         """Writes the vocabulary whole into `folder`, from where `load` reads it."""
+        self.save_published(folder)
+        (epath.Path(folder) / INDEX_FILE).write_text(json.dumps(self._index(), indent=2) + "\n")
+
+    def save_published(self, folder: str | os.PathLike) -> None:
+        """Writes the files it was published with into `folder`, byte for byte, under the names
+        that other programs look for. Raw bytes have none."""
         folder = epath.Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        if self.file_name:
-            (folder / self.file_name).write_bytes(self._file_bytes())
-        index = {"kind": self.kind, "bos_id": self.bos_id, "eos_id": self.eos_id, "size": self.size}
-        (folder / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n")
+        for name, data in self._files().items():
+            (folder / name).write_bytes(data)
+
+    def _index(self) -> dict[str, Any]:
+        return {
+            "kind": self.kind,
+            "bos_id": self.bos_id,
+            "eos_id": self.eos_id,
+            "other_eos_ids": list(self.other_eos_ids),
+            "size": self.size,
+            "files": list(self._files()),
+        }
+
+    def _files(self) -> dict[str, bytes]:
+        own = {self.file_name: self._file_bytes()} if self.file_name else {}
+        return own | dict(self.published.files)
 
     def _file_bytes(self) -> bytes:
         raise NotImplementedError
 
+    def _take_published(self, where: str) -> None:
+        """Takes special tokens from the files beside the token map `where`, if they name any."""
+        published = self.published
+        published.check_added_tokens(self.token_id, where)
+        for role, token in published.special_tokens.items():
+            if role in ("bos_token", "eos_token"):
+                if self.token_id(token) is None:
+                    file = published.source_of(role)
+                    raise CalmError(f"{file}: {role} {token!r} is not in {where}")
+                setattr(self, role.replace("token", "id"), self.token_id(token))
+        ends = published.end_ids(self.size)
+        if self.eos_id is None and ends:
+            self.eos_id = ends[0]
+        self.other_eos_ids = tuple(token for token in ends if token != self.eos_id)
+        if published.chat_template is not None:
+            from calm_jax.data import chat
+
+            chat.compile_template(published.chat_template, published.template_file)
+
     @classmethod
-    def from_folder(cls, folder: epath.Path, index: dict[str, Any]) -> Self:
+    def from_folder(cls, folder: epath.Path, index: dict[str, Any], published: Published) -> Self:
         """Reads what `save` wrote."""
         raise NotImplementedError
 
@@ -175,45 +293,8 @@ class ByteVocabulary(Vocabulary):
         return [*self.specials, *(f"<0x{byte:02X}>" for byte in range(256))]
 
     @classmethod
-    def from_folder(cls, folder: epath.Path, index: dict[str, Any]) -> Self:
+    def from_folder(cls, folder: epath.Path, index: dict[str, Any], published: Published) -> Self:
         return cls()
-
-
-class SentencePieceVocabulary(Vocabulary):
-    """A SentencePiece model. `model` is the file's bytes, `path` names it in errors."""
-
-    kind = "sentencepiece"
-    file_name = "sentencepiece.model"
-
-    def __init__(self, model: bytes, path: str):
-        import sentencepiece
-
-        try:
-            self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
-        except RuntimeError as error:
-            raise CalmError(f"{path} is not a SentencePiece model") from error
-        self._model = model
-        self.size = self._processor.get_piece_size()
-        self.bos_id, self.eos_id = (
-            token if token >= 0 else None
-            for token in (self._processor.bos_id(), self._processor.eos_id())
-        )
-
-    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        return self._processor.encode(list(texts), out_type=int, num_threads=1)
-
-    def _decode(self, ids: list[int]) -> str:
-        return self._processor.decode([i for i in ids if 0 <= i < self.size])
-
-    def tokens(self) -> list[str]:
-        return [self._processor.id_to_piece(i) for i in range(self.size)]
-
-    def _file_bytes(self) -> bytes:
-        return self._model
-
-    @classmethod
-    def from_folder(cls, folder: epath.Path, index: dict[str, Any]) -> Self:
-        return cls(_read(folder / cls.file_name), str(folder / cls.file_name))
 
 
 class TokenizerVocabulary(Vocabulary):
@@ -222,35 +303,58 @@ class TokenizerVocabulary(Vocabulary):
     kind = "tokenizer"
     file_name = "tokenizer.json"
 
-    def __init__(self, text: str, bos_id: int | None, eos_id: int | None, path: str = "tokenizer"):
+    def __init__(
+        self,
+        text: str | bytes,
+        bos_id: int | None,
+        eos_id: int | None,
+        path: str = "tokenizer",
+        published: Published = NOTHING,
+    ):
         import tokenizers
 
+        self._text = text.encode() if isinstance(text, str) else text
         try:
-            self._tokenizer = tokenizers.Tokenizer.from_str(text)
+            self._tokenizer = tokenizers.Tokenizer.from_str(self._text.decode())
         except Exception as error:  # the library raises bare Exception
             raise CalmError(f"{path} is not a tokenizer: {error}") from error
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()
-        ids = self._tokenizer.get_vocab(with_added_tokens=True).values()
-        self.size = max(ids) + 1
+        self.published = published
+        self._add_published_tokens()
+        self.size = max(self._tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
         self.bos_id, self.eos_id = bos_id, eos_id
+
+    def _add_published_tokens(self) -> None:
+        """Tokens that only tokenizer_config.json adds, or calls special, as transformers does."""
+        import tokenizers
+
+        known = self._tokenizer.get_added_tokens_decoder().values()
+        names = {token.content for token in known}
+        for _, token in sorted(self.published.added_tokens.items()):
+            if token["content"] not in names:
+                flags = {key: bool(token[key]) for key in ADDED_TOKEN_FLAGS if key in token}
+                self._tokenizer.add_tokens([tokenizers.AddedToken(token["content"], **flags)])
+        special = {token.content for token in known if token.special}
+        missing = [
+            tokenizers.AddedToken(token, special=True, normalized=False)
+            for token in self.published.all_special
+            if token not in special and self.token_id(token) is not None
+        ]
+        self._tokenizer.add_special_tokens(missing)
 
     @classmethod
     def from_published(cls, path: epath.Path) -> Self:
-        """Reads `path` and finds its start and end tokens."""
-        text = _read(path).decode()
-        vocabulary = cls(text, None, None, str(path))
-        config_path = path.with_name("tokenizer_config.json")
-        if config_path.exists():
-            config = json.loads(config_path.read_text())
-            bos, eos = ([_content(config.get(key))] for key in ("bos_token", "eos_token"))
-        else:
-            bos, eos = BOS_TOKENS, EOS_TOKENS
-        vocabulary.bos_id, vocabulary.eos_id = vocabulary._first_id(bos), vocabulary._first_id(eos)
+        """Reads `path` and what stands beside it."""
+        published = Published.read(path.parent, cls.file_name)
+        vocabulary = cls(read_file(path), None, None, str(path), published)
+        if not published.names_tokens:
+            vocabulary.bos_id, vocabulary.eos_id = map(vocabulary._first_id, PUBLISHED_NAMES)
+        vocabulary._take_published(path.name)
         return vocabulary
 
-    def _first_id(self, tokens: Iterable[str | None]) -> int | None:
-        ids = (self._tokenizer.token_to_id(token) for token in tokens if token)
+    def _first_id(self, tokens: Iterable[str]) -> int | None:
+        ids = map(self.token_id, tokens)
         return next((token for token in ids if token is not None), None)
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
@@ -263,41 +367,39 @@ class TokenizerVocabulary(Vocabulary):
     def tokens(self) -> list[str]:
         return [self._tokenizer.id_to_token(i) or "" for i in range(self.size)]
 
+    def token_id(self, token: str) -> int | None:
+        return self._tokenizer.token_to_id(token)
+
     def _file_bytes(self) -> bytes:
-        return self._tokenizer.to_str().encode()
+        return self._text
 
     @classmethod
-    def from_folder(cls, folder: epath.Path, index: dict[str, Any]) -> Self:
+    def from_folder(cls, folder: epath.Path, index: dict[str, Any], published: Published) -> Self:
         path = folder / cls.file_name
-        return cls(_read(path).decode(), index["bos_id"], index["eos_id"], str(path))
+        return cls(read_file(path), index["bos_id"], index["eos_id"], str(path), published)
 
 
-KINDS: dict[str, type[Vocabulary]] = {
-    kind.kind: kind for kind in (ByteVocabulary, SentencePieceVocabulary, TokenizerVocabulary)
-}
+def _kinds() -> dict[str, type[Vocabulary]]:
+    from calm_jax.data.sentencepiece_vocabulary import SentencePieceVocabulary
+
+    kinds = (ByteVocabulary, SentencePieceVocabulary, TokenizerVocabulary)
+    return {kind.kind: kind for kind in kinds}
 
 
 def _from_folder(folder: epath.Path) -> Vocabulary:
     path = folder / INDEX_FILE
     try:
         index = json.loads(path.read_text())
-        kind = KINDS[index["kind"]]
-        if kind.file_name and not (folder / kind.file_name).exists():
-            raise CalmError(f"{folder} is damaged: {kind.file_name} is missing")
-        return kind.from_folder(folder, index)
-    except (ValueError, KeyError, TypeError) as error:
+        kind = _kinds()[index["kind"]]
+        # Folders from before there were published files name none.
+        for name in index.get("files", [kind.file_name] if kind.file_name else []):
+            if not (folder / name).exists():
+                raise CalmError(f"{folder} is damaged: {name} is missing")
+        published = Published.read(folder, kind.file_name)
+        vocabulary = kind.from_folder(folder, index, published)
+        vocabulary.other_eos_ids = tuple(index.get("other_eos_ids", ()))
+        return vocabulary
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         if isinstance(error, CalmError):
             raise
         raise CalmError(f"{path} is damaged: {type(error).__name__}: {error}") from error
-
-
-def _read(path: str | os.PathLike) -> bytes:
-    try:
-        return epath.Path(path).read_bytes()
-    except OSError as error:
-        raise CalmError(f"vocabulary file {path}: {error.strerror}") from error
-
-
-def _content(token: str | dict[str, Any] | None) -> str | None:
-    # tokenizer_config.json writes a special token as its text or as a description of it.
-    return token["content"] if isinstance(token, dict) else token

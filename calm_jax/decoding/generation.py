@@ -1,6 +1,6 @@
 """Greedy decoding of a padded batch, every step a full forward pass.
 
-Axes: B batch, T position, D model width, V vocabulary, N new tokens.
+Axes: B batch, T position, D model width, V vocabulary, N new tokens, E end tokens.
 """
 
 import functools
@@ -27,13 +27,13 @@ def generate(
     """The most probable next tokens, one by one, after each prompt.
 
     Args:
-        prompts: texts, which the model's vocabulary encodes behind its start token; or token ids,
-            taken as they are.
+        prompts: texts, which the model's vocabulary encodes behind its start token (once: a chat
+            may bring it); or token ids, taken as they are.
         max_new_tokens: how many tokens to make a prompt.
-        eos_id: ends a row; default: the vocabulary's, where there is one.
+        eos_id: ends a row; default: each of the vocabulary's `eos_ids`.
 
     Returns:
-        int32 [B, max_new_tokens]; a row that ended is filled with `eos_id`.
+        int32 [B, max_new_tokens]; behind its end token a row is filled with `eos_id`.
 
     Raises:
         CalmError: one text instead of a list, text without a vocabulary, an empty prompt, an id
@@ -53,8 +53,9 @@ def generate(
     if len(prompts) == 0:
         return np.zeros((0, max_new_tokens), np.int32)
     ids = [_encode(model, prompt) for prompt in prompts]
+    eos_ids = () if eos_id is None else (eos_id,)
     if eos_id is None and model.vocabulary is not None:
-        eos_id = model.vocabulary.eos_id
+        eos_ids = model.vocabulary.eos_ids
     lengths_B = np.array([len(row) for row in ids], np.int32)
     longest = -(-lengths_B.max() // LENGTH_BUCKET) * LENGTH_BUCKET
     tokens_BT = np.zeros((len(ids), longest + max_new_tokens), np.int32)
@@ -63,17 +64,14 @@ def generate(
     if isinstance(model, ComposedDecoder):
         model.cut()
     graphdef, state = nnx.split(model)
-    new_BN = _greedy(
-        graphdef, max_new_tokens, -1 if eos_id is None else eos_id, state, tokens_BT, lengths_B
-    )
-    return np.asarray(new_BN)
+    return np.asarray(_greedy(graphdef, max_new_tokens, eos_ids, state, tokens_BT, lengths_B))
 
 
 def _encode(model: Decoder | ComposedDecoder, prompt: str | Sequence[int]) -> list[int]:
     if isinstance(prompt, str):
         if model.vocabulary is None:
             raise CalmError(f"the model has no vocabulary to encode {prompt!r}; give token ids")
-        return [model.vocabulary.start_id, *model.vocabulary.encode(prompt)]
+        return model.vocabulary.encode_sequence(prompt)
     ids = [int(token) for token in prompt]
     if not ids:
         raise CalmError("an empty prompt has no next token; give at least one id")
@@ -86,9 +84,11 @@ def _encode(model: Decoder | ComposedDecoder, prompt: str | Sequence[int]) -> li
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _greedy(graphdef, max_new_tokens: int, eos_id: int, state, tokens_BT, prompt_lengths_B):
-    """int32 [B, N]; `eos_id` -1 never matches a token."""
+def _greedy(graphdef, max_new_tokens: int, eos_ids, state, tokens_BT, prompt_lengths_B):
+    """int32 [B, N]; any of the tuple `eos_ids` ends a row, its first fills what follows."""
+    fill = eos_ids[0] if eos_ids else 0  # without end tokens no row ends: nothing is filled
     model = nnx.merge(graphdef, state)
+    ends_E = jnp.array(eos_ids, jnp.int32)
     index_T = jnp.arange(tokens_BT.shape[1])
     rows_B = jnp.arange(tokens_BT.shape[0])
     prompt_mask_BT = (index_T < prompt_lengths_B[:, None]).astype(jnp.int32)
@@ -104,12 +104,12 @@ def _greedy(graphdef, max_new_tokens: int, eos_id: int, state, tokens_BT, prompt
         h_BTD = model.residual(tokens_BT, segment_ids_BT=segments_BT, prompt_mask_BT=prompt_mask_BT)
         last_B1D = jnp.take_along_axis(h_BTD, (lengths_B - 1)[:, None, None], axis=1)
         next_B = jnp.argmax(model.logits(last_B1D)[:, 0], axis=-1).astype(jnp.int32)
-        next_B = jnp.where(ended_B, eos_id, next_B)
+        next_B = jnp.where(ended_B, fill, next_B)
         tokens_BT = tokens_BT.at[rows_B, lengths_B].set(next_B)
-        return step + 1, tokens_BT, ended_B | (next_B == eos_id)
+        return step + 1, tokens_BT, ended_B | jnp.isin(next_B, ends_E)
 
     start = (0, jnp.asarray(tokens_BT), jnp.zeros(tokens_BT.shape[0], bool))
     steps, tokens_BT, _ = jax.lax.while_loop(more, add_token, start)
     new_N = jnp.arange(max_new_tokens)
     new_BN = jnp.take_along_axis(tokens_BT, prompt_lengths_B[:, None] + new_N, axis=1)
-    return jnp.where(new_N < steps, new_BN, eos_id)
+    return jnp.where(new_N < steps, new_BN, fill)

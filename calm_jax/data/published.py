@@ -1,0 +1,177 @@
+"""The files that a published model's tokenizer consists of, and what they say.
+
+    tokenizer.json            the token map and how text becomes tokens; or else tokenizer.model
+    tokenizer_config.json     names of the special tokens, added tokens, often the chat template
+    special_tokens_map.json   older: names of the special tokens, where the config adds none itself
+    chat_template.jinja       newer: the chat template; it stands above the config's
+    chat_template.json        the chat template of a model that takes more than text
+    generation_config.json    ids of all tokens that end an answer
+
+They are kept byte for byte, so that an exported model has the files it came with.
+"""
+
+import dataclasses
+import functools
+import json
+import os
+from collections.abc import Callable, Mapping
+from typing import Any, Self
+
+from etils import epath
+
+from calm_jax.errors import CalmError
+
+CONFIG_FILE = "tokenizer_config.json"
+TEMPLATE_FILE = "chat_template.jinja"
+SPECIAL_TOKENS_FILE = "special_tokens_map.json"
+GENERATION_FILE = "generation_config.json"
+TOKEN_MAPS = ("tokenizer.json", "tokenizer.model")
+BESIDE = (
+    CONFIG_FILE,
+    SPECIAL_TOKENS_FILE,
+    "added_tokens.json",
+    TEMPLATE_FILE,
+    "chat_template.json",
+    GENERATION_FILE,
+)
+
+# What chat templates know special tokens by.
+ROLES = tuple(f"{role}_token" for role in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"))
+
+
+@dataclasses.dataclass(frozen=True)
+class Published:
+    """The files beside a token map, by name, and the folder they come from (for messages)."""
+
+    folder: str = ""
+    files: Mapping[str, bytes] = dataclasses.field(default_factory=dict)
+
+    @classmethod
+    def read(cls, folder: epath.Path, token_map: str | None) -> Self:
+        """Reads what stands in `folder` beside the file `token_map`; nothing need be there."""
+        names = [name for name in (*TOKEN_MAPS, *BESIDE) if name != token_map]
+        found = {name: read_file(folder / name) for name in names if (folder / name).exists()}
+        return cls(str(folder), found)
+
+    def json(self, name: str) -> dict[str, Any]:
+        """The object in a JSON file; empty where there is no such file."""
+        try:
+            values = json.loads(self.files.get(name, b"{}"))
+        except ValueError as error:
+            raise CalmError(f"{self.folder}/{name} is not JSON: {error}") from error
+        if not isinstance(values, dict):
+            raise CalmError(f"{self.folder}/{name} holds {type(values).__name__}, not an object")
+        return values
+
+    @functools.cached_property
+    def config(self) -> dict[str, Any]:
+        """tokenizer_config.json, over it special_tokens_map.json as transformers lays it."""
+        config = self.json(CONFIG_FILE)
+        if "added_tokens_decoder" in config:
+            return config
+        return config | self.json(SPECIAL_TOKENS_FILE)
+
+    def source_of(self, key: str) -> str:
+        """The file that gives a key of `config`, for messages."""
+        older = self.config.get(key) != self.json(CONFIG_FILE).get(key)
+        return f"{self.folder}/{SPECIAL_TOKENS_FILE if older else CONFIG_FILE}"
+
+    @functools.cached_property
+    def special_tokens(self) -> dict[str, str]:
+        """The text of each special token that has a role, such as {"bos_token": "<s>"}."""
+        found = {role: self._content(role, self.config.get(role)) for role in ROLES}
+        return {role: token for role, token in found.items() if token is not None}
+
+    @functools.cached_property
+    def all_special(self) -> list[str]:
+        """Every special token, those without a role behind those with one."""
+        key = "extra_special_tokens"
+        extra = self.config.get(key) or self.config.get(key := "additional_special_tokens") or []
+        if not isinstance(extra, dict | list):
+            raise CalmError(f"{self.source_of(key)}: {key} is {type(extra).__name__}")
+        listed = extra if isinstance(extra, list) else extra.values()
+        contents = [self._content(key, token) for token in listed]
+        return [*self.special_tokens.values(), *filter(None, contents)]
+
+    @functools.cached_property
+    def added_tokens(self) -> dict[int, dict[str, Any]]:
+        """Tokens outside the token map proper by id, as tokenizer_config.json describes them."""
+        key = "added_tokens_decoder"
+        try:
+            listed = {int(i): token for i, token in (self.config.get(key) or {}).items()}
+            if all(isinstance(token["content"], str) for token in listed.values()):
+                return listed
+        except (AttributeError, KeyError, TypeError, ValueError):
+            pass
+        raise CalmError(f"{self.folder}/{CONFIG_FILE}: {key} is not a map of ids to tokens")
+
+    def _content(self, key: str, token: Any) -> str | None:
+        # A special token is written as its text or as a description of it.
+        text = token.get("content") if isinstance(token, dict) else token
+        if token is not None and not isinstance(text, str):
+            raise CalmError(f"{self.source_of(key)}: {key} {token!r} is not a token")
+        return text or None
+
+    @property
+    def names_tokens(self) -> bool:
+        """Whether a file says which the special tokens are, or that there are none."""
+        return CONFIG_FILE in self.files or SPECIAL_TOKENS_FILE in self.files
+
+    def check_added_tokens(self, token_id: Callable[[str], int | None], token_map: str) -> None:
+        """Raises `CalmError` if an added token is another in the file `token_map`, or none."""
+        for index, token in self.added_tokens.items():
+            name, found = token["content"], token_id(token["content"])
+            if found != index:
+                raise CalmError(
+                    f"{self.folder}: {CONFIG_FILE} gives {name!r} the id {index}, "
+                    f"{token_map} {'has no such token' if found is None else found}"
+                )
+
+    def end_ids(self, size: int) -> list[int]:
+        """Ids that end an answer, by generation_config.json; every one below `size`."""
+        where = f"{self.folder}/{GENERATION_FILE}"
+        given = self.json(GENERATION_FILE).get("eos_token_id")
+        ids = [] if given is None else given if isinstance(given, list) else [given]
+        for index in ids:
+            if type(index) is not int or not 0 <= index < size:
+                raise CalmError(f"{where}: eos_token_id {index!r} is not an id below {size}")
+        return ids
+
+    @functools.cached_property
+    def chat_template(self) -> str | None:
+        """The Jinja source of the chat template, of several the one named "default"."""
+        try:
+            if TEMPLATE_FILE in self.files:
+                return self.files[TEMPLATE_FILE].decode()
+        except UnicodeDecodeError as error:
+            raise CalmError(f"{self.folder}/{TEMPLATE_FILE} is not UTF-8 text") from error
+        for name in (CONFIG_FILE, "chat_template.json"):
+            given = self.json(name).get("chat_template")
+            try:
+                if isinstance(given, list):
+                    given = {one["name"]: one["template"] for one in given}
+                template = given.get("default") if isinstance(given, dict) else given
+            except (TypeError, KeyError) as error:
+                raise CalmError(f"{self.folder}/{name}: chat_template lacks a name") from error
+            if template is not None and not isinstance(template, str):
+                raise CalmError(f"{self.folder}/{name}: chat_template is not text")
+            if template is not None:
+                return template
+        return None
+
+    @property
+    def template_file(self) -> str:
+        """Where the chat template stands, for messages."""
+        names = (TEMPLATE_FILE, CONFIG_FILE, "chat_template.json")
+        return f"{self.folder}/{next((name for name in names if name in self.files), '')}"
+
+
+NOTHING = Published()
+
+
+def read_file(path: str | os.PathLike) -> bytes:
+    """Raises `CalmError` if the file cannot be read."""
+    try:
+        return epath.Path(path).read_bytes()
+    except OSError as error:
+        raise CalmError(f"vocabulary file {path}: {error.strerror or error}") from error
