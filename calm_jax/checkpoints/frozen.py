@@ -33,7 +33,8 @@ from calm_jax.checkpoints.files import (
 from calm_jax.checkpoints.in_place import canonical_path, read_leaves
 from calm_jax.errors import CalmError
 from calm_jax.models import Decoder, DecoderConfig
-from calm_jax.models.parameters import Structure, insert, module_tree, path_name
+from calm_jax.models.parameters import Structure, Tree, insert, module_tree, path_name
+from calm_jax.models.quantized import quantized_leaves
 from calm_jax.models.stack import Shape
 
 FORMAT = "calm_jax frozen folder, version 2"
@@ -172,7 +173,9 @@ def describe(target: epath.PathLike) -> Description:
     recorded = read_field(values, "checksum", path)
     found = _checksum({key: value for key, value in values.items() if key != "checksum"})
     if recorded != found:
-        raise CalmError(f"{path} is damaged: its checksum is {found[:16]}, not {str(recorded)[:16]}")
+        raise CalmError(
+            f"{path} is damaged: its checksum is {found[:16]}, not {str(recorded)[:16]}"
+        )
     for name, digest in read_field(values, "files", path).items():
         found = hashlib.sha256(read_bytes(folder / name)).hexdigest()
         if found != digest:
@@ -209,23 +212,32 @@ def load_cut(
     config = described.config
     if dtype is not None and dtype not in DTYPES:
         raise CalmError(f"dtype {dtype!r} is unknown; known are {', '.join(DTYPES)}")
-    if dtype is not None:
+    if dtype == "int8":
+        config = dataclasses.replace(config, weights=dtype)
+    elif dtype is not None:
         config = dataclasses.replace(config, dtype=dtype)
     structure = _structure(config, tuple(shapes))
-    if mesh is None:
-        alone = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-        shardings = jax.tree.map(lambda _: alone, structure.abstract())
-    else:
-        shardings = structure.shardings(mesh)
+    on_disk = _structure(dataclasses.replace(config, weights=None), tuple(shapes))
+    tree: dict[str, Any] = {}
     with Reader(described.folder, layout_of(described.config), described.fingerprint) as reader:
-        tree: dict[str, Any] = {}
-        for path, array in read_leaves(reader, structure, shapes, shardings, config.dtype):
+        leaves = read_leaves(reader, on_disk, shapes, _places(on_disk, mesh), config.dtype)
+        if config.weights == "int8":
+            leaves = quantized_leaves(leaves, on_disk, _places(structure, mesh))
+        for path, array in leaves:
             insert(tree, path, array)
     decoder = structure.merge(tree)
     decoder.vocabulary, decoder.source = described.vocabulary, str(described.folder)
     decoder.fingerprint = loaded_fingerprint(described, dtype)
     decoder.loaded_dtype = dtype
     return decoder
+
+
+def _places(structure: Structure, mesh: jax.sharding.Mesh | None) -> Tree:
+    """The sharding of every array; without a mesh the first device."""
+    if mesh is not None:
+        return structure.shardings(mesh)
+    alone = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    return jax.tree.map(lambda _: alone, structure.abstract())
 
 
 def loaded_fingerprint(described: Description, dtype: str | None) -> str:
@@ -275,6 +287,11 @@ def _structure(config: DecoderConfig, shapes: tuple[Shape, ...]) -> Structure:
 
 def _blocks(decoder: Decoder) -> Iterator[Block]:
     """A decoder's arrays one by one, whole or layer by layer, however its layers are cut."""
+    if decoder.config.weights is not None:
+        raise CalmError(
+            f"weights are {decoder.config.weights}, rounded while they were loaded; the model is "
+            "the folder that they came from"
+        )
     tree = module_tree(decoder)
     pieces = tree["layers"]["pieces"]
     alone = {key: value for key, value in tree.items() if key != "layers"}
