@@ -1,0 +1,361 @@
+"""The whole road from a published checkpoint to a frozen folder and back, on a tiny Llama."""
+
+import gc
+import json
+import logging
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import weakref
+
+import ml_dtypes
+import numpy as np
+import pytest
+from converting import decoder_in_memory
+from safetensors.numpy import load_file, save_file
+from tiny_models import stored_bytes
+
+import calm_jax
+from calm_jax.__main__ import main
+from calm_jax.checkpoints import chunks
+from calm_jax.checkpoints.convert import conversion
+from calm_jax.checkpoints.convert.registry import families
+from calm_jax.checkpoints.sources.opening import open_source
+from calm_jax.checkpoints.sources.source import Source
+from calm_jax.data.vocabulary import Vocabulary
+from calm_jax.errors import CalmError
+
+V, D, N, K, H, F, L = 40, 16, 4, 2, 8, 24, 3
+CONFIG = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "vocab_size": V,
+    "hidden_size": D,
+    "num_attention_heads": N,
+    "num_key_value_heads": K,
+    "head_dim": H,
+    "intermediate_size": F,
+    "num_hidden_layers": L,
+    "rms_norm_eps": 1e-5,
+    "tie_word_embeddings": False,
+    "bos_token_id": 7,
+}
+LAYER = {
+    "input_layernorm": (D,),
+    "post_attention_layernorm": (D,),
+    "self_attn.q_proj": (N * H, D),
+    "self_attn.k_proj": (K * H, D),
+    "self_attn.v_proj": (K * H, D),
+    "self_attn.o_proj": (D, N * H),
+    "mlp.gate_proj": (F, D),
+    "mlp.up_proj": (F, D),
+    "mlp.down_proj": (D, F),
+}
+
+
+def random_tensors(dtype=np.float32) -> dict[str, np.ndarray]:
+    shapes = {"model.embed_tokens": (V, D), "model.norm": (D,), "lm_head": (V, D)}
+    shapes |= {f"model.layers.{i}.{k}": v for i in range(L) for k, v in LAYER.items()}
+    random = np.random.default_rng(0)
+    return {f"{k}.weight": random.normal(size=v).astype(dtype) for k, v in shapes.items()}
+
+
+def save_source(folder, tensors, config=CONFIG):
+    folder.mkdir(exist_ok=True)
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    return save_source(tmp_path_factory.mktemp("sources") / "llama", random_tensors())
+
+
+def nothing_in(folder) -> bool:
+    return not list(folder.iterdir())
+
+
+def test_the_folder_holds_what_the_source_does(source, tmp_path):
+    calm_jax.convert(source, tmp_path / "model")
+    decoder = calm_jax.load(tmp_path / "model")
+    expected = decoder_in_memory(families()["llama"], open_source(source))
+    assert stored_bytes(decoder) == stored_bytes(expected)
+    assert decoder.config == expected.config
+
+
+def test_chunks_smaller_than_a_layer(source, tmp_path, chunks_of):
+    calm_jax.convert(source, tmp_path / "model")
+    with chunks_of(100):
+        calm_jax.convert(source, tmp_path / "small")
+    one, other = (calm_jax.load(tmp_path / name) for name in ("model", "small"))
+    assert stored_bytes(one) == stored_bytes(other)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16, np.float16])
+def test_there_and_back_is_the_same_to_the_bit(tmp_path, dtype):
+    tensors = random_tensors(dtype)
+    save_source(tmp_path / "source", tensors)
+    calm_jax.convert(tmp_path / "source", tmp_path / "model")
+    stored = "bfloat16" if dtype is ml_dtypes.bfloat16 else "float32"
+    assert calm_jax.load(tmp_path / "model").config.dtype == stored
+    shutil.rmtree(tmp_path / "source")  # the folder needs it no more
+    calm_jax.export(tmp_path / "model", tmp_path / "exported")
+    found = load_file(tmp_path / "exported" / "model.safetensors")
+    assert found.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        assert found[name].dtype == tensor.dtype
+        assert found[name].tobytes() == tensor.tobytes(), name
+    config = json.loads((tmp_path / "exported" / "config.json").read_text())
+    assert config["dtype"] == np.dtype(dtype).name
+    assert config["bos_token_id"] == 7  # what we do not read goes along
+
+
+def test_several_dtypes_are_kept_apart(tmp_path, caplog):
+    tensors = random_tensors(ml_dtypes.bfloat16)
+    tensors["model.norm.weight"] = random_tensors()["model.norm.weight"]
+    save_source(tmp_path / "source", tensors)
+    with caplog.at_level(logging.WARNING, "absl"):
+        calm_jax.convert(tmp_path / "source", tmp_path / "model")
+    assert "bfloat16 (29 tensors), float32 (1 tensors): stored as float32" in caplog.text
+    calm_jax.export(tmp_path / "model", tmp_path / "exported")
+    found = load_file(tmp_path / "exported" / "model.safetensors")
+    assert {k: v.tobytes() for k, v in found.items()} == {
+        k: v.tobytes() for k, v in tensors.items()
+    }
+
+
+def test_exported_in_several_files(source, tmp_path, monkeypatch):
+    from calm_jax.checkpoints.convert import export
+
+    monkeypatch.setattr(export, "SHARD_BYTES", 4000)
+    calm_jax.convert(source, tmp_path / "model")
+    calm_jax.export(tmp_path / "model", tmp_path / "exported")
+    assert len(list((tmp_path / "exported").glob("model-*.safetensors"))) > 3
+    calm_jax.convert(tmp_path / "exported", tmp_path / "again")
+    fingerprints = {calm_jax.load(tmp_path / name).fingerprint for name in ("model", "again")}
+    assert len(fingerprints) == 1
+
+
+def test_a_model_trained_here_is_exported_as_the_family_that_computes_it(tmp_path):
+    import tiny_models
+
+    decoder = tiny_models.decoder(form="llama", qk_norm="rms")
+    calm_jax.save_frozen(decoder, tmp_path / "model")
+    calm_jax.export(tmp_path / "model", tmp_path / "exported")
+    config = json.loads((tmp_path / "exported" / "config.json").read_text())
+    assert config["architectures"] == ["Qwen3ForCausalLM"]
+    calm_jax.convert(tmp_path / "exported", tmp_path / "again")
+    assert stored_bytes(calm_jax.load(tmp_path / "again")) == stored_bytes(decoder)
+
+
+def test_a_model_that_no_family_computes_is_not_exported(tmp_path):
+    import tiny_models
+
+    calm_jax.save_frozen(tiny_models.decoder(form="palm"), tmp_path / "model")
+    with pytest.raises(CalmError, match=r"none of llama, .* computes what this model does"):
+        calm_jax.export(tmp_path / "model", tmp_path / "exported")
+    assert not (tmp_path / "exported").exists()
+
+
+def test_rounded_to_bfloat16(source, tmp_path):
+    calm_jax.convert(source, tmp_path / "model", dtype="bfloat16")
+    decoder = calm_jax.load(tmp_path / "model")
+    expected = decoder_in_memory(families()["llama"], open_source(source), dtype="bfloat16")
+    assert stored_bytes(decoder) == stored_bytes(expected)
+
+
+def test_every_tensor_is_read_once_and_none_is_kept(source, tmp_path, monkeypatch):
+    opened = open_source(source)
+    references, read, most = [], [], []
+
+    class Array(np.ndarray):
+        """A tensor on the host; plain arrays take no weak references."""
+
+    class Spy:
+        def __init__(self, name):
+            self.name, self.tensor = name, opened.tensors[name]
+            self.shape, self.dtype = self.tensor.shape, self.tensor.dtype
+
+        def __getitem__(self, index):
+            gc.collect()
+            most.append(sum(reference() is not None for reference in references))
+            read.append(self.name)
+            array = np.array(self.tensor[index]).view(Array)
+            references.append(weakref.ref(array))
+            return array
+
+    spied = Source(opened.place, opened.kind, {k: Spy(k) for k in opened.tensors}, opened.config)
+    monkeypatch.setattr(conversion, "open_source", lambda _: spied)
+    calm_jax.convert(source, tmp_path / "model")
+    assert sorted(read) == sorted(opened.tensors)
+    # Tensors here are of a single chunk: as many as the queue of chunks may wait to be written.
+    assert max(most) <= 2 * chunks.THREADS + 1
+
+
+def test_a_target_that_exists_is_left_alone(source, tmp_path):
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(CalmError, match=r"exists; give another place"):
+        calm_jax.convert(source, tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("dtype", [np.float32, np.float16, ml_dtypes.bfloat16])
+def test_weights_that_are_no_numbers(tmp_path, value, dtype):
+    tensors = random_tensors(dtype)
+    tensors["model.layers.1.mlp.up_proj.weight"][3, 5] = value
+    save_source(tmp_path / "source", tensors)
+    (tmp_path / "targets").mkdir()
+    message = r"tensor model\.layers\.1\.mlp\.up_proj\.weight holds NaN or infinity"
+    with pytest.raises(CalmError, match=message):
+        calm_jax.convert(tmp_path / "source", tmp_path / "targets" / "model")
+    assert nothing_in(tmp_path / "targets")
+
+
+def test_weights_too_large_for_the_dtype(tmp_path):
+    tensors = random_tensors()
+    tensors["lm_head.weight"][0, 0] = 3.4e38  # finite, and rounded up it is not
+    save_source(tmp_path / "source", tensors)
+    message = r"tensor lm_head\.weight has values too large for bfloat16"
+    with pytest.raises(CalmError, match=message):
+        calm_jax.convert(tmp_path / "source", tmp_path / "model", dtype="bfloat16")
+    calm_jax.convert(tmp_path / "source", tmp_path / "model")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: t.pop("model.norm.weight"), r"llama: tensor model\.norm\.weight is missing"),
+        (
+            lambda t: t.update({"model.layers.3.mlp.up_proj.weight": np.zeros((F, D))}),
+            r"llama: tensor model\.layers\.3\.mlp\.up_proj\.weight is not part of the model",
+        ),
+        (
+            lambda t: t.update({"lm_head.weight": np.zeros((V, D + 1), np.float32)}),
+            r"llama: tensor lm_head\.weight has shape \(40, 17\), the config says \(40, 16\)",
+        ),
+        (
+            lambda t: t.update({"lm_head.weight": np.zeros((V, D), np.int32)}),
+            r"llama: tensor lm_head\.weight is int32",
+        ),
+    ],
+)
+def test_tensors_that_do_not_fit_the_config(tmp_path, change, message):
+    tensors = random_tensors()
+    change(tensors)
+    save_source(tmp_path / "llama", tensors)
+    with pytest.raises(CalmError, match=message):
+        calm_jax.convert(tmp_path / "llama", tmp_path / "model")
+    assert [path.name for path in tmp_path.iterdir()] == ["llama"]
+
+
+def test_other_families_are_refused_by_name(tmp_path):
+    save_source(
+        tmp_path / "s", random_tensors(), CONFIG | {"architectures": ["MixtralForCausalLM"]}
+    )
+    with pytest.raises(CalmError, match=r"MixtralForCausalLM.* not supported; supported are llama"):
+        calm_jax.convert(tmp_path / "s", tmp_path / "model")
+
+
+def test_unknown_options_formats_and_dtypes(source, tmp_path):
+    with pytest.raises(CalmError, match=r"norm_offset is no option of llama; known are none"):
+        calm_jax.convert(source, tmp_path / "model", norm_offset=1.0)
+    with pytest.raises(CalmError, match=r"--format=lama is unknown; known are auto, llama"):
+        calm_jax.convert(source, tmp_path / "model", format="lama")
+    with pytest.raises(CalmError, match=r"--dtype=int8 is unknown; known are float32, bfloat16"):
+        calm_jax.convert(source, tmp_path / "model", dtype="int8")
+    with pytest.raises(CalmError, match=r"nowhere does not exist"):
+        calm_jax.convert(tmp_path / "nowhere", tmp_path / "model")
+    assert nothing_in(tmp_path)
+
+
+def test_no_space_left(source, tmp_path):
+    """A limit on the size of files makes the writes fail."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+    try:
+        with pytest.raises(CalmError, match=r"cannot write .*: .*File too large") as caught:
+            calm_jax.convert(source, tmp_path / "model")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert "\n" not in str(caught.value)
+    assert nothing_in(tmp_path)
+
+
+KILLED = """
+import sys, time
+import calm_jax
+from calm_jax.checkpoints import chunks
+
+write, written = chunks.Writer._write, []
+
+def slowly(self, *arguments):
+    write(self, *arguments)
+    written.append(1)
+    if len(written) == 10:
+        print("ten chunks", flush=True)
+        time.sleep(60)
+
+chunks.Writer._write = slowly
+calm_jax.convert(*sys.argv[1:])
+"""
+
+
+def test_a_killed_conversion_leaves_nothing_that_loads(source, tmp_path):
+    target = tmp_path / "model"
+    command = [sys.executable, "-c", KILLED, str(source), str(target)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, env=os.environ)
+    assert process.stdout.readline() == b"ten chunks\n"
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    process.stdout.close()
+    assert not target.exists()
+    (left,) = tmp_path.iterdir()
+    assert left.name.startswith(".model.")
+    with pytest.raises(CalmError, match="is not a frozen folder"):
+        calm_jax.load(left)
+    calm_jax.convert(source, target)
+    calm_jax.load(target)
+
+
+def test_the_vocabulary_goes_along(tmp_path):
+    source = save_source(tmp_path / "source", random_tensors())
+    vocabulary = Vocabulary.load("key_value/tiny")
+    vocabulary.save(source)
+    with pytest.raises(CalmError, match=rf"has {vocabulary.size} tokens, the embedding {V} rows"):
+        calm_jax.convert(source, tmp_path / "model")
+    tensors = random_tensors()
+    for name in ("lm_head.weight", "model.embed_tokens.weight"):
+        tensors[name] = np.zeros((vocabulary.size, D), np.float32)
+    save_source(source, tensors, CONFIG | {"vocab_size": vocabulary.size})
+    calm_jax.convert(source, tmp_path / "model")
+    shutil.rmtree(source)
+    assert calm_jax.load(tmp_path / "model").vocabulary.tokens() == vocabulary.tokens()
+
+
+def test_verification_is_noted_in_the_folder(source, tmp_path, monkeypatch):
+    from calm_jax.checkpoints.convert import verification
+
+    monkeypatch.setattr(verification.importlib.util, "find_spec", lambda _: None)
+    calm_jax.convert(source, tmp_path / "model", verify=True)
+    noted = json.loads((tmp_path / "model" / "verification.json").read_text())
+    logits = np.asarray(calm_jax.load(tmp_path / "model")(np.asarray(noted["prompts"], np.int32)))
+    np.testing.assert_array_equal(np.argmax(logits[:, -1], -1), np.array(noted["best_next"])[:, 0])
+    assert noted["compared_with"] is None
+
+
+def test_the_command(source, tmp_path, capsys):
+    model, exported = tmp_path / "model", tmp_path / "exported"
+    assert main(["convert", f"--source={source}", f"--target={model}", "--dtype=bfloat16"]) == 0
+    assert capsys.readouterr().out == f"{model}\n"
+    assert main(["convert", f"--source={model}", f"--target={exported}", "--to=huggingface"]) == 0
+    assert (exported / "model.safetensors").exists()
+    arguments = ["convert", f"--source={source}", f"--target={tmp_path / 'other'}"]
+    assert main([*arguments, "--option=norm_offset"]) == 2
+    assert "--option=norm_offset is not NAME=VALUE" in capsys.readouterr().err
+    assert main([*arguments, "--to=huggingface", "--verify"]) == 2
+    assert "--verify says nothing to --to=huggingface" in capsys.readouterr().err
