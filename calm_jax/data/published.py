@@ -97,8 +97,9 @@ class Published:
     def added_tokens(self) -> dict[int, dict[str, Any]]:
         """Tokens outside the token map proper by id, as tokenizer_config.json describes them."""
         key = "added_tokens_decoder"
+        given = self.config.get(key) or {}
         try:
-            listed = {int(i): token for i, token in (self.config.get(key) or {}).items()}
+            listed = {int(index): token for index, token in given.items()}
             if all(isinstance(token["content"], str) for token in listed.values()):
                 return listed
         except (AttributeError, KeyError, TypeError, ValueError):

@@ -1,9 +1,14 @@
+import functools
 import json
+import pathlib
+import shutil
+import tempfile
 
 import pytest
 import sentencepiece
+import tiny_tokenizers
 import tokenizers
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from calm_jax.data.vocabulary import Vocabulary
@@ -139,3 +144,221 @@ def test_seqio_sees_the_same_vocabulary():
     assert decoded == [texts[0].encode()]
     assert vocabulary.seqio == Vocabulary.load("key_value/tiny").seqio
     assert vocabulary.seqio != Vocabulary.load("key_value/paper").seqio
+
+
+@pytest.fixture
+def published(tmp_path):
+    return tiny_tokenizers.qwen(tmp_path / "published")
+
+
+def edit(folder, name, **changes):
+    path = folder / name
+    values = json.loads(path.read_text()) if path.exists() else {}
+    path.write_text(json.dumps(values | changes))
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize("form", tiny_tokenizers.FORMS)
+def test_published_files_go_along_byte_for_byte(form, tmp_path):
+    folder = tiny_tokenizers.FORMS[form](tmp_path / "published")
+    (folder / "tokenizer.json").write_text((folder / "tokenizer.json").read_text() + "\n \n")
+    (folder / "added_tokens.json").write_text('{ "a":\r\n1}')
+    original = Vocabulary.from_model_folder(folder)
+    original.save(tmp_path / "saved")
+    copy = Vocabulary.load(tmp_path / "saved")
+    copy.save_published(tmp_path / "exported")
+    assert contents(tmp_path / "exported") == contents(folder)
+    chat = [{"role": "user", "content": "Grüße"}]
+    for name in ("fingerprint", "tokenization_fingerprint", "bos_id", "eos_ids", "size"):
+        assert getattr(copy, name) == getattr(original, name), name
+    assert copy.chat(chat) == original.chat(chat)
+    shutil.rmtree(folder)  # nothing of the copy stands there
+    assert Vocabulary.load(tmp_path / "saved").encode(copy.chat(chat)) == copy.encode(
+        original.chat(chat)
+    )
+
+
+def test_weights_alone_have_no_vocabulary(tmp_path):
+    (tmp_path / "model.safetensors").touch()
+    (tmp_path / "tokenizer_config.json").write_text("{}")
+    assert Vocabulary.from_model_folder(tmp_path) is None
+
+
+@pytest.mark.parametrize("name", ["tokenizer.model", "m.model", "gemma.spm"])
+def test_a_folder_with_a_sentencepiece_model(model_path, tmp_path, name):
+    shutil.copy(model_path, tmp_path / name)
+    piece = Vocabulary.load(str(model_path)).tokens()[9]
+    edit(tmp_path, "tokenizer_config.json", eos_token=piece, chat_template="{{ bos_token }}x")
+    edit(tmp_path, "generation_config.json", eos_token_id=[2])
+    vocabulary = Vocabulary.from_model_folder(tmp_path)
+    assert vocabulary.eos_ids == (9, 2)
+    vocabulary.save(tmp_path / "saved")
+    copy = Vocabulary.load(tmp_path / "saved")
+    assert (copy.eos_ids, copy.chat_template) == (vocabulary.eos_ids, "{{ bos_token }}x")
+    assert (tmp_path / "saved/tokenizer.model").read_bytes() == model_path.read_bytes()
+
+
+def test_tokenizer_json_stands_above_sentencepiece(model_path, published):
+    shutil.copy(model_path, published / "tokenizer.model")
+    vocabulary = Vocabulary.from_model_folder(published)
+    assert vocabulary.kind == "tokenizer"
+    vocabulary.save_published(published.parent / "exported")
+    assert contents(published.parent / "exported") == contents(published)
+
+
+def test_two_sentencepiece_models_are_one_too_many(model_path, tmp_path):
+    for name in ("a.model", "b.spm"):
+        shutil.copy(model_path, tmp_path / name)
+    with pytest.raises(CalmError, match=r"several SentencePiece models .*: a\.model, b\.spm"):
+        Vocabulary.from_model_folder(tmp_path)
+
+
+def test_special_tokens_in_text_become_ids_and_say_nothing(model_path, published):
+    pieces, bytes_ = Vocabulary.load(str(model_path)), Vocabulary.from_model_folder(published)
+    assert pieces.encode("<s>") == [pieces.bos_id]
+    # The space that begins a text does not begin what stands behind a token.
+    names = [pieces.tokens()[token] for token in pieces.encode("first<s>number</s>first")]
+    assert names.count("<s>") == names.count("</s>") == 1
+    assert "".join(names) == "▁first<s>number</s>first"
+    start, end = map(bytes_.token_id, ("<|im_start|>", "<|im_end|>"))
+    ids = bytes_.encode("a<|im_start|>b<|im_end|>")
+    assert ids == [*bytes_.encode("a"), start, *bytes_.encode("b"), end]
+    assert bytes_.decode(ids) == "ab"
+    assert bytes_.decode([*bytes_.encode("a"), end, *bytes_.encode("b")]) == "a"
+    # What is added but not special is text.
+    assert bytes_.decode(bytes_.encode("x<tool_call>")) == "x<tool_call>"
+
+
+def test_names_of_special_tokens_by_file(published):
+    for name in ("tokenizer_config.json", "generation_config.json"):
+        (published / name).unlink()
+
+    def ids():
+        vocabulary = Vocabulary.from_model_folder(published)
+        names = vocabulary.tokens()
+        return [
+            index if index is None else names[index]
+            for index in (vocabulary.bos_id, *vocabulary.eos_ids)
+        ]
+
+    assert ids() == [None, "<|endoftext|>"]  # the first of the names in use
+    edit(published, "special_tokens_map.json", eos_token={"content": "<|im_end|>"})
+    assert ids() == [None, "<|im_end|>"]
+    edit(published, "tokenizer_config.json", bos_token="<|im_start|>", eos_token="<tool_call>")
+    assert ids() == ["<|im_start|>", "<|im_end|>"]
+    edit(published, "tokenizer_config.json", added_tokens_decoder={})
+    assert ids() == ["<|im_start|>", "<tool_call>"]
+    edit(published, "tokenizer_config.json", eos_token=None)
+    edit(published, "generation_config.json", eos_token_id=7)
+    assert ids()[1:] == [Vocabulary.from_model_folder(published).tokens()[7]]
+
+
+def test_chat_templates_by_file(published):
+    def template():
+        return Vocabulary.from_model_folder(published).chat_template
+
+    assert template() == tiny_tokenizers.QWEN_CHAT
+    edit(published, "chat_template.json", chat_template="of the processor")
+    assert template() == tiny_tokenizers.QWEN_CHAT
+    edit(published, "tokenizer_config.json", chat_template=[{"name": "rag", "template": "x"}])
+    assert template() == "of the processor"
+    (published / "chat_template.jinja").write_text("of the file")
+    assert template() == "of the file"
+
+
+CONTRADICTIONS = {
+    "eos_token not there": (
+        "tokenizer_config.json", {"eos_token": "</end>"},
+        "tokenizer_config.json: eos_token '</end>' is not in tokenizer.json"),
+    "eos_token no text": (
+        "tokenizer_config.json", {"eos_token": 7},
+        "tokenizer_config.json: eos_token 7 is not a token"),
+    "extra tokens": (
+        "tokenizer_config.json", {"additional_special_tokens": "<a>"},
+        "tokenizer_config.json: additional_special_tokens is str"),
+    "another id": (
+        "tokenizer_config.json", {"added_tokens_decoder": {"3": {"content": "<|im_end|>"}}},
+        "tokenizer_config.json gives '<|im_end|>' the id 3, tokenizer.json "),
+    "an id far off": (
+        "tokenizer_config.json", {"added_tokens_decoder": {"9999": {"content": "<new>"}}},
+        "tokenizer_config.json gives '<new>' the id 9999, tokenizer.json "),
+    "no map": (
+        "tokenizer_config.json", {"added_tokens_decoder": {"x": {}}},
+        "tokenizer_config.json: added_tokens_decoder is not a map of ids to tokens"),
+    "end beyond": (
+        "generation_config.json", {"eos_token_id": [2, 99999]},
+        "generation_config.json: eos_token_id 99999 is not an id below"),
+    "end no number": (
+        "generation_config.json", {"eos_token_id": "2"},
+        "generation_config.json: eos_token_id '2' is not an id below"),
+    "template no text": (
+        "tokenizer_config.json", {"chat_template": 3},
+        "tokenizer_config.json: chat_template is not text"),
+    "template without a name": (
+        "tokenizer_config.json", {"chat_template": [{"template": "x"}]},
+        "tokenizer_config.json: chat_template lacks a name"),
+    "template no Jinja": (
+        "tokenizer_config.json", {"chat_template": "{% for %}"},
+        "chat template of "),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CONTRADICTIONS)
+def test_files_that_contradict_each_other_are_named(case, published):
+    name, changes, message = CONTRADICTIONS[case]
+    edit(published, name, **changes)
+    with pytest.raises(CalmError) as caught:
+        Vocabulary.from_model_folder(published)
+    assert message in str(caught.value)
+    assert str(published) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@functools.cache
+def whole_folder():
+    folder = pathlib.Path(tempfile.mkdtemp())
+    tiny_tokenizers.gemma(folder)
+    edit(folder, "special_tokens_map.json", eos_token="<eos>")
+    shutil.copy(folder / "generation_config.json", folder / "chat_template.json")
+    return contents(folder)
+
+
+@settings(max_examples=150)
+@given(st.data())
+def test_damage_is_refused_in_one_line_or_harmless(data):
+    files = dict(whole_folder())
+    name = data.draw(st.sampled_from(sorted(files)))
+    at = data.draw(st.integers(0, len(files[name]) - 1))
+    damage = data.draw(st.sampled_from(["cut", "byte", "gone", "other"]))
+    if damage == "cut":
+        files[name] = files[name][:at]
+    elif damage == "byte":
+        byte = bytes([data.draw(st.integers(0, 255))])
+        files[name] = files[name][:at] + byte + files[name][at + 1 :]
+    elif damage == "gone":
+        del files[name]
+    else:
+        files[name] = json.dumps(data.draw(st.sampled_from([[], 1, None, "x", {"a": 1}]))).encode()
+    with tempfile.TemporaryDirectory() as folder:
+        for kept, content in files.items():
+            pathlib.Path(folder, kept).write_bytes(content)
+        try:
+            vocabulary = Vocabulary.from_model_folder(folder)
+        except CalmError as error:
+            assert name in str(error)
+            assert "\n" not in str(error)
+            return
+        if vocabulary is None:
+            assert (name, damage) == ("tokenizer.json", "gone")
+            return
+        assert all(0 <= token < vocabulary.size for token in vocabulary.encode("Hello, 世界"))
+
+
+def test_a_saved_folder_without_one_of_its_files_is_damaged(published, tmp_path):
+    Vocabulary.from_model_folder(published).save(tmp_path / "saved")
+    (tmp_path / "saved/tokenizer_config.json").unlink()
+    with pytest.raises(CalmError, match=r"saved is damaged: tokenizer_config\.json is missing"):
+        Vocabulary.load(tmp_path / "saved")

@@ -1,0 +1,310 @@
+"""Chat templates, turns as examples, and chats in `calm generate`.
+
+What the templates of the four forms must write stands here by hand, as their models' cards say it;
+against transformers itself they are held in tests/parity/test_tokenizers.py.
+"""
+
+import json
+
+import numpy as np
+import pytest
+import tiny_models
+import tiny_tokenizers
+
+from calm_jax.cli import generate as command
+from calm_jax.data import cache, chat, jsonl
+from calm_jax.data.vocabulary import Vocabulary
+from calm_jax.decoding import generate
+from calm_jax.errors import CalmError
+
+CHAT = [
+    {"role": "user", "content": "Hi"},
+    {"role": "assistant", "content": "Hello"},
+    {"role": "user", "content": "Bye"},
+    {"role": "assistant", "content": "So long"},
+]
+QWEN_SYSTEM = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
+# By form: the first prompt and answer, what the template writes between them and the second prompt,
+# and the second answer.
+TURNS = {
+    "llama3": (
+        "<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\nHi<|eot_id|>"
+        "<|start_header_id|>assistant<|end_header_id|>\n\n",
+        "Hello<|eot_id|>",
+        "<|start_header_id|>user<|end_header_id|>\n\nBye<|eot_id|>"
+        "<|start_header_id|>assistant<|end_header_id|>\n\n",
+        "So long<|eot_id|>",
+    ),
+    "qwen": (
+        QWEN_SYSTEM + "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n",
+        "Hello<|im_end|>\n",
+        "<|im_start|>user\nBye<|im_end|>\n<|im_start|>assistant\n",
+        "So long<|im_end|>\n",
+    ),
+    "gemma": (
+        "<bos><start_of_turn>user\nHi<end_of_turn>\n<start_of_turn>model\n",
+        "Hello<end_of_turn>\n",
+        "<start_of_turn>user\nBye<end_of_turn>\n<start_of_turn>model\n",
+        "So long<end_of_turn>\n",
+    ),
+    "mistral": (
+        "<s>[INST] Hi [/INST]",
+        " Hello</s>",
+        "[INST] Bye [/INST]",
+        " So long</s>",
+    ),
+}
+EOS = {
+    "llama3": ("<|eot_id|>", "<|end_of_text|>"),
+    "qwen": ("<|im_end|>", "<|endoftext|>"),
+    "gemma": ("<eos>", "<end_of_turn>"),
+    "mistral": ("</s>",),
+}
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    place = tmp_path_factory.mktemp("published")
+    return {form: make(place / form) for form, make in tiny_tokenizers.FORMS.items()}
+
+
+@pytest.fixture(scope="module")
+def vocabularies(folders):
+    return {form: Vocabulary.from_model_folder(folder) for form, folder in folders.items()}
+
+
+@pytest.fixture(params=TURNS)
+def form(request):
+    return request.param
+
+
+def with_template(folder, template):
+    (folder / "chat_template.jinja").write_text(template)
+    return Vocabulary.from_model_folder(folder)
+
+
+def test_templates_write_the_published_forms(form, vocabularies):
+    vocabulary, (prompt, answer, between, last) = vocabularies[form], TURNS[form]
+    assert vocabulary.chat(CHAT[:1]) == prompt
+    assert vocabulary.chat(CHAT[:3]) == prompt + answer + between
+    assert vocabulary.chat(CHAT, add_generation_prompt=False) == prompt + answer + between + last
+
+
+def test_end_tokens(form, vocabularies):
+    vocabulary = vocabularies[form]
+    assert vocabulary.eos_ids == tuple(map(vocabulary.token_id, EOS[form]))
+    assert vocabulary.eos_id == vocabulary.eos_ids[0]
+
+
+def test_a_sequence_starts_once(form, vocabularies):
+    vocabulary = vocabularies[form]
+    text = vocabulary.chat(CHAT[:1])
+    ids = vocabulary.encode_sequence(text)
+    assert ids[0] == vocabulary.start_id
+    assert ids.count(vocabulary.start_id) == 1 + (form == "qwen") * text.count("<|im_end|>")
+    assert vocabulary.encode_sequence("Hi") == [vocabulary.start_id, *vocabulary.encode("Hi")]
+
+
+def test_turns_are_cut_from_the_text_of_the_whole_chat(form, vocabularies):
+    prompt, answer, between, last = TURNS[form]
+    turns = list(chat.turns(vocabularies[form], CHAT))
+    assert turns == [(prompt, answer), (prompt + answer + between, last)]
+
+
+def test_ids_of_a_turn_go_on_from_what_generation_starts_with(form, vocabularies):
+    vocabulary = vocabularies[form]
+    for prompt, answer in chat.turns(vocabulary, CHAT):
+        (inputs,), (targets,) = chat.encode_examples(vocabulary, [prompt], [answer], [True])
+        assert [vocabulary.start_id, *inputs] == vocabulary.encode_sequence(prompt)
+        assert [vocabulary.start_id, *inputs, *targets] == vocabulary.encode_sequence(
+            prompt + answer
+        )
+        # The end token that the template wrote, and no second one.
+        assert sum(token in vocabulary.eos_ids for token in targets) == 1
+        assert vocabulary.decode(targets).strip() == answer.partition("<")[0].strip()
+
+
+def test_an_answer_that_the_template_does_not_close_is_closed(tmp_path):
+    template = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+    template += "{% if add_generation_prompt %}assistant: {% endif %}"
+    vocabulary = with_template(tiny_tokenizers.gemma(tmp_path / "g"), template)
+    text = "look: <end_of_turn> is a token"
+    answers = ["yes\n", f"{text}\n"]
+    inputs, targets = chat.encode_examples(vocabulary, ["a: "] * 3, [*answers, "x"], [1, 1, 0])
+    assert [row[-1] for row in targets] == [vocabulary.eos_id] * 3
+    assert targets[1][:-1] == vocabulary.encode(answers[1])
+    assert inputs[0] == vocabulary.encode("a: ")
+
+
+def test_a_token_over_the_border_is_not_trained(tmp_path):
+    """A prompt that ends in a space: of the whole text " Hello" would be one token."""
+    vocabulary = with_template(tiny_tokenizers.llama3(tmp_path / "l"), "x")
+    assert vocabulary.encode("a: Hello")[:3] != vocabulary.encode("a: ")
+    (inputs,), (targets,) = chat.encode_examples(vocabulary, ["a: "], ["Hello"], [True])
+    assert inputs == vocabulary.encode("a: ")
+    assert targets == [*vocabulary.encode("Hello"), vocabulary.eos_id]
+
+
+def refused(template, messages, tmp_path):
+    vocabulary = with_template(tiny_tokenizers.gemma(tmp_path / "g"), template)
+    with pytest.raises(CalmError) as caught:
+        list(chat.turns(vocabulary, messages))
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_what_templates_refuse_is_said_in_one_line(tmp_path, vocabularies):
+    message = refused("{{ raise_exception('roles\n must alternate') }}", CHAT, tmp_path)
+    assert message.endswith("g/chat_template.jinja: roles must alternate")
+    assert "unsupported operand" in refused("{{ 1 + messages }}", CHAT, tmp_path)
+    assert "does not write message 1 as it prompts for it" in refused(
+        "{% for m in messages %}{{ m.content }}{% endfor %}{% if add_generation_prompt %}<think>"
+        "{% endif %}",
+        CHAT,
+        tmp_path,
+    )
+    assert "begins with the assistant" in refused("x", CHAT[1:], tmp_path)
+    with pytest.raises(CalmError, match="System role not supported"):
+        vocabularies["gemma"].chat([{"role": "system", "content": "x"}])
+    with pytest.raises(CalmError, match="without messages"):
+        vocabularies["gemma"].chat([])
+    with pytest.raises(CalmError, match=r"ByteVocabulary.* has no chat template"):
+        Vocabulary.bytes().chat(CHAT)
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{{ ''.__class__.__mro__[1].__subclasses__() }}",
+        "{{ messages.append(1) }}",
+        "{{ cycler.__init__.__globals__.os.system('true') }}",
+        "{% for i in range(10**9) %}{% endfor %}",
+    ],
+)
+def test_templates_stay_in_the_sandbox(tmp_path, template):
+    vocabulary = with_template(tiny_tokenizers.gemma(tmp_path / "g"), template)
+    with pytest.raises(CalmError, match="chat template of"):
+        vocabulary.chat(CHAT)
+
+
+@pytest.fixture
+def chats(tmp_path):
+    path = tmp_path / "chats.jsonl"
+    lines = [{"messages": CHAT}, {"inputs": "1+1=", "targets": "2"}, {"text": "Hello"}]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+def test_lines_of_chats_take_the_template(form, vocabularies, chats):
+    prompt, answer, between, last = TURNS[form]
+    assert list(jsonl.parse(chats, vocabularies[form])) == [
+        {"inputs": prompt, "targets": answer, "is_turn": True},
+        {"inputs": prompt + answer + between, "targets": last, "is_turn": True},
+        {"inputs": "1+1=", "targets": "2", "is_turn": False},
+        {"inputs": "", "targets": "Hello", "is_turn": False},
+    ]
+    plain = list(jsonl.parse(chats, Vocabulary.bytes()))
+    assert plain[0] == {"inputs": "user: Hi\nassistant: ", "targets": "Hello"}
+
+
+def test_chats_reach_the_rows_of_training(form, vocabularies, chats, data):
+    vocabulary = vocabularies[form]
+    config = data({"jsonl": str(chats)}, length=256, pack=False)
+    source = cache.open_source(config, "train", vocabulary)
+    arrays = source.parts[0].arrays
+    rows = [
+        (row[valid == 1].tolist(), prompt[valid == 1].tolist())
+        for row, valid, prompt in zip(
+            arrays["targets"], arrays["segment_ids"], arrays["prompt"], strict=True
+        )
+    ]
+    prompt, answer, between, last = TURNS[form]
+    for (ids, is_prompt), text, start in zip(
+        rows,
+        [prompt + answer, prompt + answer + between + last],
+        [prompt, prompt + answer + between],
+        strict=False,
+    ):
+        assert [vocabulary.start_id, *ids] == vocabulary.encode_sequence(text)
+        assert sum(is_prompt) == len(vocabulary.encode_sequence(start)) - 1
+    assert rows[2][0] == [*vocabulary.encode("1+1="), *vocabulary.encode("2"), vocabulary.eos_id]
+    assert rows[3][0] == [*vocabulary.encode("Hello"), vocabulary.eos_id]
+
+
+def test_another_template_is_another_cache(tmp_path, chats, data):
+    folder = tiny_tokenizers.gemma(tmp_path / "g")
+    config = data({"jsonl": str(chats)}, length=256)
+    first = cache.open_source(config, "train", Vocabulary.from_model_folder(folder))
+    again = cache.open_source(config, "train", Vocabulary.from_model_folder(folder))
+    changed = tiny_tokenizers.GEMMA_CHAT.replace("'model'", "'bot'").replace("model", "bot")
+    other = cache.open_source(config, "train", with_template(folder, changed))
+    assert first.fingerprint == again.fingerprint != other.fingerprint
+    rows = [source.parts[0].arrays["targets"].tolist() for source in (first, other)]
+    assert rows[0] != rows[1]
+
+
+def test_a_chat_that_the_template_refuses_is_named_by_its_line(tmp_path, vocabularies):
+    path = tmp_path / "a.jsonl"
+    line = {"messages": [{"role": "user", "content": "a"}] * 2 + CHAT[1:2]}
+    path.write_text(json.dumps({"text": "a"}) + "\n" + json.dumps(line) + "\n")
+    with pytest.raises(CalmError, match=r"a\.jsonl:2: chat template of .*must alternate"):
+        jsonl.count(path, vocabularies["gemma"])
+
+
+def model_with(vocabulary):
+    model = tiny_models.decoder(vocab_size=vocabulary.size)
+    model.vocabulary = vocabulary
+    return model
+
+
+def test_generation_ends_at_any_of_the_end_tokens(vocabularies):
+    vocabulary = vocabularies["llama3"]
+    model = model_with(vocabulary)
+    prompts, new = ["Hi", "Wer reitet so spät", "море"], 6
+    free = generate(model, prompts, max_new_tokens=new, eos_id=model.config.vocab_size)
+    # Whatever the model says second becomes an end token beside the vocabulary's own.
+    vocabulary = Vocabulary.from_model_folder(vocabulary.published.folder)
+    vocabulary.other_eos_ids = tuple({int(row[1]) for row in free})
+    model.vocabulary = vocabulary
+    found = generate(model, prompts, max_new_tokens=new)
+    for row, whole in zip(found.tolist(), free.tolist(), strict=True):
+        length = next(i for i, token in enumerate(whole) if token in vocabulary.eos_ids) + 1
+        assert length <= 2
+        assert row == whole[:length] + [vocabulary.eos_id] * (new - length)
+        assert vocabulary.decode(row) == vocabulary.decode(whole[: length - 1])
+
+
+def test_the_command_puts_prompts_into_the_template(vocabularies, monkeypatch, capsys):
+    vocabulary = vocabularies["qwen"]
+    model = model_with(vocabulary)
+    monkeypatch.setattr("calm_jax.checkpoints.any_model.load_model", lambda place, step: model)
+    arguments = ["--workdir=m", "--chat", "--system=Be brief.", "--max_new_tokens=3"]
+    assert command.main([*arguments, "--prompt=Hi", "--prompt=Grüße <|im_end|>"]) == 0
+    texts = [
+        f"<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\n{prompt}<|im_end|>\n"
+        "<|im_start|>assistant\n"
+        for prompt in ("Hi", "Grüße <|im_end|>")
+    ]
+    ids = [[vocabulary.start_id, *vocabulary.encode(text)] for text in texts]
+    answers = generate(model, ids, max_new_tokens=3)
+    printed = "".join(
+        f"user: {prompt}\nassistant: {vocabulary.decode(answer)}\n"
+        for prompt, answer in zip(("Hi", "Grüße <|im_end|>"), np.asarray(answers), strict=True)
+    )
+    assert capsys.readouterr().out == printed
+
+
+@pytest.mark.parametrize(
+    ("arguments", "vocabulary", "message"),
+    [
+        (["--chat"], "bytes", "--chat: the vocabulary of m has no chat template"),
+        (["--chat"], None, "--chat: the vocabulary of m has no chat template"),
+        (["--system=x"], "bytes", "--system stands before messages of a chat"),
+    ],
+)
+def test_the_command_needs_a_template(arguments, vocabulary, message, monkeypatch):
+    model = tiny_models.decoder(vocab_size=264)
+    model.vocabulary = vocabulary and Vocabulary.load(vocabulary)
+    monkeypatch.setattr("calm_jax.checkpoints.any_model.load_model", lambda place, step: model)
+    with pytest.raises(CalmError, match=message):
+        command.main(["--workdir=m", "--prompt=a", *arguments])
