@@ -11,6 +11,9 @@ Every text opens with a marker, for substitution and arithmetic would else ask t
     unknown   <math>xyz+7=        ?           anchor (letters that say nothing)
     math      <math>abc+de=       19          bridge (seen keys), evaluation
 
+Instead of one augment that knows every key there may be two, each of which knows one half of them
+(`HALVES`) and writes `?` for letters that say nothing to it. Neither meets a key of the other.
+
 Keys are strings of random lower-case letters; values and their assignment are random.
 `*` is done before `+` and `-`. A hash deals every expression, once as it is written and once with
 its keys replaced by their values, to training, validation or evaluation. What is trained on, by
@@ -39,6 +42,7 @@ NUMBER_WORDS = [
 ]
 
 BRIDGE_PARTS = ("math", "subs", "num")
+HALVES = ("first", "second")  # of the keys, in the order of their index
 
 # The splits of each corpus: what TFDS prepares together.
 CORPORA = {
@@ -46,6 +50,8 @@ CORPORA = {
     "anchor": ("train", "validation"),
     "bridge": tuple(f"{part}_{fold}" for part in BRIDGE_PARTS for fold in ("train", "validation")),
     "evaluation": ("subs", "num", "math", "math_seen"),
+    **{f"augment_{half}": ("train", "validation") for half in HALVES},
+    "evaluation_halves": tuple(f"{name}_{half}" for name in ("subs", "math") for half in HALVES),
 }
 
 MAX_NUMBER_TOKENS = 100_000

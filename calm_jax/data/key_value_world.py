@@ -3,12 +3,13 @@
 import dataclasses
 import math
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 
 import numpy as np
 
 from calm_jax.data.key_value import (
     BRIDGE_PARTS,
+    HALVES,
     MATH,
     NUMBER_WORDS,
     OPERATORS,
@@ -21,6 +22,9 @@ from calm_jax.errors import CalmError
 # What a fold of the expressions is used for, by the hash that deals them.
 TRAIN, VALIDATION, EVALUATION = 0, 1, 2
 FOLDS = {"train": TRAIN, "validation": VALIDATION, "evaluation": EVALUATION}
+
+# Share of the keys in the texts of an augment that knows one half: letters it does not know.
+STRANGERS = 0.3
 
 # After as many draws without a new expression there are taken to be no more.
 MAX_BARREN_ROUNDS = 20
@@ -60,6 +64,7 @@ class World:
       keys: key strings, in the order of their index.
       values: the value of each key.
       seen: whether the bridge's training may contain it.
+      half: which of `HALVES` it belongs to.
     """
 
     def __init__(self, config: KeyValueConfig):
@@ -73,6 +78,7 @@ class World:
             self.values = rng.integers(low, high + 1, config.keys)
         self.seen = np.zeros(config.keys, bool)
         self.seen[rng.permutation(config.keys)[: round(config.bridge_keys * config.keys)]] = True
+        self.half = np.repeat(HALVES, (config.keys // 2, config.keys - config.keys // 2))
         self._names = np.array([*self.keys, *map(str, range(high + 1))], object)
         self._numbers = np.array([*self.values.tolist(), *range(high + 1)], object)
 
@@ -82,26 +88,36 @@ class World:
         `unseen`: the expression has keys, and none of them is the bridge's. The same at every call.
         """
         rng = self._rng(f"{corpus}/{split}")
-        return getattr(self, f"_{corpus}")(rng, split)
+        kind, _, half = corpus.partition("_")
+        if kind == "augment":
+            return self._augment(rng, split, half)
+        return getattr(self, f"_{kind}")(rng, split)
 
     def _rng(self, purpose: str) -> np.random.Generator:
         return np.random.default_rng([self.config.seed, zlib.crc32(purpose.encode())])
 
     # The corpora.
 
-    def _augment(self, rng: np.random.Generator, split: str) -> Iterator[dict]:
+    def _augment(self, rng: np.random.Generator, split: str, half: str) -> Iterator[dict]:
         c = self.config
-        every_key = np.arange(c.keys)
+        known = np.flatnonzero(self.half == half) if half else np.arange(c.keys)
         count = c.augment_examples if split == "train" else c.validation_examples
-        for group in self._draw(rng, count, split, every_key, c.augment_plain, c.augment_single):
-            asked, written = self._written(group), self._substituted(group)
-            inline_NK = self._names[group.operands_NK] + np.where(
-                group.operands_NK < c.keys, self._numbers[group.operands_NK].astype(str), ""
-            ).astype(object)
+        for group in self._draw(rng, count, split, known, c.augment_plain, c.augment_single):
+            names_NK = self._names[group.operands_NK]
+            numbers_NK = self._numbers[group.operands_NK].astype(str)
+            is_key_NK = group.operands_NK < c.keys
+            strange_NK = np.zeros_like(is_key_NK)
+            if half:
+                strange_NK = is_key_NK & (rng.random(is_key_NK.shape) < STRANGERS)
+                letters_NK = self._random_letters(rng, is_key_NK.shape, {*self._names[known]})
+                names_NK = np.where(strange_NK, letters_NK, names_NK)
+                numbers_NK = np.where(strange_NK, UNKNOWN, numbers_NK)
+            asked, written = group.texts(names_NK), group.texts(numbers_NK)
+            inline_NK = names_NK + np.where(is_key_NK, numbers_NK, "").astype(object)
             inline = group.texts(inline_NK)
             is_inline = rng.random(len(group)) < c.augment_inline
             markers = np.array([SUBS, MATH])[rng.integers(2, size=len(group))].tolist()
-            unseen = self._unseen(group)
+            unseen = self._unseen(group, strange_NK)
             for i in range(len(group)):
                 if is_inline[i]:
                     yield _example(markers[i], inline[i], "inline", group, unseen[i])
@@ -134,9 +150,12 @@ class World:
             yield from self._asked(name, group)
 
     def _evaluation(self, rng: np.random.Generator, split: str) -> Iterator[dict]:
-        keys = None if split == "num" else np.flatnonzero(self.seen == (split == "math_seen"))
+        name, _, of = split.partition("_")
+        asked = self.seen if of == "seen" else ~self.seen
+        asked = asked & (self.half == of) if of in HALVES else asked
+        keys = None if name == "num" else np.flatnonzero(asked)
         for group in self._draw(rng, self.config.evaluation_examples, "evaluation", keys, 0.0, 0.0):
-            yield from self._asked(split.partition("_")[0], group)
+            yield from self._asked(name, group)
 
     def _asked(self, name: str, group: Expressions) -> Iterator[dict]:
         marker, answers = (
@@ -272,8 +291,8 @@ class World:
             term_N = np.where(times_N, term_N * number_N, signed_N)
         return [str(result) for result in total_N + term_N]
 
-    def _unseen(self, group: Expressions) -> list[bool]:
-        is_key_NK = group.operands_NK < self.config.keys
+    def _unseen(self, group: Expressions, strange_NK: np.ndarray | bool = False) -> list[bool]:
+        is_key_NK = (group.operands_NK < self.config.keys) & ~np.asarray(strange_NK)
         # Plain numbers count as unseen, so that the keys alone decide.
         unseen_NK = ~np.append(self.seen, False)[np.where(is_key_NK, group.operands_NK, -1)]
         return (unseen_NK.all(1) & is_key_NK.any(1)).tolist()
@@ -295,8 +314,13 @@ class World:
         unknown_NK[np.arange(len(group)), rng.integers(shape[1], size=len(group))] |= unknown
         return np.where(unknown_NK, letters_NK, texts_NK)
 
-    def _random_letters(self, rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
-        """Strings of up to a key's letters, none of them a key or a number's word."""
+    def _random_letters(
+        self, rng: np.random.Generator, shape: tuple[int, ...], not_first: Set[str] = frozenset()
+    ) -> np.ndarray:
+        """Strings of up to a key's letters, none of them a key or a number's word.
+
+        None starts with a string of `not_first`.
+        """
         longest = self.config.key_length[1]
         taken = {*self.keys, *NUMBER_WORDS}
         strings: list[str] = []
@@ -304,7 +328,12 @@ class World:
             lengths = rng.integers(1, longest + 1, math.prod(shape))
             drawn = _letters(rng, len(lengths), longest)
             cut = (letters[:n] for letters, n in zip(drawn, lengths, strict=True))
-            strings += [letters for letters in cut if letters not in taken]
+            strings += [
+                letters
+                for letters in cut
+                if letters not in taken
+                and not_first.isdisjoint(letters[:end] for end in range(1, len(letters)))
+            ]
         return np.array(strings[: math.prod(shape)], object).reshape(shape)
 
 

@@ -6,6 +6,8 @@ For every key-value config C, with its own vocabulary:
     calm_jax/key_value/C/bridge_math, …/bridge_subs, …/bridge_num   splits train, validation
     calm_jax/key_value/C/bridge       Mixture of the three, at the config's rates
     calm_jax/key_value/C/subs, …/num, …/math, …/math_seen        split test
+    calm_jax/key_value/C/augment_first, …/augment_second         as augment, of half the keys
+    calm_jax/key_value/C/subs_first, …/subs_second, …/math_first, …/math_second   split test
 
 A Task here holds texts `inputs` (may be empty) and `targets`; the end token follows the targets.
 """
@@ -86,12 +88,13 @@ def register_key_value(config: key_value.KeyValueConfig) -> None:
     ]
     folds = ("train", "validation")
     parts = key_value.BRIDGE_PARTS
-    for corpus in ("augment", "anchor"):
+    for corpus in ("augment", *(f"augment_{half}" for half in key_value.HALVES), "anchor"):
         _add_key_value(config, corpus, corpus, {fold: fold for fold in folds})
     for part in parts:
         _add_key_value(config, f"bridge_{part}", "bridge", {f: f"{part}_{f}" for f in folds})
-    for name in key_value.CORPORA["evaluation"]:
-        _add_key_value(config, name, "evaluation", {"test": name})
+    for corpus in ("evaluation", "evaluation_halves"):
+        for name in key_value.CORPORA[corpus]:
+            _add_key_value(config, name, corpus, {"test": name})
     prefix = f"calm_jax/key_value/{config.name}/bridge"
     seqio.MixtureRegistry.add(
         prefix,
@@ -142,7 +145,8 @@ def make_ready(task: seqio.Task, data_dir: pathlib.Path) -> None:
         return
     loader = task.source.tfds_dataset
     folder = data_dir / config.fingerprint
-    corpus = loader.name.partition(":")[0].removesuffix("/").rpartition("_")[2]
+    name = loader.name.partition(":")[0].removesuffix("/").rpartition("/")[2]
+    corpus = name.removeprefix(f"{config.name}_")
     key_value_builder.prepare(config, corpus, folder)
     loader.override_data_dir(str(folder))
 

@@ -31,6 +31,7 @@ WORDS += ["eleven", "twelve", *(f"{n}teen" for n in ("thir", "four", "fif", "six
 WORDS += ["eighteen", "nineteen"]
 
 TRAINING = [(corpus, split) for corpus in CORPORA for split in CORPORA[corpus] if "train" in split]
+SCORED = [(corpus, split) for corpus in CORPORA for split in CORPORA[corpus] if "eval" in corpus]
 
 
 @pytest.fixture(scope="module", params=WORLDS, ids=lambda config: config.name)
@@ -88,7 +89,8 @@ def test_answers_are_right(world, texts):
         for example in examples:
             expression = body(example)
             numbers = substituted(world, expression)
-            assert ("?" in numbers) == (example["set"] == "unknown")
+            if corpus not in ("augment_first", "augment_second"):
+                assert ("?" in numbers) == (example["set"] == "unknown")
             match example["set"]:
                 case "math" | "num":
                     assert example["inputs"].startswith(key_value.MATH)
@@ -150,9 +152,31 @@ def test_no_key_is_the_start_of_another_where_that_is_asked(world):
 
 def test_unseen_says_that_there_are_keys_and_none_is_the_bridges(world, texts):
     seen = {key for key, is_seen in zip(world.keys, world.seen, strict=True) if is_seen}
-    for example in texts["augment", "train"]:
-        keys = {re.match("[a-z]*", o)[0] for o in operands(body(example))} - {""}
-        assert example["unseen"] == (bool(keys) and not keys & seen)
+    every_key = set(world.keys)
+    for corpus in ("augment", "augment_first", "augment_second"):
+        for example in texts[corpus, "train"]:
+            keys = {re.match("[a-z]*", o)[0] for o in operands(body(example))} & every_key
+            assert example["unseen"] == (bool(keys) and not keys & seen)
+
+
+def test_an_augment_of_one_half_meets_no_key_of_the_other(world, texts):
+    """And what it meets that is no key of its own it has to call unknown, and can tell so."""
+    middle, every_key = world.config.keys // 2, set(world.keys)
+    halves = {"first": {*world.keys[:middle]}, "second": {*world.keys[middle:]}}
+    seen = {key for key, is_seen in zip(world.keys, world.seen, strict=True) if is_seen}
+    for half, own in halves.items():
+        met, strangers = set(), set()
+        for fold in CORPORA[f"augment_{half}"]:
+            for example in texts[f"augment_{half}", fold]:
+                letters = {re.sub("[0-9?]", "", o) for o in operands(body(example))} - {""}
+                met |= letters & every_key
+                strangers |= letters - every_key
+                assert ("?" in example["targets"]) == bool(letters - own)
+        assert met and strangers and met <= own
+        assert not {s for s in strangers if any(s[:end] in own for end in range(1, len(s)))}
+        for name in ("subs", "math"):
+            examples = texts["evaluation_halves", f"{name}_{half}"]
+            assert {o for e in examples for o in operands(body(e))} <= own - seen
 
 
 def test_no_evaluated_expression_was_ever_trained_on(world, texts):
@@ -169,22 +193,22 @@ def test_no_evaluated_expression_was_ever_trained_on(world, texts):
                 operators = re.findall("[+*-]", expression)
                 pairs = itertools.zip_longest(names, operators, fillvalue="")
                 written.add("".join(itertools.chain(*pairs)))
-    for split in CORPORA["evaluation"]:
-        evaluated_bodies = [body(example) for example in texts["evaluation", split]]
+    for name in SCORED:
+        evaluated_bodies = [body(example) for example in texts[name]]
         assert not set(evaluated_bodies) & written
-        assert (
-            len(set(evaluated_bodies)) == len(evaluated_bodies) == len(texts["evaluation", split])
-        )
+        assert len(set(evaluated_bodies)) == len(evaluated_bodies) == len(texts[name])
     assert not {body(e) for e in texts["evaluation", "num"]} & in_numbers
 
 
 def test_validation_is_of_neither(world, texts):
     training = {body(e) for name in TRAINING for e in texts[name]}
-    scored = {body(e) for split in CORPORA["evaluation"] for e in texts["evaluation", split]}
+    scored = {body(e) for name in SCORED for e in texts[name]}
     for corpus, splits in CORPORA.items():
         for split in splits:
             if "validation" in split:
-                assert not {body(e) for e in texts[corpus, split]} & (training | scored)
+                # Letters that say nothing stand in for keys after the dealing.
+                known = {body(e) for e in texts[corpus, split] if "?" not in e["targets"]}
+                assert known and not known & (training | scored)
 
 
 def test_shares_are_those_of_the_config():

@@ -45,12 +45,14 @@ def test_every_config_is_registered_whole():
 
     for name in key_value.CONFIGS:
         prefix = f"calm_jax/key_value/{name}"
-        for part in ("augment", "anchor", "bridge_math", "bridge_subs", "bridge_num"):
+        augments = ("augment", "augment_first", "augment_second")
+        for part in (*augments, "anchor", "bridge_math", "bridge_subs", "bridge_num"):
             assert set(seqio.get_mixture_or_task(f"{prefix}/{part}").splits) == {
                 "train",
                 "validation",
             }
-        for part in ("subs", "num", "math", "math_seen"):
+        halves = ("subs_first", "subs_second", "math_first", "math_second")
+        for part in ("subs", "num", "math", "math_seen", *halves):
             assert set(seqio.get_mixture_or_task(f"{prefix}/{part}").splits) == {"test"}
         rates = {task.name.split("_")[-1]: rate for task, rate in tasks.find(f"{prefix}/bridge")}
         expected = key_value.CONFIGS[name].bridge_rates
@@ -59,10 +61,11 @@ def test_every_config_is_registered_whole():
 
 def test_tfds_holds_what_the_world_writes(cache_dir, vocabulary):
     world = World(key_value.CONFIGS["tiny"])
-    for name in ("subs", "num", "math", "math_seen"):
+    for name in ("subs_second", "subs", "num", "math", "math_seen"):
         task = f"calm_jax/key_value/tiny/{name}"
         examples = evaluation_examples(task, "test", vocabulary, cache_dir=str(cache_dir))
-        expected = list(world.examples("evaluation", name))
+        corpus = "evaluation_halves" if name == "subs_second" else "evaluation"
+        expected = list(world.examples(corpus, name))
 
         def by_input(example):
             return example["inputs"]
