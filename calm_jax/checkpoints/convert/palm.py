@@ -7,7 +7,6 @@ Every head has the rows of its queries beside its share of the MLP (f = F / N hi
 """
 
 import dataclasses
-import math
 import re
 from collections.abc import Mapping
 from typing import Any, ClassVar
@@ -16,6 +15,7 @@ import numpy as np
 
 from calm_jax.checkpoints.convert.family import Family, Reading
 from calm_jax.checkpoints.convert.table import Part, Rule, rule
+from calm_jax.checkpoints.convert.trees import norm_warnings, number, shape_of
 from calm_jax.checkpoints.sources.layers import unstack
 from calm_jax.checkpoints.sources.source import Source, Tensor
 from calm_jax.errors import CalmError
@@ -64,10 +64,13 @@ class Palm(Family):
             "query_scale": query_scale,
             "logit_scale": 1.0 if logit_scale is None and not config.tied_head else logit_scale,
         }
-        given = {option: _number(option, x) for option, x in given.items() if x is not None}
+        given = {option: number(option, x) for option, x in given.items() if x is not None}
         config = dataclasses.replace(config, **given)
         return Reading(
-            config, rules(config), tensors, warnings=_norm_warnings(tensors, config.norm_offset)
+            config,
+            rules(config),
+            tensors,
+            warnings=norm_warnings(tensors, "/layer_norm/scale", norm_offset),
         )
 
 
@@ -221,8 +224,8 @@ def _config(tensors: Mapping[str, Tensor], where: str) -> DecoderConfig:
     """The form that the shapes tell; of the last axes of the fused kernels, H and f."""
     layers = {int(found[1]) for name in tensors if (found := re.match(_LAYER_NUMBER, name))}
     first = LAYER.format(layer=0)
-    q_wi = _shape(tensors, f"{first}q_wi_fused/kernel", 3, where)
-    o_wo = _shape(tensors, f"{first}o_wo_fused/kernel", 3, where)
+    q_wi = shape_of(tensors, f"{first}q_wi_fused/kernel", 3, where)
+    o_wo = shape_of(tensors, f"{first}o_wo_fused/kernel", 3, where)
     hidden = q_wi[2] - o_wo[1]
     head_dim = o_wo[1] - hidden
     if hidden < 1 or head_dim < 1:
@@ -231,7 +234,7 @@ def _config(tensors: Mapping[str, Tensor], where: str) -> DecoderConfig:
             f"{o_wo[1]}; they must be H + 2f and H + f, which leaves H = {head_dim}, f = {hidden}"
         )
     return DecoderConfig.palm(
-        vocab_size=_shape(tensors, EMBEDDING, 2, where)[0],
+        vocab_size=shape_of(tensors, EMBEDDING, 2, where)[0],
         embed_dim=_width(tensors, where),
         num_layers=max(layers) + 1,
         num_heads=q_wi[1],
@@ -242,33 +245,4 @@ def _config(tensors: Mapping[str, Tensor], where: str) -> DecoderConfig:
 
 
 def _width(tensors: Mapping[str, Tensor], where: str) -> int:
-    return _shape(tensors, EMBEDDING, 2, where)[1]
-
-
-def _shape(tensors: Mapping[str, Tensor], name: str, rank: int, where: str) -> tuple[int, ...]:
-    if name not in tensors:
-        raise CalmError(f"{where}: tensor {name} is missing")
-    shape = tuple(tensors[name].shape)
-    if len(shape) != rank:
-        raise CalmError(f"{where}: tensor {name} has shape {shape}, not {rank} axes")
-    return shape
-
-
-def _number(option: str, value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise CalmError(f"{option} is {value!r}; it must be a number")
-    return float(value)
-
-
-def _norm_warnings(tensors: Mapping[str, Tensor], norm_offset: float) -> tuple[str, ...]:
-    """What speaks against `norm_offset`: scales start at 0 where they are centred, else at 1."""
-    scales = [x[...] for name, x in tensors.items() if name.endswith("/layer_norm/scale")]
-    if not scales or norm_offset not in (0.0, 1.0):
-        return ()
-    mean = float(np.mean(np.asarray(scales, np.float32)))
-    if abs(mean - norm_offset) > 0.25:
-        return ()
-    return (
-        f"norm scales average {mean:.2f}, which is what they are where norm_offset is "
-        f"{1 - norm_offset}, not {norm_offset}",
-    )
+    return shape_of(tensors, EMBEDDING, 2, where)[1]

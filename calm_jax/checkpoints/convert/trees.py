@@ -1,0 +1,46 @@
+"""What families share whose checkpoints have no config: the form is read off the tensors."""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from calm_jax.checkpoints.sources.source import Tensor
+from calm_jax.errors import CalmError
+
+
+def shape_of(tensors: Mapping[str, Tensor], name: str, rank: int, where: str) -> tuple[int, ...]:
+    """A tensor's shape. Raises `CalmError` when it is missing, or not of `rank` axes."""
+    if name not in tensors:
+        raise CalmError(f"{where}: tensor {name} is missing")
+    shape = tuple(tensors[name].shape)
+    if len(shape) != rank:
+        raise CalmError(f"{where}: tensor {name} has shape {shape}, not {rank} axes")
+    return shape
+
+
+def number(option: str, value: Any) -> float:
+    """A family's option as a finite number. Raises `CalmError` when it is none."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise CalmError(f"{option} is {value!r}; it must be a number")
+    return float(value)
+
+
+def norm_warnings(
+    tensors: Mapping[str, Tensor], ending: str, norm_offset: float
+) -> tuple[str, ...]:
+    """What speaks against `norm_offset`: scales start at 0 where they are centred, else at 1.
+
+    `ending`: of the names of the norms' scales.
+    """
+    scales = [x[...] for name, x in tensors.items() if name.endswith(ending)]
+    if not scales or norm_offset not in (0.0, 1.0):
+        return ()
+    mean = float(np.mean(np.asarray(scales, np.float32)))
+    if abs(mean - norm_offset) > 0.25:
+        return ()
+    return (
+        f"norm scales average {mean:.2f}, which is what they are where norm_offset is "
+        f"{1 - norm_offset}, not {norm_offset}",
+    )

@@ -1,0 +1,227 @@
+"""PaLM re-created in PyTorch: the original's logits, an independent forward pass, three layouts."""
+
+import os
+import pathlib
+
+import numpy as np
+import pytest
+import torch_files
+from converting import decoder_in_memory
+from etils import epath
+from random_models import assert_close
+from safetensors.numpy import save_file
+
+import calm_jax
+from calm_jax.checkpoints.convert.palm_pytorch import PalmPytorch
+from calm_jax.checkpoints.sources.opening import open_source
+from calm_jax.checkpoints.sources.source import Source
+from calm_jax.errors import CalmError
+from calm_jax.models.parameters import count, module_tree
+
+V, D, N, H, F, L, T = 40, 16, 4, 8, 32, 3, 40
+GOLDEN = pathlib.Path(
+    os.environ.get("CALM_TEST_DATA", "absent"), "golden", "palm_pytorch_v0_2_1.npz"
+)
+
+
+def in_memory(tensors, **options):
+    source = Source(epath.Path("palm.pt"), "torch", tensors)
+    assert PalmPytorch().recognises(source)
+    return decoder_in_memory(PalmPytorch(), source, **options)
+
+
+def rlhf(*, qk_norm=False, buffers=True, xpos=True, offset=0.0) -> dict[str, np.ndarray]:
+    """Tensors in the names of PaLM-rlhf-pytorch, every parameter random."""
+    random = np.random.default_rng(1)
+
+    def draw(*shape, around=0.0, std=0.25):
+        return (around + std * random.normal(size=shape)).astype(np.float32)
+
+    pairs = np.arange(0, H, 2)
+    found = {"token_emb.weight": draw(V, D, std=1.0)}
+    for i in range(L):
+        layer = f"layers.{i}.fn."
+        found |= {
+            layer + "norm.gamma": draw(D, around=1 - offset),
+            layer + "norm.beta": np.zeros(D, np.float32),
+            layer + "fused_attn_ff_proj.weight": draw(N * H + 2 * H + 2 * F, D),
+            layer + "attn_out.weight": draw(D, N * H),
+            layer + "ff_out.2.weight": draw(D, F),
+        }
+        if qk_norm:
+            found |= {layer + "q_scale": draw(H, around=3), layer + "k_scale": draw(H, around=3)}
+        if buffers:
+            found[layer + "rotary_emb.inv_freq"] = (1e4 ** (-pairs / H)).astype(np.float32)
+        if buffers and xpos:
+            scale = (pairs + 0.4 * H) / (1.4 * H)
+            found[layer + "rotary_emb.scale"] = scale.astype(np.float32)
+    found |= {"norm.gamma": draw(D, around=1 - offset), "norm.beta": np.zeros(D, np.float32)}
+    return found | {"to_logits.weight": found["token_emb.weight"]}
+
+
+def in_sequence(tensors) -> dict[str, np.ndarray]:
+    """The same in the names of PaLM-pytorch, which numbers its modules."""
+    found = {}
+    for name, array in tensors.items():
+        if name.startswith("layers."):
+            _, layer, rest = name.split(".", 2)
+            name = f"{int(layer) + 1}.{rest}".replace("ff_out.2", "ff_out.1")
+        name = name.replace("token_emb", "0").replace("to_logits", str(L + 2))
+        found[f"{L + 1}.{name.removeprefix('norm.')}" if name.startswith("norm.") else name] = array
+    return found
+
+
+def numpy_logits(tensors, tokens, *, xpos: bool, offset: float = 0.0) -> np.ndarray:
+    """The forward pass written out, float64."""
+    t = {name: array.astype(np.float64) for name, array in tensors.items()}
+
+    def norm(x, gamma):
+        x = x - x.mean(-1, keepdims=True)
+        return x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-5) * (gamma + offset)
+
+    positions, pairs = np.arange(len(tokens)), np.arange(0, H, 2)
+    angles = np.tile(positions[:, None] * 1e4 ** (-pairs / H), 2)
+    power = (positions - len(tokens) // 2)[:, None] / 512
+    decay = np.tile(((pairs + 0.4 * H) / (1.4 * H)) ** power, 2) if xpos else 1.0
+
+    def rotate(x, scale):
+        first, second = np.split(x, 2, axis=-1)
+        turned = np.concatenate([-second, first], axis=-1)
+        return (x * np.cos(angles) + turned * np.sin(angles)) * scale
+
+    def unit(x, scale):
+        return x / np.linalg.norm(x, axis=-1, keepdims=True) * scale
+
+    x = t["token_emb.weight"][tokens]
+    for i in range(L):
+        layer = f"layers.{i}.fn."
+        fused = norm(x, t[layer + "norm.gamma"]) @ t[layer + "fused_attn_ff_proj.weight"].T
+        q, k, v, up, gate = np.split(fused, np.cumsum([N * H, H, H, F]), axis=-1)
+        q = q.reshape(-1, N, H).swapaxes(0, 1)
+        if layer + "q_scale" in t:
+            q, k = unit(q, t[layer + "q_scale"]), unit(k, t[layer + "k_scale"])
+        logits = rotate(q, decay) @ rotate(k, 1 / decay).T * H**-0.5
+        logits = np.where(np.tri(len(tokens), dtype=bool), logits, -np.inf)
+        weights = np.exp(logits - logits.max(-1, keepdims=True))
+        attended = (weights / weights.sum(-1, keepdims=True)) @ v
+        attended = attended.swapaxes(0, 1).reshape(len(tokens), N * H)
+        hidden = gate / (1 + np.exp(-gate)) * up
+        x = x + attended @ t[layer + "attn_out.weight"].T + hidden @ t[layer + "ff_out.2.weight"].T
+    return norm(x, t["norm.gamma"]) @ t["token_emb.weight"].T
+
+
+TOKENS = np.random.default_rng(2).integers(V, size=T).astype(np.int32)
+
+
+def test_logits_of_the_original():
+    if not GOLDEN.exists():
+        pytest.skip("CALM_TEST_DATA names no folder with golden/palm_pytorch_v0_2_1.npz")
+    with np.load(GOLDEN) as golden:
+        arrays = dict(golden)
+    ids, logits = arrays.pop("__ids").astype(np.int32), arrays.pop("__logits")
+    assert_close(in_memory(arrays)(ids), logits, 2e-6)
+    for wrong in ({"xpos": False}, {"norm_offset": 1.0}, {"xpos_scale_base": 300.0}):
+        with pytest.raises(AssertionError):
+            assert_close(in_memory(arrays, **wrong)(ids), logits, 1e-4)
+
+
+@pytest.mark.parametrize("qk_norm", [False, True])
+@pytest.mark.parametrize("xpos", [False, True])
+@pytest.mark.parametrize("offset", [0.0, 1.0])
+@pytest.mark.parametrize("sequence", [False, True])
+def test_an_independent_forward_pass(qk_norm, xpos, offset, sequence):
+    tensors = rlhf(qk_norm=qk_norm, xpos=xpos, offset=offset)
+    expected = numpy_logits(tensors, TOKENS, xpos=xpos, offset=offset)
+    named = in_sequence(tensors) if sequence else tensors
+    assert_close(in_memory(named, norm_offset=offset)(TOKENS[None])[0], expected, 1e-5)
+    for wrong in ({"norm_offset": 1 - offset}, {"norm_offset": offset, "xpos": not xpos}):
+        with pytest.raises(AssertionError):
+            assert_close(in_memory(named, **wrong)(TOKENS[None])[0], expected, 1e-4)
+
+
+def test_without_buffers_the_layout_says_whether_positions_decay():
+    tensors = rlhf(buffers=False)
+    assert in_memory(tensors).config.xpos_scale_base == 512
+    assert in_memory(in_sequence(tensors)).config.xpos_scale_base is None
+
+
+@pytest.mark.parametrize("suffix", ["pt", "bin", "npz", "safetensors"])
+def test_every_kind_of_file(tmp_path, suffix):
+    tensors, path = rlhf(), tmp_path / f"palm.{suffix}"
+    if suffix == "npz":
+        np.savez(path, **tensors)
+    elif suffix == "safetensors":
+        save_file(tensors, path)
+    else:
+        torch_files.save_tensors(path, tensors)
+    calm_jax.convert(path, tmp_path / "model")
+    decoder = calm_jax.load(tmp_path / "model")
+    expected = numpy_logits(tensors, TOKENS, xpos=True)
+    assert_close(decoder(TOKENS[None])[0], expected, 1e-5)
+    assert open_source(path).tensors.keys() == tensors.keys()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"layers.1.fn.norm.beta": np.full(D, 0.1)}, r"layers\.1\.fn\.norm\.beta is not zero"),
+        ({"to_logits.weight": np.zeros((V, D))}, r"to_logits\.weight and token_emb\.weight differ"),
+        (
+            {"layers.0.fn.lora_q.A": np.zeros((D, 4))},
+            r"tensor layers\.0\.fn\.lora_q\.A is not part",
+        ),
+        ({"layers.2.fn.attn_out.weight": np.zeros((D, 7))}, r"layers\.2\.fn\.attn_out\.weight has"),
+        ({"layers.0.fn.attn_out.weight": np.zeros((D, 7))}, r"which no heads make"),
+        ({"layers.1.fn.rotary_emb.inv_freq": np.ones(4)}, r"inv_freq starts \[1\. 1\. 1\.\], not"),
+    ],
+)
+def test_what_does_not_fit(tmp_path, change, message):
+    np.savez(tmp_path / "palm.npz", **rlhf() | change)
+    with pytest.raises(CalmError, match=message):
+        calm_jax.convert(tmp_path / "palm.npz", tmp_path / "model")
+    assert [path.name for path in tmp_path.iterdir()] == ["palm.npz"]
+
+
+def test_options_that_are_none():
+    for option in ({"norm_offset": "one"}, {"xpos": 1}, {"xpos_scale_base": None}):
+        with pytest.raises(CalmError, match=rf"{next(iter(option))} is .*; it must be"):
+            in_memory(rlhf(), **option)
+
+
+@pytest.mark.parametrize("offset", [0.0, 1.0])
+def test_scales_that_speak_against_the_offset(offset):
+    source = Source(epath.Path("palm.pt"), "torch", rlhf(offset=offset))
+    assert not PalmPytorch().read(source, norm_offset=offset).warnings
+    (warning,) = PalmPytorch().read(source, norm_offset=1 - offset).warnings
+    assert f"norm_offset is {offset}" in warning
+
+
+@pytest.mark.parametrize(
+    ("width", "depth", "nominal"),
+    [(768, 12, 150e6), (1024, 24, 410e6), (2048, 16, 1e9), (2560, 24, 2e9)],
+)
+def test_published_sizes(width, depth, nominal):
+    """conceptofmind's models: 8 heads of 128, 50,304 rows, 4 x as wide an MLP."""
+    inner, hidden = 8 * 128, 4 * width
+
+    def fake(*shape):
+        return np.broadcast_to(np.float32(1), shape)
+
+    tensors = {"token_emb.weight": fake(50_304, width), "norm.gamma": fake(width)}
+    for i in range(depth):
+        layer = f"layers.{i}.fn."
+        tensors |= {
+            layer + "norm.gamma": fake(width),
+            layer + "fused_attn_ff_proj.weight": fake(inner + 256 + 2 * hidden, width),
+            layer + "attn_out.weight": fake(width, inner),
+            layer + "ff_out.2.weight": fake(width, hidden),
+        }
+    from flax import nnx
+
+    reading = PalmPytorch().read(Source(epath.Path("palm.pt"), "torch", tensors))
+    config = reading.config
+    assert (config.num_heads, config.head_dim, config.num_layers) == (8, 128, depth)
+    decoder = nnx.eval_shape(lambda: calm_jax.Decoder(config, nnx.Rngs(0)))
+    total = count(module_tree(decoder))
+    assert total == sum(np.prod(x.shape) for x in tensors.values())
+    assert abs(total / nominal - 1) < 0.2
