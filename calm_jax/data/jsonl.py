@@ -115,9 +115,10 @@ def _record(line: str) -> dict[str, Any]:
 def _messages(messages: Any) -> list[dict[str, Any]]:
     if not isinstance(messages, list) or not all(isinstance(m, dict) for m in messages):
         raise CalmError('"messages" is not a list of objects')
+    roles = [_text(message, "role") for message in messages]
     for message in messages:
-        _text(message, "role"), _text(message, "content")
-    if not any(message["role"] == "assistant" for message in messages):
+        _text(message, "content")
+    if "assistant" not in roles:
         raise CalmError('"messages" has no turn of the assistant')
     return messages
 

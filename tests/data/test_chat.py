@@ -4,6 +4,7 @@ What the templates of the four forms must write stands here by hand, as their mo
 against transformers itself they are held in tests/parity/test_tokenizers.py.
 """
 
+import datetime
 import json
 
 import numpy as np
@@ -136,6 +137,17 @@ def test_an_answer_that_the_template_does_not_close_is_closed(tmp_path):
     assert inputs[0] == vocabulary.encode("a: ")
 
 
+def test_an_answer_is_tokenised_behind_its_prompt(tmp_path):
+    """By itself it would begin with a space, as every text of this form does."""
+    vocabulary = with_template(tiny_tokenizers.mistral(tmp_path / "m"), "x")
+    alone = vocabulary.encode("Hello")
+    (inputs,), (targets,) = chat.encode_examples(vocabulary, ["[/INST]"], ["Hello"], [True])
+    assert [*inputs, *targets[:-1]] == vocabulary.encode("[/INST]Hello")
+    assert targets[:-1] != alone
+    _, (apart,) = chat.encode_examples(vocabulary, ["[/INST]"], ["Hello"], [False])
+    assert apart[:-1] == alone
+
+
 def test_a_token_over_the_border_is_not_trained(tmp_path):
     """A prompt that ends in a space: of the whole text " Hello" would be one token."""
     vocabulary = with_template(tiny_tokenizers.llama3(tmp_path / "l"), "x")
@@ -143,6 +155,28 @@ def test_a_token_over_the_border_is_not_trained(tmp_path):
     (inputs,), (targets,) = chat.encode_examples(vocabulary, ["a: "], ["Hello"], [True])
     assert inputs == vocabulary.encode("a: ")
     assert targets == [*vocabulary.encode("Hello"), vocabulary.eos_id]
+
+
+@pytest.mark.parametrize(
+    ("template", "text"),
+    [
+        ("a\n  {% if true %}\n x\n  {% endif %}\n{# c #}\nb\n", "a\n x\nb"),
+        ("{{ messages[0] | tojson }}", '{"role": "user", "content": "<é>"}'),
+        ("{% for i in range(9) %}{% if i == 2 %}{% break %}{% endif %}{{ i }}{% endfor %}", "01"),
+        ("a\n{% generation %}\nb\n{% endgeneration %}\nc", "a\nb\nc"),
+        ("{{ bos_token }}{{ pad_token }}{{ sep_token }}{{ tools is none }}", "<bos><pad>True"),
+        ("{{ messages[0].name is defined }}", "False"),
+    ],
+)
+def test_templates_find_what_transformers_gives_them(tmp_path, template, text):
+    vocabulary = with_template(tiny_tokenizers.gemma(tmp_path / "g"), template)
+    assert vocabulary.chat([{"role": "user", "content": "<é>", "name": None}]) == text
+
+
+def test_templates_know_the_day(tmp_path):
+    vocabulary = with_template(tiny_tokenizers.gemma(tmp_path / "g"), "{{ strftime_now('%Y') }}")
+    year = datetime.date.today().year
+    assert vocabulary.chat(CHAT) in (str(year), str(year + 1))
 
 
 def refused(template, messages, tmp_path):
