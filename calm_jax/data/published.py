@@ -38,6 +38,12 @@ BESIDE = (
 # What chat templates know special tokens by.
 ROLES = tuple(f"{role}_token" for role in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"))
 
+# Start and end tokens in published tokenizers, for a tokenizer.json that stands alone.
+START_AND_END_NAMES = (
+    ("<bos>", "<s>", "<|begin_of_text|>", "<|startoftext|>"),
+    ("<eos>", "</s>", "<|end_of_text|>", "<|endoftext|>", "<|im_end|>", "<|eot_id|>"),
+)
+
 
 @dataclasses.dataclass(frozen=True)
 class Published:

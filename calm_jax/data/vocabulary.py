@@ -15,17 +15,10 @@ from typing import Any, Self
 
 from etils import epath
 
-from calm_jax.data.published import NOTHING, Published, read_file
+from calm_jax.data.published import NOTHING, START_AND_END_NAMES, Published, read_file
 from calm_jax.errors import CalmError
 
 INDEX_FILE = "vocabulary.json"
-
-# Start and end tokens in published tokenizers, for a tokenizer.json that stands alone.
-PUBLISHED_NAMES = (
-    ("<bos>", "<s>", "<|begin_of_text|>", "<|startoftext|>"),
-    ("<eos>", "</s>", "<|end_of_text|>", "<|endoftext|>", "<|im_end|>", "<|eot_id|>"),
-)
-
 ADDED_TOKEN_FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
 
 
@@ -349,7 +342,7 @@ class TokenizerVocabulary(Vocabulary):
         published = Published.read(path.parent, cls.file_name)
         vocabulary = cls(read_file(path), None, None, str(path), published)
         if not published.names_tokens:
-            vocabulary.bos_id, vocabulary.eos_id = map(vocabulary._first_id, PUBLISHED_NAMES)
+            vocabulary.bos_id, vocabulary.eos_id = map(vocabulary._first_id, START_AND_END_NAMES)
         vocabulary._take_published(path.name)
         return vocabulary
 
