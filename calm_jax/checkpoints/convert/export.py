@@ -48,9 +48,9 @@ def export(source: epath.PathLike, target: epath.PathLike, *, to: str = "hugging
         with tensors, tqdm.tqdm(total=total, unit="B", unit_scale=True) as bar:
             for number, names in enumerate(shards):
                 with (folder / _file_name(number, len(shards))).open("wb") as file:
-                    for data in _safetensors(tensors, names):
+                    for part, data in enumerate(_safetensors(tensors, names)):
                         file.write(data)
-                        bar.update(len(data))
+                        bar.update(len(data) if part else 0)  # the header is no tensor
         if len(shards) > 1:
             places = {
                 name: _file_name(number, len(shards))
