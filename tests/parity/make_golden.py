@@ -53,6 +53,12 @@ GEMMA_3 = {
         "sliding_attention": {"rope_type": "default", "rope_theta": 10_000.0},
     },
 }
+PARALLEL = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+}
 EYE = {
     "hidden_size": 16,
     "intermediate_size": 16,
@@ -88,6 +94,13 @@ MODELS = {
     "gemma2": lambda: transformers.Gemma2Config(**SIZES, **LOCAL_5, attn_logit_softcapping=5.0),
     "gemma3": lambda: transformers.Gemma3TextConfig(**GEMMA_3),
     "gemma3_seeing": gemma3_seeing,
+    "gptj": lambda: transformers.GPTJConfig(
+        vocab_size=64, n_embd=32, n_layer=3, n_head=4, rotary_dim=4, n_inner=40
+    ),
+    "falcon": lambda: transformers.FalconConfig(**PARALLEL, ffn_hidden_size=40),
+    "cohere": lambda: transformers.CohereConfig(
+        **PARALLEL, intermediate_size=40, num_key_value_heads=2
+    ),
 }
 
 

@@ -1,0 +1,97 @@
+"""GPT-J, Falcon and Cohere against transformers itself, on random models that hide nothing."""
+
+import dataclasses
+import types
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch", reason="needs the extra [parity]")
+transformers = pytest.importorskip("transformers", reason="needs the extra [parity]")
+
+import calm_jax  # noqa: E402
+from calm_jax.checkpoints.convert.registry import families  # noqa: E402
+from calm_jax.checkpoints.sources.opening import open_source  # noqa: E402
+from tests.converting import decoder_in_memory  # noqa: E402
+from tests.parity.random_huggingface import logits_of, save_random  # noqa: E402
+
+TOLERANCE = 4e-6  # of the largest logit; 1e-4 would not tell one form of gelu from the other
+GPT_J = {"vocab_size": 96, "n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 64}
+FALCON = {"vocab_size": 96, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4}
+COHERE = {**FALCON, "intermediate_size": 48, "num_key_value_heads": 2, "pad_token_id": 0}
+MODELS = {
+    "gptj": lambda: transformers.GPTJConfig(**GPT_J, rotary_dim=4),
+    "gptj_all_rotary": lambda: transformers.GPTJConfig(**GPT_J, rotary_dim=8, n_inner=40),
+    "gptj_gelu": lambda: transformers.GPTJConfig(**GPT_J, rotary_dim=4, activation_function="gelu"),
+    "falcon": lambda: transformers.FalconConfig(**FALCON),
+    "falcon_own_head": lambda: transformers.FalconConfig(
+        **FALCON, ffn_hidden_size=40, tie_word_embeddings=False
+    ),
+    "cohere": lambda: transformers.CohereConfig(**COHERE),
+    "cohere_biases": lambda: transformers.CohereConfig(
+        **COHERE, attention_bias=True, logit_scale=0.5
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """Model name -> (folder, tokens, logits)."""
+    found = {}
+    for name, config in MODELS.items():
+        folder = tmp_path_factory.mktemp(name)
+        found[name] = (folder, *save_random(config(), folder))
+    return found
+
+
+def difference(folder, tokens, logits, **changes) -> float:
+    """Of the largest logit, with fields of the form changed."""
+    source = open_source(folder)
+    (family,) = (family for family in families().values() if family.recognises(source))
+    reading = family.read(source)
+    changed = dataclasses.replace(reading, config=dataclasses.replace(reading.config, **changes))
+    decoder = decoder_in_memory(types.SimpleNamespace(read=lambda _: changed), source)
+    return float(np.max(np.abs(np.asarray(decoder(tokens)) - logits)) / np.max(np.abs(logits)))
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_logits(name, saved):
+    assert difference(*saved[name]) <= TOLERANCE
+
+
+@pytest.mark.parametrize(
+    ("name", "wrong"),
+    [
+        ("gptj", {"rope": "half"}),
+        ("gptj", {"rope_dim": 8}),
+        ("gptj", {"activation": "gelu"}),
+        ("gptj", {"norm_eps": 1e-3}),
+        ("falcon", {"rope": "interleaved"}),
+        ("falcon", {"activation": "gelu_tanh"}),
+        ("falcon", {"norm": "rms"}),
+        ("cohere", {"rope": "half"}),
+        ("cohere", {"logit_scale": 1.0}),
+        ("cohere", {"norm": "rms"}),
+        ("cohere", {"rope_base": 1e5}),
+    ],
+)
+def test_every_trap_is_seen_in_the_logits(name, wrong, saved):
+    assert difference(*saved[name], **wrong) > 4 * TOLERANCE
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_converted_and_exported(name, saved, tmp_path):
+    folder, tokens, _ = saved[name]
+    calm_jax.convert(folder, tmp_path / "model", verify=True)
+    calm_jax.export(tmp_path / "model", tmp_path / "exported")
+    was, now = (
+        transformers.AutoModelForCausalLM.from_pretrained(str(place))
+        for place in (folder, tmp_path / "exported")
+    )
+    assert was.state_dict().keys() == now.state_dict().keys()
+    for one, other in zip(was.state_dict().values(), now.state_dict().values(), strict=True):
+        assert torch.equal(one, other)
+    # GPT-J's gelu_new and gelu_pytorch_tanh are one function, rounded in two ways.
+    expected = logits_of(was, tokens)
+    gap = np.max(np.abs(logits_of(now, tokens) - expected))
+    assert gap <= TOLERANCE * np.max(np.abs(expected))
