@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from calm_jax.checkpoints.convert import huggingface_config as read
-from calm_jax.checkpoints.convert.llama import Llama
+from calm_jax.checkpoints.convert.llama import Llama, bias_everywhere
 from calm_jax.models import DecoderConfig
 
 
@@ -28,31 +28,29 @@ class Cohere(Llama):
     norms: ClassVar[Mapping[str, tuple[str, str]]] = {
         "input_layernorm.weight": ("layers/attention_norm/scale", "D -> D"),
     }
+    eps_key = "layer_norm_eps"
 
     def decoder_config(self, values: Mapping[str, Any], where: str) -> DecoderConfig:
         # Command-R Plus: a LayerNorm with a scale for every feature of every head.
         read.refuse(values, where, "use_qk_norm", False, None)
-        rope_base, rope_scaling = read.rope(values, where)
-        bias = read.boolean(values, "attention_bias", where, False)
+        rope_base, rope_scaling = read.rope({"rope_theta": 500_000.0, **values}, where)
         return DecoderConfig(
             **self.sizes(values, where),
             block="parallel",
             norm="layer",
-            norm_eps=read.number(values, "layer_norm_eps", where, 1e-5),
+            norm_eps=read.number(values, self.eps_key, where, 1e-5),
             activation=read.activation(values, "hidden_act", where, "silu"),
-            attention_bias=bias,
-            output_bias=bias,
             rope="interleaved",
             rope_base=rope_base,
             rope_scaling=rope_scaling,
             logit_scale=read.number(values, "logit_scale", where, 0.0625),
             tied_head=read.boolean(values, "tie_word_embeddings", where, True),
+            **bias_everywhere(values, where),
         )
 
-    def huggingface_config(self, config: DecoderConfig) -> dict[str, Any]:
-        values = super().huggingface_config(config)
-        eps = values.pop("rms_norm_eps")
-        return {**values, "layer_norm_eps": eps, "logit_scale": config.logit_scale}
-
     def own_keys(self, config: DecoderConfig) -> dict[str, Any]:
-        return {"attention_bias": config.attention_bias, "use_qk_norm": False}
+        return {
+            "attention_bias": config.attention_bias,
+            "logit_scale": config.logit_scale,
+            "use_qk_norm": False,
+        }

@@ -10,7 +10,6 @@ from typing import Any, ClassVar
 from calm_jax.checkpoints.convert import huggingface_config as read
 from calm_jax.checkpoints.convert.family import HuggingFaceFamily
 from calm_jax.checkpoints.convert.table import Part, Rule, Unused, rule
-from calm_jax.errors import CalmError
 from calm_jax.models import DecoderConfig
 
 _LAYER = "transformer.h.{layer}"
@@ -51,10 +50,6 @@ class Falcon(HuggingFaceFamily):
             for key, default in self.defaults.items()
         }
         width, heads = sizes["hidden_size"], sizes["num_attention_heads"]
-        if width % heads:
-            raise CalmError(
-                f"{where}: hidden_size {width} is no multiple of num_attention_heads {heads}"
-            )
         rope_base, rope_scaling = read.rope(values, where)
         return DecoderConfig(
             vocab_size=sizes["vocab_size"],
@@ -62,7 +57,7 @@ class Falcon(HuggingFaceFamily):
             num_layers=sizes["num_hidden_layers"],
             num_heads=heads,
             num_kv_heads=1,
-            head_dim=width // heads,
+            head_dim=read.quotient(sizes, "hidden_size", "num_attention_heads", where),
             mlp_dim=read.optional_whole_number(values, "ffn_hidden_size", where) or 4 * width,
             block="parallel",
             gated_mlp=False,

@@ -10,7 +10,6 @@ from typing import Any, ClassVar
 from calm_jax.checkpoints.convert import huggingface_config as read
 from calm_jax.checkpoints.convert.family import HuggingFaceFamily
 from calm_jax.checkpoints.convert.table import Rule, Unused, rule
-from calm_jax.errors import CalmError
 from calm_jax.models import DecoderConfig
 
 # Within "transformer.h.{layer}".
@@ -49,16 +48,18 @@ class GptJ(HuggingFaceFamily):
             for key, default in self.defaults.items()
         }
         width, heads = sizes["n_embd"], sizes["n_head"]
-        if width % heads:
-            raise CalmError(f"{where}: n_embd {width} is no multiple of n_head {heads}")
         read.refuse(values, where, "tie_word_embeddings", False)
+        # The rotary base is a constant of the family.
+        read.refuse(values, where, "rope_theta", None, 10_000)
+        read.refuse(values, where, "rope_scaling", None)
+        read.refuse(values, where, "rope_parameters", None)
         return DecoderConfig(
             vocab_size=sizes["vocab_size"],
             embed_dim=width,
             num_layers=sizes["n_layer"],
             num_heads=heads,
             num_kv_heads=heads,
-            head_dim=width // heads,
+            head_dim=read.quotient(sizes, "n_embd", "n_head", where),
             mlp_dim=read.optional_whole_number(values, "n_inner", where) or 4 * width,
             block="parallel",
             gated_mlp=False,

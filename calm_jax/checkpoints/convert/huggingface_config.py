@@ -62,6 +62,14 @@ def optional_whole_number(
     return whole_number(values, key, where, default)
 
 
+def quotient(values: Mapping[str, Any], key: str, divisor: str, where: str) -> int:
+    """One whole number of the file divided by another, which must leave nothing."""
+    whole, parts = whole_number(values, key, where), whole_number(values, divisor, where)
+    if whole % parts:
+        raise CalmError(f"{where}: {key} {whole} is no multiple of {divisor} {parts}")
+    return whole // parts
+
+
 def number(values: Mapping[str, Any], key: str, where: str, default: float | None = None) -> float:
     """A finite number above 0."""
     value = _get(values, key, where, default)

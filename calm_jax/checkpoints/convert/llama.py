@@ -61,13 +61,14 @@ class Llama(HuggingFaceFamily):
         "input_layernorm.weight": ("layers/attention_norm/scale", "D -> D"),
         "post_attention_layernorm.weight": ("layers/mlp_norm/scale", "D -> D"),
     }
+    eps_key: ClassVar[str] = "rms_norm_eps"
 
     def decoder_config(self, values: Mapping[str, Any], where: str) -> DecoderConfig:
         sizes = self.sizes(values, where)
         rope_base, rope_scaling = read.rope(values, where)
         return DecoderConfig.llama(
             **sizes,
-            norm_eps=read.number(values, "rms_norm_eps", where, 1e-6),
+            norm_eps=read.number(values, self.eps_key, where, 1e-6),
             activation=read.activation(values, "hidden_act", where, "silu"),
             tied_head=read.boolean(values, "tie_word_embeddings", where, False),
             rope_base=rope_base,
@@ -85,18 +86,14 @@ class Llama(HuggingFaceFamily):
         }
         found["num_kv_heads"] = found["num_kv_heads"] or found["num_heads"]
         if found["head_dim"] is None:
-            if found["embed_dim"] % found["num_heads"]:
-                raise CalmError(
-                    f"{where}: head_dim is missing, and hidden_size {found['embed_dim']} is no "
-                    f"multiple of num_attention_heads {found['num_heads']}"
-                )
-            found["head_dim"] = found["embed_dim"] // found["num_heads"]
+            whole = {**self.defaults, **values}
+            found["head_dim"] = read.quotient(whole, "hidden_size", "num_attention_heads", where)
         return found
 
     def own_fields(self, values: Mapping[str, Any], where: str, num_layers: int) -> dict[str, Any]:
         """`DecoderConfig` fields in which the families differ."""
         return {
-            **_bias_everywhere(values, where),
+            **bias_everywhere(values, where),
             "mlp_bias": read.boolean(values, "mlp_bias", where, False),
         }
 
@@ -106,7 +103,7 @@ class Llama(HuggingFaceFamily):
             "model_type": self.model_type,
             **{key: getattr(config, field) for key, field in read.SIZES.items()},
             "hidden_act": read.ACTIVATION_NAMES[config.activation],
-            "rms_norm_eps": config.norm_eps,
+            self.eps_key: config.norm_eps,
             "tie_word_embeddings": config.tied_head,
             "rope_parameters": read.rope_parameters(config.rope_base, config.rope_scaling),
             **self.own_keys(config),
@@ -202,7 +199,7 @@ class Qwen3(Qwen2):
     def own_fields(self, values: Mapping[str, Any], where: str, num_layers: int) -> dict[str, Any]:
         return {
             "qk_norm": "rms",
-            **_bias_everywhere(values, where),
+            **bias_everywhere(values, where),
             **_later_layers_local(values, where, num_layers),
         }
 
@@ -210,7 +207,7 @@ class Qwen3(Qwen2):
         return {"attention_bias": config.attention_bias, **super().own_keys(config)}
 
 
-def _bias_everywhere(values: Mapping[str, Any], where: str) -> dict[str, Any]:
+def bias_everywhere(values: Mapping[str, Any], where: str) -> dict[str, Any]:
     """Biases on query, key, value and output, or on none of them."""
     bias = read.boolean(values, "attention_bias", where, False)
     return {"attention_bias": bias, "output_bias": bias}
