@@ -2,21 +2,21 @@
 
 Such a file is a zip archive: `NAME/data.pkl`, a pickle of names and views, and `NAME/data/KEY`, the
 bytes of each storage, not compressed. The pickle may name the few things that a dictionary of
-tensors needs and nothing else, as with torch's own `weights_only=True`; tensors are views of the
-mapped file. The archive has a CRC-32 of every storage, which is checked when it is first read.
+tensors needs and nothing else, as with torch's own `weights_only=True`. Tensors are views of the
+mapped file, whose CRC-32 of a storage is checked when the first tensor in it is read.
 """
 
 import collections
 import dataclasses
-import functools
 import io
-import math
 import mmap
 import pickle
+import reprlib
+import struct
 import zipfile
 import zlib
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
@@ -26,217 +26,273 @@ from calm_jax.checkpoints.files import first_line, is_bucket
 from calm_jax.checkpoints.sources.source import Source
 from calm_jax.errors import CalmError
 
-_STORAGES = {
-    "DoubleStorage": np.float64,
-    "FloatStorage": np.float32,
-    "HalfStorage": np.float16,
-    "BFloat16Storage": ml_dtypes.bfloat16,
-    "LongStorage": np.int64,
-    "IntStorage": np.int32,
-    "ShortStorage": np.int16,
-    "CharStorage": np.int8,
-    "ByteStorage": np.uint8,
-    "BoolStorage": np.bool_,
+# torch's names of dtypes that are numpy's too.
+_SAME = (
+    "float64 float32 float16 complex128 complex64 int64 int32 int16 int8 uint64 uint32 uint16 uint8"
+)
+_DTYPES = {name: np.dtype(name) for name in (*_SAME.split(), "bool")} | {
+    name: np.dtype(getattr(ml_dtypes, name))
+    for name in ("bfloat16", "float8_e4m3fn", "float8_e4m3fnuz", "float8_e5m2", "float8_e5m2fnuz")
 }
+_STORAGES = {
+    "DoubleStorage": "float64", "FloatStorage": "float32", "HalfStorage": "float16",
+    "BFloat16Storage": "bfloat16", "ComplexDoubleStorage": "complex128",
+    "ComplexFloatStorage": "complex64", "LongStorage": "int64", "IntStorage": "int32",
+    "ShortStorage": "int16", "CharStorage": "int8", "ByteStorage": "uint8", "BoolStorage": "bool",
+    "UntypedStorage": "uint8",
+}  # fmt: skip
 # Where training programs put the parameters, beside the optimizer's state.
 _WRAPPERS = ("model", "state_dict", "model_state_dict", "module")
+_PREFIXES = ("module.", "_orig_mod.")  # of data-parallel and of compiled modules
 _BEFORE_ZIP = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # the pickled magic number of torch < 1.6
-_LOCAL_HEADER = 30  # bytes before a member's name in the archive
 _CRC_BYTES = 2**24  # checked at a time
 
 
 def read(place: epath.Path) -> Source:
     """Opens a file; no weight is read.
 
-    Names are those of the state dict, without a "module." that all have. Of a dictionary that holds
-    a state dict under one of the usual names, that one is taken.
+    State dicts are flat, and so are the names here: torch's own, dots and all, without a "module."
+    or "_orig_mod." that every one starts with. Where the file's dictionary has another under
+    "model", "state_dict", "model_state_dict" or "module", that one is taken. What else stands
+    beside the tensors (numbers, texts, an optimizer's dictionaries) is ignored.
 
     Raises:
         CalmError: the file is on a bucket, damaged, compressed, of a torch before 1.6, big-endian,
-            or needs anything but tensors in dictionaries, which is named and was not run.
+            has more than one or no dictionary of tensors, or needs anything else, which is named
+            and was not run.
     """
     if is_bucket(place):
         raise CalmError(f"{place} is on a bucket; copy the checkpoint to a disk first")
-    with place.open("rb") as file:
-        if file.read(len(_BEFORE_ZIP)) == _BEFORE_ZIP:
-            raise CalmError(
-                f"{place} was saved by a torch before 1.6; load it with torch and save it again"
-            )
-        try:
-            archive = _Archive(place)
-            content = _Unpickler(archive).load()
-        except CalmError:
-            raise
-        except Exception as error:  # damaged pickles raise almost anything
-            raise CalmError(
-                f"{place} is no whole file of torch.save: {first_line(error)}"
-            ) from error
-    tensors = _state_dict(content, place)
-    for name, tensor in tensors.items():
-        tensor.check(name)
-    if tensors and all(name.startswith("module.") for name in tensors):
-        tensors = {name.removeprefix("module."): x for name, x in tensors.items()}
-    return Source(place, "torch", tensors)
+    try:
+        with place.open("rb") as file:
+            if file.read(len(_BEFORE_ZIP)) == _BEFORE_ZIP:
+                raise CalmError(
+                    f"{place} was saved by a torch before 1.6; load it with a current torch and "
+                    "save it again"
+                )
+            with zipfile.ZipFile(file) as archive:
+                mapped = np.frombuffer(
+                    mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), np.uint8
+                )
+                return Source(place, "torch", _open_tensors(archive, mapped, place))
+    except CalmError:
+        raise
+    except Exception as error:  # damaged pickles raise almost anything
+        raise CalmError(
+            f"{place} is no whole zip file of torch.save: {first_line(error)}"
+        ) from error
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class Storage:
-    """The bytes that tensors are views of."""
+@dataclasses.dataclass
+class StoredBytes:
+    """A storage in the mapped file; tensors may share it."""
 
-    archive: "_Archive"
-    key: str
-    dtype: np.dtype
-    size: int
+    content: np.ndarray
+    crc: int
+    checked: bool = False
+
+    def check(self, called: str) -> None:
+        """Raises `CalmError` when the bytes are not those that were written."""
+        if self.checked:
+            return
+        crc = 0
+        for start in range(0, self.content.size, _CRC_BYTES):
+            crc = zlib.crc32(self.content[start : start + _CRC_BYTES], crc)
+        if crc != self.crc:
+            raise CalmError(f"{called} is damaged: its CRC-32 is {crc:08x}, not {self.crc:08x}")
+        self.checked = True
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class TorchTensor:
-    """A view of a storage; offset and strides are in entries."""
+@dataclasses.dataclass(frozen=True)
+class StoredTensor:
+    """A view of a storage; see `Tensor`."""
 
-    storage: Storage
-    offset: int
-    shape: tuple[int, ...]
-    strides: tuple[int, ...]
+    called: str
+    storage: StoredBytes
+    view: np.ndarray
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.view.shape
 
     @property
     def dtype(self) -> np.dtype:
-        return self.storage.dtype
-
-    def check(self, name: str) -> None:
-        """Raises `CalmError` when the view does not lie within its storage and that in the file."""
-        place, numbers = self.storage.archive.place, (self.offset, *self.shape, *self.strides)
-        if not all(type(x) is int and x >= 0 for x in (*numbers, self.storage.size)) or len(
-            self.shape
-        ) != len(self.strides):
-            raise CalmError(f"{place}: tensor {name} has no sensible shape and strides")
-        last = self.offset + sum(
-            (size - 1) * stride for size, stride in zip(self.shape, self.strides, strict=True)
-        )
-        if math.prod(self.shape) and last >= self.storage.size:
-            raise CalmError(
-                f"{place}: tensor {name} reaches entry {last} of a storage of {self.storage.size}"
-            )
-        _, stored = self.storage.archive.span(self.storage.key)
-        if stored != self.storage.size * self.dtype.itemsize:
-            raise CalmError(
-                f"{place}: tensor {name}: storage {self.storage.key} has {stored} bytes, not "
-                f"{self.storage.size * self.dtype.itemsize}"
-            )
+        return self.view.dtype
 
     def __getitem__(self, index: Any) -> np.ndarray:
-        data = self.storage.archive.data(self.storage.key).view(self.dtype)
-        whole = np.lib.stride_tricks.as_strided(
-            data[self.offset :],
-            self.shape,
-            [stride * self.dtype.itemsize for stride in self.strides],
-            writeable=False,
-        )
-        return whole[index]
+        self.storage.check(self.called)
+        return self.view[index]
 
 
-class _Archive:
-    """The zip archive, its stored members mapped into memory."""
+# A pickle may set attributes of whatever it is given and call it: it is given tuples, which have
+# none, in place of dtypes and functions. They are checked when the pickle has ended.
 
-    def __init__(self, place: epath.Path):
-        self.place = place
-        with zipfile.ZipFile(place) as archive:
-            self._members = {member.filename: member for member in archive.infolist()}
-            pickles = [name for name in self._members if name.endswith("/data.pkl")]
-            if len(pickles) != 1:
-                raise CalmError(f"{place} has {len(pickles)} members data.pkl, not one")
-            self._root = pickles[0].removesuffix("data.pkl")
-            if self._root + "byteorder" in self._members:
-                order = archive.read(self._root + "byteorder")
-                if order != b"little":
-                    raise CalmError(f"{place}: byteorder is {order!r}; only b'little' is read")
-            self.pickled = archive.read(pickles[0])
-        with place.open("rb") as file:
-            self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        self._bytes = np.frombuffer(self._map, np.uint8)
-        self._checked: set[str] = set()
 
-    def span(self, key: str) -> tuple[int, int]:
-        """Where a storage starts in the file, and its bytes."""
-        member = self._member(key)
-        if member.compress_type != zipfile.ZIP_STORED:
-            raise CalmError(f"{self.place}: {member.filename} is compressed; torch never does that")
-        header = self._map[member.header_offset : member.header_offset + _LOCAL_HEADER]
-        name_length, extra_length = (
-            int.from_bytes(header[at : at + 2], "little") for at in (26, 28)
-        )
-        names = member.header_offset + _LOCAL_HEADER
-        name = self._map[names : names + name_length]
-        if not header.startswith(b"PK\x03\x04") or name != member.filename.encode():
-            raise CalmError(f"{self.place}: {member.filename} is not where the archive says")
-        start = names + name_length + extra_length
-        if start + member.file_size > len(self._bytes):
-            raise CalmError(f"{self.place}: {member.filename} ends after the file")
-        return start, member.file_size
+class _Name(NamedTuple):
+    """A storage class or dtype of torch."""
 
-    def data(self, key: str) -> np.ndarray:
-        """A storage's bytes, after their checksum was found right."""
-        start, size = self.span(key)
-        data = self._bytes[start : start + size]
-        if key not in self._checked:
-            parts = (data[at : at + _CRC_BYTES] for at in range(0, size, _CRC_BYTES))
-            found = functools.reduce(lambda crc, part: zlib.crc32(part, crc), parts, 0)
-            if found != self._member(key).CRC:
-                raise CalmError(
-                    f"{self.place}: {self._member(key).filename} is damaged: its CRC-32 is "
-                    f"{found:08x}, not {self._member(key).CRC:08x}"
-                )
-            self._checked.add(key)
-        return data
+    name: str
 
-    def _member(self, key: str) -> zipfile.ZipInfo:
-        name = f"{self._root}data/{key}"
-        if name not in self._members:
-            raise CalmError(f"{self.place}: {name} is missing")
-        return self._members[name]
+
+class _Storage(NamedTuple):
+    storage_class: _Name
+    key: str
+    size: int  # in entries
+
+
+class _View(NamedTuple):
+    """A tensor; offset and strides are in entries of `dtype`, without one of its storage's."""
+
+    storage: _Storage
+    offset: int
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    dtype: _Name | None
+
+
+class _Function(NamedTuple):
+    function: Callable[..., _View]
+
+    def __call__(self, *arguments: Any) -> _View:
+        return self.function(*arguments)
+
+
+def _rebuild_tensor(storage, offset, shape, strides, *rest, dtype=None) -> _View:
+    _, _, *metadata = rest  # requires_grad, hooks
+    if any(metadata):
+        raise CalmError(f"a tensor is stored as {metadata[0]!r}, which is not supported")
+    return _View(storage, offset, shape, strides, dtype)
+
+
+def _rebuild_tensor_of_dtype(storage, offset, shape, strides, grad, hooks, dtype, *rest) -> _View:
+    return _rebuild_tensor(storage, offset, shape, strides, grad, hooks, *rest, dtype=dtype)
+
+
+_PARAMETER = _Function(lambda tensor, *_: tensor)
+_KNOWN = {
+    "collections.OrderedDict": collections.OrderedDict,
+    "torch.Size": tuple,
+    "torch._utils._rebuild_tensor_v2": _Function(_rebuild_tensor),
+    "torch._utils._rebuild_tensor_v3": _Function(_rebuild_tensor_of_dtype),
+    "torch._utils._rebuild_parameter": _PARAMETER,
+    "torch._utils._rebuild_parameter_with_state": _PARAMETER,
+    "torch.storage.UntypedStorage": _Name("UntypedStorage"),
+    **{f"torch.{name}": _Name(name) for name in (*_STORAGES, *_DTYPES)},
+}
 
 
 class _Unpickler(pickle.Unpickler):
-    """Knows the names that a dictionary of tensors needs."""
-
-    def __init__(self, archive: _Archive):
-        super().__init__(io.BytesIO(archive.pickled), encoding="utf-8")
-        self._archive = archive
-
     def find_class(self, module: str, name: str) -> Any:
-        known = {
-            ("collections", "OrderedDict"): collections.OrderedDict,
-            ("torch", "Size"): tuple,
-            ("torch._utils", "_rebuild_tensor_v2"): _rebuild_tensor,
-            ("torch._utils", "_rebuild_parameter"): lambda tensor, *_: tensor,
-        }
-        if module == "torch" and name in _STORAGES:
-            return np.dtype(_STORAGES[name])
-        if (module, name) not in known:
+        if f"{module}.{name}" not in _KNOWN:
             raise CalmError(
-                f"{self._archive.place}: its pickle asks for {module}.{name}, which a dictionary "
-                "of tensors does not need; it was not run"
+                f"its pickle asks for {module}.{name}, which a dictionary of tensors does not "
+                "need; it was not run"
             )
-        return known[module, name]
+        return _KNOWN[f"{module}.{name}"]
 
-    def persistent_load(self, pid: Any) -> Storage:
-        kind, dtype, key, _, size = pid
-        if kind != "storage" or not isinstance(dtype, np.dtype) or not isinstance(key, str):
-            raise CalmError(f"{self._archive.place}: its pickle refers to {pid!r}, no storage")
-        return Storage(self._archive, key, dtype, size)
-
-
-def _rebuild_tensor(storage, offset, shape, strides, *_) -> TorchTensor:
-    if not isinstance(storage, Storage):
-        raise ValueError("a tensor without a storage")
-    return TorchTensor(storage, offset, tuple(shape), tuple(strides))
+    def persistent_load(self, pid: Any) -> _Storage:
+        kind, storage_class, key, _, size = pid
+        if kind != "storage":
+            raise CalmError(f"its pickle refers to {reprlib.repr(kind)}, no storage")
+        return _Storage(storage_class, key, size)
 
 
-def _state_dict(content: Any, place: epath.Path) -> dict[str, TorchTensor]:
-    """The tensors of a state dict, found within the usual wrappers."""
-    while isinstance(content, Mapping):
-        tensors = {k: x for k, x in content.items() if isinstance(x, TorchTensor)}
-        if tensors:
-            return {str(name): tensor for name, tensor in tensors.items()}
-        inside = [content[key] for key in _WRAPPERS if isinstance(content.get(key), Mapping)]
-        content = inside[0] if inside else None
-    raise CalmError(f"{place} holds no dictionary of tensors")
+def _open_tensors(
+    archive: zipfile.ZipFile, mapped: np.ndarray, place: epath.Path
+) -> dict[str, StoredTensor]:
+    roots = [
+        name.removesuffix("data.pkl") for name in archive.namelist() if name.endswith("/data.pkl")
+    ]
+    if len(roots) != 1:
+        raise CalmError(f"{place} has {len(roots)} members data.pkl, not one")
+    (root,) = roots
+    if root + "byteorder" in archive.namelist():
+        order = archive.read(root + "byteorder")
+        if order != b"little":
+            raise CalmError(f"{place}: byteorder is {order!r}; only b'little' is read")
+    try:
+        views = _state_dict(_Unpickler(io.BytesIO(archive.read(root + "data.pkl"))).load())
+    except CalmError as error:
+        raise CalmError(f"{place}: {error}") from None
+    storages: dict[str, StoredBytes] = {}
+    tensors = {}
+    for name, view in views.items():
+        called, key = f"{place}: tensor {name}", view.storage.key
+        if key not in storages:
+            storages[key] = _stored_bytes(archive, f"{root}data/{key}", mapped, called)
+        tensors[name] = StoredTensor(called, storages[key], _array(view, storages[key], called))
+    return tensors
+
+
+def _state_dict(content: Any) -> dict[str, _View]:
+    """The tensors of a state dict by their names; it may be within the usual wrappers."""
+    while isinstance(content, dict):
+        inside = [key for key in _WRAPPERS if isinstance(content.get(key), dict)]
+        if len(inside) > 1:
+            raise CalmError(f"both {inside[0]!r} and {inside[1]!r} are dictionaries; save one")
+        if not inside:
+            break
+        content = content.pop(inside[0])  # taken out, as it might be its own wrapper
+    if not isinstance(content, dict):
+        raise CalmError(f"it holds a {type(content).__name__}, not a dictionary of tensors")
+    tensors = {name: x for name, x in content.items() if isinstance(x, _View)}
+    if not tensors:
+        raise CalmError(f"no tensors are in it, only {reprlib.repr(list(content))}")
+    for name in tensors:
+        if not isinstance(name, str):
+            raise CalmError(f"a tensor is called {reprlib.repr(name)}, which is no name")
+    for prefix in (*_PREFIXES, *_PREFIXES[:1]):
+        if all(name.startswith(prefix) for name in tensors):
+            tensors = {name.removeprefix(prefix): x for name, x in tensors.items()}
+    return tensors
+
+
+def _stored_bytes(
+    archive: zipfile.ZipFile, name: str, mapped: np.ndarray, called: str
+) -> StoredBytes:
+    """Where a member's bytes are in the mapped file."""
+    try:
+        member = archive.getinfo(name)
+    except KeyError:
+        raise CalmError(f"{called}: {name} is missing") from None
+    if member.compress_type != zipfile.ZIP_STORED:
+        raise CalmError(f"{called}: {name} is compressed, which torch.save never does")
+    archive.open(member).close()  # compares the header before the bytes with the archive's index
+    # The header: 26 bytes, the lengths of name and extra field, both of them; then the bytes.
+    lengths = struct.unpack_from("<2H", mapped, member.header_offset + 26)
+    start = member.header_offset + 30 + sum(lengths)
+    content = mapped[start : start + member.file_size]
+    if content.size != member.file_size:
+        raise CalmError(f"{called}: {name} ends after the file does")
+    return StoredBytes(content, member.CRC)
+
+
+def _array(view: _View, storage: StoredBytes, called: str) -> np.ndarray:
+    """The view as an array of the mapped bytes; nothing outside the storage can be read."""
+    stored_as = _STORAGES[view.storage.storage_class.name]
+    itemsize = _DTYPES[stored_as].itemsize
+    if storage.content.size != view.storage.size * itemsize:
+        raise CalmError(
+            f"{called}: storage {view.storage.key} has {storage.content.size} bytes, not "
+            f"{view.storage.size} x {itemsize}"
+        )
+    dtype = _DTYPES[stored_as if view.dtype is None else view.dtype.name]
+    sizes = (view.offset, *view.shape, *view.strides)
+    if len(view.shape) != len(view.strides) or not all(type(x) is int and x >= 0 for x in sizes):
+        raise CalmError(f"{called} has no sensible shape and strides")
+    # numpy checks this too, but in 64 bits, which strides can overflow.
+    entries = storage.content.size // dtype.itemsize
+    last = view.offset + sum(
+        (size - 1) * stride for size, stride in zip(view.shape, view.strides, strict=True)
+    )
+    if 0 in view.shape:
+        return np.zeros(view.shape, dtype)
+    if last >= entries:
+        raise CalmError(f"{called} reaches entry {last} of a storage of {entries}")
+    return np.ndarray(
+        view.shape,
+        dtype,
+        buffer=storage.content,
+        offset=view.offset * dtype.itemsize,
+        strides=[stride * dtype.itemsize for stride in view.strides],
+    )
