@@ -16,7 +16,9 @@ TASK = "calm_jax/key_value/paper"
 
 
 def get_config(run: str = "compose"):
-    return {"augment": augment, "anchor": anchor, "compose": compose}[run]()
+    config = {"augment": augment, "anchor": anchor, "compose": compose}[run]()
+    config.name = f"kv_paper:{run}"
+    return config
 
 
 def augment():
@@ -51,7 +53,6 @@ def _form(**sizes):
 
 
 def _set_data(config, corpus, **entry):
-    config.name = f"kv_paper_{corpus}"
     config.vocabulary = "key_value/paper"
     task = {"task": f"{TASK}/{corpus}", **entry}
     config.data.train = (task,)

@@ -16,7 +16,7 @@ def get_config(run: str = "compose"):
     else:
         sizes = {"embed_dim": 16, "num_heads": 2, "num_kv_heads": 2, "head_dim": 8, "mlp_dim": 32}
         config = decoder_run(DecoderConfig.llama(vocab_size=128, num_layers=3, **sizes))
-    config.name = f"kv_tiny_{run}"
+    config.name = f"kv_tiny:{run}"
     config.vocabulary = "key_value/tiny"
     task = {"task": f"{TASK}/{'bridge' if run == 'compose' else run}"}
     config.data.train = (task,)

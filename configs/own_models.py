@@ -6,24 +6,24 @@
 
 ANCHOR and AUGMENT are frozen folders: `calm_jax.save_frozen` writes them, and so does every
 `calm train` of a decoder (WORKDIR/frozen). Their vocabularies must map the same tokens to the same
-ids.
+ids. `configs/own_models.py:2` is for two augments with connections of their own.
 """
 
 from calm_jax.models import CompositionConfig
 from calm_jax.training.configuration import composed_run
 
 
-def get_config():
-    config = composed_run(
-        CompositionConfig(
-            # Every 4th layer of the augment, read by evenly spaced layers of the anchor, as in the
-            # paper. Or name them, as (augment layer, anchor layer), 0-based:
-            # connections=((3, 5), (7, 11)),
-            every=4,
-            # Zero: training starts from the anchor as it is. "paper": from random matrices.
-            init="zero",
-        )
+def get_config(augments: str = "1"):
+    composition = CompositionConfig(
+        # Every 4th layer of the augment, read by evenly spaced layers of the anchor, as in the
+        # paper. Or name them, as (augment layer, anchor layer), 0-based:
+        # connections=((3, 5), (7, 11)),
+        every=4,
+        # Zero: training starts from the anchor as it is. "paper": from random matrices.
+        init="zero",
     )
+    # One for each augment, each of which --config.composition[1].every=2 may set anew.
+    config = composed_run(*[composition] * int(augments))
     config.name = "own_models"
     config.anchor = "models/anchor"
     config.augments = ("models/augment",)

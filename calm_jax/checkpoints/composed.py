@@ -120,7 +120,7 @@ def export_bridge(
 
 
 def load_parts(
-    places: Sequence[Decoder | epath.PathLike],
+    places: Sequence[Decoder | frozen.Description | epath.PathLike],
     dtypes: Sequence[str | None],
     configs: Sequence[CompositionConfig],
     mesh: jax.sharding.Mesh | None,
@@ -128,13 +128,13 @@ def load_parts(
     """The anchor and the augments for `compose`, cut at the connections while they are loaded.
 
     Args:
-        places: frozen folders, or models, which are taken as they are.
+        places: frozen folders, described or not, or models, which are taken as they are.
         dtypes: as for `calm_jax.load`, one a place.
 
     Raises:
         CalmError: as `calm_jax.load`, or connections that do not fit.
     """
-    found = [place if isinstance(place, Decoder) else frozen.describe(place) for place in places]
+    found = [_described(place) for place in places]
     depths = [model.config.num_layers for model in found]
     plan = make_plan(configs, depths[0], depths[1:])
     return [
@@ -189,19 +189,30 @@ def _frozen_parts(values, anchor, augments, mesh, where: str) -> ComposedDecoder
     for entry, model in zip(values["frozen"], given, strict=True):
         if model is None and entry["place"] is None:
             raise CalmError(f"{where}: the {entry['role']} was never on disk; give it")
+    found = [
+        _described(place if model is None else model)
+        for place, model in zip(places, given, strict=True)
+    ]
+    dtypes = [entry["dtype"] for entry in values["frozen"]]
+    # First of all: connections do not fit another model, and that would be said of them.
+    check_identities(values["frozen"], list(map(_found_identity, found, dtypes)), where)
     configs = [CompositionConfig.from_dict(config) for config in values["composition"]]
-    models = load_parts(
-        [
-            entry["place"] if model is None else model
-            for entry, model in zip(values["frozen"], given, strict=True)
-        ],
-        [entry["dtype"] for entry in values["frozen"]],
-        configs,
-        mesh,
-    )
-    composed = compose(models[0], models[1:], configs, rngs=nnx.Rngs(0))
-    check_identities(values["frozen"], identities(composed), where)
-    return composed
+    models = load_parts(found, dtypes, configs, mesh)
+    return compose(models[0], models[1:], configs, rngs=nnx.Rngs(0))
+
+
+def _described(
+    place: Decoder | frozen.Description | epath.PathLike,
+) -> Decoder | frozen.Description:
+    return place if isinstance(place, Decoder | frozen.Description) else frozen.describe(place)
+
+
+def _found_identity(found: Decoder | frozen.Description, dtype: str | None) -> dict[str, Any]:
+    """Place and fingerprint of a model that is there, or of a folder loaded with `dtype`."""
+    if isinstance(found, Decoder):
+        return {"place": found.source, "fingerprint": frozen.model_fingerprint(found)}
+    fingerprint = frozen.loaded_fingerprint(found, dtype)
+    return {"place": str(found.folder), "fingerprint": fingerprint}
 
 
 def _abstract_bridge(composed: ComposedDecoder) -> Tree:

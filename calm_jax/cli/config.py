@@ -14,7 +14,7 @@ from ml_collections import ConfigDict, config_flags
 from calm_jax.errors import CalmError
 from calm_jax.training.configuration import flatten, to_dict, unknown_key
 
-OVERRIDE = re.compile(r"--?(?:no)?config\.([^=\[]+)")
+OVERRIDE = re.compile(r"--?(?:no)?config\.([^=]+)")
 
 
 def parse(
@@ -75,8 +75,13 @@ def override(config: ConfigDict, arguments: Sequence[str]) -> ConfigDict:
     keys = _keys(config)
     for argument in arguments:
         match = OVERRIDE.match(argument)
-        if match and match[1] not in keys:
-            raise unknown_key(match[1], keys)
+        if not match:
+            continue
+        name, place = match[1], match[1].partition("[")[0]
+        of_sections = any(key.startswith((f"{place}.", f"{place}[")) for key in keys)
+        # What a list of values holds at [0] is not known as a key is.
+        if (name if of_sections else place) not in keys:
+            raise unknown_key(name, keys)
     arguments = ["calm", *map(_quote_keywords, arguments)]
     try:
         config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=arguments)
@@ -119,11 +124,14 @@ def load_file(place: str) -> ConfigDict:
 
 
 def _keys(config: ConfigDict) -> list[str]:
-    """All dotted keys, of values and of sections."""
+    """All dotted keys, of values and of sections; of several sections in one key too."""
     keys = []
-    for key in flatten(config):
+    for key, value in flatten(config).items():
         parts = key.split(".")
         keys += [".".join(parts[: end + 1]) for end in range(len(parts))]
+        for number, section in enumerate(value if isinstance(value, tuple) else ()):
+            if isinstance(section, ConfigDict):
+                keys += [f"{key}[{number}].{inner}" for inner in flatten(section)]
     return list(dict.fromkeys(keys))
 
 

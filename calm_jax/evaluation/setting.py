@@ -6,9 +6,9 @@ import platform
 from collections.abc import Sequence
 from typing import Any
 
-from calm_jax.data.key_value import KeyValueConfig, parse_task
+from calm_jax.data.key_value import HALVES, KeyValueConfig, parse_task
 from calm_jax.evaluation.page import Element, element, missing, section, table, visible
-from calm_jax.evaluation.results import Run
+from calm_jax.evaluation.results import Run, compositions
 from calm_jax.models import CompositionConfig
 
 _AUGMENT = (
@@ -69,8 +69,11 @@ def differences(runs: Sequence[Run]) -> Element:
                    "trained from scratch on plain numbers among random letters"),
     }  # fmt: skip
     for run in runs:
-        if run.name in models:
-            label, paper, ours = models[run.name]
+        corpus, _, half = _corpus(run).partition("_")
+        if corpus in models:
+            label, paper, ours = models[corpus]
+            if half in HALVES:
+                label, ours = f"{label}, {half}", f"{ours}, of the {half} half of the keys"
             rows.append((label, paper, f"{_form(run)}{ours}"))
         if run.composed:
             label = "Bridge" if run.name == "composed" else f"Bridge of {visible(run.name)}"
@@ -130,8 +133,9 @@ def making(experiment: str, runs: Sequence[Run]) -> Element:
     """The commands, the time, the machine and the versions."""
     lines = []
     for run in runs:
-        name = run.config.get("name") or "…"
-        lines.append(f"calm train --config=configs/{name}.py --workdir={experiment}/{run.name}")
+        name, _, of = (run.config.get("name") or "…").partition(":")
+        file = f"configs/{name}.py" + (f":{of}" if of else "")
+        lines.append(f"calm train --config={file} --workdir={experiment}/{run.name}")
         if run.composed:
             lines[-1] += f" --config.anchor={run.config['anchor']}"
             lines[-1] += f' --config.augments="{tuple(run.config["augments"])}"'
@@ -161,8 +165,16 @@ def making(experiment: str, runs: Sequence[Run]) -> Element:
 
 def _worlds(run: Run) -> list[KeyValueConfig]:
     """The key-value settings that the run's training data names."""
-    tasks = [source.get("task", "") for source in run.config.get("data", {}).get("train", ())]
-    return [world for world in map(parse_task, tasks) if world]
+    return [world for world in map(parse_task, _tasks(run)) if world]
+
+
+def _corpus(run: Run) -> str:
+    """The key-value corpus that the run was trained on; "" of any other run."""
+    return next((task.rpartition("/")[2] for task in _tasks(run) if parse_task(task)), "")
+
+
+def _tasks(run: Run) -> list[str]:
+    return [source.get("task", "") for source in run.config.get("data", {}).get("train", ())]
 
 
 def _range(low_high: Sequence[int]) -> str:
@@ -181,17 +193,17 @@ def _form(run: Run) -> str:
 
 
 def _bridge(run: Run) -> str:
-    composition = run.config.get("composition", {})
-    several = isinstance(composition, list)
+    sections = compositions(run)
     parts = []
-    for values in composition if several else [composition]:
+    for augment, values in enumerate(sections):
         config = CompositionConfig.from_dict(values)
         pairs = config.connections
-        parts.append(
+        places = (
             ("connections " + ", ".join(f"{i}→{j}" for i, j in pairs))
             if pairs
             else f"every {config.every}th augment layer"
         )
+        parts.append(f"augment {augment}: {places}" if len(sections) > 1 else places)
         extras = [
             word
             for word, on in (

@@ -15,7 +15,7 @@ from calm_jax.evaluation.page import (
     section,
     visible,
 )
-from calm_jax.evaluation.results import Run
+from calm_jax.evaluation.results import Run, compositions
 
 _HEATMAPS = 9  # of one run at most
 
@@ -79,7 +79,7 @@ def usage(runs: Sequence[Run]) -> Element:
     text = (
         "The size of what f_cross adds, relative to the anchor's hidden state that it is added to, "
         "‖f_cross‖ / ‖H‖. A line is named by its connection: augment layer → anchor layer, counted "
-        "from 0."
+        "from 0; of several augments, the augment's number stands before it."
     )
     words = element("p", text, class_="note")
     return section(heading, element("div", *figures, words, class_="beside"))
@@ -122,12 +122,22 @@ def attention(runs: Sequence[Run]) -> Element:
 
 
 def connection_names(run: Run) -> list[str]:
-    """`i→j` of every connection, in the order of the metrics; empty where the run does not say."""
-    composition = run.config.get("composition") or {}
-    if isinstance(composition, dict) and composition.get("connections"):
-        pairs = sorted(composition["connections"], key=lambda pair: (pair[1], pair[0]))
-        return [f"{i}→{j}" for i, j in pairs]
-    return [f"{c['from']}→{c['to']}" for c in run.attention.get("connections", ())]
+    """`i→j` of every connection, in the order of the metrics; empty where the run does not say.
+
+    Of several augments the number of the augment stands before it.
+    """
+    sections = compositions(run)
+    if sections and all(section.get("connections") for section in sections):
+        found = sorted(
+            (j, augment, i)
+            for augment, section in enumerate(sections)
+            for i, j in section["connections"]
+        )
+    else:
+        connections = run.attention.get("connections", ())
+        found = [(c["to"], c["augment"], c["from"]) for c in connections]
+    several = len({augment for _, augment, _ in found}) > 1
+    return [f"{augment}: {i}→{j}" if several else f"{i}→{j}" for j, augment, i in found]
 
 
 def _whole_answers(run: Run) -> list[Series]:

@@ -222,6 +222,9 @@ def _check_composed(config: ConfigDict) -> None:
         raise CalmError("anchor is empty; name a frozen folder")
     if not config.augments:
         raise CalmError("augments is empty; name one frozen folder or more")
+    for number, place in enumerate(config.augments):
+        if not isinstance(place, str) or not place:
+            raise CalmError(f"augments[{number}] is {place!r}; it must name a frozen folder")
     for key in ("anchor_dtype", "augment_dtype"):
         if config[key] not in ("", *DTYPES):
             raise CalmError(f"{key} is {config[key]!r}; known are '', {', '.join(DTYPES)}")
@@ -230,8 +233,14 @@ def _check_composed(config: ConfigDict) -> None:
         raise CalmError(
             f"composition has {len(config.composition)} configs for {len(config.augments)} augments"
         )
-    for composition in config.composition if several else [config.composition]:
-        CompositionConfig.from_dict(to_dict(composition))
+    if not several:
+        CompositionConfig.from_dict(to_dict(config.composition))
+        return
+    for number, composition in enumerate(config.composition):
+        try:
+            CompositionConfig.from_dict(to_dict(composition))
+        except CalmError as error:
+            raise CalmError(f"augment {number}: {error}") from error
 
 
 def _check_section(config: Mapping[str, Any], schema: ConfigDict, prefix: str) -> None:

@@ -13,6 +13,7 @@ def get_config():
     return ConfigDict({
         "name": "", "train": {"num_steps": 3, "rate": 0.5}, "decoder": {"from": ""},
         "width": placeholder(int), "pairs": (), "mixed": ({"task": "a", "weight": 1.0},),
+        "parts": (ConfigDict({"every": 4}), ConfigDict({"every": 4})),
     })
 """
 
@@ -51,6 +52,11 @@ def parse(*argv):
         (["--config.decoder.from=a/b"], "decoder.from", "a/b"),
         (["--config.name=x=y"], "name", "x=y"),
         (["--config.mixed[0].weight=0.25"], "mixed", ({"task": "a", "weight": 0.25},)),
+        (
+            ["--config.parts[1].every=2"],
+            "parts",
+            (ConfigDict({"every": 4}), ConfigDict({"every": 2})),
+        ),
     ],
 )
 def test_a_key_is_set_on_the_command_line(path, arguments, key, expected):
@@ -75,6 +81,10 @@ def test_every_call_has_flags_and_config_of_its_own(path):
         (["--config.train.num_steps=many"], "--config.train.num_steps=many"),
         (["--config.train.num_steps"], "Missing value for flag --config.train.num_steps"),
         (["--config.mixed[3].weight=1"], "--config.mixed[3].weight=1: tuple index out of range"),
+        (["--config.parts[1].evry=3"], "'parts[1].evry'; did you mean 'parts[1].every'?"),
+        (["--config.parts[2].every=3"], "'parts[2].every'; did you mean 'parts[1].every'?"),
+        (["--config.parts.every=3"], "'parts.every'; did you mean 'parts[1].every'?"),
+        (["--config.train[0].rate=1"], "'train[0].rate'; did you mean 'train.rate'?"),
         (["--coumt=3"], "unknown flag --coumt; did you mean --count?"),
         (["--zzz"], "unknown flag --zzz; --help lists the flags"),
         (["--count=x"], "--count=x"),

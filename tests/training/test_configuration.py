@@ -116,6 +116,8 @@ def test_a_bad_key_of_a_decoders_run_is_named_with_its_value(key, value, message
     [
         ("anchor", "", "anchor is empty"),
         ("augments", (), "augments is empty"),
+        ("augments", ("one", ""), "augments[1] is ''; it must name a frozen folder"),
+        ("augments", (1, 2), "augments[0] is 1; it must name a frozen folder"),
         ("composition.connections", ((0, 0), (0, 0)), "lists (0, 0) twice"),
         ("composition.init", "ones", "composition.init is 'ones'"),
         ("composition.evry", 3, "did you mean 'composition.every'?"),
@@ -132,6 +134,13 @@ def test_a_bad_key_of_a_composed_run_is_named_with_its_value(key, value, message
 def test_the_number_of_compositions_is_that_of_the_augments():
     config = composed_config(*[CompositionConfig()] * 3)
     with pytest.raises(CalmError, match="composition has 3 configs for 2 augments"):
+        configuration.validate(config)
+
+
+def test_the_augment_of_a_bad_composition_is_named():
+    config = composed_config(CompositionConfig(), CompositionConfig())
+    config.composition[1].init = "ones"
+    with pytest.raises(CalmError, match=r"^augment 1: composition\.init is 'ones'"):
         configuration.validate(config)
 
 
