@@ -16,6 +16,8 @@ from calm_jax.models.config import RopeScaling
 Choice = TypeVar("Choice")
 
 LARGEST = sys.float_info.max
+# More layers, features or tokens than any model has; lists of that length are still small.
+MOST = 2**24
 LOCAL, GLOBAL = "sliding_attention", "full_attention"
 # The fields of `DecoderConfig` by the names that most families use.
 SIZES = {
@@ -45,10 +47,10 @@ ACTIVATION_NAMES = {ours: theirs[0] for ours, theirs in _ACTIVATIONS.items()}
 def whole_number(
     values: Mapping[str, Any], key: str, where: str, default: int | None = None, *, least: int = 1
 ) -> int:
-    """A whole number of at least `least`."""
+    """A whole number from `least` to `MOST`."""
     value = _get(values, key, where, default)
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise _wrong(where, key, value, f"a whole number of at least {least}")
+    if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= MOST:
+        raise _wrong(where, key, value, f"a whole number of at least {least}, at most {MOST}")
     return value
 
 

@@ -61,22 +61,23 @@ class Rule:
         parts: what it holds, side by side along `axis`.
         absent: the value of every entry of the parts where the source lacks the tensor; None: it
             must be there.
+        first_layer: the source's number of the first layer.
     """
 
     source: str
     parts: tuple[Part, ...]
     axis: int = 0
     absent: float | None = None
+    first_layer: int = 0
 
     @property
     def per_layer(self) -> bool:
         return "{layer}" in self.source
 
-    def names(self, num_layers: int) -> list[str]:
+    def names(self, num_layers: int) -> Iterator[str]:
         """The names of the source tensors, one a layer or one alone."""
-        if not self.per_layer:
-            return [self.source]
-        return [self.source.format(layer=layer) for layer in range(num_layers)]
+        for layer in range(num_layers if self.per_layer else 1):
+            yield self.source.format(layer=layer)
 
     def source_shape(self, sizes: Mapping[str, int]) -> tuple[int, ...]:
         """The shape that each of the source tensors must have."""
