@@ -290,9 +290,10 @@ class Reader:
 
 def all_finite(x: np.ndarray) -> bool:
     """Whether no entry is NaN or infinite; for bfloat16 without converting it."""
-    if x.dtype == ml_dtypes.bfloat16:
-        return x.size == 0 or int(np.max(x.view(np.uint16) & 0x7FFF)) < 0x7F80
-    return bool(np.isfinite(x).all())
+    if x.size == 0 or x.dtype != ml_dtypes.bfloat16:
+        return bool(np.isfinite(x).all())
+    # Infinity and NaN are the largest of positive whole numbers, and of negative ones unsigned.
+    return int(x.view(np.int16).max()) < 0x7F80 and int(x.view(np.uint16).max()) < 0xFF80
 
 
 def _not_finite(source: np.ndarray, name: str, dtype: np.dtype) -> str:
@@ -307,7 +308,7 @@ def contiguous(
     buffer: Callable[[tuple[int, ...]], np.ndarray] | None = None,
 ) -> np.ndarray:
     """The array in C order and `dtype`; a copy, in what `buffer` gives, unless it is so."""
-    if view.dtype == dtype and view.flags.c_contiguous:
+    if view.dtype == dtype and view.flags.c_contiguous and view.flags.aligned:
         return view
     out = np.empty(view.shape, dtype) if buffer is None else buffer(view.shape)
     if view.ndim < 2 or view.strides[-1] == view.itemsize:
