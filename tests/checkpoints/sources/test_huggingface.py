@@ -112,7 +112,7 @@ def test_only_the_part_that_is_asked_for_is_in_memory(folder):
         tracemalloc.stop()
     assert np.array_equal(part, big[5:7, :, 3:5])
     assert small_peak < big.nbytes / 8
-    assert big.nbytes <= whole_peak < 1.5 * big.nbytes
+    assert whole_peak < big.nbytes / 8  # views of the mapped file
 
 
 def write_shards(folder, shards, weight_map=None):
