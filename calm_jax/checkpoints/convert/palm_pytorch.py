@@ -4,10 +4,12 @@ A layer's `fused_attn_ff_proj` [N·H + 2H + 2F, D] holds query, key, value, up, 
 Norms are LayerNorms without bias, and neither embeddings nor logits are scaled.
 """
 
+import dataclasses
 import re
 from collections.abc import Mapping
 from typing import ClassVar
 
+import jax.numpy as jnp
 import numpy as np
 
 from calm_jax.checkpoints.convert.family import Family, Reading
@@ -16,10 +18,10 @@ from calm_jax.checkpoints.convert.trees import norm_warnings, number, shape_of
 from calm_jax.checkpoints.sources.source import Source, Tensor
 from calm_jax.errors import CalmError
 from calm_jax.models import DecoderConfig
+from calm_jax.models.attention import rope_frequencies, xpos_scale
 
-EMBEDDING, HEAD = "token_emb.weight", "to_logits.weight"
-LAYER = "layers.{layer}.fn."
-ROPE_BASE = 10_000.0
+ROPE_BASE, XPOS_SCALE_BASE = 10_000.0, 512.0
+FREQUENCIES, DECAY = "rotary_emb.inv_freq", "rotary_emb.scale"
 
 
 class PalmPytorch(Family):
@@ -32,6 +34,8 @@ class PalmPytorch(Family):
         "xpos": "whether rotary positions decay (default: whether rotary_emb.scale is stored; "
         "without such buffers True for PaLM-rlhf-pytorch, False for PaLM-pytorch)",
         "xpos_scale_base": "tokens of that decay (default 512)",
+        "query_scale": "factor on queries (default: head width to the power of -1/2; 8.0 for "
+        "models with q_scale trained with PaLM-rlhf-pytorch before 2023-03-16)",
     }
 
     def recognises(self, source: Source) -> bool:
@@ -43,122 +47,175 @@ class PalmPytorch(Family):
         *,
         norm_offset: float = 0.0,
         xpos: bool | None = None,
-        xpos_scale_base: float = 512.0,
+        xpos_scale_base: float | None = None,
+        query_scale: float | None = None,
     ) -> Reading:
-        where = str(source.place)
-        in_sequence = "0.weight" in source.tensors
-        tensors = _named_by_module(source.tensors) if in_sequence else source.tensors
-        # A sequence too, with a module more where there was a dropout.
-        tensors = {re.sub(r"\.ff_out\.\d+\.", ".ff_out.", k): x for k, x in tensors.items()}
-        if xpos is None:
-            has_buffers = any(name.endswith("rotary_emb.inv_freq") for name in tensors)
-            stored = any(name.endswith("rotary_emb.scale") for name in tensors)
-            xpos = stored if has_buffers else not in_sequence
-        if not isinstance(xpos, bool):
-            raise CalmError(f"xpos is {xpos!r}; it must be True or False")
-        base = number("xpos_scale_base", xpos_scale_base) if xpos else None
-        config = _config(tensors, number("norm_offset", norm_offset), base, where)
+        tensors, where = source.tensors, str(source.place)
+        names, num_layers = _names(tensors)
+        config = dataclasses.replace(
+            _config(tensors, names, num_layers, where),
+            norm_offset=number("norm_offset", norm_offset),
+            xpos_scale_base=_xpos(tensors, names, xpos, xpos_scale_base, where),
+            query_scale=None if query_scale is None else number("query_scale", query_scale),
+        )
         _check_buffers(tensors, config.head_dim, where)
         warnings = norm_warnings(tensors, ".fn.norm.gamma", config.norm_offset)
-        return Reading(config, rules(config), tensors, UNUSED, warnings)
+        return Reading(config, rules(config, names), tensors, unused(names), warnings)
 
 
-def rules(config: DecoderConfig) -> tuple[Rule, ...]:
-    """The table, in the names of PaLM-rlhf-pytorch."""
-    head_norms = (
-        rule(LAYER + "q_scale", "layers/attention/query_norm", "H -> H"),
-        rule(LAYER + "k_scale", "layers/attention/key_norm", "H -> H"),
-    )
+@dataclasses.dataclass(frozen=True)
+class Names:
+    """What one of the programs calls a model's tensors; `layers` stands before a layer's number."""
+
+    embedding: str
+    layers: str
+    first_layer: int
+    down: str
+    final_norm: str
+    head: str
+
+    @property
+    def layer(self) -> str:
+        """The start of a layer's names, as a `Rule` takes it."""
+        return self.layers + "{layer}.fn."
+
+    @property
+    def first(self) -> str:
+        """The start of the first layer's names."""
+        return self.layer.format(layer=self.first_layer)
+
+
+def rules(config: DecoderConfig, names: Names) -> tuple[Rule, ...]:
+    """The table of a model under the given names."""
+    parts = {
+        "norm.gamma": [Part("layers/attention_norm/scale", "D -> D")],
+        "fused_attn_ff_proj.weight": [
+            Part("layers/attention/query", "(N H) D -> D N H"),
+            Part("layers/attention/key", "(K H) D -> D K H"),
+            Part("layers/attention/value", "(K H) D -> D K H"),
+            Part("layers/mlp/up", "F D -> D F"),
+            Part("layers/mlp/gate", "F D -> D F"),
+        ],
+        "attn_out.weight": [Part("layers/attention/output", "D (N H) -> N H D")],
+        names.down: [Part("layers/mlp/down", "D F -> F D")],
+    }
+    if config.qk_norm:
+        parts["q_scale"] = [Part("layers/attention/query_norm", "H -> H")]
+        parts["k_scale"] = [Part("layers/attention/key_norm", "H -> H")]
     return (
-        rule(EMBEDDING, "embedding", "V D -> V D"),
-        rule(LAYER + "norm.gamma", "layers/attention_norm/scale", "D -> D"),
-        Rule(
-            LAYER + "fused_attn_ff_proj.weight",
-            (
-                Part("layers/attention/query", "(N H) D -> D N H"),
-                Part("layers/attention/key", "(K H) D -> D K H"),
-                Part("layers/attention/value", "(K H) D -> D K H"),
-                Part("layers/mlp/up", "F D -> D F"),
-                Part("layers/mlp/gate", "F D -> D F"),
-            ),
+        rule(names.embedding, "embedding", "V D -> V D"),
+        *(
+            Rule(names.layer + name, tuple(held), first_layer=names.first_layer)
+            for name, held in parts.items()
         ),
-        *(head_norms if config.qk_norm else ()),
-        rule(LAYER + "attn_out.weight", "layers/attention/output", "D (N H) -> N H D"),
-        rule(LAYER + "ff_out.weight", "layers/mlp/down", "D F -> F D"),
-        rule("norm.gamma", "final_norm/scale", "D -> D"),
+        rule(names.final_norm + "gamma", "final_norm/scale", "D -> D"),
     )
 
 
-UNUSED = (
-    Unused(r"(layers\.\d+\.fn\.)?norm\.beta", "zero"),
-    Unused(r"layers\.\d+\.fn\.rotary_emb\.(inv_freq|scale)"),
-    Unused(r"to_logits\.weight", "same", EMBEDDING),
-)
+def unused(names: Names) -> tuple[Unused, ...]:
+    """What is stored besides: buffers, and the embedding once more as the head."""
+    layer = re.escape(names.layers) + r"\d+\.fn\."
+    return (
+        Unused(layer + r"norm\.beta", "zero"),
+        Unused(re.escape(names.final_norm) + "beta", "zero"),
+        Unused(layer + f"({re.escape(FREQUENCIES)}|{re.escape(DECAY)})"),
+        Unused(re.escape(names.head), "same", names.embedding),
+    )
 
 
-def _named_by_module(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """PaLM-pytorch numbers the modules of a sequence: embedding, layers, norm, head."""
-    last = max(int(found[1]) for name in tensors if (found := re.match(r"(\d+)\.", name)))
-    layers = [int(found[1]) for name in tensors if (found := re.match(r"(\d+)\.fn\.", name))]
-    norm = max(layers) + 1
-    starts = {"0.": "token_emb.", f"{norm}.": "norm.", f"{last}.": "to_logits."}
-    starts |= {f"{layer}.": f"layers.{layer - 1}." for layer in layers}
-    found = {}
-    for name, tensor in tensors.items():
-        start = re.match(r"\d+\.|", name)[0]
-        found[starts.get(start, start) + name.removeprefix(start)] = tensor
-    return found
+def _names(tensors: Mapping[str, Tensor]) -> tuple[Names, int]:
+    """The names of the program that wrote the tensors, and the number of layers."""
+    # PaLM-pytorch numbers the modules of a sequence: embedding, layers, norm, head.
+    in_sequence = "0.weight" in tensors
+    layers, first_layer = ("", 1) if in_sequence else ("layers.", 0)
+    pattern = re.escape(layers) + r"(\d+)\.fn\."
+    numbers = [int(found[1]) for name in tensors if (found := re.match(pattern, name))]
+    last = max(numbers, default=first_layer)
+    # A sequence too, in which a dropout was put before the matrix.
+    without_dropout = f"{layers}{first_layer}.fn.ff_out.1.weight" in tensors
+    down = "ff_out.1.weight" if without_dropout else "ff_out.2.weight"
+    ends = (
+        ("0.weight", f"{last + 1}.", f"{last + 2}.weight")
+        if in_sequence
+        else ("token_emb.weight", "norm.", "to_logits.weight")
+    )
+    return Names(ends[0], layers, first_layer, down, *ends[1:]), last - first_layer + 1
 
 
 def _config(
-    tensors: Mapping[str, Tensor], norm_offset: float, xpos_scale_base: float | None, where: str
+    tensors: Mapping[str, Tensor], names: Names, num_layers: int, where: str
 ) -> DecoderConfig:
     """The form that the shapes tell."""
-    first = LAYER.format(layer=0)
-    rows, width = shape_of(tensors, EMBEDDING, 2, where)
-    fused = shape_of(tensors, first + "fused_attn_ff_proj.weight", 2, where)[0]
-    heads_width = shape_of(tensors, first + "attn_out.weight", 2, where)[1]
-    mlp_dim = shape_of(tensors, first + "ff_out.weight", 2, where)[1]
-    head_dim, odd = divmod(fused - heads_width - 2 * mlp_dim, 2)
+    fused, attention, down = (
+        names.first + name for name in ("fused_attn_ff_proj.weight", "attn_out.weight", names.down)
+    )
+    vocab_size, embed_dim = shape_of(tensors, names.embedding, 2, where)
+    rows = shape_of(tensors, fused, 2, where)[0]
+    heads_width = shape_of(tensors, attention, 2, where)[1]
+    mlp_dim = shape_of(tensors, down, 2, where)[1]
+    head_dim, odd = divmod(rows - heads_width - 2 * mlp_dim, 2)
     if odd or head_dim < 1 or heads_width % head_dim:
         raise CalmError(
-            f"{where}: {first}fused_attn_ff_proj.weight has {fused} rows, attn_out {heads_width} "
-            f"and ff_out {mlp_dim} columns, which no heads make: the first must be "
-            "heads + 2 of one head + 2 of ff_out"
+            f"{where}: {fused} has {rows} rows, {attention} {heads_width} columns and {down} "
+            f"{mlp_dim}; of N heads of H features they must have N·H + 2H + 2F, N·H and F"
         )
-    layers = {int(found[1]) for name in tensors if (found := re.match(r"layers\.(\d+)\.", name))}
     return DecoderConfig.palm(
-        vocab_size=rows,
-        embed_dim=width,
-        num_layers=max(layers) + 1,
+        vocab_size=vocab_size,
+        embed_dim=embed_dim,
+        num_layers=num_layers,
         num_heads=heads_width // head_dim,
         head_dim=head_dim,
         mlp_dim=mlp_dim,
         norm="layer",
         norm_eps=1e-5,
-        norm_offset=norm_offset,
-        qk_norm="l2" if first + "q_scale" in tensors else None,
+        qk_norm="l2" if names.first + "q_scale" in tensors else None,
         rope_base=ROPE_BASE,
-        xpos_scale_base=xpos_scale_base,
         logit_scale=1.0,
     )
 
 
+def _xpos(
+    tensors: Mapping[str, Tensor],
+    names: Names,
+    xpos: bool | None,
+    scale_base: float | None,
+    where: str,
+) -> float | None:
+    """Tokens of the decay of rotary positions; None: they do not decay."""
+    stored = {
+        ending: any(name.endswith(ending) for name in tensors) for ending in (FREQUENCIES, DECAY)
+    }
+    if xpos is None:
+        xpos = stored[DECAY] if stored[FREQUENCIES] else names.layers != ""
+    if not isinstance(xpos, bool):
+        raise CalmError(f"xpos is {xpos!r}; it must be True or False")
+    if xpos and stored[FREQUENCIES] and not stored[DECAY]:
+        raise CalmError(f"{where}: xpos is True, but there is {FREQUENCIES} and no {DECAY}")
+    if not xpos:
+        if scale_base is not None:
+            raise CalmError(f"{where}: xpos_scale_base is {scale_base!r}, but xpos is False")
+        return None
+    found = number("xpos_scale_base", XPOS_SCALE_BASE if scale_base is None else scale_base)
+    if found <= 0:
+        raise CalmError(f"xpos_scale_base is {found}; it must be more than 0")
+    return found
+
+
 def _check_buffers(tensors: Mapping[str, Tensor], head_dim: int, where: str) -> None:
     """Raises `CalmError` when stored rotary frequencies or decays are not those that we compute."""
-    pairs = np.arange(0, head_dim, 2, dtype=np.float64)
+    one_token = xpos_scale(jnp.ones((1, 1)), head_dim, scale_base=1.0)[0, 0, 0]
     expected = {
-        "rotary_emb.inv_freq": ROPE_BASE ** (-pairs / head_dim),
-        "rotary_emb.scale": (pairs + 0.4 * head_dim) / (1.4 * head_dim),
+        FREQUENCIES: np.asarray(rope_frequencies(head_dim, ROPE_BASE)),
+        DECAY: np.asarray(one_token[: head_dim // 2]),
     }
     for name, tensor in tensors.items():
         for ending, values in expected.items():
             if not name.endswith(ending):
                 continue
-            found = np.asarray(tensor[...], np.float64)
+            found = np.asarray(tensor[...], np.float32)
             # Models saved in half precision have these rounded.
             if found.shape != values.shape or not np.allclose(found, values, rtol=1e-2):
                 raise CalmError(
-                    f"{where}: tensor {name} starts {found.reshape(-1)[:3]}, not "
-                    f"{values[:3]}: other rotary positions than this family's"
+                    f"{where}: tensor {name} starts {found.reshape(-1)[:3]}, not {values[:3]}: "
+                    "other rotary positions than this family's"
                 )

@@ -77,7 +77,7 @@ class Rule:
     def names(self, num_layers: int) -> Iterator[str]:
         """The names of the source tensors, one a layer or one alone."""
         for layer in range(num_layers if self.per_layer else 1):
-            yield self.source.format(layer=layer)
+            yield self.source.format(layer=self.first_layer + layer)
 
     def source_shape(self, sizes: Mapping[str, int]) -> tuple[int, ...]:
         """The shape that each of the source tensors must have."""

@@ -8,6 +8,7 @@ import pytest
 import torch_files
 from converting import decoder_in_memory
 from etils import epath
+from flax import nnx
 from random_models import assert_close
 from safetensors.numpy import save_file
 
@@ -71,8 +72,18 @@ def in_sequence(tensors) -> dict[str, np.ndarray]:
     return found
 
 
-def numpy_logits(tensors, tokens, *, xpos: bool, offset: float = 0.0) -> np.ndarray:
-    """The forward pass written out, float64."""
+def gate_first(tensors) -> dict[str, np.ndarray]:
+    """The same with the two halves of every MLP exchanged, as other families order them."""
+    found = dict(tensors)
+    for name in tensors:
+        if name.endswith("fused_attn_ff_proj.weight"):
+            heads, up, gate = np.split(tensors[name], [-2 * F, -F])
+            found[name] = np.concatenate([heads, gate, up])
+    return found
+
+
+def numpy_logits(tensors, tokens, *, xpos, offset=0.0, query_scale=H**-0.5) -> np.ndarray:
+    """The forward pass of PaLM-rlhf-pytorch written out, float64."""
     t = {name: array.astype(np.float64) for name, array in tensors.items()}
 
     def norm(x, gamma):
@@ -100,7 +111,7 @@ def numpy_logits(tensors, tokens, *, xpos: bool, offset: float = 0.0) -> np.ndar
         q = q.reshape(-1, N, H).swapaxes(0, 1)
         if layer + "q_scale" in t:
             q, k = unit(q, t[layer + "q_scale"]), unit(k, t[layer + "k_scale"])
-        logits = rotate(q, decay) @ rotate(k, 1 / decay).T * H**-0.5
+        logits = rotate(q, decay) @ rotate(k, 1 / decay).T * query_scale
         logits = np.where(np.tri(len(tokens), dtype=bool), logits, -np.inf)
         weights = np.exp(logits - logits.max(-1, keepdims=True))
         attended = (weights / weights.sum(-1, keepdims=True)) @ v
@@ -125,24 +136,66 @@ def test_logits_of_the_original():
             assert_close(in_memory(arrays, **wrong)(ids), logits, 1e-4)
 
 
-@pytest.mark.parametrize("qk_norm", [False, True])
-@pytest.mark.parametrize("xpos", [False, True])
-@pytest.mark.parametrize("offset", [0.0, 1.0])
-@pytest.mark.parametrize("sequence", [False, True])
-def test_an_independent_forward_pass(qk_norm, xpos, offset, sequence):
-    tensors = rlhf(qk_norm=qk_norm, xpos=xpos, offset=offset)
-    expected = numpy_logits(tensors, TOKENS, xpos=xpos, offset=offset)
-    named = in_sequence(tensors) if sequence else tensors
-    assert_close(in_memory(named, norm_offset=offset)(TOKENS[None])[0], expected, 1e-5)
-    for wrong in ({"norm_offset": 1 - offset}, {"norm_offset": offset, "xpos": not xpos}):
+# PaLM-pytorch; PaLM-rlhf-pytorch up to 2024 and since, with and without what it can be made with.
+LAYOUTS = {
+    "PaLM-pytorch": (in_sequence, {"xpos": False}),
+    "rlhf": (dict, {}),
+    "rlhf, no xpos": (dict, {"xpos": False}),
+    "rlhf, qk norm": (dict, {"qk_norm": True}),
+    "rlhf of 2025": (dict, {"offset": 1.0}),
+    "rlhf of 2025, qk norm": (dict, {"offset": 1.0, "qk_norm": True}),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_an_independent_forward_pass(layout):
+    named, made = LAYOUTS[layout]
+    tensors, offset = rlhf(**made), made.get("offset", 0.0)
+    expected = numpy_logits(tensors, TOKENS, xpos=made.get("xpos", True), offset=offset)
+    right = {} if offset == 0.0 else {"norm_offset": offset}
+    assert_close(in_memory(named(tensors), **right)(TOKENS[None])[0], expected, 1e-5)
+    wrongs = [(tensors, {"norm_offset": 1 - offset}), (gate_first(tensors), right)]
+    if made.get("xpos", True):
+        wrongs.append((tensors, {**right, "xpos": False}))
+    for changed, wrong in wrongs:
         with pytest.raises(AssertionError):
-            assert_close(in_memory(named, **wrong)(TOKENS[None])[0], expected, 1e-4)
+            assert_close(in_memory(named(changed), **wrong)(TOKENS[None])[0], expected, 1e-4)
+
+
+def test_positions_that_were_made_not_to_decay():
+    """PaLM-rlhf-pytorch stores the decay even of models that do not use it."""
+    tensors = rlhf()
+    expected = numpy_logits(tensors, TOKENS, xpos=False)
+    assert_close(in_memory(tensors, xpos=False)(TOKENS[None])[0], expected, 1e-5)
+
+
+def test_the_query_scale_of_early_normalised_heads():
+    tensors = rlhf(qk_norm=True)
+    tensors = {name: x / 3 if name.endswith("q_scale") else x for name, x in tensors.items()}
+    expected = numpy_logits(tensors, TOKENS, xpos=True, query_scale=8.0)
+    assert_close(in_memory(tensors, query_scale=8.0)(TOKENS[None])[0], expected, 1e-5)
 
 
 def test_without_buffers_the_layout_says_whether_positions_decay():
     tensors = rlhf(buffers=False)
     assert in_memory(tensors).config.xpos_scale_base == 512
     assert in_memory(in_sequence(tensors)).config.xpos_scale_base is None
+
+
+@pytest.mark.parametrize("named", [dict, in_sequence])
+def test_a_tied_head_that_is_not_stored(named):
+    """safetensors keeps one of two tensors that share their bytes."""
+    tensors = rlhf(xpos=False)
+    expected = numpy_logits(tensors, TOKENS, xpos=False)
+    del tensors["to_logits.weight"]
+    assert_close(in_memory(named(tensors))(TOKENS[None])[0], expected, 1e-5)
+
+
+def test_the_mlp_before_it_had_a_dropout():
+    tensors = rlhf()
+    earlier = {name.replace("ff_out.2", "ff_out.1"): array for name, array in tensors.items()}
+    expected = numpy_logits(tensors, TOKENS, xpos=True)
+    assert_close(in_memory(earlier)(TOKENS[None])[0], expected, 1e-5)
 
 
 @pytest.mark.parametrize("suffix", ["pt", "bin", "npz", "safetensors"])
@@ -161,31 +214,100 @@ def test_every_kind_of_file(tmp_path, suffix):
     assert open_source(path).tensors.keys() == tensors.keys()
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"layers.1.fn.norm.beta": np.full(D, 0.1)}, r"layers\.1\.fn\.norm\.beta is not zero"),
-        ({"to_logits.weight": np.zeros((V, D))}, r"to_logits\.weight and token_emb\.weight differ"),
-        (
-            {"layers.0.fn.lora_q.A": np.zeros((D, 4))},
-            r"tensor layers\.0\.fn\.lora_q\.A is not part",
-        ),
-        ({"layers.2.fn.attn_out.weight": np.zeros((D, 7))}, r"layers\.2\.fn\.attn_out\.weight has"),
-        ({"layers.0.fn.attn_out.weight": np.zeros((D, 7))}, r"which no heads make"),
-        ({"layers.1.fn.rotary_emb.inv_freq": np.ones(4)}, r"inv_freq starts \[1\. 1\. 1\.\], not"),
-    ],
-)
-def test_what_does_not_fit(tmp_path, change, message):
-    np.savez(tmp_path / "palm.npz", **rlhf() | change)
+# What is added to the tensors, and in which layout.
+UNFIT = [
+    (dict, {"layers.1.fn.norm.beta": np.full(D, 0.1)}, r"layers\.1\.fn\.norm\.beta is not zero"),
+    (dict, {"norm.beta": np.full(D, 0.1)}, r"tensor norm\.beta is not zero"),
+    (in_sequence, {"norm.beta": np.full(D, 0.1)}, r"tensor 4\.beta is not zero"),
+    (
+        dict,
+        {"to_logits.weight": np.zeros((V, D))},
+        r"to_logits\.weight and token_emb\.weight differ",
+    ),
+    (
+        in_sequence,
+        {"to_logits.weight": np.zeros((V, D))},
+        r"tensors 5\.weight and 0\.weight differ",
+    ),
+    (
+        dict,
+        {"finetune_modules.default.0.0.A": np.zeros((D, 8))},
+        r"tensor finetune_modules\.default\.0\.0\.A is not part",
+    ),
+    (
+        dict,
+        {"layers.0.fn.qkv_lora.default.0.A": np.zeros((D, 8))},
+        r"tensor layers\.0\.fn\.qkv_lora\.default\.0\.A is not part",
+    ),
+    (
+        dict,
+        {"layers.1.fn.ff_out.1.weight": np.zeros((D, F))},
+        r"layers\.1\.fn\.ff_out\.1\.weight is n",
+    ),
+    (dict, {"layers.1.fn.q_scale": np.ones(H)}, r"tensor layers\.1\.fn\.q_scale is not part"),
+    (dict, {"layers.0.fn.q_scale": np.ones(H)}, r"tensor layers\.1\.fn\.q_scale is missing"),
+    (dict, {"layers.4.fn.norm.gamma": np.ones(D)}, r"tensor layers\.3\.fn\.norm\.gamma is missing"),
+    (
+        dict,
+        {"layers.2.fn.attn_out.weight": np.zeros((D, 7))},
+        r"layers\.2\.fn\.attn_out\.weight has",
+    ),
+    (
+        in_sequence,
+        {"layers.2.fn.attn_out.weight": np.zeros((D, 7))},
+        r"tensor 3\.fn\.attn_out\.weight has shape \(16, 7\), the config says \(16, 32\)",
+    ),
+    (
+        dict,
+        {"layers.0.fn.attn_out.weight": np.zeros((D, 7))},
+        r"fused_attn_ff_proj\.weight has 112 rows, layers\.0\.fn\.attn_out\.weight 7 columns",
+    ),
+    (
+        dict,
+        {"layers.1.fn.rotary_emb.inv_freq": np.ones(4)},
+        r"inv_freq starts \[1\. 1\. 1\.\], not",
+    ),
+    (dict, {"layers.1.fn.rotary_emb.inv_freq": 1e5 ** -(np.arange(4) / 4)}, r"inv_freq starts"),
+    (dict, {"layers.1.fn.rotary_emb.scale": np.ones(4)}, r"scale starts \[1\. 1\. 1\.\], not"),
+]
+
+
+@pytest.mark.parametrize(("named", "change", "message"), UNFIT)
+def test_what_does_not_fit(tmp_path, named, change, message):
+    np.savez(tmp_path / "palm.npz", **named(rlhf() | change))
     with pytest.raises(CalmError, match=message):
         calm_jax.convert(tmp_path / "palm.npz", tmp_path / "model")
     assert [path.name for path in tmp_path.iterdir()] == ["palm.npz"]
 
 
-def test_options_that_are_none():
-    for option in ({"norm_offset": "one"}, {"xpos": 1}, {"xpos_scale_base": None}):
-        with pytest.raises(CalmError, match=rf"{next(iter(option))} is .*; it must be"):
-            in_memory(rlhf(), **option)
+def test_buffers_rounded_to_half_precision():
+    halves = {name: array.astype(np.float16) for name, array in rlhf().items()}
+    assert in_memory(halves).config.xpos_scale_base == 512
+
+
+@pytest.mark.parametrize(
+    ("tensors", "options", "message"),
+    [
+        (rlhf(), {"norm_offset": "one"}, "norm_offset is 'one'; it must be a number"),
+        (rlhf(), {"query_scale": True}, "query_scale is True; it must be a number"),
+        (rlhf(), {"xpos": 1}, "xpos is 1; it must be True or False"),
+        (rlhf(), {"xpos_scale_base": 0}, "xpos_scale_base is 0.0; it must be more than 0"),
+        (rlhf(), {"xpos_scale_base": "x"}, "xpos_scale_base is 'x'; it must be a number"),
+        (
+            rlhf(),
+            {"xpos": False, "xpos_scale_base": 300},
+            "palm.pt: xpos_scale_base is 300, but xpos is False",
+        ),
+        (
+            in_sequence(rlhf(xpos=False)),
+            {"xpos": True},
+            "palm.pt: xpos is True, but there is rotary_emb.inv_freq and no rotary_emb.scale",
+        ),
+    ],
+)
+def test_options_that_contradict(tensors, options, message):
+    with pytest.raises(CalmError, match=message):
+        in_memory(tensors, **options)
 
 
 @pytest.mark.parametrize("offset", [0.0, 1.0])
@@ -216,8 +338,6 @@ def test_published_sizes(width, depth, nominal):
             layer + "attn_out.weight": fake(width, inner),
             layer + "ff_out.2.weight": fake(width, hidden),
         }
-    from flax import nnx
-
     reading = PalmPytorch().read(Source(epath.Path("palm.pt"), "torch", tensors))
     config = reading.config
     assert (config.num_heads, config.head_dim, config.num_layers) == (8, 128, depth)
