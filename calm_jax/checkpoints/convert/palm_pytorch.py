@@ -126,7 +126,7 @@ def unused(names: Names) -> tuple[Unused, ...]:
 def _names(tensors: Mapping[str, Tensor]) -> tuple[Names, int]:
     """The names of the program that wrote the tensors, and the number of layers."""
     # PaLM-pytorch numbers the modules of a sequence: embedding, layers, norm, head.
-    in_sequence = "0.weight" in tensors
+    in_sequence = any(re.match(r"\d+\.fn\.", name) for name in tensors)
     layers, first_layer = ("", 1) if in_sequence else ("layers.", 0)
     pattern = re.escape(layers) + r"(\d+)\.fn\."
     numbers = [int(found[1]) for name in tensors if (found := re.match(pattern, name))]
@@ -134,12 +134,12 @@ def _names(tensors: Mapping[str, Tensor]) -> tuple[Names, int]:
     # A sequence too, in which a dropout was put before the matrix.
     without_dropout = f"{layers}{first_layer}.fn.ff_out.1.weight" in tensors
     down = "ff_out.1.weight" if without_dropout else "ff_out.2.weight"
-    ends = (
-        ("0.weight", f"{last + 1}.", f"{last + 2}.weight")
-        if in_sequence
-        else ("token_emb.weight", "norm.", "to_logits.weight")
-    )
-    return Names(ends[0], layers, first_layer, down, *ends[1:]), last - first_layer + 1
+    final_norm = f"{last + 1}." if in_sequence else "norm."
+    embedding, head = ("0", str(last + 2)) if in_sequence else ("token_emb", "to_logits")
+    tied = [f"{embedding}.weight", f"{head}.weight"]
+    if tied[0] not in tensors and tied[1] in tensors:
+        tied.reverse()  # safetensors keeps one name of a tensor that has two
+    return Names(tied[0], layers, first_layer, down, final_norm, tied[1]), last - first_layer + 1
 
 
 def _config(
