@@ -38,6 +38,8 @@ INSTALL = [
     "tensorflow-datasets",
     "tokenizers",
     "tqdm",
+    # Checks every chunk of weights at the speed of memory; hashes of the standard library do not.
+    "xxhash",
 ]
 
 EXTRAS = {

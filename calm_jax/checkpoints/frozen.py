@@ -2,7 +2,7 @@
 
 folder/
   config.json    form of the decoder, fingerprint, origin, checksum of itself; written last
-  chunks.json    SHA-256 of every chunk of the weights; its own is the fingerprint
+  chunks.json    a hash of every chunk of the weights; its own SHA-256 is the fingerprint
   weights/       an Orbax checkpoint; layers stacked [L, ...], names as in the modules
   vocabulary/    what `Vocabulary.save` wrote, if the decoder has one
 """
