@@ -214,6 +214,8 @@ def _check_decoder(config: ConfigDict) -> None:
     for field in dataclasses.fields(DecoderConfig):
         if field.default is dataclasses.MISSING and fields[field.name] is None:
             raise CalmError(f"decoder.{field.name} is not set")
+    if fields["weights"]:
+        raise CalmError(f"decoder.weights is {fields['weights']!r}, which cannot be trained")
     DecoderConfig.from_dict(fields)
 
 

@@ -178,6 +178,32 @@ def test_dtype(decoder, folder, tmp_path):
     assert again.fingerprint not in (None, frozen.load(folder).fingerprint)
 
 
+@pytest.mark.parametrize("mesh_shape", [None, {"fsdp": 4, "tensor": 2}])
+def test_int8(decoder, folder, tmp_path, mesh_shape):
+    mesh = mesh_shape and sharding.make_mesh(mesh_shape)
+    loaded = frozen.load_cut(frozen.describe(folder), ((2,), (2, 1)), mesh=mesh, dtype="int8")
+    assert loaded.config == dataclasses.replace(decoder.config, weights="int8")
+    assert loaded.fingerprint == frozen.load(folder).fingerprint + " as int8"
+    weight_DF = np.asarray(decoder.layers.pieces[0].mlp.gate.get_value())[2]
+    found = loaded.layers.pieces[1].mlp
+    scale_F = np.abs(weight_DF).max(0) / 127
+    np.testing.assert_allclose(found.gate_scale.get_value()[0, 0], scale_F, rtol=1e-6)
+    values_DF = np.asarray(found.gate.get_value()[0, 0])
+    assert values_DF.dtype == np.int8
+    assert np.abs(values_DF * scale_F - weight_DF).max() <= scale_F.max() * 0.501
+    logits, exact = np.asarray(loaded(TOKENS)), np.asarray(decoder(TOKENS))
+    assert 0 < np.sqrt(np.mean((logits - exact) ** 2) / np.mean(exact**2)) < 0.03
+    # It is not a model of its own.
+    with pytest.raises(CalmError, match="weights are int8, rounded while they were loaded"):
+        frozen.save_frozen(loaded, tmp_path / "int8")
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_unknown_dtype(folder):
+    with pytest.raises(CalmError, match="dtype 'int4' is unknown; known are float32, bfloat16, i"):
+        frozen.load(folder, dtype="int4")
+
+
 def test_a_float32_decoder_of_a_bfloat16_config_is_saved_in_bfloat16(tmp_path):
     model = tiny_models.decoder(dtype="bfloat16")
     identity = frozen.save_frozen(model, tmp_path / "model")
