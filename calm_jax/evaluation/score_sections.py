@@ -199,7 +199,7 @@ def breakdown(runs: Sequence[Run]) -> Element:
 
 
 def examples(runs: Sequence[Run]) -> Element:
-    """The same expressions answered by every run, some right and some wrong for the last."""
+    """The same expressions answered by every run, some right and some wrong for a composed one."""
     heading = "Examples"
     answers = [
         (run, {r["inputs"]: r for r in (expressions(run, "math") or run.records())}) for run in runs
@@ -207,7 +207,7 @@ def examples(runs: Sequence[Run]) -> Element:
     answers = [(run, records) for run, records in answers if records]
     if not answers:
         return section(heading, missing("No predictions have been written yet."))
-    judge, records = answers[-1]
+    judge, records = next((pair for pair in answers if pair[0].composed), answers[-1])
     chosen = [
         record
         for right in (True, False)
