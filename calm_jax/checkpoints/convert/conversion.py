@@ -13,7 +13,7 @@ from etils import epath
 
 from calm_jax.checkpoints.convert.family import Reading
 from calm_jax.checkpoints.convert.registry import find_family
-from calm_jax.checkpoints.convert.table import check_names, check_shapes, sizes
+from calm_jax.checkpoints.convert.table import check_names, check_shapes, check_unused, sizes
 from calm_jax.checkpoints.convert.verification import verify_folder
 from calm_jax.checkpoints.files import whole_folder
 from calm_jax.checkpoints.frozen import Block, write_model
@@ -86,7 +86,7 @@ def convert(
             reading.rules, reading.unused, reading.config.num_layers, reading.tensors, where
         )
         check_shapes(reading.rules, reading.config, reading.tensors, where)
-        _check_unused(reading, where)
+        check_unused(reading.unused, reading.tensors, where)
         dtypes = _source_dtypes(reading)
         stored = dtype or _exact_dtype(dtypes, where)
         config = dataclasses.replace(reading.config, dtype=stored)
@@ -131,25 +131,6 @@ def _blocks(reading: Reading, source: Source) -> Iterator[Block]:
 
 def _size(tensor: Any) -> int:
     return math.prod(tensor.shape) * np.dtype(tensor.dtype).itemsize
-
-
-def _check_unused(reading: Reading, where: str) -> None:
-    """Raises `CalmError` naming the first unused tensor that would change what is computed."""
-    for entry in reading.unused:
-        if entry.must == "anything":
-            continue
-        for name in filter(entry.matches, sorted(reading.tensors)):
-            found = reading.tensors[name][...]
-            if entry.must == "zero" and np.any(found):
-                raise CalmError(
-                    f"{where}: tensor {name} is not zero, and has no place in the model"
-                )
-            if entry.must == "same":
-                other = reading.tensors[entry.other][...]
-                if found.dtype != other.dtype or not np.array_equal(found, other):
-                    raise CalmError(
-                        f"{where}: tensors {name} and {entry.other} differ; the model has only one"
-                    )
 
 
 def _source_dtypes(reading: Reading) -> dict[str, str]:

@@ -180,6 +180,25 @@ def check_shapes(
                 )
 
 
+def check_unused(unused: Sequence[Unused], tensors: Mapping[str, np.ndarray], where: str) -> None:
+    """Raises `CalmError` naming the first unused tensor that would change what is computed."""
+    for entry in unused:
+        if entry.must == "anything":
+            continue
+        for name in filter(entry.matches, sorted(tensors)):
+            found = tensors[name][...]
+            if entry.must == "zero" and np.any(found):
+                raise CalmError(
+                    f"{where}: tensor {name} is not zero, and has no place in the model"
+                )
+            if entry.must == "same":
+                other = tensors[entry.other][...]
+                if found.dtype != other.dtype or not np.array_equal(found, other):
+                    raise CalmError(
+                        f"{where}: tensors {name} and {entry.other} differ; the model has only one"
+                    )
+
+
 def _groups(pattern: str) -> list[list[str]]:
     left = pattern.split("->")[0]
     return [(inside or alone).split() for inside, alone in re.findall(r"\(([^)]*)\)|(\S+)", left)]
