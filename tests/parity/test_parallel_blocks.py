@@ -1,6 +1,7 @@
 """GPT-J, Falcon and Cohere against transformers itself, on random models that hide nothing."""
 
 import dataclasses
+import json
 import types
 
 import numpy as np
@@ -19,6 +20,7 @@ TOLERANCE = 4e-6  # of the largest logit; 1e-4 would not tell one form of gelu f
 GPT_J = {"vocab_size": 96, "n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 64}
 FALCON = {"vocab_size": 96, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4}
 COHERE = {**FALCON, "intermediate_size": 48, "num_key_value_heads": 2, "pad_token_id": 0}
+LINEAR = {"rope_type": "linear", "rope_theta": 5e3, "factor": 4.0}
 MODELS = {
     "gptj": lambda: transformers.GPTJConfig(**GPT_J, rotary_dim=4),
     "gptj_all_rotary": lambda: transformers.GPTJConfig(**GPT_J, rotary_dim=8, n_inner=40),
@@ -30,6 +32,10 @@ MODELS = {
     "cohere": lambda: transformers.CohereConfig(**COHERE),
     "cohere_biases": lambda: transformers.CohereConfig(
         **COHERE, attention_bias=True, logit_scale=0.5
+    ),
+    "falcon_stretched": lambda: transformers.FalconConfig(**FALCON, rope_parameters=LINEAR),
+    "cohere_stretched": lambda: transformers.CohereConfig(
+        **COHERE, head_dim=16, rope_parameters=LINEAR
     ),
 }
 
@@ -73,6 +79,8 @@ def test_logits(name, saved):
         ("cohere", {"logit_scale": 1.0}),
         ("cohere", {"norm": "rms"}),
         ("cohere", {"rope_base": 1e5}),
+        ("falcon_stretched", {"rope_scaling": None}),
+        ("cohere_stretched", {"rope_scaling": None}),
     ],
 )
 def test_every_trap_is_seen_in_the_logits(name, wrong, saved):
@@ -95,3 +103,33 @@ def test_converted_and_exported(name, saved, tmp_path):
     expected = logits_of(was, tokens)
     gap = np.max(np.abs(logits_of(now, tokens) - expected))
     assert gap <= TOLERANCE * np.max(np.abs(expected))
+
+
+@pytest.mark.parametrize(
+    "config",
+    [transformers.GPTJConfig, transformers.FalconConfig, transformers.CohereConfig],
+    ids=lambda config: config.model_type,
+)
+def test_absent_keys_mean_what_they_mean_to_transformers(config):
+    """Checked on the config that transformers writes out for an empty one."""
+    family = families()[config.model_type]
+    whole = json.loads(config().to_json_string(use_diff=False))
+    assert family.decoder_config({}, "empty") == family.decoder_config(whole, "whole")
+
+
+@pytest.mark.parametrize("name", ["falcon_stretched", "cohere_stretched"])
+def test_old_spellings_of_the_config(name, saved, tmp_path):
+    """With such a file, transformers and we compute what we did before."""
+    folder, tokens, logits = saved[name]
+    values = json.loads((folder / "config.json").read_text())
+    rope = values.pop("rope_parameters")
+    values["rope_theta"] = rope["rope_theta"]
+    values["rope_scaling"] = {"type": rope["rope_type"], "factor": rope["factor"]}
+    values["torch_dtype"] = values.pop("dtype")
+    (tmp_path / "model.safetensors").symlink_to(folder / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path, attn_implementation="eager"
+    )
+    assert np.max(np.abs(logits_of(theirs, tokens) - logits)) <= 1e-6 * np.max(np.abs(logits))
+    assert difference(tmp_path, tokens, logits) <= TOLERANCE

@@ -111,15 +111,16 @@ def test_absent_keys_mean_what_they_mean_to_transformers():
     found = {
         name: [
             getattr(family.decoder_config({}, WHERE), field)
-            for field in (*form, "mlp_dim", "activation", "tied_head", "rope_dim", "logit_scale")
+            for field in (*form, "mlp_dim", "activation", "tied_head", "rope_dim", "rope_base")
         ]
         for name, family in FAMILIES.items()
     }
     assert found == {
-        "gptj": [50_400, 4096, 28, 16, 16, 256, 16_384, "gelu_tanh", False, 64, 1.0],
-        "falcon": [65_024, 4544, 32, 71, 1, 64, 18_176, "gelu", True, None, 1.0],
-        "cohere": [256_000, 8192, 40, 64, 64, 128, 22_528, "silu", True, None, 0.0625],
+        "gptj": [50_400, 4096, 28, 16, 16, 256, 16_384, "gelu_tanh", False, 64, 1e4],
+        "falcon": [65_024, 4544, 32, 71, 1, 64, 18_176, "gelu", True, None, 1e4],
+        "cohere": [256_000, 8192, 40, 64, 64, 128, 22_528, "silu", True, None, 5e5],
     }
+    assert FAMILIES["cohere"].decoder_config({}, WHERE).logit_scale == 0.0625
 
 
 @pytest.mark.parametrize(
