@@ -77,7 +77,10 @@ class HuggingFaceFamily(Family):
             raise CalmError(f"{source.place}: {self.name} needs a config.json beside the tensors")
         where = str(source.place / "config.json")
         refuse(source.config, where, "quantization_config", None)
-        config = self.decoder_config(source.config, where)
+        try:
+            config = self.decoder_config(source.config, where)
+        except CalmError as error:  # of a form that contradicts itself, whoever wrote it
+            raise error if where in str(error) else CalmError(f"{where}: {error}") from None
         return Reading(config, self.rules(config), self.tensors(source), self.unused(config))
 
     def tensors(self, source: Source) -> Mapping[str, Tensor]:

@@ -36,16 +36,18 @@ def find_family(source: Source, name: str = "auto") -> Family:
     """The family called `name`, or with "auto" the one that recognises the source.
 
     Raises:
-        CalmError: an unknown name, or a source that no family recognises: the message says what the
-            source calls itself.
+        CalmError: an unknown name; a source that another family recognises, or with "auto" none:
+            the message says what the source calls itself.
     """
-    if name != "auto":
-        if name not in families():
-            raise CalmError(f"--format={name} is unknown; known are auto, {', '.join(families())}")
-        return families()[name]
+    if name != "auto" and name not in families():
+        raise CalmError(f"--format={name} is unknown; known are auto, {', '.join(families())}")
     for family in families().values():
         if family.recognises(source):
+            if name not in ("auto", family.name):
+                raise CalmError(f"{source.place} is of the family {family.name}, not {name}")
             return family
+    if name != "auto":
+        return families()[name]
     raise CalmError(f"{source.place}: {_what_it_is(source)}; supported are {', '.join(families())}")
 
 

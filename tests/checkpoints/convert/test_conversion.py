@@ -266,6 +266,8 @@ def test_unknown_options_formats_and_dtypes(source, tmp_path):
         calm_jax.convert(source, tmp_path / "model", norm_offset=1.0)
     with pytest.raises(CalmError, match=r"--format=lama is unknown; known are auto, llama"):
         calm_jax.convert(source, tmp_path / "model", format="lama")
+    with pytest.raises(CalmError, match=r"llama is of the family llama, not mistral"):
+        calm_jax.convert(source, tmp_path / "model", format="mistral")
     with pytest.raises(CalmError, match=r"--dtype=int8 is unknown; known are float32, bfloat16"):
         calm_jax.convert(source, tmp_path / "model", dtype="int8")
     with pytest.raises(CalmError, match=r"nowhere does not exist"):
