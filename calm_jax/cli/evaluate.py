@@ -29,7 +29,8 @@ def _load_config(values: flags.FlagValues) -> ConfigDict:
     run = read_json(path, "a run")
     if "kind" not in run:
         raise CalmError(f"{path.parent} is not a run: its config.json is of something else")
-    return ConfigDict({key: run[key] for key in ("evaluate", "mesh")})
+    evaluated = run["evaluate"] | {"tasks": tuple(run["evaluate"]["tasks"])}  # JSON has lists
+    return ConfigDict({"evaluate": evaluated, "mesh": run["mesh"]})
 
 
 def main(argv: list[str]) -> int:
