@@ -42,7 +42,7 @@ def damage(folder, kind: str, seed: int) -> str:
     choose = random.Random(seed)
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     if choose.random() < 0.5:  # most files are chunks
-        files = [path for path in files if "/c/" not in str(path)]
+        files = [path for path in files if "/c." not in str(path)]
     if kind == NUMBER:
         files = [path for path in files if path.suffix == ".json"]
     path, other = choose.choice(files), choose.choice(files)

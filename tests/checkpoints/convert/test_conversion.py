@@ -280,7 +280,7 @@ def test_no_space_left(source, tmp_path):
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
     try:
-        with pytest.raises(CalmError, match=r"cannot write .*: .*File too large") as caught:
+        with pytest.raises(CalmError, match=r"cannot write .*: File too large") as caught:
             calm_jax.convert(source, tmp_path / "model")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
