@@ -7,6 +7,7 @@ and loads the result onto 8 simulated devices, each in a process of its own. FOL
 the size and is removed at the end.
 """
 
+import concurrent.futures
 import json
 import math
 import multiprocessing
@@ -75,17 +76,27 @@ def make_checkpoint(folder: pathlib.Path, size: float) -> int:
     return table
 
 
-def convert(source: str, target: str, results) -> None:
+def copy_and_convert(source: str, copy: str, target: str, rounds: int):
+    """Seconds of `cp`, seconds of converting and the peak of memory, for each round."""
     import calm_jax
     from calm_jax.checkpoints.convert.registry import families
 
     families()  # so that imports count for memory, and not for time
-    with PeakMemory() as memory, Clock() as clock:
-        calm_jax.convert(source, target)
-    results.put((clock.seconds, memory.peak, memory.before))
+    figures = []
+    for _ in range(rounds):
+        # Each writes where nothing is, right after the other's files were removed: memory that was
+        # free for long is dear in a virtual machine.
+        shutil.rmtree(target, ignore_errors=True)
+        with Clock() as copying:
+            subprocess.run(["cp", "-r", source, copy], check=True)
+        shutil.rmtree(copy)
+        with PeakMemory() as memory, Clock() as converting:
+            calm_jax.convert(source, target)
+        figures.append((copying.seconds, converting.seconds, memory.peak))
+    return figures
 
 
-def load(folder: str, dtype: str | None, results) -> None:
+def load(folder: str, dtype: str | None):
     os.environ["JAX_PLATFORMS"] = "cpu"
     os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
     import jax
@@ -104,38 +115,28 @@ def load(folder: str, dtype: str | None, results) -> None:
         for shard in leaf.addressable_shards:
             held[shard.device] += shard.data.nbytes
     whole = sum(leaf.nbytes for leaf in leaves)
-    results.put((clock.seconds, memory.peak, memory.before, whole, max(held.values())))
+    return clock.seconds, memory.peak, memory.before, whole, max(held.values())
 
 
 def in_process(function, *arguments):
-    """The result of a function that puts it into a queue, run in a new process."""
+    """The result of a function that is run in a new process."""
     context = multiprocessing.get_context("spawn")
-    results = context.Queue()
-    process = context.Process(target=function, args=(*arguments, results))
-    process.start()
-    result = results.get()
-    process.join()
-    return result
+    with concurrent.futures.ProcessPoolExecutor(1, mp_context=context) as pool:
+        return pool.submit(function, *arguments).result()
 
 
 def main(_) -> None:
     folder = pathlib.Path(FOLDER.value)
     source, copy, target = folder / "source", folder / "copy", folder / "converted"
-    shutil.rmtree(folder, ignore_errors=True)
+    if folder.exists():
+        raise app.UsageError(f"--folder={folder} exists; it would be removed at the end")
     source.mkdir(parents=True)
     largest = make_checkpoint(source, GIGABYTES.value * 1e9)
     size = sum(path.stat().st_size for path in source.iterdir())
-    copying, converting, peaks = [], [], []
-    for _ in range(REPEATS.value):
-        for place in (copy, target):
-            shutil.rmtree(place, ignore_errors=True)
-        with Clock() as clock:
-            subprocess.run(["cp", "-r", source, copy], check=True)
-        copying.append(clock.seconds)
-        seconds, peak, _ = in_process(convert, str(source), str(target))
-        converting.append(seconds)
-        peaks.append(peak)
-    cp, ours = statistics.median(copying), statistics.median(converting)
+    figures = in_process(copy_and_convert, str(source), str(copy), str(target), 1 + REPEATS.value)
+    copying, converting, peaks = zip(*figures, strict=True)
+    # The first round warms the system's cache of files.
+    cp, ours = statistics.median(copying[1:]), statistics.median(converting[1:])
     rows = [("what", "figure", "bound")]
     rows.append(("checkpoint, GB", round(size / 1e9, 2), ""))
     rows.append(("largest tensor, GB", round(largest / 1e9, 3), ""))

@@ -25,7 +25,7 @@ class PeakMemory:
         return self
 
     def _sample(self) -> None:
-        while not self._stop.wait(0.005):
+        while not self._stop.wait(0.05):
             self.peak = max(self.peak, _anonymous())
 
     def __exit__(self, *_) -> None:

@@ -122,7 +122,7 @@ def _chunk_shape(shape: Sequence[int], itemsize: int, stacked: bool) -> tuple[in
 class Digests:
     """The hash of every chunk of every array, gathered in any order.
 
-    `fingerprint` is the same exactly when names, shapes, dtype and every byte are.
+    `sha256` is the same exactly when names, shapes, chunks, dtype and every byte are.
     """
 
     def __init__(self, layout: Layout):
@@ -151,7 +151,7 @@ class Digests:
         }
         return json.dumps({"dtype": self._layout.dtype.name, "arrays": arrays}, indent=1) + "\n"
 
-    def fingerprint(self) -> str:
+    def sha256(self) -> str:
         """SHA-256 of `text`."""
         return hashlib.sha256(self.text().encode()).hexdigest()
 
@@ -211,9 +211,10 @@ class Writer:
         try:
             # A chunk is the file's plain bytes: written so, they are copied once.
             with file.open("wb") as opened:
-                opened.write(data.reshape(-1).view(np.uint8))
+                # Clients of buckets take nothing but bytes.
+                opened.write(data.tobytes() if is_bucket(file) else data.reshape(-1).view(np.uint8))
         except OSError as error:
-            raise CalmError(f"cannot write {file}: {error.strerror or error}") from error
+            raise CalmError(f"cannot write {path}: {error.strerror or error}") from error
 
     def _buffer(self, shape: tuple[int, ...]) -> np.ndarray:
         """This thread's own memory, used again for chunk after chunk: fresh pages cost time."""
@@ -240,17 +241,15 @@ class Reader:
     """Reads slices of the arrays of a folder that holds `weights/` and `chunks.json`.
 
     Every chunk that a slice touches is checked. Raises `CalmError` when the list of chunks is
-    missing, is not the one of `fingerprint`, or describes other arrays than `layout`.
+    missing, is not the one of that SHA-256, or describes other arrays than `layout`.
     """
 
-    def __init__(self, folder: epath.Path, layout: Layout, fingerprint: str):
+    def __init__(self, folder: epath.Path, layout: Layout, sha256: str):
         path = folder / "chunks.json"
         text = read_bytes(path)
         found = hashlib.sha256(text).hexdigest()
-        if found != fingerprint:
-            raise CalmError(
-                f"{path} is damaged: its SHA-256 is {found[:16]}, not {fingerprint[:16]}"
-            )
+        if found != sha256:
+            raise CalmError(f"{path} is damaged: its SHA-256 is {found[:16]}, not {sha256[:16]}")
         written = json.loads(text)
         self._folder = folder / "weights"
         self._layout = layout.as_written(written, str(self._folder))

@@ -172,9 +172,9 @@ def check_identities(
     for was, now in zip(recorded, found, strict=True):
         if was["fingerprint"] != now["fingerprint"]:
             raise CalmError(
-                f"{where} was trained with the {was['role']} {was['fingerprint'][:16]} "
+                f"{where} was trained with the {was['role']} {_short(was['fingerprint'])} "
                 f"({was['place']}), but {now['place'] or 'the one given'} is "
-                f"{now['fingerprint'][:16]}"
+                f"{_short(now['fingerprint'])}"
             )
 
 
@@ -193,12 +193,18 @@ def _frozen_parts(values, anchor, augments, mesh, where: str) -> ComposedDecoder
         _described(place if model is None else model)
         for place, model in zip(places, given, strict=True)
     ]
-    dtypes = [entry["dtype"] for entry in values["frozen"]]
+    dtypes = [entry.get("dtype") for entry in values["frozen"]]
     # First of all: connections do not fit another model, and that would be said of them.
     check_identities(values["frozen"], list(map(_found_identity, found, dtypes)), where)
     configs = [CompositionConfig.from_dict(config) for config in values["composition"]]
     models = load_parts(found, dtypes, configs, mesh)
     return compose(models[0], models[1:], configs, rngs=nnx.Rngs(0))
+
+
+def _short(fingerprint: str) -> str:
+    """Enough to tell it from others, and the dtype that the model was cast to."""
+    weights, cast, dtype = fingerprint.partition(" as ")
+    return weights[:16] + cast + dtype
 
 
 def _described(

@@ -2,7 +2,7 @@
 
 folder/
   config.json    form of the decoder, fingerprint, origin, checksum of itself; written last
-  chunks.json    a hash of every chunk of the weights; its own SHA-256 is the fingerprint
+  chunks.json    a hash of every chunk of the weights
   weights/       an Orbax checkpoint; layers stacked [L, ...], names as in the modules
   vocabulary/    what `Vocabulary.save` wrote, if the decoder has one
 """
@@ -37,7 +37,7 @@ from calm_jax.models.parameters import Structure, Tree, insert, module_tree, pat
 from calm_jax.models.quantized import quantized_leaves
 from calm_jax.models.stack import Shape
 
-FORMAT = "calm_jax frozen folder, version 2"
+FORMAT = "calm_jax frozen folder, version 3"
 DTYPES = ("float32", "bfloat16", "int8")
 
 
@@ -63,7 +63,7 @@ def save_frozen(decoder: Decoder, target: epath.PathLike, *, vocabulary: Any = N
         vocabulary: a `calm_jax.data.vocabulary.Vocabulary`; default: the decoder's own.
 
     Returns:
-        the fingerprint of the weights.
+        the fingerprint of form and weights.
 
     Raises:
         CalmError: `target` exists or cannot be written, or a weight is NaN or infinite.
@@ -89,7 +89,7 @@ def write_model(
         origin: where the model came from; JSON values that `describe` gives back.
 
     Returns:
-        the fingerprint of the weights.
+        the fingerprint of form and weights.
 
     Raises:
         CalmError: as `save_frozen`.
@@ -106,7 +106,8 @@ def write_model(
     values = {
         "format": FORMAT,
         "decoder": config.to_dict(),
-        "fingerprint": writer.digests.fingerprint(),
+        "fingerprint": _identity(config, writer.digests.sha256()),
+        "chunks": writer.digests.sha256(),
         "vocabulary": None if vocabulary is None else vocabulary.fingerprint,
         "origin": None if origin is None else dict(origin),
         "files": files,
@@ -152,7 +153,8 @@ class Description:
 
     folder: epath.Path
     config: DecoderConfig
-    fingerprint: str
+    fingerprint: str  # of form and weights
+    chunks: str  # SHA-256 of chunks.json
     vocabulary: Any
     origin: Mapping[str, Any] | None
 
@@ -196,6 +198,7 @@ def describe(target: epath.PathLike) -> Description:
         folder,
         DecoderConfig.from_dict(read_field(values, "decoder", path)),
         read_field(values, "fingerprint", path),
+        read_field(values, "chunks", path),
         vocabulary,
         read_field(values, "origin", path),
     )
@@ -219,7 +222,7 @@ def load_cut(
     structure = _structure(config, tuple(shapes))
     on_disk = _structure(dataclasses.replace(config, weights=None), tuple(shapes))
     tree: dict[str, Any] = {}
-    with Reader(described.folder, layout_of(described.config), described.fingerprint) as reader:
+    with Reader(described.folder, layout_of(described.config), described.chunks) as reader:
         leaves = read_leaves(reader, on_disk, shapes, _places(on_disk, mesh), config.dtype)
         if config.weights == "int8":
             leaves = quantized_leaves(leaves, on_disk, _places(structure, mesh))
@@ -236,7 +239,7 @@ def _places(structure: Structure, mesh: jax.sharding.Mesh | None) -> Tree:
     """The sharding of every array; without a mesh the first device."""
     if mesh is not None:
         return structure.shardings(mesh)
-    alone = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    alone = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     return jax.tree.map(lambda _: alone, structure.abstract())
 
 
@@ -248,7 +251,7 @@ def loaded_fingerprint(described: Description, dtype: str | None) -> str:
 
 
 def model_fingerprint(decoder: Decoder) -> str:
-    """The fingerprint that the decoder's frozen folder has, or would have."""
+    """The fingerprint of what the decoder was loaded from, or else of what would be saved."""
     if decoder.fingerprint is None:
         return fingerprint(decoder)
     return decoder.fingerprint
@@ -261,7 +264,7 @@ def fingerprint(decoder: Decoder) -> str:
     for block in _blocks(decoder):
         for region, data in layout.cut(block.path, block.array, block.layer):
             digests.add(block.path, region, data)
-    return digests.fingerprint()
+    return _identity(decoder.config, digests.sha256())
 
 
 @functools.cache
@@ -304,6 +307,11 @@ def _blocks(decoder: Decoder) -> Iterator[Block]:
                 layer = np.asarray(array[place])
                 yield Block(f"layers/{path_name(path)}", first + number, layer)
         first += math.prod(shape)
+
+
+def _identity(config: DecoderConfig, chunks: str) -> str:
+    """The same weights in another form compute something else."""
+    return _checksum({"decoder": config.to_dict(), "chunks": chunks})
 
 
 def _checksum(values: Mapping[str, Any]) -> str:

@@ -90,6 +90,8 @@ def _options(given: Sequence[str]) -> dict[str, Any]:
         name, equals, text = option.partition("=")
         if not equals:
             raise CalmError(f"--option={option} is not NAME=VALUE")
+        if name in ("source", "target", "format", "dtype", "verify"):
+            raise CalmError(f"--option={option} is no option of a family; give --{name}")
         try:
             options[name] = ast.literal_eval(text)
         except (ValueError, SyntaxError):

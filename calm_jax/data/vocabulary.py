@@ -196,6 +196,21 @@ class Vocabulary:
         return SeqioVocabulary(self)
 
     @property
+    def base_size(self) -> int:
+        """Number of ids that a model must have rows for; `size`, but for added tokens at the end.
+
+        A tokenizer may name more than its model knows: Gemma 3 1B's has a token for images.
+        """
+        return self.size
+
+    def check_rows(self, rows: int, where: str) -> None:
+        """Raises `CalmError` when a model with so many embedding rows lacks one for a token."""
+        if self.base_size > rows:
+            raise CalmError(
+                f"{where}: the vocabulary has {self.base_size} tokens, the embedding {rows} rows"
+            )
+
+    @property
     def start_id(self) -> int:
         """What every sequence starts with: the start token, else the end token, else 0."""
         return next(token for token in (self.bos_id, self.eos_id, 0) if token is not None)
@@ -349,6 +364,11 @@ class TokenizerVocabulary(Vocabulary):
     def _first_id(self, tokens: Iterable[str]) -> int | None:
         ids = map(self.token_id, tokens)
         return next((token for token in ids if token is not None), None)
+
+    @property
+    def base_size(self) -> int:
+        ids = self._tokenizer.get_vocab(with_added_tokens=False).values()
+        return max(ids, default=-1) + 1
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         encodings = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)

@@ -71,10 +71,10 @@ def describe_models(config: ConfigDict) -> Described:
         check_vocabularies(vocabulary, name, other, f"the {role}")
     forms = [folder.config for folder in folders] or [decoder_config(config)]
     for role, form in zip(roles, forms, strict=True):
-        if vocabulary.size > form.vocab_size:
+        if vocabulary.base_size > form.vocab_size:
             raise CalmError(
-                f"the {role}'s vocab_size {form.vocab_size} is less than the {vocabulary.size} "
-                f"tokens of {name}"
+                f"the {role}'s vocab_size {form.vocab_size} is less than the "
+                f"{vocabulary.base_size} tokens of {name}"
             )
     if config.kind != "composed":
         return Described(vocabulary, [])

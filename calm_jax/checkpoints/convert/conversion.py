@@ -22,7 +22,7 @@ from calm_jax.checkpoints.sources.source import Source
 from calm_jax.errors import CalmError
 
 DTYPES = ("float32", "bfloat16")
-EXACT = {"bfloat16": "bfloat16", "float16": "float32", "float32": "float32"}
+EXACT = {"bfloat16": "bfloat16", "float16": "float32", "float32": "float32", "float64": None}
 log = logging.getLogger("absl")
 
 
@@ -87,15 +87,12 @@ def convert(
         )
         check_shapes(reading.rules, reading.config, reading.tensors, where)
         check_unused(reading.unused, reading.tensors, where)
-        dtypes = _source_dtypes(reading)
+        dtypes = _source_dtypes(reading, where)
         stored = dtype or _exact_dtype(dtypes, where)
         config = dataclasses.replace(reading.config, dtype=stored)
         vocabulary = _vocabulary(opened)
-        if vocabulary is not None and vocabulary.size > config.vocab_size:
-            raise CalmError(
-                f"{where}: the vocabulary has {vocabulary.size} tokens, the embedding "
-                f"{config.vocab_size} rows"
-            )
+        if vocabulary is not None:
+            vocabulary.check_rows(config.vocab_size, where)
         origin = {
             "source": where,
             "family": family.name,
@@ -133,20 +130,22 @@ def _size(tensor: Any) -> int:
     return math.prod(tensor.shape) * np.dtype(tensor.dtype).itemsize
 
 
-def _source_dtypes(reading: Reading) -> dict[str, str]:
-    """The dtype of every tensor that is read."""
-    names = (n for line in reading.rules for n in line.names(reading.config.num_layers))
-    return {n: np.dtype(reading.tensors[n].dtype).name for n in names if n in reading.tensors}
+def _source_dtypes(reading: Reading, where: str) -> dict[str, str]:
+    """The dtype of every tensor that is read. Raises `CalmError` naming one that is no float."""
+    dtypes = {}
+    for line in reading.rules:
+        for name in line.names(reading.config.num_layers):
+            if name in reading.tensors:
+                dtypes[name] = np.dtype(reading.tensors[name].dtype).name
+                if dtypes[name] not in EXACT:
+                    raise CalmError(f"{where}: tensor {name} is {dtypes[name]}, which is no weight")
+    return dtypes
 
 
 def _exact_dtype(dtypes: Mapping[str, str], where: str) -> str:
     """The smallest dtype that holds every tensor exactly."""
-    for name, dtype in dtypes.items():
-        if dtype not in EXACT:
-            raise CalmError(
-                f"{where}: tensor {name} is {dtype}, which neither float32 nor bfloat16 holds; "
-                "choose one with --dtype"
-            )
+    if "float64" in dtypes.values():
+        raise CalmError(f"{where} holds float64, which is not stored exactly; choose a --dtype")
     exact = "float32" if "float32" in map(EXACT.get, dtypes.values()) else "bfloat16"
     found = collections.Counter(dtypes.values())
     if exact == "float32" and set(found) != {"float32"}:

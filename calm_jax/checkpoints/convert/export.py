@@ -19,7 +19,7 @@ from calm_jax.errors import CalmError
 
 FORMATS = ("huggingface",)
 SHARD_BYTES = 5 * 10**9  # of a safetensors file at most, as on the hub
-SAFETENSORS = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
+SAFETENSORS = {"float64": "F64", "float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 
 
 def export(source: epath.PathLike, target: epath.PathLike, *, to: str = "huggingface") -> None:
@@ -105,7 +105,7 @@ class _Tensors:
         }
         layout = frozen.layout_of(self._config)
         self._shapes = layout.shapes
-        self._reader = Reader(described.folder, layout, described.fingerprint)
+        self._reader = Reader(described.folder, layout, described.chunks)
 
     def shape(self, name: str) -> tuple[int, ...]:
         return self._rules[name][0].source_shape(self._sizes)

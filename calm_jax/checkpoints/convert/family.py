@@ -62,21 +62,28 @@ class HuggingFaceFamily(Family):
     Attributes:
         architectures: of config.json; the first is the one to export.
         model_type: of config.json when exporting.
+        other_model_types: of config.json that are read too.
     """
 
     architectures: ClassVar[tuple[str, ...]]
     model_type: ClassVar[str]
+    other_model_types: ClassVar[tuple[str, ...]] = ()
 
     def recognises(self, source: Source) -> bool:
         if source.kind != "huggingface" or source.config is None:
             return False
-        return bool(set(source.config.get("architectures") or ()) & set(self.architectures))
+        # Architectures are what a file says, model_type is what transformers goes by.
+        model_type = source.config.get("model_type", self.model_type)
+        return model_type in (self.model_type, *self.other_model_types) and bool(
+            set(source.config.get("architectures") or ()) & set(self.architectures)
+        )
 
     def read(self, source: Source, **options: Any) -> Reading:
         if source.config is None:
             raise CalmError(f"{source.place}: {self.name} needs a config.json beside the tensors")
         where = str(source.place / "config.json")
         refuse(source.config, where, "quantization_config", None)
+        refuse(source.config, where, "is_causal", True, None)
         try:
             config = self.decoder_config(source.config, where)
         except CalmError as error:  # of a form that contradicts itself, whoever wrote it

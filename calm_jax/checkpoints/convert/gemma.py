@@ -141,6 +141,7 @@ class Gemma3(Gemma2):
     name = "gemma3"
     architectures = ("Gemma3ForCausalLM", "Gemma3ForConditionalGeneration")
     model_type = "gemma3_text"
+    other_model_types = ("gemma3",)
     defaults: ClassVar[Mapping[str, int]] = {**Gemma2.defaults, "vocab_size": 262_208}
     caps: ClassVar[Mapping[str, float | None]] = {"final_logit_softcapping": None}
 

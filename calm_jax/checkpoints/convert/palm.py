@@ -157,7 +157,7 @@ def _refuse(source: Source) -> None:
 
 def _apart(tensors: Mapping[str, Tensor], scan_axis: int, where: str) -> dict[str, Tensor]:
     """The tensors with every layer by itself, named as if it had been stored so."""
-    if scan_axis not in (0, 1) or isinstance(scan_axis, bool):
+    if type(scan_axis) is not int or scan_axis not in (0, 1):
         raise CalmError(f"scan_axis is {scan_axis!r}; it must be 0 or 1")
     found = {name: tensor for name, tensor in tensors.items() if not name.startswith(STACKED)}
     stacked = {name: tensor for name, tensor in tensors.items() if name.startswith(STACKED)}

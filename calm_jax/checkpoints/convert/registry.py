@@ -46,14 +46,16 @@ def find_family(source: Source, name: str = "auto") -> Family:
             if name not in ("auto", family.name):
                 raise CalmError(f"{source.place} is of the family {family.name}, not {name}")
             return family
-    if name != "auto":
+    if name != "auto" and not (source.config or {}).get("architectures"):
         return families()[name]
     raise CalmError(f"{source.place}: {_what_it_is(source)}; supported are {', '.join(families())}")
 
 
 def _what_it_is(source: Source) -> str:
     if source.config is not None:
-        architectures = source.config.get("architectures") or ["no architecture"]
-        return f"config.json says {architectures[0]}, a family that is not supported"
+        said = (source.config.get("architectures") or ["no architecture"])[0]
+        if any(said in getattr(family, "architectures", ()) for family in families().values()):
+            said += f" of model_type {source.config.get('model_type')!r}"
+        return f"config.json says {said}, a family that is not supported"
     names = sorted(source.tensors)
     return f"no known family has tensors like {names[0] if names else 'none at all'}"

@@ -37,7 +37,7 @@ def norm_warnings(
     scales = [x[...] for name, x in tensors.items() if name.endswith(ending)]
     if not scales or norm_offset not in (0.0, 1.0):
         return ()
-    mean = float(np.mean(np.asarray(scales, np.float32)))
+    mean = float(np.mean([np.mean(scale, dtype=np.float32) for scale in scales]))
     if abs(mean - norm_offset) > 0.25:
         return ()
     return (

@@ -42,6 +42,10 @@ def _reader(place: epath.Path):
         raise CalmError(
             f"{place} is no known kind of checkpoint; files are .npz, .pt, .pth, .bin, .safetensors"
         )
+    if (place / "chunks.json").exists():
+        raise CalmError(
+            f"{place} is a frozen folder already; --to=huggingface writes it as another"
+        )
     if (place / "config.json").exists() or list(place.glob("*.safetensors*")):
         return _load("huggingface").read
     t5x = _load("t5x")

@@ -15,6 +15,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from converting import decoder_in_memory
+from etils import epath
 from safetensors.numpy import load_file, save_file
 from tiny_models import stored_bytes
 
@@ -240,7 +241,11 @@ def test_weights_too_large_for_the_dtype(tmp_path):
         ),
         (
             lambda t: t.update({"lm_head.weight": np.zeros((V, D), np.int32)}),
-            r"llama: tensor lm_head\.weight is int32",
+            r"llama: tensor lm_head\.weight is int32, which is no weight",
+        ),
+        (
+            lambda t: t.update({"lm_head.weight": np.zeros((V, D), np.float64)}),
+            r"llama holds float64, which is not stored exactly; choose a --dtype",
         ),
     ],
 )
@@ -361,3 +366,66 @@ def test_the_command(source, tmp_path, capsys):
     assert "--option=norm_offset is not NAME=VALUE" in capsys.readouterr().err
     assert main([*arguments, "--to=huggingface", "--verify"]) == 2
     assert "--verify says nothing to --to=huggingface" in capsys.readouterr().err
+
+
+def test_a_family_by_name_is_no_way_around_the_config(tmp_path):
+    """Multipliers of Granite would be dropped, and so would the window of a Mistral."""
+    granite = {"architectures": ["GraniteForCausalLM"], "residual_multiplier": 0.2}
+    save_source(tmp_path / "granite", random_tensors(), CONFIG | granite)
+    mistral = {"model_type": "mistral", "sliding_window": 4}
+    save_source(tmp_path / "mistral", random_tensors(), CONFIG | mistral)
+    for name, format in (("granite", "llama"), ("granite", "auto"), ("mistral", "auto")):
+        with pytest.raises(CalmError, match=rf"{name}: config\.json says .* is not supported"):
+            calm_jax.convert(tmp_path / name, tmp_path / "model", format=format)
+
+
+def test_a_bridge_fits_no_model_of_other_form_with_the_same_weights(source, tmp_path):
+    from flax import nnx
+
+    calm_jax.convert(source, tmp_path / "one")
+    changed = save_source(tmp_path / "source", random_tensors(), CONFIG | {"rope_theta": 5e3})
+    calm_jax.convert(changed, tmp_path / "other")
+    one, other = (calm_jax.load(tmp_path / name) for name in ("one", "other"))
+    assert one.fingerprint != other.fingerprint
+    connections = calm_jax.CompositionConfig(connections=((1, 1),))
+    composed = calm_jax.compose(one, calm_jax.load(tmp_path / "one"), connections, rngs=nnx.Rngs(0))
+    calm_jax.export_bridge(composed, tmp_path / "bridge")
+    with pytest.raises(CalmError, match=rf"{one.fingerprint[:16]}.*{other.fingerprint[:16]}"):
+        calm_jax.load_composed(tmp_path / "bridge", anchor=tmp_path / "other")
+    cast = calm_jax.load(tmp_path / "one", dtype="bfloat16")
+    with pytest.raises(CalmError, match=rf"is {one.fingerprint[:16]} as bfloat16"):
+        calm_jax.load_composed(tmp_path / "bridge", anchor=cast)
+
+
+def test_a_frozen_folder_is_no_source(source, tmp_path):
+    calm_jax.convert(source, tmp_path / "model")
+    with pytest.raises(CalmError, match=r"is a frozen folder already; --to=huggingface"):
+        calm_jax.convert(tmp_path / "model", tmp_path / "again")
+
+
+def test_chunks_for_a_bucket_are_bytes(source, tmp_path, monkeypatch):
+    """Clients of buckets refuse arrays."""
+    written = []
+    monkeypatch.setattr(chunks, "is_bucket", lambda path: ".weights" not in str(path))
+    monkeypatch.setattr(chunks, "_open", lambda *_, **__: None)
+
+    class Opened:
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            pass
+
+        def write(self, data):
+            assert type(data) is bytes
+            written.append(len(data))
+
+    class Folder(type(epath.Path(tmp_path))):
+        def open(self, mode):
+            return Opened() if mode == "wb" else super().open(mode)
+
+    (tmp_path / "weights").mkdir()
+    layout = chunks.Layout({"w": (4, 6)}, (), "float32")
+    with chunks.Writer(Folder(tmp_path / "weights"), layout) as writer:
+        writer.add("w", np.ones((4, 6), np.float32))
+    assert written == [96]
