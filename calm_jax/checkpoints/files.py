@@ -76,7 +76,7 @@ def read_json(path: epath.Path, what: str) -> dict[str, Any]:
         raise CalmError(f"{path.parent} is not {what}: it is a file") from None
     except OSError as error:
         raise CalmError(f"cannot read {path}: {error.strerror or error}") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CalmError(f"{path} is damaged: {error}") from None
     if not isinstance(values, dict):
         raise CalmError(f"{path} is damaged: it holds no JSON object")

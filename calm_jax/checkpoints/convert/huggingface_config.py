@@ -136,7 +136,9 @@ def rope(
             if key not in (LOCAL, GLOBAL):
                 raise _wrong(inside, key, value, f"in {LOCAL} or {GLOBAL}")
         found = _mapping(found, layer_type, inside)
-    if layer_type != LOCAL and scaling:
+    if layer_type is None:  # as transformers: one in place of the other
+        found = scaling or found
+    elif layer_type == GLOBAL:
         found = {**found, **scaling}
     base_key = "rope_local_base_freq" if layer_type == LOCAL else "rope_theta"
     base_default = 1e6 if layer_type == GLOBAL else 1e4

@@ -23,6 +23,7 @@ from calm_jax.models import DecoderConfig
 
 EMBEDDING = "decoder/token_embedder/embedding"
 HEAD = "decoder/logits_dense/kernel"
+LAST_NORM = "decoder/decoder_norm/scale"
 LAYER = "decoder/layers_{layer}/"
 STACKED = "decoder/decoder/"
 _LAYER_NUMBER = r"decoder/layers_(\d+)/"
@@ -70,7 +71,10 @@ class Palm(Family):
             config,
             rules(config),
             tensors,
-            warnings=norm_warnings(tensors, "/layer_norm/scale", norm_offset),
+            warnings=(
+                *_absent_norm(tensors),
+                *norm_warnings(tensors, "/layer_norm/scale", norm_offset),
+            ),
         )
 
 
@@ -82,7 +86,7 @@ def rules(config: DecoderConfig) -> tuple[Rule, ...]:
         *head,
         # The loaders of the largest models read none: their last norm has no scale.
         rule(
-            "decoder/decoder_norm/scale",
+            LAST_NORM,
             "final_norm/scale",
             "D -> D",
             absent=1.0 - config.norm_offset,
@@ -246,3 +250,9 @@ def _config(tensors: Mapping[str, Tensor], where: str) -> DecoderConfig:
 
 def _width(tensors: Mapping[str, Tensor], where: str) -> int:
     return shape_of(tensors, EMBEDDING, 2, where)[1]
+
+
+def _absent_norm(tensors: Mapping[str, Tensor]) -> tuple[str, ...]:
+    if LAST_NORM in tensors:
+        return ()
+    return (f"tensor {LAST_NORM} is absent; the last norm is taken to have no scale",)

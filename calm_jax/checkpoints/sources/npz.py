@@ -41,6 +41,8 @@ def read(place: epath.Path) -> Source:
     for member in members:
         name = member.filename.removesuffix(".npy")
         called = f"{place}: tensor {name}"
+        if name in tensors:
+            raise CalmError(f"{called} is there twice")
         with _opened(place, called) as archive, archive.open(member) as data:
             shape, dtype = _read_header(data, called)
             found, expected = member.file_size - data.tell(), math.prod(shape) * dtype.itemsize

@@ -1,5 +1,6 @@
 """Files of numpy: lazily read, nothing of Python's pickles, damage named."""
 
+import warnings
 import zipfile
 
 import ml_dtypes
@@ -92,3 +93,14 @@ def test_damage_is_an_error_or_has_no_effect(tmp_path_factory, data):
     found = {name: array for name, array in found.items() if name in TENSORS}
     for name, array in found.items():
         np.testing.assert_array_equal(array, TENSORS[name])
+
+
+def test_a_name_twice(tmp_path):
+    np.savez(tmp_path / "a.npz", w=np.zeros(3))
+    data = zipfile.ZipFile(tmp_path / "a.npz").read("w.npy")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # zipfile's own, of the duplicate
+        with zipfile.ZipFile(tmp_path / "a.npz", "a") as archive:
+            archive.writestr("w.npy", data)
+    with pytest.raises(CalmError, match=r"a\.npz: tensor w is there twice"):
+        open_source(tmp_path / "a.npz")
