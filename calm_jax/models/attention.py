@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from calm_jax.models.config import DecoderConfig, RopeScaling
+from calm_jax.models.execution import Execution
 
 # Finite, so that a row with nothing to see has no NaN before it is set to zero.
 MASKED_LOGIT = -0.7 * float(jnp.finfo(jnp.float32).max)
@@ -113,8 +114,15 @@ def xpos_scale(positions_BT: jax.Array, dim: int, scale_base: float) -> jax.Arra
 class SelfAttentionInputs:
     """What every layer of one forward pass shares: masks and rotary angles, local and global."""
 
-    def __init__(self, config: DecoderConfig, positions_BT: jax.Array, segment_ids_BT: jax.Array):
+    def __init__(
+        self,
+        config: DecoderConfig,
+        positions_BT: jax.Array,
+        segment_ids_BT: jax.Array,
+        execution: Execution,
+    ):
         self.config = config
+        self.execution = execution
         self.mask_BTS = causal_mask(segment_ids_BT)
         rotated = config.head_dim if config.rope_dim is None else config.rope_dim
         if config.rope:

@@ -16,6 +16,7 @@ from calm_jax.errors import CalmError
 from calm_jax.models.attention import apply_rope, causal_mask, dot_product_attention, rope_angles
 from calm_jax.models.block import rms_norm
 from calm_jax.models.config import CompositionConfig, DecoderConfig
+from calm_jax.models.execution import Execution
 from calm_jax.models.parameters import constant, matrix
 
 NORM_EPS = 1e-6
@@ -32,7 +33,9 @@ class BridgeInputs:
         positions_BT: jax.Array,
         segment_ids_BT: jax.Array,
         prompt_mask_BT: jax.Array | None,
+        execution: Execution,
     ):
+        self.execution = execution
         self.mask_BTS = causal_mask(segment_ids_BT)
         if config.encoder_only:
             if prompt_mask_BT is None:

@@ -19,6 +19,7 @@ from calm_jax.models.attention import SelfAttentionInputs
 from calm_jax.models.bridge import BridgeInputs, CrossAttention, heads
 from calm_jax.models.config import CompositionConfig, DecoderConfig
 from calm_jax.models.decoder import Decoder, fill_inputs
+from calm_jax.models.execution import Execution
 from calm_jax.models.parameters import Structure, module_tree, stacked
 from calm_jax.models.plan import Connection, Plan, Round, make_plan
 
@@ -85,6 +86,7 @@ class ComposedDecoder(nnx.Module):
         bridge: all trainable parameters.
         configs: one `CompositionConfig` an augment.
         connections: every connection, in the order in which metrics number them.
+        execution: how the bridges are computed; that of each model is its own.
     """
 
     def __init__(
@@ -105,6 +107,7 @@ class ComposedDecoder(nnx.Module):
             check_vocabularies(
                 anchor.vocabulary, "the anchor", augment.vocabulary, f"augment {number}"
             )
+        self.execution = Execution()
         self.anchor = anchor
         self.augments = nnx.List(augments)
         self.bridge = self._init_bridge(rngs)
@@ -206,7 +209,9 @@ class ComposedDecoder(nnx.Module):
         """Runs one augment up to its last tap; no gradient flows back into it."""
         augment, remaining = self.augments[number], list(self.plan.tap_layers[number])
         positions_BT, segment_ids_BT = fill_inputs(tokens_BT, positions_BT, segment_ids_BT)
-        shared = SelfAttentionInputs(augment.config, positions_BT, segment_ids_BT)
+        shared = SelfAttentionInputs(
+            augment.config, positions_BT, segment_ids_BT, augment.execution
+        )
         x_BTE = augment.embed(tokens_BT)
         taps = Taps({}, (), None)
         for piece, shape in enumerate(augment.layers.shapes):
@@ -272,15 +277,20 @@ class ComposedDecoder(nnx.Module):
         if perturb is not None:
             taps = [tap.perturbed(perturb, number) for number, tap in enumerate(taps)]
         bridge_inputs = [
-            BridgeInputs(config, head_dim, positions_BT, segment_ids_BT, prompt_mask_BT)
+            BridgeInputs(
+                config, head_dim, positions_BT, segment_ids_BT, prompt_mask_BT, self.execution
+            )
             for config, head_dim in zip(self.configs, self.head_dims, strict=True)
         ]
-        shared = SelfAttentionInputs(self.anchor.config, positions_BT, segment_ids_BT)
+        shared = SelfAttentionInputs(
+            self.anchor.config, positions_BT, segment_ids_BT, self.anchor.execution
+        )
         observed = {}
 
-        def bridged(h_BTD, crossings, entries, entry_taps):
+        def bridged(entries, graphdef, h_BTD, state, entry_taps):
             """h + the sum of the bridges' results, all of which read h as it came."""
             sum_BTD, seen = h_BTD, []
+            crossings = nnx.merge(graphdef, state)
             for crossing, entry, tap_BSE in zip(crossings, entries, entry_taps, strict=True):
                 with jax.named_scope("f_cross"):
                     y_BTD, weights = crossing(h_BTD, tap_BSE, bridge_inputs[entry[0].augment])
@@ -288,24 +298,29 @@ class ComposedDecoder(nnx.Module):
                 seen.append(observe(h_BTD, y_BTD, weights))
             return sum_BTD, seen
 
-        layers = self.anchor.layers
+        layers, execution = self.anchor.layers, self.execution
         h_BTD, _ = layers.run(0, self.anchor.embed(tokens_BT), shared)
         for round_, crossings in zip(self.plan.rounds, self.bridge.rounds, strict=True):
             entry_taps = [
                 taps[entry[0].augment].of(entry, round_.stacked) for entry in round_.entries
             ]
+            graphdef, state = nnx.split(crossings)
+            bridge = execution.rematerialised(
+                functools.partial(bridged, round_.entries, graphdef), in_loop=round_.stacked
+            )
             if round_.stacked:
-                graphdef, state = nnx.split(crossings)
 
-                def step(h_BTD, inputs, entries=round_.entries, graphdef=graphdef):
+                def step(h_BTD, inputs, bridge=bridge):
                     state, entry_taps, group = inputs
-                    h_BTD, seen = bridged(h_BTD, nnx.merge(graphdef, state), entries, entry_taps)
+                    h_BTD, seen = bridge(h_BTD, state, entry_taps)
                     return layers.scan(h_BTD, *group, shared), seen
 
                 group = layers.layers(round_.piece)
-                h_BTD, seen = jax.lax.scan(step, h_BTD, (state, entry_taps, group))
+                h_BTD, seen = jax.lax.scan(
+                    step, h_BTD, (state, entry_taps, group), unroll=execution.unroll
+                )
             else:
-                h_BTD, seen = bridged(h_BTD, crossings, round_.entries, entry_taps)
+                h_BTD, seen = bridge(h_BTD, state, entry_taps)
                 seen = [x[None] for x in seen]
                 if round_.piece is not None:
                     h_BTD, _ = layers.run(round_.piece, h_BTD, shared)

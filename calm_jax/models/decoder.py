@@ -11,6 +11,7 @@ from calm_jax import sharding
 from calm_jax.models.attention import SelfAttentionInputs
 from calm_jax.models.block import Norm
 from calm_jax.models.config import DecoderConfig
+from calm_jax.models.execution import Execution
 from calm_jax.models.parameters import constant, matrix, weight
 from calm_jax.models.quantized import product, quantize_module, rows
 from calm_jax.models.stack import Stack
@@ -26,6 +27,7 @@ class Decoder(nnx.Module):
         source: the frozen folder that the parameters came from, or None.
         loaded_dtype: what they were cast to while they were loaded, or None.
         fingerprint: of the frozen folder and that dtype, or None.
+        execution: how it is computed; may be set at any time.
     """
 
     def __init__(self, config: DecoderConfig, rngs: nnx.Rngs):
@@ -43,6 +45,7 @@ class Decoder(nnx.Module):
         self.source: str | None = None
         self.loaded_dtype: str | None = None
         self.fingerprint: str | None = None
+        self.execution = Execution()
         if config.weights == "int8":
             quantize_module(self)
 
@@ -98,7 +101,7 @@ class Decoder(nnx.Module):
         self, x_BTD: jax.Array, positions_BT: jax.Array, segment_ids_BT: jax.Array
     ) -> jax.Array:
         """The residual stream after all layers, before the final norm."""
-        shared = SelfAttentionInputs(self.config, positions_BT, segment_ids_BT)
+        shared = SelfAttentionInputs(self.config, positions_BT, segment_ids_BT, self.execution)
         for piece in range(len(self.layers.shapes)):
             x_BTD, _ = self.layers.run(piece, x_BTD, shared)
         return x_BTD

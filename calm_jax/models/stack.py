@@ -69,7 +69,7 @@ class Stack(nnx.Module):
             x_BTD = self.scan(x_BTD, *layers, shared)
             return x_BTD, (x_BTD if taps else None)
 
-        return jax.lax.scan(group, x_BTD, (state, local))
+        return jax.lax.scan(group, x_BTD, (state, local), unroll=shared.execution.unroll)
 
     def layers(self, piece: int) -> tuple[nnx.State, jax.Array]:
         """A piece's parameters, and whether each layer is local; both lead with its shape."""
@@ -86,7 +86,9 @@ class Stack(nnx.Module):
             state, local = layer
             return nnx.merge(graphdef, state)(x_BTD, shared, local), None
 
-        return jax.lax.scan(layer, x_BTD, (state, local_L))[0]
+        execution = shared.execution
+        layer = execution.rematerialised(layer, in_loop=True)
+        return jax.lax.scan(layer, x_BTD, (state, local_L), unroll=execution.unroll)[0]
 
 
 def cut_at(

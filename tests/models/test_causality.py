@@ -12,6 +12,7 @@ from random_models import llama, packed_batch, palm, random_composed, random_tre
 from calm_jax.errors import CalmError
 from calm_jax.models import ComposedDecoder, CompositionConfig
 from calm_jax.models.bridge import BridgeInputs, CrossAttention
+from calm_jax.models.execution import Execution
 from calm_jax.models.parameters import Structure
 
 BRIDGES = {
@@ -46,7 +47,7 @@ def test_gradient_of_the_bridge_by_its_tap(name):
     structure = Structure(nnx.eval_shape(lambda: CrossAttention(config, palm(), 6, nnx.Rngs(0))))
     crossing = structure.merge(random_tree(structure, 0))
     _, positions, segments, prompt = packed_batch()
-    shared = BridgeInputs(config, crossing.head_dim, positions, segments, prompt)
+    shared = BridgeInputs(config, crossing.head_dim, positions, segments, prompt, Execution())
     random = np.random.default_rng(0)
     h_BTD = random.normal(size=(3, 11, 16)).astype(np.float32)
     tap_BSE = random.normal(size=(3, 11, 6)).astype(np.float32)

@@ -22,6 +22,7 @@ from calm_jax.errors import CalmError
 from calm_jax.models import CompositionConfig, Decoder, compose
 from calm_jax.models import stack as stack_module
 from calm_jax.models.bridge import BridgeInputs, CrossAttention
+from calm_jax.models.execution import Execution
 from calm_jax.models.parameters import Structure, module_tree, size_in_bytes
 
 ZERO = {
@@ -64,7 +65,9 @@ def test_exactly_one_factor_begins_at_zero_and_then_all_learn(name):
     random = np.random.default_rng(0)
     h_BTD, goal_BTD = random.normal(size=(2, 1, 5, 16)).astype(np.float32)
     tap_BSE = random.normal(size=(1, 5, 6)).astype(np.float32)
-    shared = BridgeInputs(config, 4, np.arange(5)[None], np.ones((1, 5), np.int32), None)
+    shared = BridgeInputs(
+        config, 4, np.arange(5)[None], np.ones((1, 5), np.int32), None, Execution()
+    )
 
     def loss(tree):
         return jnp.sum(structure.merge(tree)(h_BTD, tap_BSE, shared)[0] * goal_BTD)
