@@ -4,45 +4,60 @@ This is the only file that names mesh axes. Models name *logical* axes on their 
 activations; `RULES` says which mesh axis splits each of them.
 """
 
+import itertools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from calm_jax.errors import CalmError
 
-MESH_AXES = ("data", "fsdp", "tensor")
+# Outermost first: slices are joined by the data-centre network, the rest by faster links.
+MESH_AXES = ("slices", "data", "fsdp", "tensor")
+
+Rules = Mapping[str, tuple[str, ...]]
 
 # Parameters are split over `fsdp` along the model width and over `tensor` along heads, MLP features
-# and vocabulary; activations over `data` and `fsdp` along the batch.
-RULES: dict[str, str | tuple[str, ...] | None] = {
-    "batch": ("data", "fsdp"),
-    "length": None,
-    "activation_embed": None,
-    "embed": "fsdp",
-    "augment_embed": None,
-    "heads": "tensor",
-    "kv_heads": "tensor",
-    "head_dim": None,
-    "mlp": "tensor",
-    "vocab": "tensor",
-    "layers": None,
+# and vocabulary; activations over all other axes along the batch, and the residual stream over
+# `tensor` along its length.
+RULES: Rules = {
+    "batch": ("slices", "data", "fsdp"),
+    "length": (),
+    "stream_length": ("tensor",),
+    "activation_embed": (),
+    "embed": ("fsdp",),
+    "augment_embed": (),
+    "heads": ("tensor",),
+    "kv_heads": ("tensor",),
+    "head_dim": (),
+    "mlp": ("tensor",),
+    "vocab": ("tensor",),
+    "layers": (),
 }
 
-# Grouped queries may have fewer key heads than `tensor` has devices: then each device keeps all.
-REPLICATED_WHEN_INDIVISIBLE = frozenset({"kv_heads"})
+# Of frozen weights, by the config's `frozen_sharding`: "all" splits them over every device of a
+# slice, and a layer is gathered when its turn comes.
+FROZEN_RULES: dict[str, Rules] = {"fsdp": RULES, "all": {**RULES, "embed": ("data", "fsdp")}}
+
+# Grouped queries may have fewer key heads than `tensor` has devices: then each device keeps all;
+# and a stream need not have a length that it divides.
+REPLICATED_WHEN_INDIVISIBLE = frozenset({"kv_heads", "stream_length"})
 
 
 def make_mesh(shape: Mapping[str, int], devices: list[jax.Device] | None = None) -> Mesh:
-    """A mesh over `devices` (default: all), with axes `data`, `fsdp`, `tensor`.
+    """A mesh over `devices` (default: all), with axes `slices`, `data`, `fsdp`, `tensor`.
 
-    `shape` gives each axis' size; at most one may be -1, "all that are left"; one left out is 1.
-    Raises `CalmError` for an unknown axis, or sizes that do not use the devices exactly.
+    `shape` gives each axis' size; at most one may be -1, "all that are left"; one left out is 1,
+    `slices` left out or 0 as many as the devices come in. Raises `CalmError` for an unknown axis,
+    sizes that do not use the devices exactly, or slices that are not the devices'.
     """
     devices = jax.devices() if devices is None else devices
+    slices = len({getattr(device, "slice_index", None) for device in devices})
+    shape = {**shape, "slices": shape.get("slices", 0) or slices}
     for axis, size in shape.items():
         if axis not in MESH_AXES:
             raise CalmError(f"mesh.{axis} is not a mesh axis; known are {MESH_AXES}")
@@ -57,48 +72,58 @@ def make_mesh(shape: Mapping[str, int], devices: list[jax.Device] | None = None)
     if len(devices) % fixed or (-1 not in sizes and fixed != len(devices)):
         raise CalmError(f"mesh {dict(shape)} does not use all {len(devices)} devices exactly")
     sizes = [len(devices) // fixed if size == -1 else size for size in sizes]
-    return jax.make_mesh(
-        sizes, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES), devices=devices
-    )
+    types = (AxisType.Auto,) * len(MESH_AXES)
+    if slices == 1:
+        return jax.make_mesh(sizes, MESH_AXES, axis_types=types, devices=devices)
+    if sizes[0] != slices:
+        raise CalmError(f"mesh.slices is {sizes[0]}, but the devices are {slices} slices")
+    array = mesh_utils.create_hybrid_device_mesh([1, *sizes[1:]], [slices, 1, 1, 1], devices)
+    return Mesh(array, MESH_AXES, axis_types=types)
 
 
-def partition_spec(axes: tuple[str | None, ...]) -> PartitionSpec:
+def partition_spec(axes: Sequence[str | None], rules: Rules = RULES) -> PartitionSpec:
     """Mesh axes for logical `axes`. Raises `CalmError` without a rule, or on one used twice."""
-    entries, used = [], []
+    return PartitionSpec(*(mesh_axes or None for mesh_axes in _mesh_axes(axes, rules)))
+
+
+def _mesh_axes(axes: Sequence[str | None], rules: Rules) -> list[tuple[str, ...]]:
     for axis in axes:
-        if axis is not None and axis not in RULES:
+        if axis is not None and axis not in rules:
             raise CalmError(
-                f"no sharding rule for the logical axis {axis!r}; known are {sorted(RULES)}"
+                f"no sharding rule for the logical axis {axis!r}; known are {sorted(rules)}"
             )
-        entry = None if axis is None else RULES[axis]
-        entries.append(entry)
-        used += [entry] if isinstance(entry, str) else list(entry or ())
+    entries = [() if axis is None else rules[axis] for axis in axes]
+    used = list(itertools.chain(*entries))
     for name in used:
         if used.count(name) > 1:
-            raise CalmError(f"logical axes {axes} use the mesh axis {name!r} twice")
-    return PartitionSpec(*entries)
+            raise CalmError(f"logical axes {tuple(axes)} use the mesh axis {name!r} twice")
+    return entries
 
 
 def array_sharding(
-    name: str, shape: tuple[int, ...], axes: tuple[str | None, ...], mesh: Mesh
+    name: str, shape: Sequence[int], axes: Sequence[str | None], mesh: Mesh, rules: Rules = RULES
 ) -> NamedSharding:
     """The sharding of the array `name`; dimensions before `axes` are stacked layers.
 
     Raises `CalmError` naming the array, its dimension and the mesh axes when they do not divide.
     """
     axes = ("layers",) * (len(shape) - len(axes)) + tuple(axes)
-    entries = list(partition_spec(axes))
-    for dimension, (axis, entry) in enumerate(zip(axes, entries, strict=True)):
-        mesh_axes = (entry,) if isinstance(entry, str) else entry or ()
+    return NamedSharding(mesh, _fitting_spec(name, shape, axes, mesh, rules))
+
+
+def _fitting_spec(name: str, shape, axes, mesh, rules: Rules) -> PartitionSpec:
+    entries = []
+    for axis, size, mesh_axes in zip(axes, shape, _mesh_axes(axes, rules), strict=True):
+        # Somebody's own mesh may have fewer axes than ours.
+        mesh_axes = tuple(mesh_axis for mesh_axis in mesh_axes if mesh_axis in mesh.shape)
         ways = math.prod(mesh.shape[mesh_axis] for mesh_axis in mesh_axes)
-        if shape[dimension] % ways:
-            if axis not in REPLICATED_WHEN_INDIVISIBLE:
-                raise CalmError(
-                    f"{name}: {axis} of size {shape[dimension]} is not divisible by the mesh's "
-                    f"{' x '.join(mesh_axes)} = {ways}"
-                )
-            entries[dimension] = None
-    return NamedSharding(mesh, PartitionSpec(*entries))
+        if size % ways and axis not in REPLICATED_WHEN_INDIVISIBLE:
+            raise CalmError(
+                f"{name}: {axis} of size {size} is not divisible by the mesh's "
+                f"{' x '.join(mesh_axes)} = {ways}"
+            )
+        entries.append(mesh_axes if mesh_axes and size % ways == 0 else None)
+    return PartitionSpec(*entries)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -115,17 +140,20 @@ def check_batch(batch_size: int, accumulate: int, mesh: Mesh) -> None:
     """Raises `CalmError` unless every device gets the same number of rows of each micro-batch."""
     ways = math.prod(mesh.shape[axis] for axis in RULES["batch"])
     if batch_size % (ways * accumulate):
+        sizes = " x ".join(f"{axis} {mesh.shape[axis]}" for axis in RULES["batch"])
         raise CalmError(
             f"train.batch_size {batch_size} is not divisible by {ways * accumulate} "
-            f"(data {mesh.shape['data']} x fsdp {mesh.shape['fsdp']} x accumulate {accumulate})"
+            f"({sizes} x accumulate {accumulate})"
         )
 
 
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     """Fixes the sharding of an activation by its logical axes, where a mesh is set."""
-    if jax.sharding.get_abstract_mesh().empty:
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
         return x
-    return jax.lax.with_sharding_constraint(x, partition_spec(axes))
+    spec = _fitting_spec("an activation", x.shape, axes, mesh, RULES)
+    return jax.lax.with_sharding_constraint(x, spec)
 
 
 def put_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:

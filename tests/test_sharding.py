@@ -31,6 +31,7 @@ MESHES = {
     "fsdp": {"fsdp": -1},
     "tensor": {"tensor": 8},
     "all": {"data": 2, "fsdp": -1, "tensor": 2},
+    "slices": {"slices": 2, "data": 2, "tensor": -1},
 }
 
 
@@ -47,7 +48,7 @@ def run(mesh):
     def step(tree, batch):
         def loss(bridge):
             model = structure.merge({**tree, "bridge": bridge})
-            logits, _ = model.forward(batch["tokens"], None, batch["segments"])
+            logits = model.forward(batch["tokens"], None, batch["segments"])
             return jnp.sum(jnp.sin(logits)), logits
 
         return jax.grad(loss, has_aux=True)(tree["bridge"])
@@ -72,7 +73,7 @@ def test_eight_devices_compute_what_one_does(name, on_one_device):
     _, one_gradients, one_logits = on_one_device
     assert_close(logits, one_logits)
     jax.tree.map(assert_close, gradients, one_gradients)
-    batch = NamedSharding(mesh, PartitionSpec(("data", "fsdp"), None, "tensor"))
+    batch = NamedSharding(mesh, PartitionSpec(("slices", "data", "fsdp"), None, "tensor"))
     assert logits.sharding.is_equivalent_to(batch, 3)
 
     # What each device holds, by hand.
@@ -127,16 +128,18 @@ def test_init_in_place_gives_birth_to_shards():
     ("shape", "sizes"),
     [
         ({}, None),
-        ({"data": -1}, (8, 1, 1)),
-        ({"data": -1, "fsdp": 2, "tensor": 2}, (2, 2, 2)),
-        ({"tensor": -1, "data": 8}, (8, 1, 1)),
+        ({"data": -1}, (1, 8, 1, 1)),
+        ({"data": -1, "fsdp": 2, "tensor": 2}, (1, 2, 2, 2)),
+        ({"tensor": -1, "data": 8}, (1, 8, 1, 1)),
+        ({"slices": 2, "data": -1, "tensor": 2}, (2, 2, 1, 2)),
+        ({"slices": 0, "fsdp": -1}, (1, 1, 8, 1)),
     ],
 )
 def test_mesh(shape, sizes):
     devices = jax.devices()[:1] if sizes is None else None
     mesh = sharding.make_mesh(shape, devices)
-    assert mesh.axis_names == ("data", "fsdp", "tensor")
-    assert mesh.devices.shape == (sizes or (1, 1, 1))
+    assert mesh.axis_names == ("slices", "data", "fsdp", "tensor")
+    assert mesh.devices.shape == (sizes or (1, 1, 1, 1))
     assert all(kind == jax.sharding.AxisType.Auto for kind in mesh.axis_types)
 
 
@@ -158,10 +161,14 @@ def test_mesh_refused(shape, message):
 
 
 def test_partition_spec():
-    assert sharding.partition_spec(("batch", "length")) == PartitionSpec(("data", "fsdp"), None)
+    assert sharding.partition_spec(("batch", "length")) == PartitionSpec(
+        ("slices", "data", "fsdp"), None
+    )
     assert sharding.partition_spec(("embed", "heads", None)) == PartitionSpec(
         "fsdp", "tensor", None
     )
+    everywhere = sharding.partition_spec(("embed", "mlp"), sharding.FROZEN_RULES["all"])
+    assert everywhere == PartitionSpec(("data", "fsdp"), "tensor")
 
 
 @pytest.mark.parametrize(
@@ -219,7 +226,7 @@ def test_every_logical_axis_of_every_model_has_a_rule():
 def test_batch_divides_by_the_mesh():
     mesh = sharding.make_mesh({"data": 2, "fsdp": 2, "tensor": 2})
     sharding.check_batch(8, 2, mesh)
-    message = r"batch_size 12 is not divisible by 8 \(data 2 x fsdp 2 x accumulate 2\)"
+    message = r"batch_size 12 is not divisible by 8 \(slices 1 x data 2 x fsdp 2 x acc"
     with pytest.raises(CalmError, match=message):
         sharding.check_batch(12, 2, mesh)
 

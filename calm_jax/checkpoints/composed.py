@@ -22,6 +22,7 @@ from calm_jax.errors import CalmError
 from calm_jax.models import ComposedDecoder, CompositionConfig, Decoder, compose
 from calm_jax.models.parameters import Structure, Tree, module_tree
 from calm_jax.models.plan import make_plan
+from calm_jax.sharding import RULES, Rules
 
 FORMAT = "calm_jax bridge, version 1"
 
@@ -124,12 +125,14 @@ def load_parts(
     dtypes: Sequence[str | None],
     configs: Sequence[CompositionConfig],
     mesh: jax.sharding.Mesh | None,
+    rules: Rules = RULES,
 ) -> list[Decoder]:
     """The anchor and the augments for `compose`, cut at the connections while they are loaded.
 
     Args:
         places: frozen folders, described or not, or models, which are taken as they are.
         dtypes: as for `calm_jax.load`, one a place.
+        rules: where their weights go on the mesh.
 
     Raises:
         CalmError: as `calm_jax.load`, or connections that do not fit.
@@ -140,7 +143,7 @@ def load_parts(
     return [
         model
         if isinstance(model, Decoder)
-        else frozen.load_cut(model, shapes, mesh=mesh, dtype=dtype)
+        else frozen.load_cut(model, shapes, mesh=mesh, dtype=dtype, rules=rules)
         for model, shapes, dtype in zip(
             found, (plan.anchor_shapes, *plan.augment_shapes), dtypes, strict=True
         )

@@ -36,6 +36,7 @@ from calm_jax.models import Decoder, DecoderConfig
 from calm_jax.models.parameters import Structure, Tree, insert, module_tree, path_name
 from calm_jax.models.quantized import quantized_leaves
 from calm_jax.models.stack import Shape
+from calm_jax.sharding import RULES, Rules
 
 FORMAT = "calm_jax frozen folder, version 3"
 DTYPES = ("float32", "bfloat16", "int8")
@@ -210,6 +211,7 @@ def load_cut(
     *,
     mesh: jax.sharding.Mesh | None = None,
     dtype: str | None = None,
+    rules: Rules = RULES,
 ) -> Decoder:
     """`load` of layers cut into pieces of `shapes` while they are read, so that none is copied."""
     config = described.config
@@ -223,9 +225,9 @@ def load_cut(
     on_disk = _structure(dataclasses.replace(config, weights=None), tuple(shapes))
     tree: dict[str, Any] = {}
     with Reader(described.folder, layout_of(described.config), described.chunks) as reader:
-        leaves = read_leaves(reader, on_disk, shapes, _places(on_disk, mesh), config.dtype)
+        leaves = read_leaves(reader, on_disk, shapes, _places(on_disk, mesh, rules), config.dtype)
         if config.weights == "int8":
-            leaves = quantized_leaves(leaves, on_disk, _places(structure, mesh))
+            leaves = quantized_leaves(leaves, on_disk, _places(structure, mesh, rules))
         for path, array in leaves:
             insert(tree, path, array)
     decoder = structure.merge(tree)
@@ -235,10 +237,10 @@ def load_cut(
     return decoder
 
 
-def _places(structure: Structure, mesh: jax.sharding.Mesh | None) -> Tree:
+def _places(structure: Structure, mesh: jax.sharding.Mesh | None, rules: Rules) -> Tree:
     """The sharding of every array; without a mesh the first device."""
     if mesh is not None:
-        return structure.shardings(mesh)
+        return structure.shardings(mesh, rules)
     alone = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     return jax.tree.map(lambda _: alone, structure.abstract())
 

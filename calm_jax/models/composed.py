@@ -147,7 +147,7 @@ class ComposedDecoder(nnx.Module):
         Raises:
             CalmError: `encoder_only` without `prompt_mask_BT`.
         """
-        return self._apply("forward", tokens_BT, positions_BT, segment_ids_BT, prompt_mask_BT)[0]
+        return self._apply("forward", tokens_BT, positions_BT, segment_ids_BT, prompt_mask_BT)
 
     def attention_maps(
         self,
@@ -167,32 +167,16 @@ class ComposedDecoder(nnx.Module):
         ]
 
     def forward(
-        self,
-        tokens_BT,
-        positions_BT=None,
-        segment_ids_BT=None,
-        prompt_mask_BT=None,
-        perturb: Perturb | None = None,
-    ) -> tuple[jax.Array, list[jax.Array]]:
-        """`__call__` without a compilation of its own: for use inside `jax.jit`.
-
-        Args:
-            perturb: what training does to the taps before a bridge reads them.
-
-        Returns:
-            the logits, and for each connection the float32 squared norms [2] of f_cross' result and
-            of the anchor's stream it is added to, over all tokens but padding.
-        """
-        x_BTD, norms = self._residual(
-            tokens_BT, positions_BT, segment_ids_BT, prompt_mask_BT, perturb
-        )
-        return self.logits(x_BTD), norms
+        self, tokens_BT, positions_BT=None, segment_ids_BT=None, prompt_mask_BT=None
+    ) -> jax.Array:
+        """`__call__` without a compilation of its own: for use inside `jax.jit`."""
+        return self.logits(self.residual(tokens_BT, positions_BT, segment_ids_BT, prompt_mask_BT))
 
     def residual(
         self, tokens_BT, positions_BT=None, segment_ids_BT=None, prompt_mask_BT=None
     ) -> jax.Array:
         """The anchor's residual stream [B, T, D], bridged, that `logits` reads."""
-        return self._residual(tokens_BT, positions_BT, segment_ids_BT, prompt_mask_BT)[0]
+        return self.bridged(tokens_BT, positions_BT, segment_ids_BT, prompt_mask_BT)[0]
 
     def logits(self, x_BTD: jax.Array) -> jax.Array:
         """The anchor's final norm and head."""
@@ -226,7 +210,23 @@ class ComposedDecoder(nnx.Module):
                 del remaining[: shape[0]]
         return taps
 
-    def _residual(self, tokens_BT, positions_BT, segment_ids_BT, prompt_mask_BT, perturb=None):
+    def bridged(
+        self,
+        tokens_BT,
+        positions_BT=None,
+        segment_ids_BT=None,
+        prompt_mask_BT=None,
+        perturb: Perturb | None = None,
+    ) -> tuple[jax.Array, list[jax.Array]]:
+        """`residual`, and how strong each bridge is.
+
+        Args:
+            perturb: what training does to the taps before a bridge reads them.
+
+        Returns:
+            the stream [B, T, D]; and for each connection the float32 squared norms [2] of f_cross'
+            result and of the anchor's stream it is added to, over all tokens but padding.
+        """
         positions_BT, segment_ids_BT = fill_inputs(tokens_BT, positions_BT, segment_ids_BT)
 
         def squared_norms(h_BTD, y_BTD, weights_BNTS):

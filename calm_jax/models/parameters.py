@@ -86,11 +86,11 @@ class Structure:
             if variable.has_metadata("summed")
         }
 
-    def shardings(self, mesh: jax.sharding.Mesh) -> Tree:
+    def shardings(self, mesh: jax.sharding.Mesh, rules: sharding.Rules = sharding.RULES) -> Tree:
         """`NamedSharding` of every array; raises `CalmError` naming the array that does not fit."""
         return jax.tree.map_with_path(
             lambda path, array, axes: sharding.array_sharding(
-                path_name(path), array.shape, axes.names, mesh
+                path_name(path), array.shape, axes.names, mesh, rules
             ),
             self.abstract(),
             self.axes(),

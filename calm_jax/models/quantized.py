@@ -86,7 +86,10 @@ def product(
     weight, scale = getattr(module, name)[...], getattr(module, name + SCALE, None)
 
     def multiply(x, weight):
-        return jnp.einsum(equation, x, weight.astype(x.dtype), preferred_element_type=dtype)
+        weight = weight.astype(x.dtype)
+        if dtype is None or dtype == x.dtype:
+            return jnp.einsum(equation, x, weight)
+        return _wide_product(equation, dtype, x, weight)
 
     if scale is None:
         return multiply(x, weight)
@@ -108,6 +111,24 @@ def rows(module: nnx.Module, name: str, ids: jax.Array, dtype: jnp.dtype) -> jax
     # Whole in width first: XLA cannot go from rows split by width to tokens split by batch.
     x = sharding.constrain(table_VD, "vocab", None)[ids]
     return x if scale_V is None else (x * scale_V[...][ids][..., None]).astype(dtype)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _wide_product(equation: str, dtype: jnp.dtype, x: jax.Array, weight: jax.Array) -> jax.Array:
+    """A product in `dtype` of narrower factors, whose gradients are products of narrow ones too."""
+    return jnp.einsum(equation, x, weight, preferred_element_type=dtype)
+
+
+def _wide_product_forward(equation, dtype, x, weight):
+    return _wide_product(equation, dtype, x, weight), (x, weight)
+
+
+def _wide_product_backward(equation, dtype, factors, gradient):
+    _, backward = jax.vjp(functools.partial(jnp.einsum, equation), *factors)
+    return backward(gradient.astype(factors[0].dtype))
+
+
+_wide_product.defvjp(_wide_product_forward, _wide_product_backward)
 
 
 @functools.cache

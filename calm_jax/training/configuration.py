@@ -18,6 +18,8 @@ from calm_jax.checkpoints.frozen import DTYPES
 from calm_jax.data.cache import check_entry
 from calm_jax.errors import CalmError
 from calm_jax.models.config import CompositionConfig, DecoderConfig
+from calm_jax.models.execution import REMAT
+from calm_jax.sharding import FROZEN_RULES
 
 
 def decoder_run(form: DecoderConfig | None = None) -> ConfigDict:
@@ -44,6 +46,9 @@ def composed_run(*compositions: CompositionConfig) -> ConfigDict:
     config.anchor_dtype = ""  # "float32", "bfloat16" or "int8"; "": as stored
     config.augments = ()  # frozen folders of the augments
     config.augment_dtype = ""  # of every augment; likewise
+    # "fsdp": each frozen weight is split over mesh.fsdp and mesh.tensor; "all": over mesh.data too,
+    # and a layer's are gathered when its turn comes.
+    config.frozen_sharding = "fsdp"
     sections = tuple(_section(CompositionConfig, form) for form in compositions)
     # One augment a config, or one config for all.
     config.composition = (
@@ -84,6 +89,7 @@ def _common(kind: str) -> ConfigDict:
     config.optimizer.clip_norm = 1.0  # global norm of the gradient at most; 0: not clipped
 
     config.mesh = ConfigDict()
+    config.mesh.slices = 0  # slices, which split the batch alone; 0: as the devices come in
     config.mesh.data = -1  # devices that split the batch alone; -1: all that are left
     config.mesh.fsdp = 1  # devices that split the batch and each weight
     config.mesh.tensor = 1  # devices that split heads, MLP features and vocabulary
@@ -92,6 +98,10 @@ def _common(kind: str) -> ConfigDict:
     config.train.num_steps = 1000
     config.train.batch_size = 64  # rows a step, over all devices
     config.train.accumulate = 1  # micro-batches a step: memory of one, gradient of all
+    # What the backward pass computes again, to save memory: "none"; "full": all but the inputs of
+    # layers; "dots": all but products with weights; "offload": as "full", the inputs on the host.
+    config.train.remat = "none"
+    config.train.loss_chunk = 256  # positions of a row whose logits exist at once; 0: all
     config.train.seed = 0  # of initial values and noise
     # On a decoder's embeddings, or the taps of a composed model, times their own rms.
     config.train.noise = 0.0
@@ -117,20 +127,25 @@ MAY_CHANGE = (
     "cache_compiled",
     "data.cache_dir",
     "evaluate",
+    "frozen_sharding",
     "mesh",
     "train.keep",
     "train.log_every",
+    "train.loss_chunk",
     "train.num_steps",
     "train.profile_start",
     "train.profile_steps",
+    "train.remat",
     "train.save_every",
     "train.tensorboard",
     "train.validate_every",
 )
 
 _CHOICES = {
+    "frozen_sharding": tuple(FROZEN_RULES),
     "optimizer.name": ("adamw", "adafactor"),
     "optimizer.schedule": ("cosine", "linear", "constant"),
+    "train.remat": REMAT,
 }
 _LEAST = {
     "data.length": 1,
@@ -150,6 +165,7 @@ _LEAST = {
     "train.noise": 0,
     "train.keep": 1,
     "train.log_every": 1,
+    "train.loss_chunk": 0,
     "train.num_steps": 1,
     "train.profile_start": 0,
     "train.profile_steps": 0,

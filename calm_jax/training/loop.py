@@ -121,7 +121,7 @@ class _Session:
         self.model = load_model(config, mesh)
         self.parts = self.model.parts
         self.optimizer, self.schedule = make_optimizer(config.optimizer, config.train.num_steps)
-        self.shardings = Shardings.of(self.parts, self.optimizer, mesh)
+        self.shardings = Shardings.of(self.parts, self.optimizer, mesh, self.model.frozen_rules)
         self.processes = {
             "process_index": jax.process_index(),
             "process_count": jax.process_count(),
@@ -175,6 +175,7 @@ class _Session:
             accumulate=train.accumulate,
             seed=train.seed,
             noise=train.noise,
+            loss_chunk=train.loss_chunk,
         )
         batch = sharding.put_batch(self.stream[0], self.mesh)
         index = jax.device_put(jnp.int32(0), self.shardings.replicated)
@@ -206,7 +207,7 @@ class _Session:
             log_every=train.log_every,
             tensorboard=train.tensorboard,
         )
-        eval_step = make_eval_step(self.parts, self.shardings)
+        eval_step = make_eval_step(self.parts, self.shardings, loss_chunk=train.loss_chunk)
         batches = self.stream.iterate(first)
         unseen = None  # the step whose metrics are not fetched yet: at most two are in flight
         with contextlib.closing(progress), _Profiler(self.run, train) as profiler:

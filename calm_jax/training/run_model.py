@@ -16,6 +16,7 @@ from calm_jax.errors import CalmError
 from calm_jax.models import CompositionConfig, Decoder, DecoderConfig, compose
 from calm_jax.models.bridge import heads
 from calm_jax.models.composed import check_vocabularies
+from calm_jax.models.execution import Execution, check_remat
 from calm_jax.models.parameters import Tree, module_tree
 from calm_jax.models.plan import make_plan
 from calm_jax.training import configuration
@@ -35,11 +36,15 @@ class Described:
 
 @dataclasses.dataclass
 class RunModel:
-    """A model in its parts; `trainable` is None until it is made or restored."""
+    """A model in its parts, and the rules of where the frozen ones are.
+
+    `trainable` is None until it is made or restored.
+    """
 
     parts: Parts
     trainable: Tree | None
     frozen: Tree
+    frozen_rules: sharding.Rules = dataclasses.field(default_factory=lambda: sharding.RULES)
 
 
 def describe_models(config: ConfigDict) -> Described:
@@ -91,7 +96,11 @@ def describe_models(config: ConfigDict) -> Described:
 
 
 def load_model(config: ConfigDict, mesh: jax.sharding.Mesh) -> RunModel:
-    """The model to train, on the mesh. A new decoder's values are left to `init_decoder`."""
+    """The model to train, on the mesh. A new decoder's values are left to `init_decoder`.
+
+    Raises `CalmError` when the devices cannot do what `train.remat` says.
+    """
+    check_remat(config.train.remat, mesh.devices.flat[0])
     return _composed(config, mesh) if config.kind == "composed" else _decoder(config, mesh)
 
 
@@ -122,10 +131,14 @@ def frozen_dtypes(config: ConfigDict) -> list[str | None]:
 
 def _decoder(config: ConfigDict, mesh) -> RunModel:
     """A decoder to train whole: from random values, or from a frozen folder; in float32."""
+    execution = Execution(remat=config.train.remat)
     if not config.decoder["from"]:
         form = decoder_config(config)
-        return RunModel(Parts(nnx.eval_shape(lambda: Decoder(form, nnx.Rngs(0)))), None, {})
+        decoder = nnx.eval_shape(lambda: Decoder(form, nnx.Rngs(0)))
+        decoder.execution = execution
+        return RunModel(Parts(decoder), None, {})
     decoder = frozen_folders.load(config.decoder["from"], mesh=mesh)
+    decoder.execution = execution
     nnx.update(decoder, jax.tree.map(lambda x: x.astype(jnp.float32), nnx.state(decoder)))
     parts = Parts(decoder)
     return RunModel(parts, *parts.of(decoder))
@@ -135,7 +148,10 @@ def _composed(config: ConfigDict, mesh) -> RunModel:
     """A bridge to train between frozen folders."""
     configs = composition_configs(config)
     places = (config.anchor, *config.augments)
-    anchor, *augments = load_parts(places, frozen_dtypes(config), configs, mesh)
+    rules = sharding.FROZEN_RULES[config.frozen_sharding]
+    anchor, *augments = load_parts(places, frozen_dtypes(config), configs, mesh, rules)
     composed = compose(anchor, augments, configs, rngs=nnx.Rngs(config.train.seed))
+    # No gradient flows through an augment, so it has nothing to compute again.
+    composed.execution = composed.anchor.execution = Execution(remat=config.train.remat)
     parts = Parts(composed)
-    return RunModel(parts, *parts.of(composed))
+    return RunModel(parts, *parts.of(composed), rules)

@@ -60,9 +60,13 @@ class Parts:
         """(trainable, frozen) shapes and dtypes."""
         return self.split(self.structure.abstract())
 
-    def shardings(self, mesh: jax.sharding.Mesh) -> tuple[Tree, Tree]:
+    def shardings(
+        self, mesh: jax.sharding.Mesh, frozen_rules: sharding.Rules = sharding.RULES
+    ) -> tuple[Tree, Tree]:
         """(trainable, frozen) shardings."""
-        return self.split(self.structure.shardings(mesh))
+        trainable, _ = self.split(self.structure.shardings(mesh))
+        _, frozen = self.split(self.structure.shardings(mesh, frozen_rules))
+        return trainable, frozen
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,8 +80,14 @@ class Shardings:
     replicated: jax.sharding.NamedSharding
 
     @classmethod
-    def of(cls, parts: Parts, optimizer: optax.GradientTransformation, mesh) -> "Shardings":
-        trainable, frozen = parts.shardings(mesh)
+    def of(
+        cls,
+        parts: Parts,
+        optimizer: optax.GradientTransformation,
+        mesh: jax.sharding.Mesh,
+        frozen_rules: sharding.Rules = sharding.RULES,
+    ) -> "Shardings":
+        trainable, frozen = parts.shardings(mesh, frozen_rules)
         replicated = sharding.replicated(mesh)
         abstract, _ = parts.abstract()
         opt_state = optax.tree_map_params(
@@ -102,6 +112,7 @@ def make_train_step(
     accumulate: int = 1,
     seed: int = 0,
     noise: float = 0.0,
+    loss_chunk: int = 0,
 ) -> Callable[..., tuple[Tree, Any, dict[str, jax.Array]]]:
     """The jitted step, which donates its first two arguments.
 
@@ -111,6 +122,7 @@ def make_train_step(
             the whole batch.
         seed: with the step's number, the key of everything random in it.
         noise: see `calm_jax.training.loss.noisy`.
+        loss_chunk: see `calm_jax.training.loss.loss_sums`.
 
     Returns:
         `train_step(trainable, opt_state, frozen, batch, step) -> (trainable, opt_state, metrics)`.
@@ -118,7 +130,7 @@ def make_train_step(
 
     def sums_and_gradients(trainable, frozen, batch, key):
         def loss(trainable):
-            return loss_sums(parts.merge(trainable, frozen), batch, key, noise)
+            return loss_sums(parts.merge(trainable, frozen), batch, key, noise, loss_chunk)
 
         (_, sums), gradients = jax.value_and_grad(loss, has_aux=True)(trainable)
         return sums, gradients
@@ -160,10 +172,16 @@ def make_train_step(
     )
 
 
-def make_eval_step(parts: Parts, shardings: Shardings) -> Callable[..., Sums]:
+def make_eval_step(
+    parts: Parts, shardings: Shardings, *, loss_chunk: int = 0
+) -> Callable[..., Sums]:
     """The jitted sums of one validation batch: `eval_step(trainable, frozen, batch) -> sums`."""
+
+    def eval_step(trainable, frozen, batch):
+        return loss_sums(parts.merge(trainable, frozen), batch, loss_chunk=loss_chunk)[1]
+
     return jax.jit(
-        lambda trainable, frozen, batch: loss_sums(parts.merge(trainable, frozen), batch)[1],
+        eval_step,
         in_shardings=(shardings.trainable, shardings.frozen, shardings.batch),
         out_shardings=shardings.replicated,
     )

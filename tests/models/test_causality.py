@@ -80,7 +80,7 @@ def test_gradient_of_logits_by_the_taps(monkeypatch):
 
     def logits_of(delta_BSE):
         monkeypatch.setattr(ComposedDecoder, "run_augment", run_perturbed(delta_BSE))
-        return composed.forward(tokens, positions, segments, prompt)[0][..., 0]
+        return composed.forward(tokens, positions, segments, prompt)[..., 0]
 
     jacobian = jax.jit(jax.jacrev(logits_of))(jnp.zeros((3, 11, 8)))
     moved = np.any(np.asarray(jacobian) != 0, axis=-1)

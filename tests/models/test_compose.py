@@ -102,7 +102,7 @@ def test_the_augment_stops_at_its_last_tap_and_the_bridge_alone_is_differentiate
     @jax.jit
     def logits_and_gradients(tree):
         def loss(differentiated):
-            logits, _ = structure.merge({**tree, **differentiated}).forward(*batch)
+            logits = structure.merge({**tree, **differentiated}).forward(*batch)
             return jnp.sum(logits**2), logits
 
         differentiated = {key: tree[key] for key in ("augments", "bridge")}
@@ -211,7 +211,7 @@ def test_embedding_rows_may_differ_and_logits_have_the_anchors():
     composed = random_composed(
         palm(vocab_size=30), (llama(vocab_size=26),), CompositionConfig(every=1)
     )
-    shape = jax.eval_shape(lambda: composed.forward(*packed_batch())[0]).shape
+    shape = jax.eval_shape(lambda: composed.forward(*packed_batch())).shape
     assert shape == (3, 11, 30)
 
 

@@ -168,7 +168,8 @@ def test_a_decoder_from_a_frozen_folder_needs_no_form():
 
 
 def test_every_table_of_keys_names_keys_that_exist():
-    keys = flatten(to_dict(decoder_config())).keys()
+    runs = (decoder_config(), configuration.composed_run())
+    keys = {key for run in runs for key in flatten(to_dict(run))}
     tables = (configuration._LEAST, configuration._MOST, configuration._CHOICES)
     for key in (key for table in tables for key in table):
         assert key in keys
