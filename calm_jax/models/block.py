@@ -29,6 +29,16 @@ def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
     return (x_f32 * inverse_rms * scale.astype(jnp.float32)).astype(x.dtype)
 
 
+def stream(x_BTD: jax.Array) -> jax.Array:
+    """Lays activations out as the residual stream: its length split over devices too."""
+    return sharding.constrain(x_BTD, "batch", "stream_length", "activation_embed")
+
+
+def whole(x_BTD: jax.Array) -> jax.Array:
+    """Gathers the length, as products need it whose results are split by heads or features."""
+    return sharding.constrain(x_BTD, "batch", "length", "activation_embed")
+
+
 class Norm(nnx.Module):
     """RMSNorm or LayerNorm over the last axis; the scale is stored as in the checkpoint."""
 
@@ -145,20 +155,20 @@ class Block(nnx.Module):
         self, x_BTD: jax.Array, shared: SelfAttentionInputs, local: jax.Array
     ) -> jax.Array:
         """The layer's output [B, T, D], in the dtype of `x_BTD`; `local`: it sees its window."""
-        x_BTD = sharding.constrain(x_BTD, "batch", "length", "activation_embed")
+        x_BTD = stream(x_BTD)
         with jax.named_scope("attention"):
-            normed_BTD = self.attention_norm(x_BTD)
+            normed_BTD = whole(self.attention_norm(x_BTD))
             attended_BTD = self.attention(normed_BTD, shared, local)
             if self.config.post_norms:
-                attended_BTD = self.post_attention_norm(attended_BTD)
+                attended_BTD = self.post_attention_norm(stream(attended_BTD))
         with jax.named_scope("mlp"):
             if self.config.block == "parallel":
-                return x_BTD + attended_BTD + self.mlp(normed_BTD)
-            x_BTD += attended_BTD
-            hidden_BTD = self.mlp(self.mlp_norm(x_BTD))
-            return x_BTD + (
-                self.post_mlp_norm(hidden_BTD) if self.config.post_norms else hidden_BTD
-            )
+                return stream(x_BTD + stream(attended_BTD + self.mlp(normed_BTD)))
+            x_BTD += stream(attended_BTD)
+            hidden_BTD = stream(self.mlp(whole(self.mlp_norm(x_BTD))))
+            if self.config.post_norms:
+                hidden_BTD = self.post_mlp_norm(hidden_BTD)
+            return stream(x_BTD + hidden_BTD)
 
 
 def _branch_scale(config: DecoderConfig) -> float:

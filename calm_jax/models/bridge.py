@@ -14,7 +14,7 @@ from flax import nnx
 
 from calm_jax.errors import CalmError
 from calm_jax.models.attention import apply_rope, causal_mask, dot_product_attention, rope_angles
-from calm_jax.models.block import rms_norm
+from calm_jax.models.block import rms_norm, stream, whole
 from calm_jax.models.config import CompositionConfig, DecoderConfig
 from calm_jax.models.execution import Execution
 from calm_jax.models.parameters import constant, matrix
@@ -103,6 +103,8 @@ class CrossAttention(nnx.Module):
         projected_BSD = tap_BSE.astype(cast) @ self.projection[...].astype(cast)
         if config.bias:
             projected_BSD += self.projection_bias[...].astype(cast)
+        # Each device projects its part of the length before the whole is gathered.
+        q_in_BTD, projected_BSD = whole(q_in_BTD), whole(stream(projected_BSD))
         q_BTNH = jnp.einsum("BTD,DNH->BTNH", q_in_BTD, self.query[...].astype(cast))
         k_BSNH = jnp.einsum("BSD,DNH->BSNH", projected_BSD, self.key[...].astype(cast))
         v_BSNH = jnp.einsum("BSD,DNH->BSNH", projected_BSD, self.value[...].astype(cast))
@@ -123,7 +125,7 @@ class CrossAttention(nnx.Module):
             y_BTD = x_BTNH.reshape(h_BTD.shape)
         if config.gate:
             y_BTD *= self.gate[...].astype(cast)
-        return jnp.where(shared.sees_any_BT[:, :, None], y_BTD, 0), weights_BNTS
+        return jnp.where(shared.sees_any_BT[:, :, None], stream(y_BTD), 0), weights_BNTS
 
 
 def heads(config: CompositionConfig, anchor: DecoderConfig) -> tuple[int, int]:

@@ -9,7 +9,7 @@ from flax import nnx
 
 from calm_jax import sharding
 from calm_jax.models.attention import SelfAttentionInputs
-from calm_jax.models.block import Norm
+from calm_jax.models.block import Norm, stream, whole
 from calm_jax.models.config import DecoderConfig
 from calm_jax.models.execution import Execution
 from calm_jax.models.parameters import constant, matrix, weight
@@ -95,7 +95,7 @@ class Decoder(nnx.Module):
         x_BTD = rows(self, "embedding", tokens_BT, self.config.dtype)
         # Gemma rounds the scale to the compute dtype before it multiplies.
         x_BTD = x_BTD * jnp.asarray(self.config.embed_scale, x_BTD.dtype)
-        return sharding.constrain(x_BTD, "batch", "length", "activation_embed")
+        return stream(x_BTD)
 
     def hidden(
         self, x_BTD: jax.Array, positions_BT: jax.Array, segment_ids_BT: jax.Array
@@ -108,7 +108,7 @@ class Decoder(nnx.Module):
 
     def logits(self, x_BTD: jax.Array) -> jax.Array:
         """Final norm and head: float32 [B, T, V] for a residual stream [B, T, D]."""
-        x_BTD = self.final_norm(x_BTD)
+        x_BTD = whole(self.final_norm(x_BTD))
         if self.head is None:
             logits_BTV = product("BTD,VD->BTV", x_BTD, self, "embedding", dtype=jnp.float32)
         else:
