@@ -7,10 +7,8 @@ and loads the result onto 8 simulated devices, each in a process of its own. FOL
 the size and is removed at the end.
 """
 
-import concurrent.futures
 import json
 import math
-import multiprocessing
 import os
 import pathlib
 import shutil
@@ -18,7 +16,7 @@ import statistics
 import subprocess
 
 from absl import app, flags
-from measuring import Clock, PeakMemory, tell
+from measuring import Clock, PeakMemory, in_process, tell
 
 GIGABYTES = flags.DEFINE_float("gigabytes", 4.0, "size of the checkpoint")
 FOLDER = flags.DEFINE_string("folder", "/tmp/calm_benchmark", "where it is made")
@@ -116,13 +114,6 @@ def load(folder: str, dtype: str | None):
             held[shard.device] += shard.data.nbytes
     whole = sum(leaf.nbytes for leaf in leaves)
     return clock.seconds, memory.peak, memory.before, whole, max(held.values())
-
-
-def in_process(function, *arguments):
-    """The result of a function that is run in a new process."""
-    context = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(1, mp_context=context) as pool:
-        return pool.submit(function, *arguments).result()
 
 
 def main(_) -> None:

@@ -1,11 +1,13 @@
-"""What the benchmarks share: memory of a process while it works, and how results are told."""
+"""What the benchmarks share: seconds and memory, processes of their own, how results are told."""
 
+import concurrent.futures
 import json
+import multiprocessing
 import pathlib
 import resource
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 
@@ -44,6 +46,13 @@ class Clock:
 
     def __exit__(self, *_) -> None:
         self.seconds = time.perf_counter() - self._start
+
+
+def in_process(function: Callable, *arguments) -> Any:
+    """The result of a function that is run in a new process."""
+    context = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(1, mp_context=context) as pool:
+        return pool.submit(function, *arguments).result()
 
 
 def tell(name: str, rows: Sequence[Sequence[Any]], output: str | None) -> None:

@@ -1,0 +1,210 @@
+"""A pair of models with random weights, and the real training step of a bridge between them.
+
+Nothing here reads a file, so TensorFlow, seqio and Orbax stay unloaded.
+"""
+
+import dataclasses
+import statistics
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import flags
+from flax import nnx
+from measuring import Clock
+from ml_collections import ConfigDict
+
+from calm_jax import sharding
+from calm_jax.models import CompositionConfig, Decoder, DecoderConfig, compose
+from calm_jax.models.execution import Execution
+from calm_jax.models.parameters import module_tree
+from calm_jax.training.ideal import IdealFlops, ideal_flops
+from calm_jax.training.optimizer import make_optimizer
+from calm_jax.training.step import Parts, Shardings, make_train_step
+
+OPTIMIZER = ConfigDict(
+    {
+        "name": "adamw",
+        "learning_rate": 1e-4,
+        "schedule": "constant",
+        "warmup_steps": 0,
+        "final_fraction": 0.0,
+        "weight_decay": 0.0,
+        "b1": 0.9,
+        "b2": 0.999,
+        "clip_norm": 1.0,
+    }
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Pair:
+    """What one step computes, whoever computes it; `length` in tokens a row."""
+
+    anchor: DecoderConfig
+    augment: DecoderConfig
+    composition: CompositionConfig
+    batch_size: int
+    length: int
+
+    def ideal(self) -> IdealFlops:
+        """FLOPs of a step with attention at its full square."""
+        return ideal_flops(
+            self.anchor, [self.augment], [self.composition], self.batch_size, self.length
+        )
+
+    def ideal_causal(self) -> int:
+        """FLOPs of a step with half the square, which is all that a causal mask needs."""
+        # Rows of half the length, twice as many: as many tokens, attention half of it.
+        return ideal_flops(
+            self.anchor, [self.augment], [self.composition], 2 * self.batch_size, self.length // 2
+        ).total
+
+    @property
+    def tokens(self) -> int:
+        """Of a step."""
+        return self.batch_size * self.length
+
+
+def _pair(anchor, augment, *, vocab_size, dtype, batch_size, length) -> Pair:
+    """`anchor`, `augment`: layers, width, heads, key heads, head width, MLP width."""
+    names = ("num_layers", "embed_dim", "num_heads", "num_kv_heads", "head_dim", "mlp_dim")
+    forms = [
+        DecoderConfig.llama(
+            vocab_size=vocab_size, dtype=dtype, **dict(zip(names, sizes, strict=True))
+        )
+        for sizes in (anchor, augment)
+    ]
+    # Nothing starts at zero: products with zeros draw less power, and a chip would run faster.
+    return Pair(*forms, CompositionConfig(init="paper"), batch_size, length)
+
+
+SIZES = {
+    "tiny": _pair(
+        (4, 32, 4, 2, 8, 48), (4, 16, 2, 1, 8, 24),
+        vocab_size=64, dtype="float32", batch_size=2, length=16,
+    ),
+    "small": _pair(
+        (12, 512, 8, 8, 64, 1408), (8, 256, 8, 2, 32, 704),
+        vocab_size=4096, dtype="float32", batch_size=4, length=256,
+    ),
+    # Llama 2 7B (arXiv 2307.09288) and TinyLlama 1.1B (arXiv 2401.02385), of one vocabulary.
+    "h200": _pair(
+        (32, 4096, 32, 32, 128, 11008), (22, 2048, 32, 4, 64, 5632),
+        vocab_size=32_000, dtype="bfloat16", batch_size=8, length=2048,
+    ),
+}  # fmt: skip
+
+SIZE = flags.DEFINE_enum("size", "small", list(SIZES), "of both models, their batch and dtype")
+BATCH = flags.DEFINE_integer("batch", None, "rows a step, instead of the size's own")
+LENGTH = flags.DEFINE_integer("length", None, "tokens a row, instead of the size's own")
+STEPS = flags.DEFINE_integer("steps", 5, "that are measured, after two that are not")
+ATTENTION = flags.DEFINE_string("attention", "auto", "calm_jax's backend of attention")
+LOSS_CHUNK = flags.DEFINE_integer("loss_chunk", 256, "positions whose logits exist at once; 0: all")
+OUTPUT = flags.DEFINE_string("output", None, "JSON file of the results")
+
+
+def chosen() -> Pair:
+    """The pair that the flags name."""
+    pair = SIZES[SIZE.value]
+    return dataclasses.replace(
+        pair, batch_size=BATCH.value or pair.batch_size, length=LENGTH.value or pair.length
+    )
+
+
+class RandomStep:
+    """The training step of a pair on a mesh.
+
+    Attributes:
+        parts: how the composed model's arrays fall into a trainable and a frozen tree.
+        step: `calm_jax.training.step.make_train_step`'s.
+        mesh: what it is compiled for; set it (`jax.set_mesh`) around lowering and calls.
+    """
+
+    def __init__(
+        self,
+        pair: Pair,
+        mesh: jax.sharding.Mesh,
+        execution: Execution,
+        *,
+        loss_chunk: int = 0,
+        accumulate: int = 1,
+        frozen_sharding: str = "fsdp",
+    ):
+        self.pair, self.mesh = pair, mesh
+        model = nnx.eval_shape(self._model)
+        model.execution = model.anchor.execution = execution
+        model.augments[0].execution = dataclasses.replace(execution, remat="none")
+        self.parts = Parts(model)
+        self.optimizer, schedule = make_optimizer(OPTIMIZER, num_steps=1000)
+        self.shardings = Shardings.of(
+            self.parts, self.optimizer, mesh, sharding.FROZEN_RULES[frozen_sharding]
+        )
+        self.step = make_train_step(
+            self.parts,
+            self.optimizer,
+            self.shardings,
+            schedule=schedule,
+            accumulate=accumulate,
+            loss_chunk=loss_chunk,
+        )
+
+    def abstract(self) -> tuple[Any, ...]:
+        """The step's arguments as shapes with their shardings."""
+        places = self.shardings
+        return jax.tree.map(
+            lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
+            jax.eval_shape(self._arguments),
+            (places.trainable, places.opt_state, places.frozen, places.batch, places.replicated),
+        )
+
+    def arguments(self) -> tuple[Any, ...]:
+        """The step's arguments with random values, each born in its place."""
+        places = jax.tree.map(lambda x: x.sharding, self.abstract())
+        return sharding.init_in_place(self._arguments, places)
+
+    def compile(self) -> jax.stages.Compiled:
+        """The step, compiled for the mesh's devices, which need not be here."""
+        with jax.set_mesh(self.mesh):
+            return self.step.lower(*self.abstract()).compile()
+
+    def _model(self):
+        pair = self.pair
+        anchor, augment = Decoder(pair.anchor, nnx.Rngs(0)), Decoder(pair.augment, nnx.Rngs(1))
+        return compose(anchor, augment, pair.composition, rngs=nnx.Rngs(2))
+
+    def _arguments(self):
+        trainable, frozen = self.parts.split(module_tree(self._model()))
+        frozen = jax.tree.map(lambda x: x.astype(self.pair.anchor.dtype), frozen)
+        batch = {key: jnp.asarray(value) for key, value in random_batch(self.pair).items()}
+        return trainable, self.optimizer.init(trainable), frozen, batch, jnp.int32(0)
+
+
+def seconds_a_step(compiled, arguments, steps: int) -> float:
+    """Median seconds, after two steps that warm up; the loss must be a number."""
+    trainable, opt_state, *rest = arguments
+    seconds = []
+    for _ in range(2 + steps):
+        with Clock() as clock:
+            trainable, opt_state, metrics = jax.block_until_ready(
+                compiled(trainable, opt_state, *rest)
+            )
+        seconds.append(clock.seconds)
+    if not jnp.isfinite(metrics["loss"]):
+        raise FloatingPointError(f"the loss is {metrics['loss']}")
+    return statistics.median(seconds[2:])
+
+
+def random_batch(pair: Pair) -> dict[str, np.ndarray]:
+    """Rows of random tokens, one sequence each, every one to be predicted."""
+    random, shape = np.random.default_rng(0), (pair.batch_size, pair.length)
+    tokens, targets = random.integers(1, pair.anchor.vocab_size, (2, *shape)).astype(np.int32)
+    return {
+        "decoder_input_tokens": tokens,
+        "decoder_target_tokens": targets,
+        "decoder_loss_weights": np.ones(shape, np.float32),
+        "decoder_positions": np.broadcast_to(np.arange(pair.length, dtype=np.int32), shape),
+        "decoder_segment_ids": np.ones(shape, np.int32),
+        "decoder_causal_attention": np.zeros(shape, np.int32),
+    }

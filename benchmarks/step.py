@@ -1,0 +1,98 @@
+"""The training step on this machine: its seconds, its memory, and its FLOPs against the ideal.
+
+  python benchmarks/step.py [--size=small|h200] [--attention=auto] [--remat=none]
+                            [--loss_chunk=256] [--steps=5] [--output=FILE.json]
+
+The step is the real one, on random models and a random batch. The ideal is counted from the forms
+of the models alone (`calm_jax.training.ideal`). MFU is the ideal's FLOPs in the seconds measured,
+over the published dense peak of the device; where none is published, as for a CPU, the rate of one
+large product of matrices stands for it.
+"""
+
+import statistics
+
+import jax
+import jax.numpy as jnp
+from absl import app, flags
+from measuring import Clock, tell
+from pair import ATTENTION, LOSS_CHUNK, OUTPUT, STEPS, Pair, RandomStep, chosen, seconds_a_step
+
+from calm_jax.models.execution import REMAT as REMAT_POLICIES
+from calm_jax.models.execution import Execution
+from calm_jax.models.parameters import count
+from calm_jax.sharding import make_mesh
+from calm_jax.training.costs import jaxpr_flops
+
+REMAT = flags.DEFINE_enum("remat", "none", REMAT_POLICIES, "what the backward pass computes again")
+
+# Dense bfloat16 FLOP/s of one device, from the vendor's data sheets, by a part of its name.
+PEAKS = {"H200": 989e12, "H100": 989e12, "A100": 312e12}
+
+
+def main(_) -> None:
+    pair, device = chosen(), jax.devices()[0]
+    execution = Execution(attention=ATTENTION.value, remat=REMAT.value)
+    rows = [("what", "figure", "bound"), ("device", device.device_kind, "")]
+    rows += measured(pair, execution, LOSS_CHUNK.value, STEPS.value)
+    tell("step", rows, OUTPUT.value)
+
+
+def measured(pair: Pair, execution: Execution, loss_chunk: int, steps: int) -> list[tuple]:
+    """Rows of the table: figure and bound of everything."""
+    device = jax.devices()[0]
+    random = RandomStep(pair, make_mesh({}, [device]), execution, loss_chunk=loss_chunk)
+    with jax.set_mesh(random.mesh):
+        traced = random.step.trace(*random.abstract())
+        with Clock() as compiling:
+            compiled = traced.lower().compile()
+        seconds = seconds_a_step(compiled, random.arguments(), steps)
+    memory, ideal = compiled.memory_analysis(), pair.ideal()
+    flops = jaxpr_flops(traced.jaxpr.jaxpr)
+    allowed = ideal.total if execution.remat == "none" else ideal.total_rematerialised
+    rate = matmul_rate(pair.anchor.dtype)
+    rows = [
+        ("parameters of the anchor, millions", millions(random, "anchor"), ""),
+        ("parameters of the augment, millions", millions(random, "augments"), ""),
+        ("compile, s", round(compiling.seconds, 1), ""),
+        ("seconds a step", round(seconds, 4), ""),
+        ("tokens a second", round(pair.tokens / seconds), ""),
+        (
+            "FLOPs traced / ideal",
+            round(flops / ideal.total, 4),
+            round(1.03 * allowed / ideal.total, 4),
+        ),
+        ("arguments, GiB", round(memory.argument_size_in_bytes / 2**30, 3), ""),
+        ("temporaries, GiB", round(memory.temp_size_in_bytes / 2**30, 3), ""),
+        ("peak memory, GiB", round(memory.peak_memory_in_bytes / 2**30, 3), ""),
+        ("ideal TFLOP/s", round(ideal.total / seconds / 1e12, 3), ""),
+        ("a large product, TFLOP/s", round(rate / 1e12, 3), ""),
+        ("ideal FLOP/s / a large product's", round(ideal.total / seconds / rate, 3), ""),
+    ]
+    peak = next((peak for name, peak in PEAKS.items() if name in device.device_kind), None)
+    if peak is not None:
+        rows.append(("MFU", round(ideal.total / seconds / peak, 3), ">= 0.5"))
+        rows.append(
+            ("MFU, attention counted causally", round(pair.ideal_causal() / seconds / peak, 3), "")
+        )
+    return rows
+
+
+def matmul_rate(dtype: str) -> float:
+    """FLOP/s of one large product of square matrices on this device."""
+    size = 1024 if jax.default_backend() == "cpu" else 8192
+    x = jax.random.normal(jax.random.key(0), (size, size), dtype)
+    product = jax.jit(jnp.matmul)
+    seconds = []
+    for _ in range(12):
+        with Clock() as clock:
+            jax.block_until_ready(product(x, x))
+        seconds.append(clock.seconds)
+    return 2 * size**3 / statistics.median(seconds[2:])
+
+
+def millions(random: RandomStep, name: str) -> float:
+    return round(count(random.abstract()[2][name]) / 1e6, 1)
+
+
+if __name__ == "__main__":
+    app.run(main)
