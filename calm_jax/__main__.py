@@ -19,6 +19,7 @@ COMMANDS = {
     "convert": "turns published checkpoints into frozen folders, and back",
     "generate": "answers prompts with a trained model",
     "report": "turns the runs of an experiment into one page",
+    "plan": "says what training needs on TPUs or GPUs that are not there",
 }
 
 

@@ -34,6 +34,7 @@ from calm_jax.checkpoints.in_place import canonical_path, read_leaves
 from calm_jax.errors import CalmError
 from calm_jax.models import Decoder, DecoderConfig
 from calm_jax.models.parameters import Structure, Tree, insert, module_tree, path_name
+from calm_jax.models.published import is_form
 from calm_jax.models.quantized import quantized_leaves
 from calm_jax.models.stack import Shape
 from calm_jax.sharding import RULES, Rules
@@ -166,6 +167,11 @@ def describe(target: epath.PathLike) -> Description:
     Raises:
         CalmError: not a frozen folder, or damaged: the file or key is named.
     """
+    if is_form(target):
+        raise CalmError(
+            f"{target} is a form without weights, of which only `calm plan` makes use; name a "
+            "frozen folder"
+        )
     folder = absolute(target)
     path = folder / "config.json"
     values = read_json(path, "a frozen folder")

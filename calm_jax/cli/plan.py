@@ -1,0 +1,54 @@
+"""`calm plan`: what a run needs on machines that are not there."""
+
+import shlex
+
+from absl import flags
+
+from calm_jax.cli import config
+
+USAGE = """Compiles the training step for a TPU slice without having one, and says what it needs.
+
+  calm plan --config=configs/gemma2_9b_2b.py --topology=v5e:4x4 --tokens=1e9
+  calm plan --config=configs/gemma2_9b_2b.py --topology=v5e:16x16*2 --search --output=plans
+
+It prints memory, arithmetic, traffic and time of a step on a chip, and writes them to OUTPUT as
+plan.json and plan.md. TOPOLOGY is a slice as Cloud TPU names it, `*2` after it for two of them;
+h100:8 and h200:8 are planned by formula. Anchor and augments may be forms, such as form:gemma2_9b,
+of which no weights are needed. With --search meshes, micro-batches and rematerialisation are
+searched by formula, and the best two compiled."""
+
+
+def _define(values: flags.FlagValues) -> None:
+    flags.DEFINE_string(
+        "config", None, "Python file whose get_config() says all", flag_values=values
+    )
+    flags.DEFINE_string("topology", None, "CHIP:SHAPE or CHIP:SHAPE*SLICES", flag_values=values)
+    flags.DEFINE_float("tokens", None, "tokens to train on", lower_bound=1, flag_values=values)
+    flags.DEFINE_float(
+        "dollars_per_chip_hour", None, "price, with --tokens", lower_bound=0, flag_values=values
+    )
+    flags.DEFINE_bool("search", False, "look for a faster way that fits", flag_values=values)
+    flags.DEFINE_string("output", None, "folder for plan.json and plan.md", flag_values=values)
+
+
+def main(argv: list[str]) -> int:
+    """Runs the command; `argv` is what follows its name."""
+    values, run_config = config.parse(
+        argv,
+        USAGE,
+        _define,
+        required=("config", "topology"),
+        load_config=lambda values: config.load_file(values.config),
+    )
+    from calm_jax.planning import planner  # late: --help and a bad flag need not wait
+
+    plan = planner.run(
+        run_config,
+        values.topology,
+        tokens=values.tokens,
+        dollars_per_chip_hour=values.dollars_per_chip_hour,
+        search=values.search,
+        output=values.output,
+        command=shlex.join(["calm", "plan", *argv]),
+    )
+    return 0 if plan["memory"]["fits"] else 1

@@ -1,0 +1,161 @@
+"""What the chips of a mesh send to each other in one step: kind, mesh axes, bytes."""
+
+import collections
+import dataclasses
+import math
+import re
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+
+from calm_jax.planning.hlo import Instruction, Module
+
+KINDS = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute")
+
+
+@dataclasses.dataclass(frozen=True)
+class Collective:
+    """One instruction in which chips exchange data.
+
+    Attributes:
+        kind: one of `KINDS`.
+        axes: mesh axes along which its groups of chips lie.
+        group: positions in the mesh of the chips of the first group.
+        times: runs a step.
+        bytes: sent by each chip in all runs, by the best algorithm on a ring.
+    """
+
+    name: str
+    kind: str
+    axes: tuple[str, ...]
+    group: tuple[int, ...]
+    times: int
+    bytes: float
+
+
+def find(module: Module, mesh: jax.sharding.Mesh) -> list[Collective]:
+    """Every collective of a program compiled for a mesh; those of one chip alone left out."""
+    found, seen = [], set()
+    for instruction, times, computation, launcher in module.executed():
+        kind = instruction.opcode.removesuffix("-start")
+        if kind not in KINDS:
+            continue
+        chain = re.search(r'chain_id="(\d+)"', instruction.attributes)
+        if chain:
+            # One that runs beside several fusions stands in each of them.
+            channel = re.search(r"channel_id=(\d+)", instruction.attributes)[1]
+            key = (launcher, channel, chain[1])
+            if key in seen:
+                continue
+            seen.add(key)
+        if kind == "all-reduce" and computation.startswith("all-reduce-scatter"):
+            kind = "reduce-scatter"
+        groups = _groups(instruction, mesh)
+        if len(groups[0]) == 1:
+            continue
+        operands = [module.computations[computation][name] for name in instruction.operands]
+        sent = _sent(kind, sum(operand.bytes for operand in operands), len(groups[0]))
+        axes = _axes(groups, mesh)
+        found.append(
+            Collective(instruction.name, kind, axes, tuple(groups[0]), times, times * sent)
+        )
+    return found
+
+
+def totals(found: Sequence[Collective]) -> list[dict]:
+    """Bytes that each chip sends in a step and number of runs, by kind and axes, largest first."""
+    table = collections.defaultdict(lambda: [0, 0.0])
+    for collective in found:
+        row = table[collective.kind, collective.axes]
+        row[0] += collective.times
+        row[1] += collective.bytes
+    rows = [
+        {"kind": kind, "axes": list(axes), "runs": runs, "bytes": round(sent)}
+        for (kind, axes), (runs, sent) in table.items()
+    ]
+    return sorted(rows, key=lambda row: -row["bytes"])
+
+
+def _sent(kind: str, operand_bytes: int, size: int) -> float:
+    """Bytes that each of `size` chips sends, given those of its operand."""
+    return (
+        operand_bytes
+        * {
+            "all-gather": size - 1,
+            "reduce-scatter": (size - 1) / size,
+            "all-reduce": 2 * (size - 1) / size,
+            "all-to-all": (size - 1) / size,
+            "collective-permute": 1,
+        }[kind]
+    )
+
+
+def _groups(instruction: Instruction, mesh: jax.sharding.Mesh) -> list[list[int]]:
+    """Positions in the mesh; of a permutation, its pairs."""
+    text = instruction.attributes
+    pairs = re.search(r"source_target_pairs=\{(\{.*?\})\}", text)
+    if pairs:
+        listed = _listed(pairs[1])
+        return [pair for pair in listed if pair[0] != pair[1]] or [[0]]
+    return replica_groups(text, mesh.size)
+
+
+def replica_groups(text: str, size: int) -> list[list[int]]:
+    """The groups of an instruction's attributes, in any of XLA's three notations.
+
+    `{{0,2},{1,3}}`; `[2,2]<=[2,2]T(1,0)`, numbers counted in one shape, transposed and cut into
+    rows; `mesh['a'=2,'b'=4] {'b'}`, an own mesh and the axes of it that a group lies along, each
+    perhaps in part: `'b':(1)2` are 2 steps of `b`, the part after 1. Without groups all are one.
+    """
+    listed = re.search(r"replica_groups=\{(\{.*?\})\}", text)
+    if listed:
+        return _listed(listed[1])
+    counted = re.search(r"replica_groups=\[(\d+),(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", text)
+    if counted:
+        shape = [int(x) for x in counted[3].split(",")]
+        order = [int(x) for x in counted[4].split(",")] if counted[4] else range(len(shape))
+        numbers = np.arange(math.prod(shape)).reshape(shape).transpose(order)
+        return numbers.reshape(int(counted[1]), int(counted[2])).tolist()
+    named = re.search(
+        r"replica_groups=mesh\[([^\]]*)\](?:, ?device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\))? "
+        r"?\{([^}]*)\}",
+        text,
+    )
+    if named:
+        return _of_named_axes(*named.groups())
+    return [list(range(size))]
+
+
+def _of_named_axes(axes: str, order_shape: str | None, order: str | None, used: str):
+    sizes = {name: int(size) for name, size in re.findall(r"'([^']+)'=(\d+)", axes)}
+    parts = {name: [(size, False)] for name, size in sizes.items()}
+    for name, before, part in re.findall(r"'([^']+)'(?::\((\d+)\)(\d+))?", used):
+        whole, first = sizes[name], int(before or 1)
+        taken = int(part) if part else whole
+        cuts = [(first, False), (taken, True), (whole // (first * taken), False)]
+        parts[name] = cuts if part else [(whole, True)]
+    flat = [cut for name in sizes for cut in parts[name]]
+    numbers = np.arange(math.prod(sizes.values()))
+    if order_shape:
+        numbers = numbers.reshape([int(x) for x in order_shape.split(",")])
+        numbers = numbers.transpose([int(x) for x in order.split(",")]) if order else numbers
+    numbers = numbers.reshape([size for size, _ in flat])
+    inside = [place for place, (_, taken) in enumerate(flat) if taken]
+    outside = [place for place, (_, taken) in enumerate(flat) if not taken]
+    length = math.prod(flat[place][0] for place in inside)
+    return numbers.transpose([*outside, *inside]).reshape(-1, length).tolist()
+
+
+def _axes(groups: Sequence[Sequence[int]], mesh: jax.sharding.Mesh) -> tuple[str, ...]:
+    """Names of the mesh axes along which the members of a group differ."""
+    shape = tuple(mesh.shape.values())
+    moved = set()
+    for group in groups:
+        places = np.stack(np.unravel_index(group, shape))
+        moved |= set(np.flatnonzero((places != places[:, :1]).any(axis=1)).tolist())
+    return tuple(name for number, name in enumerate(mesh.shape) if number in moved)
+
+
+def _listed(text: str) -> list[list[int]]:
+    return [[int(x) for x in inner.split(",")] for inner in re.findall(r"\{([\d,]+)\}", text)]

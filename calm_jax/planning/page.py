@@ -1,0 +1,136 @@
+"""A plan as text: tables in Markdown, that a terminal shows as well."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from calm_jax.planning.plan import Plan
+from calm_jax.planning.topologies import GIB
+
+_NAMES = {
+    "compute": "products of matrices",
+    "memory": "chip's memory",
+    "links": "links between chips",
+    "network": "network between slices",
+}
+
+
+def text(plan: Plan) -> str:
+    """Every table of one plan."""
+    sections = [_head(plan), _memory(plan)]
+    if "seconds" in plan:
+        if plan.get("collectives"):
+            sections.append(_collectives(plan))
+        sections.append(_seconds(plan))
+    if "training" in plan:
+        sections.append(_training(plan["training"]))
+    if "candidates" in plan:
+        sections.append(_candidates(plan))
+    if plan.get("advice"):
+        sections.append(plan["advice"])
+    return "\n\n".join(sections) + "\n"
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    """A table in Markdown; its first column is text, the others are numbers."""
+    lines = [[str(cell) for cell in row] for row in (header, *rows)]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
+    padded = [
+        [row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]
+        for row in (lines[0], rule, *lines[1:])
+    ]
+    return "\n".join(f"| {' | '.join(row)} |" for row in padded)
+
+
+def _head(plan: Plan) -> str:
+    mesh = " × ".join(f"{axis} {ways}" for axis, ways in plan["mesh"].items() if ways > 1)
+    micro = f" in {plan['accumulate']} micro-batches" if plan["accumulate"] > 1 else ""
+    how = "compiled" if plan["compiled"] else "by formula, not compiled"
+    if "compile_seconds" in plan:
+        how += f" in {plan['compile_seconds']:.0f} s"
+    return (
+        f"**{' + '.join(plan['models'])} on {plan['topology']}** ({plan['chips']:,} chips; {how})\n"
+        f"mesh {mesh or 'of one chip'}; {plan['batch_size']:,} rows of {plan['length']:,} tokens a "
+        f"step{micro}; remat {plan['remat']}; frozen sharding {plan['frozen_sharding']}"
+    )
+
+
+def _memory(plan: Plan) -> str:
+    memory = plan["memory"]
+    rows = [
+        (tree["name"], f"{tree['parameters'] / 1e9:,.3f} G", _gib(tree["bytes"]))
+        for tree in memory["trees"]
+    ]
+    if "temporaries" in memory:
+        held = sum(tree["bytes"] for tree in memory["trees"])
+        rows.append(("batch, padding of layouts", "", _gib(memory["arguments"] - held)))
+        rows.append(
+            ("activations, gradients, buffers", "", _gib(memory["peak"] - memory["arguments"]))
+        )
+    needed = memory["peak"]
+    rows.append(("peak", "", _gib(needed) if needed else "more"))
+    rows.append(("a chip has", "", _gib(memory["available"])))
+    if needed:
+        rows.append(("left over", "", _gib(memory["available"] - needed)))
+    if memory.get("host"):
+        rows.append(("beside it, on the host", "", _gib(memory["host"])))
+    verdict = "" if memory["fits"] else "\n\n**It does not fit.**"
+    return table(("memory of a chip", "parameters", "GiB"), rows) + verdict
+
+
+def _collectives(plan: Plan) -> str:
+    rows = [
+        (row["kind"], " × ".join(row["axes"]), f"{row['runs']:,}", _gib(row["bytes"]))
+        for row in plan["collectives"]
+        if row["bytes"] >= GIB / 100
+    ]
+    return table(("sent by a chip in a step", "along", "runs", "GiB"), rows)
+
+
+def _seconds(plan: Plan) -> str:
+    seconds = plan["seconds"]
+    rows = [(_NAMES[key], f"{seconds[key]:.3f}") for key in _NAMES if seconds[key]]
+    rows.append(("a step, all at the same time", f"{seconds['bound']:.3f}"))
+    rows.append(("a step, one after the other", f"{seconds['serial']:.3f}"))
+    lines = [table(("time of a step", "seconds"), rows)]
+    summary = f"{plan['flops'] / 1e12:,.1f} TFLOP a chip and step"
+    if plan["mfu_bound"] is not None:
+        least = plan["mfu_bound"] * seconds["bound"] / seconds["serial"]
+        summary += (
+            f"; MFU between {100 * least:.0f} % (one after the other) and "
+            f"{100 * plan['mfu_bound']:.0f} %"
+        )
+    lines.append(f"{summary}; bounded by the {_NAMES[plan['bottleneck']]}.")
+    return "\n\n".join(lines)
+
+
+def _training(cost: dict[str, Any]) -> str:
+    line = (
+        f"Training on {cost['tokens'] / 1e9:g} G tokens: {cost['steps']:,} steps, "
+        f"{_range(cost['hours'])} hours, {_range(cost['chip_hours'])} chip hours"
+    )
+    return line + (f", {_range(cost['dollars'])} dollars." if "dollars" in cost else ".")
+
+
+def _candidates(plan: Plan) -> str:
+    rows = [
+        (
+            " × ".join(f"{axis} {ways}" for axis, ways in each["mesh"].items() if ways > 1),
+            each["accumulate"],
+            each["remat"],
+            each["frozen_sharding"],
+            _gib(each["peak"]),
+            f"{each['seconds']:.3f}",
+            "compiled" if each["compiled"] else "formula",
+        )
+        for each in plan["candidates"]
+    ]
+    return table(("mesh", "accumulate", "remat", "frozen", "GiB", "seconds", "by"), rows)
+
+
+def _gib(number: float) -> str:
+    return f"{number / GIB:,.2f}"
+
+
+def _range(values: Sequence[float]) -> str:
+    return " to ".join(f"{value:,.3g}" if value < 1000 else f"{value:,.0f}" for value in values)

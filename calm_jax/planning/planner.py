@@ -1,0 +1,43 @@
+"""`calm plan` as a function: checks, plans, prints and saves."""
+
+from etils import epath
+from ml_collections import ConfigDict
+
+from calm_jax.checkpoints.files import absolute, write_json, write_text
+from calm_jax.errors import CalmError
+from calm_jax.planning import page, plan, program, topologies
+from calm_jax.training import configuration
+
+
+def run(
+    config: ConfigDict,
+    topology: str,
+    *,
+    tokens: float | None = None,
+    dollars_per_chip_hour: float | None = None,
+    search: bool = False,
+    output: epath.PathLike | None = None,
+    command: str = "",
+) -> plan.Plan:
+    """Plans a run, prints the plan, and saves it where an output folder is given.
+
+    Raises:
+        CalmError: bad input, or no compiler for the topology.
+    """
+    place = topologies.find(topology)
+    if dollars_per_chip_hour is not None and tokens is None:
+        raise CalmError("--dollars_per_chip_hour says nothing without --tokens")
+    configuration.validate(config)
+    program.use_no_device()
+    made = plan.make_plan(config, place)
+    if tokens is not None and "seconds" in made:
+        made["training"] = plan.training(made, tokens, dollars_per_chip_hour)
+    made["command"] = command
+    shown = page.text(made)
+    print(shown, end="", flush=True)
+    if output is not None:
+        folder = absolute(output)
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(folder / "plan.json", made)
+        write_text(folder / "plan.md", f"    {command}\n\n{shown}")
+    return made
