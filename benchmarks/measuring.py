@@ -55,6 +55,11 @@ def in_process(function: Callable, *arguments) -> Any:
         return pool.submit(function, *arguments).result()
 
 
+def short(value: float) -> float:
+    """`value` to four significant digits."""
+    return float(f"{value:.4g}")
+
+
 def tell(name: str, rows: Sequence[Sequence[Any]], output: str | None) -> None:
     """Prints rows as a table, the first being its head, and saves them as JSON."""
     cells = [[str(cell) for cell in row] for row in rows]

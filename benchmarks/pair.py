@@ -5,6 +5,7 @@ Nothing here reads a file, so TensorFlow, seqio and Orbax stay unloaded.
 
 import dataclasses
 import statistics
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -17,6 +18,7 @@ from ml_collections import ConfigDict
 
 from calm_jax import sharding
 from calm_jax.models import CompositionConfig, Decoder, DecoderConfig, compose
+from calm_jax.models.execution import REMAT as POLICIES
 from calm_jax.models.execution import Execution
 from calm_jax.models.parameters import module_tree
 from calm_jax.training.ideal import IdealFlops, ideal_flops
@@ -89,6 +91,11 @@ SIZES = {
         (12, 512, 8, 8, 64, 1408), (8, 256, 8, 2, 32, 704),
         vocab_size=4096, dtype="float32", batch_size=4, length=256,
     ),
+    # What is compiled alone, for TPU slices: small, but every shard is a real one.
+    "scaling": _pair(
+        (8, 1024, 16, 16, 64, 4096), (8, 512, 8, 2, 64, 2048),
+        vocab_size=8192, dtype="bfloat16", batch_size=16, length=1024,
+    ),
     # Llama 2 7B (arXiv 2307.09288) and TinyLlama 1.1B (arXiv 2401.02385), of one vocabulary.
     "h200": _pair(
         (32, 4096, 32, 32, 128, 11008), (22, 2048, 32, 4, 64, 5632),
@@ -102,6 +109,8 @@ LENGTH = flags.DEFINE_integer("length", None, "tokens a row, instead of the size
 STEPS = flags.DEFINE_integer("steps", 5, "that are measured, after two that are not")
 ATTENTION = flags.DEFINE_string("attention", "auto", "calm_jax's backend of attention")
 LOSS_CHUNK = flags.DEFINE_integer("loss_chunk", 256, "positions whose logits exist at once; 0: all")
+REMAT = flags.DEFINE_enum("remat", "none", POLICIES, "what the backward pass computes again")
+TOPOLOGY = flags.DEFINE_string("topology", None, "TPU slice to compile for, such as v5e:4x4")
 OUTPUT = flags.DEFINE_string("output", None, "JSON file of the results")
 
 
@@ -111,6 +120,16 @@ def chosen() -> Pair:
     return dataclasses.replace(
         pair, batch_size=BATCH.value or pair.batch_size, length=LENGTH.value or pair.length
     )
+
+
+def mesh_of(topology: str | None, shape: Mapping[str, int]) -> jax.sharding.Mesh:
+    """A mesh of `shape` on a TPU slice, only to compile for; without one, of one device here."""
+    if topology is None:
+        return sharding.make_mesh({}, jax.devices()[:1])
+    from calm_jax.planning import program, topologies  # needs the TPU's compiler
+
+    program.use_no_device()
+    return sharding.make_mesh(shape, program.devices(topologies.find(topology)))
 
 
 class RandomStep:
@@ -130,7 +149,7 @@ class RandomStep:
         *,
         loss_chunk: int = 0,
         accumulate: int = 1,
-        frozen_sharding: str = "fsdp",
+        weight_sharding: str = "fsdp",
     ):
         self.pair, self.mesh = pair, mesh
         model = nnx.eval_shape(self._model)
@@ -139,7 +158,7 @@ class RandomStep:
         self.parts = Parts(model)
         self.optimizer, schedule = make_optimizer(OPTIMIZER, num_steps=1000)
         self.shardings = Shardings.of(
-            self.parts, self.optimizer, mesh, sharding.FROZEN_RULES[frozen_sharding]
+            self.parts, self.optimizer, mesh, sharding.WEIGHT_RULES[weight_sharding]
         )
         self.step = make_train_step(
             self.parts,
@@ -179,6 +198,14 @@ class RandomStep:
         frozen = jax.tree.map(lambda x: x.astype(self.pair.anchor.dtype), frozen)
         batch = {key: jnp.asarray(value) for key, value in random_batch(self.pair).items()}
         return trainable, self.optimizer.init(trainable), frozen, batch, jnp.int32(0)
+
+
+def peak_bytes(compiled: jax.stages.Compiled, mesh: jax.sharding.Mesh) -> int:
+    """What a step holds at its peak on each device, its arguments included."""
+    memory = compiled.memory_analysis()
+    if mesh.devices.flat[0].platform == "cpu":  # whose peak leaves temporaries out
+        return memory.argument_size_in_bytes + memory.temp_size_in_bytes
+    return memory.peak_memory_in_bytes
 
 
 def seconds_a_step(compiled, arguments, steps: int) -> float:

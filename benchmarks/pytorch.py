@@ -15,7 +15,7 @@ import statistics
 import time
 
 from absl import app
-from measuring import in_process, tell
+from measuring import in_process, short, tell
 from pair import (
     ATTENTION,
     LOSS_CHUNK,
@@ -62,11 +62,11 @@ def main(_) -> None:
         rows.append(
             (
                 name,
-                round(form.seconds, 4),
-                round(pair.tokens / form.seconds),
+                short(form.seconds),
+                short(pair.tokens / form.seconds),
                 form.pieces,
-                None if form.peak_bytes is None else round(form.peak_bytes / 2**30, 2),
-                round(form.seconds / figures["calm_jax"].seconds, 3),
+                None if form.peak_bytes is None else short(form.peak_bytes / 2**30),
+                short(form.seconds / figures["calm_jax"].seconds),
                 BOUNDS.get(name, ""),
             )
         )

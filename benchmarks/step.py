@@ -13,20 +13,26 @@ import statistics
 
 import jax
 import jax.numpy as jnp
-from absl import app, flags
-from measuring import Clock, tell
-from pair import ATTENTION, LOSS_CHUNK, OUTPUT, STEPS, Pair, RandomStep, chosen, seconds_a_step
+from absl import app
+from measuring import Clock, short, tell
+from pair import (
+    ATTENTION,
+    LOSS_CHUNK,
+    OUTPUT,
+    REMAT,
+    STEPS,
+    Pair,
+    RandomStep,
+    chosen,
+    peak_bytes,
+    seconds_a_step,
+)
 
-from calm_jax.models.execution import REMAT as REMAT_POLICIES
 from calm_jax.models.execution import Execution
 from calm_jax.models.parameters import count
+from calm_jax.planning.topologies import chip_of
 from calm_jax.sharding import make_mesh
 from calm_jax.training.costs import jaxpr_flops
-
-REMAT = flags.DEFINE_enum("remat", "none", REMAT_POLICIES, "what the backward pass computes again")
-
-# Dense bfloat16 FLOP/s of one device, from the vendor's data sheets, by a part of its name.
-PEAKS = {"H200": 989e12, "H100": 989e12, "A100": 312e12}
 
 
 def main(_) -> None:
@@ -53,27 +59,26 @@ def measured(pair: Pair, execution: Execution, loss_chunk: int, steps: int) -> l
     rows = [
         ("parameters of the anchor, millions", millions(random, "anchor"), ""),
         ("parameters of the augment, millions", millions(random, "augments"), ""),
-        ("compile, s", round(compiling.seconds, 1), ""),
-        ("seconds a step", round(seconds, 4), ""),
-        ("tokens a second", round(pair.tokens / seconds), ""),
+        ("compile, s", short(compiling.seconds), ""),
+        ("seconds a step", short(seconds), ""),
+        ("tokens a second", short(pair.tokens / seconds), ""),
         (
             "FLOPs traced / ideal",
-            round(flops / ideal.total, 4),
-            round(1.03 * allowed / ideal.total, 4),
+            short(flops / ideal.total),
+            short(1.03 * allowed / ideal.total),
         ),
-        ("arguments, GiB", round(memory.argument_size_in_bytes / 2**30, 3), ""),
-        ("temporaries, GiB", round(memory.temp_size_in_bytes / 2**30, 3), ""),
-        ("peak memory, GiB", round(memory.peak_memory_in_bytes / 2**30, 3), ""),
-        ("ideal TFLOP/s", round(ideal.total / seconds / 1e12, 3), ""),
-        ("a large product, TFLOP/s", round(rate / 1e12, 3), ""),
-        ("ideal FLOP/s / a large product's", round(ideal.total / seconds / rate, 3), ""),
+        ("arguments, GiB", short(memory.argument_size_in_bytes / 2**30), ""),
+        ("temporaries, GiB", short(memory.temp_size_in_bytes / 2**30), ""),
+        ("peak memory, GiB", short(peak_bytes(compiled, random.mesh) / 2**30), ""),
+        ("ideal TFLOP/s", short(ideal.total / seconds / 1e12), ""),
+        ("a large product, TFLOP/s", short(rate / 1e12), ""),
+        ("ideal FLOP/s / a large product's", short(ideal.total / seconds / rate), ""),
     ]
-    peak = next((peak for name, peak in PEAKS.items() if name in device.device_kind), None)
-    if peak is not None:
-        rows.append(("MFU", round(ideal.total / seconds / peak, 3), ">= 0.5"))
-        rows.append(
-            ("MFU, attention counted causally", round(pair.ideal_causal() / seconds / peak, 3), "")
-        )
+    chip = chip_of(device.device_kind)
+    if chip is not None:
+        causal = pair.ideal_causal() / seconds / chip.flops
+        rows.append(("MFU", short(ideal.total / seconds / chip.flops), ">= 0.5"))
+        rows.append(("MFU, attention counted causally", short(causal), ""))
     return rows
 
 
@@ -91,7 +96,7 @@ def matmul_rate(dtype: str) -> float:
 
 
 def millions(random: RandomStep, name: str) -> float:
-    return round(count(random.abstract()[2][name]) / 1e6, 1)
+    return short(count(random.abstract()[2][name]) / 1e6)
 
 
 if __name__ == "__main__":

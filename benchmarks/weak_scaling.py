@@ -1,0 +1,64 @@
+"""Work and traffic of each chip from 16 to 4,096 chips, by compilation alone.
+
+  python benchmarks/weak_scaling.py [--size=scaling] [--topologies=v5e:4x4,...,v5e:16x16*16]
+      [--rows=1] [--output=FILE.json]
+
+The batch is --rows for each chip, so each has the same to do however many there are. The models are
+split over fsdp 16, what is left of a slice is data, and slices are joined outermost. FLOPs and
+bytes are those of one chip's compiled program.
+"""
+
+import dataclasses
+
+from absl import app, flags
+from measuring import Clock, short, tell
+from pair import ATTENTION, LOSS_CHUNK, OUTPUT, RandomStep, chosen, mesh_of
+
+from calm_jax.models.execution import Execution
+from calm_jax.planning import collectives, hlo, topologies
+
+TOPOLOGIES = flags.DEFINE_list(
+    "topologies",
+    ["v5e:4x4", "v5e:8x8", "v5e:16x16", "v5e:16x16*4", "v5e:16x16*16"],
+    "TPU slices to compile for; the first is compared with",
+)
+ROWS = flags.DEFINE_integer("rows", 1, "of the batch, for each chip")
+BOUND = "<= 1.05"
+
+
+def main(_) -> None:
+    head = ("chips", "GFLOP a chip", "/ first", "MB sent a chip", "/ first ", "over", "compile s")
+    rows, first = [(*head, "bound")], None
+    for name in TOPOLOGIES.value:
+        chips = topologies.find(name).chips
+        pair = dataclasses.replace(chosen(), batch_size=ROWS.value * chips)
+        mesh = mesh_of(name, {"fsdp": 16, "data": -1})
+        # Without loops, since XLA counts the FLOPs of a loop's body once.
+        execution = Execution(attention=ATTENTION.value, remat="full", unroll=True)
+        random = RandomStep(pair, mesh, execution, loss_chunk=LOSS_CHUNK.value)
+        with Clock() as clock:
+            compiled = random.compile()
+        found = collectives.totals(collectives.find(hlo.parse(compiled.as_text()), mesh))
+        flops = compiled.cost_analysis()["flops"]
+        sent = sum(row["bytes"] for row in found)
+        first = first or (flops, sent)
+        over = ", ".join(
+            f"{row['kind']} {'+'.join(row['axes'])} {row['bytes'] / 1e6:.1f}" for row in found[:4]
+        )
+        rows.append(
+            (
+                chips,
+                short(flops / 1e9),
+                short(flops / first[0]),
+                short(sent / 1e6),
+                short(sent / first[1]),
+                over,
+                short(clock.seconds),
+                BOUND,
+            )
+        )
+    tell("weak_scaling", rows, OUTPUT.value)
+
+
+if __name__ == "__main__":
+    app.run(main)

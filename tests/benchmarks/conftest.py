@@ -1,0 +1,36 @@
+"""Runs a benchmark as a user would: a process of its own, at the smallest size."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+FOLDER = pathlib.Path(__file__).parents[2] / "benchmarks"
+
+
+@pytest.fixture
+def run_benchmark(tmp_path):
+    """`run_benchmark("step", *flags)`: the rows of its JSON."""
+
+    def run(name: str, *flags: str) -> list[dict]:
+        output = tmp_path / f"{name}.json"
+        done = subprocess.run(
+            [sys.executable, FOLDER / f"{name}.py", "--size=tiny", f"--output={output}", *flags],
+            env={
+                **os.environ,
+                "JAX_PLATFORMS": "cpu",
+                "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+                "XLA_FLAGS": "",
+            },
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+        told = json.loads(output.read_text())
+        assert told["benchmark"] == name
+        return told["rows"]
+
+    return run

@@ -1,0 +1,62 @@
+"""Every benchmark runs to its end at the smallest size, and its figures are numbers."""
+
+import importlib.util
+import math
+
+import pytest
+
+needs_torch = pytest.mark.skipif(
+    importlib.util.find_spec("torch") is None, reason="PyTorch is not installed"
+)
+needs_libtpu = pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None, reason="the TPU's compiler is not installed"
+)
+
+
+def assert_positive(rows, *columns) -> None:
+    for row in rows:
+        for column in columns:
+            assert math.isfinite(row[column]) and row[column] > 0, (column, row)
+
+
+def test_step(run_benchmark):
+    rows = {row["what"]: row["figure"] for row in run_benchmark("step", "--steps=1")}
+    assert rows["seconds a step"] > 0
+    assert rows["tokens a second"] > 0
+    assert 0 < rows["ideal FLOP/s / a large product's"] < 1
+    assert 1 <= rows["FLOPs traced / ideal"] <= 1.03
+
+
+def test_remat(run_benchmark):
+    rows = {row["policy"]: row for row in run_benchmark("remat", "--steps=1")}
+    assert_positive(
+        [rows[policy] for policy in ("none", "dots", "full")],
+        "temporaries GiB",
+        "FLOPs / ideal",
+        "s a step",
+    )
+    assert rows["full"]["FLOPs / ideal"] > rows["none"]["FLOPs / ideal"]
+
+
+def test_compile_time(run_benchmark):
+    rows = run_benchmark("compile_time", "--layers=4,8", "--repeats=1")
+    assert [row["layers"] for row in rows] == [4, 8]
+    assert_positive(rows, "processor seconds", "seconds", "/ fewest layers")
+
+
+@needs_torch
+@pytest.mark.slow
+def test_pytorch(run_benchmark):
+    rows = run_benchmark("pytorch", "--steps=1")
+    assert [row["form"] for row in rows] == ["calm_jax", "PyTorch, careful", "PyTorch, naive"]
+    assert_positive(rows, "seconds a step", "tokens a second", "/ calm_jax")
+
+
+@needs_libtpu
+@pytest.mark.slow
+def test_weak_scaling(run_benchmark):
+    """From one slice to two: nobody has more to do."""
+    rows = run_benchmark("weak_scaling", "--topologies=v5e:4x4,v5e:4x4*2")
+    assert [row["chips"] for row in rows] == [16, 32]
+    assert rows[1]["FLOPs / first"] == pytest.approx(1, abs=0.05)
+    assert_positive(rows, "GFLOP a chip", "MB sent a chip")
