@@ -65,10 +65,15 @@ require_run() {
 
 # Prints words as a shell would take them.
 quoted() {
-  local word line=''
+  local word flag line=''
   for word; do
+    flag=''
+    if [[ $word =~ ^--[A-Za-z0-9_.-]+= ]]; then
+      flag=${BASH_REMATCH[0]}
+      word=${word#"$flag"}
+    fi
     [[ $word =~ ^[A-Za-z0-9_./:=,@%+-]+$ ]] || word=${word@Q}
-    line+=" $word"
+    line+=" $flag$word"
   done
   echo "${line:1}"
 }
