@@ -12,7 +12,7 @@ def get_config():
     config.name = "gemma2_9b_2b"
     config.anchor = "form:gemma2_9b"
     config.augments = ("form:gemma2_2b",)
-    config.frozen_sharding = "all"
+    config.weight_sharding = "all"
     config.data.train = ({"jsonl": "data/train.jsonl"},)
     config.data.length = 2048
     config.mesh.fsdp = 2

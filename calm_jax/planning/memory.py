@@ -60,6 +60,6 @@ def does_not_fit(needed: int, device: jax.Device) -> str | None:
 
 
 ADVICE = (
-    "raise train.accumulate, set train.remat=full or frozen_sharding=all, or give mesh.fsdp and "
+    "raise train.accumulate, set train.remat=full or weight_sharding=all, or give mesh.fsdp and "
     "mesh.tensor more devices; `calm plan --search` finds out which"
 )

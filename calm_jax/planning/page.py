@@ -51,7 +51,7 @@ def _head(plan: Plan) -> str:
     return (
         f"**{' + '.join(plan['models'])} on {plan['topology']}** ({plan['chips']:,} chips; {how})\n"
         f"mesh {mesh or 'of one chip'}; {plan['batch_size']:,} rows of {plan['length']:,} tokens a "
-        f"step{micro}; remat {plan['remat']}; frozen sharding {plan['frozen_sharding']}"
+        f"step{micro}; remat {plan['remat']}; weight sharding {plan['weight_sharding']}"
     )
 
 
@@ -62,13 +62,13 @@ def _memory(plan: Plan) -> str:
         for tree in memory["trees"]
     ]
     if "temporaries" in memory:
-        held = sum(tree["bytes"] for tree in memory["trees"])
-        rows.append(("batch, padding of layouts", "", _gib(memory["arguments"] - held)))
-        rows.append(
-            ("activations, gradients, buffers", "", _gib(memory["peak"] - memory["arguments"]))
-        )
+        rows.append(("arguments of the step", "", _gib(memory["arguments"])))
+        rest = memory["peak_of_step"] - memory["arguments"]
+        rows.append(("activations, gradients, buffers", "", _gib(rest)))
+        rows.append(("peak of the step", "", _gib(memory["peak_of_step"])))
+        rows.append(("loaded, but not for the step", "", _gib(memory["unused"])))
     needed = memory["peak"]
-    rows.append(("peak", "", _gib(needed) if needed else "more"))
+    rows.append(("needed", "", _gib(needed) if needed else "more"))
     rows.append(("a chip has", "", _gib(memory["available"])))
     if needed:
         rows.append(("left over", "", _gib(memory["available"] - needed)))
@@ -118,14 +118,14 @@ def _candidates(plan: Plan) -> str:
             " × ".join(f"{axis} {ways}" for axis, ways in each["mesh"].items() if ways > 1),
             each["accumulate"],
             each["remat"],
-            each["frozen_sharding"],
-            _gib(each["peak"]),
-            f"{each['seconds']:.3f}",
+            each["weight_sharding"],
+            _gib(each["peak"]) if each["peak"] else "more",
+            f"{each['seconds']:.3f}" if each["seconds"] else "",
             "compiled" if each["compiled"] else "formula",
         )
         for each in plan["candidates"]
     ]
-    return table(("mesh", "accumulate", "remat", "frozen", "GiB", "seconds", "by"), rows)
+    return table(("mesh", "accumulate", "remat", "weights", "GiB", "seconds", "by"), rows)
 
 
 def _gib(number: float) -> str:

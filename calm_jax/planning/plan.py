@@ -8,6 +8,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 import calm_jax
+from calm_jax import sharding
 from calm_jax.planning import collectives, hlo, memory, program, roofline, traffic
 from calm_jax.planning.topologies import Topology
 from calm_jax.training.costs import jaxpr_flops
@@ -30,7 +31,8 @@ def make_plan(config: ConfigDict, topology: Topology) -> Plan:
     Raises:
         CalmError: bad input, or no compiler for the topology.
     """
-    traced = program.trace(config, program.devices(topology))
+    mesh = sharding.make_mesh(config.mesh, program.devices(topology))
+    traced = program.trace(config, mesh)
     chips = traced.mesh.size
     started = time.monotonic()
     trainable, opt_state, frozen, *_ = traced.arguments
@@ -51,11 +53,16 @@ def make_plan(config: ConfigDict, topology: Topology) -> Plan:
         return plan
     plan["compile_seconds"] = round(time.monotonic() - started, 1)
     stats = compiled.memory_analysis()
-    peak = stats.peak_memory_in_bytes
+    # The compiler drops what the step has no use for: an augment's layers above its last tap.
+    held = sum(tree["bytes"] for tree in plan["memory"]["trees"])
+    unused = max(0, held - stats.argument_size_in_bytes)
+    peak = stats.peak_memory_in_bytes + unused
     plan["memory"] |= {
         "arguments": stats.argument_size_in_bytes,
         "temporaries": stats.temp_size_in_bytes,
         "host": stats.host_temp_size_in_bytes,
+        "peak_of_step": stats.peak_memory_in_bytes,
+        "unused": unused,
         "peak": peak,
         "fits": peak <= topology.chip.hbm_bytes,
     }
@@ -81,7 +88,7 @@ def what(config: ConfigDict, topology: Topology, mesh: dict[str, int]) -> Plan:
         "accumulate": train.accumulate,
         "length": config.data.length,
         "remat": train.remat,
-        "frozen_sharding": config.get("frozen_sharding", "fsdp"),
+        "weight_sharding": config.get("weight_sharding", "fsdp"),
     }
 
 

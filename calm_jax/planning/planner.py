@@ -5,7 +5,7 @@ from ml_collections import ConfigDict
 
 from calm_jax.checkpoints.files import absolute, write_json, write_text
 from calm_jax.errors import CalmError
-from calm_jax.planning import page, plan, program, topologies
+from calm_jax.planning import formula, page, plan, program, search, topologies
 from calm_jax.training import configuration
 
 
@@ -29,7 +29,7 @@ def run(
         raise CalmError("--dollars_per_chip_hour says nothing without --tokens")
     configuration.validate(config)
     program.use_no_device()
-    made = plan.make_plan(config, place)
+    made = _plan(config, place, search)
     if tokens is not None and "seconds" in made:
         made["training"] = plan.training(made, tokens, dollars_per_chip_hour)
     made["command"] = command
@@ -41,3 +41,15 @@ def run(
         write_json(folder / "plan.json", made)
         write_text(folder / "plan.md", f"    {command}\n\n{shown}")
     return made
+
+
+def _plan(config: ConfigDict, place: topologies.Topology, searched: bool) -> plan.Plan:
+    if searched:
+        return search.cheapest(config, place)
+    if place.compiled:
+        made = plan.make_plan(config, place)
+    else:
+        made = formula.Formula(config, place).plan(config, formula.mesh_of(config, place))
+    if made["memory"]["fits"]:
+        return made
+    return made | {"advice": search.advice_by_formula(config, place)}

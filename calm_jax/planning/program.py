@@ -29,12 +29,14 @@ from calm_jax.training.optimizer import make_optimizer
 from calm_jax.training.run_model import composition_configs, decoder_config, frozen_dtypes
 from calm_jax.training.step import BATCH_KEYS, Parts, Shardings, make_train_step
 
+Mesh = jax.sharding.Mesh | jax.sharding.AbstractMesh
+
 
 @dataclasses.dataclass(frozen=True)
 class Program:
     """A traced step: what it is called with, where that lives, and its equations."""
 
-    mesh: jax.sharding.Mesh
+    mesh: Mesh
     parts: Parts
     shardings: Shardings
     arguments: tuple[Any, ...]
@@ -86,17 +88,16 @@ def forms(config: ConfigDict) -> list[DecoderConfig]:
     ]
 
 
-def trace(config: ConfigDict, on: list[Any]) -> Program:
-    """Traces the step for a config, on devices.
+def trace(config: ConfigDict, mesh: Mesh) -> Program:
+    """Traces the step for a config, on a mesh of devices or an abstract one.
 
     Raises:
         CalmError: bad input, as `calm train` would find it: forms, connections, mesh, batch.
     """
-    mesh = sharding.make_mesh(config.mesh, on)
     sharding.check_batch(config.train.batch_size, config.train.accumulate, mesh)
-    parts = _parts(config)
+    parts = abstract_parts(config)
     optimizer, schedule = make_optimizer(config.optimizer, config.train.num_steps)
-    rules = sharding.FROZEN_RULES[config.get("frozen_sharding", "fsdp")]
+    rules = sharding.WEIGHT_RULES[config.get("weight_sharding", "fsdp")]
     shardings = Shardings.of(parts, optimizer, mesh, rules)
     step = make_train_step(
         parts,
@@ -121,7 +122,8 @@ def trace(config: ConfigDict, on: list[Any]) -> Program:
         batch,
         jax.ShapeDtypeStruct((), jnp.int32),
     )
-    with jax.set_mesh(mesh):
+    abstract = isinstance(mesh, jax.sharding.AbstractMesh)
+    with jax.sharding.use_abstract_mesh(mesh) if abstract else jax.set_mesh(mesh):
         return Program(mesh, parts, shardings, arguments, step.trace(*arguments))
 
 
@@ -145,7 +147,8 @@ def compile_program(program: Program):
             raise TooLarge(str(error)) from None
 
 
-def _parts(config: ConfigDict) -> Parts:
+def abstract_parts(config: ConfigDict) -> Parts:
+    """The model of a config as shapes, to be computed as the config says."""
     execution = Execution(remat=config.train.remat)
     if config.kind != "composed":
         (decoder,) = _decoders(forms(config), jnp.float32)

@@ -1,0 +1,247 @@
+"""What a step needs by arithmetic alone: good to compare ways of running it, not to swear by.
+
+Products of matrices are counted in the traced step, trees in their shardings. The rest are sizes of
+the largest arrays: residual streams kept for the backward pass, what one layer holds while it runs,
+weights as they are gathered; and the same again for traffic.
+"""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+from ml_collections import ConfigDict
+
+from calm_jax import sharding
+from calm_jax.models.bridge import heads
+from calm_jax.models.config import DecoderConfig
+from calm_jax.models.parameters import size_in_bytes
+from calm_jax.models.plan import make_plan as connect
+from calm_jax.planning import memory, plan, program, roofline
+from calm_jax.planning.topologies import Topology
+from calm_jax.training.costs import jaxpr_flops
+from calm_jax.training.optimizer import make_optimizer
+from calm_jax.training.run_model import composition_configs
+from calm_jax.training.step import Shardings
+
+_ALONE = jax.sharding.AbstractMesh((1,) * len(sharding.MESH_AXES), sharding.MESH_AXES)
+_BLOCK = 512  # queries that meet all keys at once, but for the attention backend "xla"
+
+
+@dataclasses.dataclass(frozen=True)
+class _Layers:
+    """Layers of one form that run one after the other, on one chip and for one micro-batch.
+
+    Attributes:
+        number: of them.
+        learns: a gradient flows through them.
+        weights: bytes of one layer, gathered.
+        stream: bytes of the residual stream, whole along its length.
+        inner: bytes of the products that a layer makes.
+        logits: bytes of attention logits that exist at once, float32.
+        exchanges: of the whole stream along `tensor`, in one pass over a layer.
+    """
+
+    number: int
+    learns: bool
+    weights: float
+    stream: float
+    inner: float
+    logits: float
+    exchanges: int
+
+    def kept(self, remat: str, tensor: int, whole_logits: bool) -> float:
+        """Bytes that stay until the backward pass."""
+        if not self.learns or remat == "offload":
+            return 0.0
+        layer = self.stream / tensor
+        if remat in ("none", "dots"):
+            layer += self.inner
+        if remat == "none":
+            layer += 2 * self.stream / tensor + (1.5 * self.logits if whole_logits else 0)
+        return self.number * layer
+
+    @property
+    def working(self) -> float:
+        """Bytes of a layer while it runs: weights of it and of the next, streams, products."""
+        runs = 2 if self.learns else 1
+        return 2 * self.weights + runs * (2 * self.stream + self.inner + self.logits)
+
+    def passes(self, remat: str) -> int:
+        if not self.learns:
+            return 1
+        return 2 if remat == "none" else 3
+
+
+class Formula:
+    """The formulas for one config's models, on any mesh of one topology."""
+
+    def __init__(self, config: ConfigDict, topology: Topology):
+        self.topology = topology
+        self.forms = program.forms(config)
+        self.parts = program.abstract_parts(config)
+        self.trainable, self.frozen = self.parts.abstract()
+        self.optimizer, _ = make_optimizer(config.optimizer, config.train.num_steps)
+        self.opt_state = jax.eval_shape(self.optimizer.init, self.trainable)
+        self.compositions = composition_configs(config) if self.parts.composed else []
+        self.flops_by_remat: dict[str, int] = {}
+
+    def plan(self, config: ConfigDict, mesh: jax.sharding.AbstractMesh) -> plan.Plan:
+        """As `calm_jax.planning.plan.make_plan`, without its collectives.
+
+        Raises:
+            CalmError: a mesh that does not divide heads, widths or the batch.
+        """
+        train, chip = config.train, self.topology.chip
+        sharding.check_batch(train.batch_size, train.accumulate, mesh)
+        rules = sharding.WEIGHT_RULES[config.weight_sharding]
+        places = Shardings.of(self.parts, self.optimizer, mesh, rules)
+        trees = memory.tree_rows(self.parts, places, self.trainable, self.opt_state, self.frozen)
+        state = sum(tree["bytes"] for tree in trees)
+        trained = memory.bytes_of_one_chip(self.trainable, places.trainable)
+        tensor, batch_ways = mesh.shape["tensor"], mesh.size // mesh.shape["tensor"]
+        rows = train.batch_size / train.accumulate / batch_ways
+        groups = self._groups(config, rows, tensor)
+        whole_logits = config.get("attention", "xla") == "xla"
+        kept = sum(group.kept(train.remat, tensor, whole_logits) for group in groups)
+        head = self._head_bytes(config, rows, tensor)
+        peak = (
+            state
+            # Gradients, their sum over micro-batches, and trained weights in the compute dtype.
+            + trained * (1.5 + (train.accumulate > 1))
+            + kept
+            + max(head, *(group.working for group in groups))
+        )
+        shards = mesh.shape["fsdp"] * (mesh.shape["data"] if config.weight_sharding == "all" else 1)
+        gathered = exchanged = moved = 0.0
+        for group in groups:
+            runs = train.accumulate * group.number * group.passes(train.remat)
+            gathered += runs * group.weights * (shards - 1) / shards
+            exchanged += runs * group.exchanges * group.stream * (tensor - 1) / tensor
+            moved += runs * (2 * group.weights + 4 * group.stream + 4 * group.inner + group.logits)
+        moved += 3 * train.accumulate * head + 6 * trained + kept
+        links = gathered / self._bandwidth(shards) + exchanged / self._bandwidth(tensor)
+        slices = mesh.shape["slices"]
+        network = 2 * trained * (slices - 1) / slices / chip.network_bandwidth
+        flops = self._flops(config) / self.topology.chips
+        seconds = roofline.step_time(self.topology, flops, moved, links, network)
+        return {
+            **plan.what(config, self.topology, dict(mesh.shape)),
+            "compiled": False,
+            "memory": {
+                "trees": trees,
+                "available": chip.hbm_bytes,
+                "peak": round(peak),
+                "fits": peak <= chip.hbm_bytes,
+            },
+            "flops": flops,
+        } | plan.times(config, self.topology, seconds)
+
+    def _groups(self, config: ConfigDict, rows: float, tensor: int) -> list[_Layers]:
+        T = config.data.length
+        backend = config.get("attention", "xla")
+        sizes = functools.partial(_layers, tokens=rows * T, tensor=tensor)
+        block = T if backend == "xla" else min(T, _BLOCK)
+        if not self.parts.composed:
+            (form,) = self.forms
+            layers = _bytes_of_layer(self.trainable["layers"], form.num_layers)
+            return [sizes(form, form.num_layers, True, layers / 2, keys=block)]
+        anchor, *augments = self.forms
+        connected = connect(
+            self.compositions, anchor.num_layers, [form.num_layers for form in augments]
+        )
+        weights = _bytes_of_layer(self.frozen["anchor"]["layers"], anchor.num_layers)
+        below = connected.connections[0].anchor_layer + 1
+        groups = [
+            sizes(anchor, below, False, weights, keys=block),
+            sizes(anchor, anchor.num_layers - below, True, weights, keys=block),
+        ]
+        for tree, form, taps in zip(
+            self.frozen["augments"], augments, connected.tap_layers, strict=True
+        ):
+            weights = _bytes_of_layer(tree["layers"], form.num_layers)
+            groups.append(sizes(form, taps[-1] + 1, False, weights, keys=block))
+        number = len(connected.connections)
+        weights = _bytes_of_layer(self.trainable, number) / 2  # cast before they are gathered
+        N, H = heads(self.compositions[0], anchor)
+        crossing = DecoderConfig.palm(
+            vocab_size=1,
+            embed_dim=anchor.embed_dim,
+            num_layers=number,
+            num_heads=N,
+            num_kv_heads=N,
+            head_dim=H,
+            mlp_dim=1,
+        )
+        return [*groups, sizes(crossing, number, True, weights, keys=block)]
+
+    def _head_bytes(self, config: ConfigDict, rows: float, tensor: int) -> float:
+        """Logits of a chunk and their gradient, and the embedding, gathered."""
+        form, T = self.forms[0], config.data.length
+        positions = min(config.train.loss_chunk or T, T)
+        logits = rows * positions * form.vocab_size / tensor * 4
+        return 2.5 * logits + form.vocab_size / tensor * form.embed_dim * 2
+
+    def _bandwidth(self, ways: int) -> float:
+        """Bytes per second to a group of chips: along one side of the slice, or along two."""
+        sides = sorted(
+            (self.topology.side_bandwidth(side), length)
+            for side, length in enumerate(self.topology.shape)
+        )
+        several = [band for band, length in sides if length > 1] or [sides[0][0]]
+        return sum(several[: 1 if ways <= max(self.topology.shape) else 2])
+
+    def _flops(self, config: ConfigDict) -> int:
+        """Of the whole step; the mesh does not change it, nor how the batch is cut."""
+        remat = config.train.remat
+        if remat not in self.flops_by_remat:
+            alone = ConfigDict(config)
+            alone.train = ConfigDict({**config.train, "accumulate": 1})
+            traced = program.trace(alone, _ALONE).traced
+            self.flops_by_remat[remat] = jaxpr_flops(traced.jaxpr.jaxpr)
+        return self.flops_by_remat[remat]
+
+
+def _layers(
+    form: DecoderConfig,
+    number: int,
+    learns: bool,
+    weights: float,
+    *,
+    tokens: float,
+    tensor: int,
+    keys: int,
+) -> _Layers:
+    kv_ways = tensor if form.num_kv_heads % tensor == 0 else 1
+    features = 2 * form.num_heads * form.head_dim / tensor
+    features += 2 * form.num_kv_heads * form.head_dim / kv_ways
+    features += (3 if form.gated_mlp else 2) * form.mlp_dim / tensor
+    return _Layers(
+        number=number,
+        learns=learns,
+        weights=weights / tensor,
+        stream=2 * tokens * form.embed_dim,
+        inner=2 * tokens * features,
+        logits=4 * tokens * form.num_heads / tensor * keys,
+        exchanges=2 if form.block == "parallel" else 4,
+    )
+
+
+def _bytes_of_layer(tree: Any, number: int) -> float:
+    return size_in_bytes(tree) / number
+
+
+def abstract_mesh(sizes: dict[str, int]) -> jax.sharding.AbstractMesh:
+    """A mesh without devices, with the sizes of all its axes."""
+    return jax.sharding.AbstractMesh(
+        tuple(sizes[axis] for axis in sharding.MESH_AXES), sharding.MESH_AXES
+    )
+
+
+def mesh_of(config: ConfigDict, topology: Topology) -> jax.sharding.AbstractMesh:
+    """The config's mesh over the chips of a topology.
+
+    Raises:
+        CalmError: as `calm_jax.sharding.make_mesh`.
+    """
+    return abstract_mesh(sharding.mesh_sizes(config.mesh, topology.chips, topology.slices))

@@ -1,0 +1,134 @@
+"""The cheapest way of running a config's step that fits: searched by formula, then compiled."""
+
+import itertools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from calm_jax.errors import CalmError
+from calm_jax.models.execution import REMAT
+from calm_jax.planning import plan
+from calm_jax.planning.formula import Formula, abstract_mesh
+from calm_jax.planning.topologies import Topology
+from calm_jax.sharding import WEIGHT_RULES
+
+COMPILED = 2  # of the candidates
+TRIED = 4  # at most, where formulas were too hopeful
+
+
+def candidates(config: ConfigDict, topology: Topology) -> list[tuple[ConfigDict, plan.Plan]]:
+    """Every way of running the step of a config, with its plan by formula; the fastest first.
+
+    Ways differ in mesh, micro-batches, rematerialisation and where frozen weights are; the batch,
+    and so what is learnt, is that of the config.
+    """
+    formula = Formula(config, topology)
+    found = []
+    for way in _ways(config, topology):
+        mesh = {"slices": topology.slices, **{k: way.mesh[k] for k in ("data", "fsdp", "tensor")}}
+        try:
+            found.append((way, formula.plan(way, abstract_mesh(mesh))))
+        except CalmError:  # it divides no heads, no width or not the batch
+            continue
+    return sorted(found, key=lambda pair: (pair[1]["seconds"]["serial"], pair[0].train.accumulate))
+
+
+def cheapest(
+    config: ConfigDict,
+    topology: Topology,
+    compile_plan: Callable[[ConfigDict, Topology], plan.Plan] = plan.make_plan,
+) -> plan.Plan:
+    """The plan of the fastest way that fits, the best by formula compiled.
+
+    Returns:
+        the plan; "candidates" are the best by formula, with what the compiler found; "advice" says
+        how to run it so.
+
+    Raises:
+        CalmError: no way fits by formula, or none that was compiled does.
+    """
+    found = candidates(config, topology)
+    fitting = [pair for pair in found if pair[1]["memory"]["fits"]]
+    if not fitting:
+        raise CalmError(_nothing_fits(found, topology))
+    plans = [guess for _, guess in fitting[: TRIED + COMPILED]]
+    if not topology.compiled:
+        return plans[0] | {"candidates": _rows(plans), "advice": advice(plans[0])}
+    good = []
+    for number, (way, _) in enumerate(fitting[:TRIED]):
+        plans[number] = compile_plan(way, topology)
+        if plans[number]["memory"]["fits"]:
+            good.append(plans[number])
+        if len(good) == COMPILED:
+            break
+    if not good:
+        raise CalmError(
+            f"the best {len(fitting[:TRIED])} ways by formula do not fit on {topology.name}; "
+            "a larger slice does"
+        )
+    best = min(good, key=lambda each: each["seconds"]["serial"])
+    return best | {"candidates": _rows(plans), "advice": advice(best)}
+
+
+def advice_by_formula(config: ConfigDict, topology: Topology) -> str:
+    """What to change where a config's own way does not fit; nothing is compiled."""
+    found = candidates(config, topology)
+    fitting = [guess for _, guess in found if guess["memory"]["fits"]]
+    return advice(fitting[0]) if fitting else _nothing_fits(found, topology)
+
+
+def advice(best: plan.Plan) -> str:
+    """The flags that make a run as a plan says."""
+    keys = {f"mesh.{axis}": ways for axis, ways in best["mesh"].items() if axis != "slices"}
+    keys |= {"train.accumulate": best["accumulate"], "train.remat": best["remat"]}
+    keys |= {"weight_sharding": best["weight_sharding"]}
+    flags = " ".join(f"--config.{key}={value}" for key, value in keys.items())
+    how = "compiled" if best["compiled"] else "by formula"
+    return f"The cheapest that fits, {how}: {flags}"
+
+
+def _ways(config: ConfigDict, topology: Topology) -> Iterator[ConfigDict]:
+    chips, rows = topology.chips_per_slice, config.train.batch_size
+    composed = config.kind == "composed"
+    remats = [remat for remat in REMAT if remat != "offload" or topology.compiled]
+    for tensor, fsdp in itertools.product(_divisors(chips), repeat=2):
+        if chips % (tensor * fsdp):
+            continue
+        data = chips // (tensor * fsdp)
+        for accumulate, remat, weights in itertools.product(
+            _divisors(rows), remats, WEIGHT_RULES if composed and data > 1 else ["fsdp"]
+        ):
+            way = ConfigDict(config)
+            way.mesh = ConfigDict(
+                {"slices": topology.slices, "data": data, "fsdp": fsdp, "tensor": tensor}
+            )
+            way.train = ConfigDict({**config.train, "accumulate": accumulate, "remat": remat})
+            way.weight_sharding = weights
+            yield way
+
+
+def _divisors(number: int) -> list[int]:
+    return [d for d in range(1, number + 1) if number % d == 0]
+
+
+def _rows(plans: list[plan.Plan]) -> list[dict[str, Any]]:
+    return [
+        {key: each[key] for key in ("mesh", "accumulate", "remat", "weight_sharding", "compiled")}
+        | {
+            "peak": each["memory"]["peak"],
+            "seconds": each["seconds"]["serial"] if "seconds" in each else None,
+        }
+        for each in plans
+    ]
+
+
+def _nothing_fits(found: list[tuple[ConfigDict, plan.Plan]], topology: Topology) -> str:
+    if not found:
+        return f"no mesh of the {topology.chips} chips of {topology.name} divides models and batch"
+    least = min(guess["memory"]["peak"] for _, guess in found)
+    return (
+        f"no way of running the step fits on {topology.name}: by formula it needs "
+        f"{least / 2**30:.1f} GiB a chip at least, and there are "
+        f"{topology.chip.hbm_bytes / 2**30:.1f}"
+    )
