@@ -11,6 +11,7 @@ if [[ ${1:-} == --dry-run ]]; then
 fi
 export XLA_PYTHON_CLIENT_MEM_FRACTION=0.9
 
+# A process that has ended must not keep the others from saving.
 status=0
 run srun --kill-on-bad-exit=0 --gpu-bind=none "--cpus-per-task=$SLURM_CPUS_PER_TASK" \
   .venv/bin/calm train "$@" || status=$?

@@ -8,7 +8,7 @@
 #   train     starts `calm train` on every worker; it goes on when this machine is gone
 #   logs      follows what one worker says
 #   status    prints the state of the slices, and of the training on every worker
-#   stop      lets the training save and end
+#   stop      lets the training save and end; a resume that runs starts it again
 #   resume    sees the training through: creates, installs and trains where that was not done, and
 #             again after every preemption, until it has ended
 #   delete    deletes the slices

@@ -1,6 +1,8 @@
 """Machines of GPUs: what SLURM is asked, and when a job queues itself again."""
 
+import hashlib
 import os
+import shutil
 import subprocess
 
 import pytest
@@ -55,6 +57,20 @@ def test_one_machine_runs_one_process():
         "--config=configs/own_models.py --workdir=runs/mine",
     ]
     assert shell_scripts.lines("gpu.sh", "--install", "--dry-run") == ["prepare cuda"]
+
+
+def test_one_machine_ends_with_the_trainings_status(tmp_path):
+    shutil.copytree(shell_scripts.LAUNCH, tmp_path / "launch")
+    (tmp_path / "setup.py").write_text("as it was installed")
+    calm = '#!/bin/sh\necho "$XLA_PYTHON_CLIENT_MEM_FRACTION $*"\nexit 75\n'
+    shell_scripts.write_program(tmp_path / ".venv/bin", "calm", calm)
+    installed = hashlib.sha256(b"as it was installed").hexdigest()
+    (tmp_path / ".venv/installed-cuda").write_text(installed + "\n")
+    ended = subprocess.run(
+        ["bash", tmp_path / "launch/gpu.sh", *TRAIN], capture_output=True, text=True
+    )
+    assert ended.returncode == 75, ended.stderr
+    assert ended.stdout == "0.9 train --config=configs/own_models.py --workdir=runs/mine\n"
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 import fnmatch
 import pathlib
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -44,6 +45,20 @@ def test_help_names_every_flag(script):
     shown = "\n".join(shell_scripts.lines(script, "--help"))
     for name in [*names.split(), *switches.split(), "dry-run"]:
         assert re.search(rf"^\s+--{name}\b", shown, re.MULTILINE), name
+
+
+def readme_commands() -> list[str]:
+    """The lines of the README that call these scripts, each as one line."""
+    text = (shell_scripts.ROOT / "README.md").read_text().replace("\\\n", " ")
+    return re.findall(rf"^bash launch/(?:{'|'.join(COMMANDS)}) .*$", text, re.MULTILINE)
+
+
+@pytest.mark.parametrize("command", readme_commands())
+def test_commands_of_the_readme_are_taken(command):
+    _, script, *arguments = shlex.split(command, comments=True)
+    end = arguments.index("--") if "--" in arguments else len(arguments)
+    arguments.insert(end, "--dry-run")
+    assert shell_scripts.lines(pathlib.Path(script).name, *arguments)
 
 
 WORDS = st.text(st.characters(codec="utf-8", exclude_characters="\0"))
