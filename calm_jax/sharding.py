@@ -156,6 +156,26 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, spec)
 
 
+def on_each_device(
+    function: Callable[..., jax.Array],
+    arrays: Sequence[jax.Array],
+    axes: Sequence[Sequence[str | None]],
+) -> jax.Array:
+    """`function(*arrays)`, computed by each device from its own parts alone, where a mesh is set.
+
+    `axes` are the arrays' logical axes. The result is split as the first array is.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return function(*arrays)
+    specs = tuple(
+        _fitting_spec("an activation", x.shape, x_axes, mesh, RULES)
+        for x, x_axes in zip(arrays, axes, strict=True)
+    )
+    split = jax.shard_map(function, in_specs=specs, out_specs=specs[0], check_vma=False)
+    return split(*arrays)
+
+
 def put_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
     """Builds global arrays on the mesh from the rows that this process holds."""
     sharding = batch_sharding(mesh)

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from calm_jax import sharding
-from calm_jax.models.attention import SelfAttentionInputs, dot_product_attention
+from calm_jax.models.attention import SelfAttentionInputs
 from calm_jax.models.config import DecoderConfig
 from calm_jax.models.parameters import constant, matrix
 from calm_jax.models.quantized import product
@@ -101,10 +101,7 @@ class SelfAttention(nnx.Module):
             q_BTNH = _l2_norm(q_BTNH, self.query_norm[...])
             k_BSKH = _l2_norm(k_BSKH, self.key_norm[...])
         q_BTNH, k_BSKH = shared.rotate(q_BTNH, k_BSKH, local)
-        x_BTNH, _ = dot_product_attention(
-            q_BTNH, k_BSKH, v_BSKH, shared.mask(local),
-            scale=self.config.scale, logit_cap=self.config.attention_logit_cap,
-        )  # fmt: skip
+        x_BTNH = shared.attend(q_BTNH, k_BSKH, v_BSKH, local)
         y_BTD = product("BTNH,NHD->BTD", x_BTNH, self, "output")
         return y_BTD + self.output_bias[...].astype(cast) if self.config.output_bias else y_BTD
 

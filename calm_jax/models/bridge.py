@@ -13,18 +13,19 @@ import jax.numpy as jnp
 from flax import nnx
 
 from calm_jax.errors import CalmError
-from calm_jax.models.attention import apply_rope, causal_mask, dot_product_attention, rope_angles
+from calm_jax.models.attention import Attention
 from calm_jax.models.block import rms_norm, stream, whole
 from calm_jax.models.config import CompositionConfig, DecoderConfig
 from calm_jax.models.execution import Execution
 from calm_jax.models.parameters import constant, matrix
+from calm_jax.models.rotary import apply_rope, rope_angles
 
 NORM_EPS = 1e-6
 ROPE_BASE = 10_000.0
 
 
 class BridgeInputs:
-    """What every connection of one augment shares in a forward pass: mask and rotary angles."""
+    """What every connection of one augment shares in a forward pass: attention and angles."""
 
     def __init__(
         self,
@@ -36,15 +37,17 @@ class BridgeInputs:
         execution: Execution,
     ):
         self.execution = execution
-        self.mask_BTS = causal_mask(segment_ids_BT)
+        key_segments_BS = None
         if config.encoder_only:
             if prompt_mask_BT is None:
                 raise CalmError(
                     "composition.encoder_only needs the prompt: the batch has no "
                     "'decoder_causal_attention'"
                 )
-            self.mask_BTS &= (prompt_mask_BT == 1)[:, None, :]
-        self.sees_any_BT = jnp.any(self.mask_BTS, axis=-1)
+            key_segments_BS = jnp.where(prompt_mask_BT == 1, segment_ids_BT, 0)
+        self.attend = Attention(
+            execution.attention, segment_ids_BT, key_segments_BS, scale=head_dim**-0.5
+        )
         self.angles_BTR = rope_angles(positions_BT, head_dim, ROPE_BASE) if config.rotary else None
 
 
@@ -84,7 +87,7 @@ class CrossAttention(nnx.Module):
 
     def __call__(
         self, h_BTD: jax.Array, tap_BSE: jax.Array, shared: BridgeInputs
-    ) -> tuple[jax.Array, jax.Array]:
+    ) -> tuple[jax.Array, jax.Array | None]:
         """f_cross(f_proj(tap), h), without the residual.
 
         Args:
@@ -93,7 +96,7 @@ class CrossAttention(nnx.Module):
 
         Returns:
             [B, T, D] in the dtype of `h_BTD`, exactly 0 where a query has nothing to see; and the
-            attention weights, float32 [B, N, T, S].
+            attention weights, float32 [B, N, T, S], that the backend "xla" alone has, else None.
         """
         config, cast = self.config, h_BTD.dtype
         q_in_BTD = h_BTD
@@ -114,9 +117,11 @@ class CrossAttention(nnx.Module):
         if config.rotary:
             q_BTNH = apply_rope(q_BTNH, shared.angles_BTR, "half")
             k_BSNH = apply_rope(k_BSNH, shared.angles_BTR, "half")
-        x_BTNH, weights_BNTS = dot_product_attention(
-            q_BTNH, k_BSNH, v_BSNH, shared.mask_BTS, scale=self.head_dim**-0.5
-        )
+        weights_BNTS = None
+        if shared.attend.backend == "xla":
+            x_BTNH, weights_BNTS = shared.attend.with_weights(q_BTNH, k_BSNH, v_BSNH)
+        else:
+            x_BTNH = shared.attend(q_BTNH, k_BSNH, v_BSNH)
         if config.output_projection:
             y_BTD = jnp.einsum("BTNH,NHD->BTD", x_BTNH, self.output[...].astype(cast))
             if config.bias:
@@ -125,7 +130,7 @@ class CrossAttention(nnx.Module):
             y_BTD = x_BTNH.reshape(h_BTD.shape)
         if config.gate:
             y_BTD *= self.gate[...].astype(cast)
-        return jnp.where(shared.sees_any_BT[:, :, None], stream(y_BTD), 0), weights_BNTS
+        return jnp.where(shared.attend.sees_any_BT[:, :, None], stream(y_BTD), 0), weights_BNTS
 
 
 def heads(config: CompositionConfig, anchor: DecoderConfig) -> tuple[int, int]:

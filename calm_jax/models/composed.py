@@ -186,8 +186,9 @@ class ComposedDecoder(nnx.Module):
         """Attention weights of each connection, float32 [B, N, T, S], inside `jax.jit`."""
         positions_BT, segment_ids_BT = fill_inputs(tokens_BT, positions_BT, segment_ids_BT)
         return self._run(
-            tokens_BT, positions_BT, segment_ids_BT, prompt_mask_BT, lambda h, y, weights: weights
-        )[1]
+            tokens_BT, positions_BT, segment_ids_BT, prompt_mask_BT, lambda h, y, weights: weights,
+            bridge_attention="xla",
+        )[1]  # fmt: skip
 
     def run_augment(self, number: int, tokens_BT, positions_BT=None, segment_ids_BT=None) -> "Taps":
         """Runs one augment up to its last tap; no gradient flows back into it."""
@@ -264,7 +265,10 @@ class ComposedDecoder(nnx.Module):
         for augment, shapes in zip(self.augments, self.plan.augment_shapes, strict=True):
             augment.layers.cut(shapes)
 
-    def _run(self, tokens_BT, positions_BT, segment_ids_BT, prompt_mask_BT, observe, perturb=None):
+    def _run(
+        self, tokens_BT, positions_BT, segment_ids_BT, prompt_mask_BT, observe, perturb=None,
+        bridge_attention=None,
+    ):  # fmt: skip
         """The anchor's residual stream with every bridge's result in it, and what was observed.
 
         For each connection that is what `observe(h, f_cross result, attention weights)` returns.
@@ -276,10 +280,11 @@ class ComposedDecoder(nnx.Module):
         ]
         if perturb is not None:
             taps = [tap.perturbed(perturb, number) for number, tap in enumerate(taps)]
+        execution = self.execution
+        if bridge_attention is not None:
+            execution = dataclasses.replace(execution, attention=bridge_attention)
         bridge_inputs = [
-            BridgeInputs(
-                config, head_dim, positions_BT, segment_ids_BT, prompt_mask_BT, self.execution
-            )
+            BridgeInputs(config, head_dim, positions_BT, segment_ids_BT, prompt_mask_BT, execution)
             for config, head_dim in zip(self.configs, self.head_dims, strict=True)
         ]
         shared = SelfAttentionInputs(
@@ -298,7 +303,7 @@ class ComposedDecoder(nnx.Module):
                 seen.append(observe(h_BTD, y_BTD, weights))
             return sum_BTD, seen
 
-        layers, execution = self.anchor.layers, self.execution
+        layers = self.anchor.layers
         h_BTD, _ = layers.run(0, self.anchor.embed(tokens_BT), shared)
         for round_, crossings in zip(self.plan.rounds, self.bridge.rounds, strict=True):
             entry_taps = [

@@ -1,0 +1,186 @@
+"""Exact attention by blocks with an online softmax, in plain JAX, on any device.
+
+The square of queries by keys is walked block by block (FlashAttention-2, arXiv 2307.08691): no more
+than one block of logits exists at once, in the backward pass too, which computes them again from
+the inputs and each query's log of the softmax's denominator. Blocks that no query may see, because
+they lie in the future or before every window, are left out while tracing.
+
+Axes: B batch, T query position in its block, S key position in its block, I query blocks, J key
+blocks, N heads, K key heads, G queries a key head (N = K·G), H head width.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+# Positions of a block, at most. Logits of one block are float32 [B, N, BLOCK, BLOCK].
+BLOCK = 512
+
+# Finite, so that the exponent of a difference of two of them is not NaN.
+_MASKED_LOGIT = -0.7 * float(jnp.finfo(jnp.float32).max)
+
+
+def chunked_attention(
+    q_BTNH: jax.Array,
+    k_BSKH: jax.Array,
+    v_BSKH: jax.Array,
+    query_segments_BT: jax.Array,
+    key_segments_BS: jax.Array,
+    *,
+    scale: float,
+    logit_cap: float | None,
+    window: int | None,
+) -> jax.Array:
+    """Attention as `calm_jax.models.attention` defines it; as many keys as queries.
+
+    Returns:
+        values [B, T, N, H] in the dtype of `v_BSKH`; exactly 0 where a query sees nothing.
+    """
+    B, length, N, H = q_BTNH.shape
+    K = k_BSKH.shape[2]
+    blocks = -(-length // BLOCK)
+    size = -(-length // blocks)
+
+    def cut(x, *rest):
+        """[B, length, ...] as [blocks, B, size, ...]; what is added has segment 0."""
+        x = jnp.pad(x, [(0, 0), (0, blocks * size - length)] + [(0, 0)] * (x.ndim - 2))
+        return jnp.moveaxis(x.reshape(B, blocks, size, *rest), 1, 0)
+
+    x_IBKGTH = _attend(
+        _Form(blocks, size, scale, logit_cap, window),
+        jnp.einsum("IBTKGH->IBKGTH", cut(q_BTNH, K, N // K, H)),
+        jnp.einsum("JBSKH->JBKSH", cut(k_BSKH, K, H)),
+        jnp.einsum("JBSKH->JBKSH", cut(v_BSKH, K, H)),
+        cut(query_segments_BT),
+        cut(key_segments_BS),
+    )
+    x_BITKGH = jnp.einsum("IBKGTH->BITKGH", x_IBKGTH)
+    return x_BITKGH.reshape(B, blocks * size, N, H)[:, :length]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Form:
+    blocks: int
+    size: int
+    scale: float
+    logit_cap: float | None
+    window: int | None
+
+    def pairs(self) -> np.ndarray:
+        """int32 [pairs, 2]: a query block and a key block that some of its queries may see."""
+        reach = self.blocks * self.size if self.window is None else self.window
+        return np.array(
+            [
+                (i, j)
+                for i in range(self.blocks)
+                for j in range(i + 1)
+                if i * self.size - ((j + 1) * self.size - 1) < reach
+            ],
+            np.int32,
+        )
+
+    def logits(self, q_BKGTH, k_BKSH) -> jax.Array:
+        """Float32 [B, K, G, T, S], capped."""
+        logits_BKGTS = self.scale * jnp.einsum(
+            "BKGTH,BKSH->BKGTS", q_BKGTH, k_BKSH, preferred_element_type=jnp.float32
+        )
+        if self.logit_cap is None:
+            return logits_BKGTS
+        return self.logit_cap * jnp.tanh(logits_BKGTS / self.logit_cap)
+
+    def mask(self, i, j, queries_BT, keys_BS) -> jax.Array:
+        """Bool [B, 1, 1, T, S]: what queries of block i see of the keys of block j."""
+        within = jnp.arange(self.size)
+        distance_TS = (i - j) * self.size + within[:, None] - within[None, :]
+        near_TS = distance_TS >= 0
+        if self.window is not None:
+            near_TS &= distance_TS < self.window
+        same_BTS = queries_BT[:, :, None] == keys_BS[:, None, :]
+        return (near_TS & same_BTS & (keys_BS != 0)[:, None, :])[:, None, None]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attend(form: _Form, q_IBKGTH, k_JBKSH, v_JBKSH, queries_IBT, keys_JBS):
+    return _forward(form, q_IBKGTH, k_JBKSH, v_JBKSH, queries_IBT, keys_JBS)[0]
+
+
+def _forward(form: _Form, q_IBKGTH, k_JBKSH, v_JBKSH, queries_IBT, keys_JBS):
+    """The values, and what the backward pass needs."""
+
+    def step(carry, pair):
+        values_IBKGTH, sums_IBKGT, maxima_IBKGT = carry
+        i, j = pair
+        mask = form.mask(i, j, queries_IBT[i], keys_JBS[j])
+        logits = jnp.where(mask, form.logits(q_IBKGTH[i], k_JBKSH[j]), _MASKED_LOGIT)
+        maxima = jnp.maximum(maxima_IBKGT[i], jnp.max(logits, axis=-1))
+        weights = jnp.where(mask, jnp.exp(logits - maxima[..., None]), 0.0)
+        kept = jnp.exp(maxima_IBKGT[i] - maxima)
+        values = jnp.einsum(
+            "BKGTS,BKSH->BKGTH", weights.astype(v_JBKSH.dtype), v_JBKSH[j],
+            preferred_element_type=jnp.float32,
+        )  # fmt: skip
+        carry = (
+            _put(values_IBKGTH, i, kept[..., None] * values_IBKGTH[i] + values),
+            _put(sums_IBKGT, i, kept * sums_IBKGT[i] + jnp.sum(weights, axis=-1)),
+            _put(maxima_IBKGT, i, maxima),
+        )
+        return carry, None
+
+    rows = q_IBKGTH.shape[:-1]
+    start = (
+        jnp.zeros(q_IBKGTH.shape, jnp.float32),
+        jnp.zeros(rows, jnp.float32),
+        jnp.full(rows, _MASKED_LOGIT, jnp.float32),
+    )
+    (values_IBKGTH, sums_IBKGT, maxima_IBKGT), _ = jax.lax.scan(step, start, form.pairs())
+    sums_IBKGT = jnp.where(sums_IBKGT == 0, 1.0, sums_IBKGT)  # a query that sees nothing
+    x_IBKGTH = (values_IBKGTH / sums_IBKGT[..., None]).astype(v_JBKSH.dtype)
+    log_sums_IBKGT = maxima_IBKGT + jnp.log(sums_IBKGT)
+    kept = (q_IBKGTH, k_JBKSH, v_JBKSH, queries_IBT, keys_JBS, x_IBKGTH, log_sums_IBKGT)
+    return x_IBKGTH, kept
+
+
+def _backward(form: _Form, kept, dx_IBKGTH):
+    q_IBKGTH, k_JBKSH, v_JBKSH, queries_IBT, keys_JBS, x_IBKGTH, log_sums_IBKGT = kept
+    # The softmax's own share of each logit's gradient: the same for all keys of a query.
+    shared_IBKGT = jnp.sum(dx_IBKGTH.astype(jnp.float32) * x_IBKGTH.astype(jnp.float32), axis=-1)
+
+    def step(carry, pair):
+        dq_IBKGTH, dk_JBKSH, dv_JBKSH = carry
+        i, j = pair
+        q, k, v, dx = q_IBKGTH[i], k_JBKSH[j], v_JBKSH[j], dx_IBKGTH[i]
+        mask = form.mask(i, j, queries_IBT[i], keys_JBS[j])
+        logits = form.logits(q, k)
+        weights = jnp.where(mask, jnp.exp(logits - log_sums_IBKGT[i][..., None]), 0.0)
+        dweights = jnp.einsum("BKGTH,BKSH->BKGTS", dx, v, preferred_element_type=jnp.float32)
+        dlogits = weights * (dweights - shared_IBKGT[i][..., None])
+        if form.logit_cap is not None:
+            dlogits *= 1 - jnp.square(logits / form.logit_cap)
+        dlogits = (form.scale * dlogits).astype(q.dtype)
+        add = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+        dq = add("BKGTS,BKSH->BKGTH", dlogits, k)
+        dk = add("BKGTS,BKGTH->BKSH", dlogits, q)
+        dv = add("BKGTS,BKGTH->BKSH", weights.astype(v.dtype), dx)
+        carry = (
+            _put(dq_IBKGTH, i, dq_IBKGTH[i] + dq),
+            _put(dk_JBKSH, j, dk_JBKSH[j] + dk),
+            _put(dv_JBKSH, j, dv_JBKSH[j] + dv),
+        )
+        return carry, None
+
+    inputs = (q_IBKGTH, k_JBKSH, v_JBKSH)
+    start = tuple(jnp.zeros(x.shape, jnp.float32) for x in inputs)
+    gradients, _ = jax.lax.scan(step, start, form.pairs())
+    gradients = [dx.astype(x.dtype) for dx, x in zip(gradients, inputs, strict=True)]
+    return (*gradients, None, None)
+
+
+_attend.defvjp(_forward, _backward)
+
+
+def _put(x, index, value):
+    """x with x[index] = value, in place; not the scatter that x.at[] makes."""
+    return jax.lax.dynamic_update_index_in_dim(x, value, index, 0)
