@@ -7,6 +7,7 @@ weights as they are gathered; and the same again for traffic.
 
 import dataclasses
 import functools
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -85,6 +86,7 @@ class Formula:
         self.opt_state = jax.eval_shape(self.optimizer.init, self.trainable)
         self.compositions = composition_configs(config) if self.parts.composed else []
         self.flops_by_remat: dict[str, int] = {}
+        self._trees = functools.cache(self._count_trees)
 
     def plan(self, config: ConfigDict, mesh: jax.sharding.AbstractMesh) -> plan.Plan:
         """As `calm_jax.planning.plan.make_plan`, without its collectives.
@@ -94,11 +96,8 @@ class Formula:
         """
         train, chip = config.train, self.topology.chip
         sharding.check_batch(train.batch_size, train.accumulate, mesh)
-        rules = sharding.WEIGHT_RULES[config.weight_sharding]
-        places = Shardings.of(self.parts, self.optimizer, mesh, rules)
-        trees = memory.tree_rows(self.parts, places, self.trainable, self.opt_state, self.frozen)
+        trees, trained = self._trees(mesh, config.weight_sharding)
         state = sum(tree["bytes"] for tree in trees)
-        trained = memory.bytes_of_one_chip(self.trainable, places.trainable)
         tensor, batch_ways = mesh.shape["tensor"], mesh.size // mesh.shape["tensor"]
         rows = train.batch_size / train.accumulate / batch_ways
         groups = self._groups(config, rows, tensor)
@@ -136,6 +135,15 @@ class Formula:
             },
             "flops": flops,
         } | plan.times(config, self.topology, seconds)
+
+    def _count_trees(
+        self, mesh: jax.sharding.AbstractMesh, weight_sharding: str
+    ) -> tuple[list[dict[str, Any]], int]:
+        """Rows of all trees, and bytes of what is trained, on one chip."""
+        rules = sharding.WEIGHT_RULES[weight_sharding]
+        places = Shardings.of(self.parts, self.optimizer, mesh, rules)
+        rows = memory.tree_rows(self.parts, places, self.trainable, self.opt_state, self.frozen)
+        return rows, memory.bytes_of_one_chip(self.trainable, places.trainable)
 
     def _groups(self, config: ConfigDict, rows: float, tensor: int) -> list[_Layers]:
         T = config.data.length
@@ -231,7 +239,7 @@ def _bytes_of_layer(tree: Any, number: int) -> float:
     return size_in_bytes(tree) / number
 
 
-def abstract_mesh(sizes: dict[str, int]) -> jax.sharding.AbstractMesh:
+def abstract_mesh(sizes: Mapping[str, int]) -> jax.sharding.AbstractMesh:
     """A mesh without devices, with the sizes of all its axes."""
     return jax.sharding.AbstractMesh(
         tuple(sizes[axis] for axis in sharding.MESH_AXES), sharding.MESH_AXES

@@ -10,6 +10,7 @@ from ml_collections import ConfigDict
 import calm_jax
 from calm_jax import sharding
 from calm_jax.planning import collectives, hlo, memory, program, roofline, traffic
+from calm_jax.planning.fitting import TooLarge
 from calm_jax.planning.topologies import Topology
 from calm_jax.training.costs import jaxpr_flops
 from calm_jax.training.ideal import ideal_flops
@@ -48,8 +49,8 @@ def make_plan(config: ConfigDict, topology: Topology) -> Plan:
     }
     try:
         compiled = program.compile_program(traced)
-    except program.TooLarge as error:
-        plan["memory"] |= {"peak": error.needed or None, "fits": False}
+    except TooLarge as error:
+        plan["memory"] |= {"peak": error.needed, "fits": False}
         return plan
     plan["compile_seconds"] = round(time.monotonic() - started, 1)
     stats = compiled.memory_analysis()

@@ -7,7 +7,6 @@ import contextlib
 import dataclasses
 import importlib.util
 import os
-import re
 from typing import Any
 
 import jax
@@ -24,6 +23,7 @@ from calm_jax.models.execution import Execution
 from calm_jax.models.parameters import path_name
 from calm_jax.models.published import form, is_form
 from calm_jax.models.quantized import SCALE
+from calm_jax.planning.fitting import compile_lowered
 from calm_jax.planning.topologies import Topology
 from calm_jax.training.optimizer import make_optimizer
 from calm_jax.training.run_model import composition_configs, decoder_config, frozen_dtypes
@@ -127,24 +127,10 @@ def trace(config: ConfigDict, mesh: Mesh) -> Program:
         return Program(mesh, parts, shardings, arguments, step.trace(*arguments))
 
 
-class TooLarge(Exception):
-    """The compiler found no way to fit the step into a chip's memory; `needed` bytes if told."""
-
-    def __init__(self, message: str):
-        super().__init__(message)
-        found = re.search(r"\(([\d.]+)([KMGT]?)\) exceeds available", message)
-        self.needed = int(float(found[1]) * 1024 ** " KMGT".index(found[2] or " ")) if found else 0
-
-
-def compile_program(program: Program):
-    """The compiled step. Raises `TooLarge` when it does not fit into a chip's memory."""
+def compile_program(program: Program) -> jax.stages.Compiled:
+    """The compiled step. Raises `TooLarge` where the compiler finds no way to fit it in memory."""
     with jax.set_mesh(program.mesh), _silent_stderr():
-        try:
-            return program.traced.lower().compile()
-        except jax.errors.JaxRuntimeError as error:
-            if "RESOURCE_EXHAUSTED" not in str(error):
-                raise
-            raise TooLarge(str(error)) from None
+        return compile_lowered(program.traced.lower(), program.mesh.devices.flat[0])
 
 
 def abstract_parts(config: ConfigDict) -> Parts:

@@ -11,7 +11,6 @@ from calm_jax.models.execution import REMAT
 from calm_jax.planning import plan
 from calm_jax.planning.formula import Formula, abstract_mesh
 from calm_jax.planning.topologies import Topology
-from calm_jax.sharding import WEIGHT_RULES
 
 COMPILED = 2  # of the candidates
 TRIED = 4  # at most, where formulas were too hopeful
@@ -20,15 +19,14 @@ TRIED = 4  # at most, where formulas were too hopeful
 def candidates(config: ConfigDict, topology: Topology) -> list[tuple[ConfigDict, plan.Plan]]:
     """Every way of running the step of a config, with its plan by formula; the fastest first.
 
-    Ways differ in mesh, micro-batches, rematerialisation and where frozen weights are; the batch,
-    and so what is learnt, is that of the config.
+    Ways differ in mesh, micro-batches and rematerialisation; the batch, and so what is learnt, is
+    that of the config.
     """
     formula = Formula(config, topology)
     found = []
     for way in _ways(config, topology):
-        mesh = {"slices": topology.slices, **{k: way.mesh[k] for k in ("data", "fsdp", "tensor")}}
         try:
-            found.append((way, formula.plan(way, abstract_mesh(mesh))))
+            found.append((way, formula.plan(way, abstract_mesh(way.mesh))))
         except CalmError:  # it divides no heads, no width or not the batch
             continue
     return sorted(found, key=lambda pair: (pair[1]["seconds"]["serial"], pair[0].train.accumulate))
@@ -90,21 +88,17 @@ def advice(best: plan.Plan) -> str:
 
 def _ways(config: ConfigDict, topology: Topology) -> Iterator[ConfigDict]:
     chips, rows = topology.chips_per_slice, config.train.batch_size
-    composed = config.kind == "composed"
     remats = [remat for remat in REMAT if remat != "offload" or topology.compiled]
     for tensor, fsdp in itertools.product(_divisors(chips), repeat=2):
         if chips % (tensor * fsdp):
             continue
-        data = chips // (tensor * fsdp)
-        for accumulate, remat, weights in itertools.product(
-            _divisors(rows), remats, WEIGHT_RULES if composed and data > 1 else ["fsdp"]
-        ):
+        mesh = {"data": chips // (tensor * fsdp), "fsdp": fsdp, "tensor": tensor}
+        for accumulate, remat in itertools.product(_divisors(rows), remats):
             way = ConfigDict(config)
-            way.mesh = ConfigDict(
-                {"slices": topology.slices, "data": data, "fsdp": fsdp, "tensor": tensor}
-            )
+            way.mesh = ConfigDict({"slices": topology.slices, **mesh})
             way.train = ConfigDict({**config.train, "accumulate": accumulate, "remat": remat})
-            way.weight_sharding = weights
+            # Over "all" is what a mesh does whose `data` is 1.
+            way.weight_sharding = "fsdp"
             yield way
 
 

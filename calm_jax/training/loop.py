@@ -21,6 +21,7 @@ from calm_jax.data.source import Part, Source
 from calm_jax.data.stream import Stream, batches_once
 from calm_jax.data.vocabulary import Vocabulary
 from calm_jax.errors import CalmError
+from calm_jax.planning.fitting import compile_to_fit
 from calm_jax.training import configuration
 from calm_jax.training.costs import jaxpr_flops, tree_costs
 from calm_jax.training.loss import means
@@ -121,7 +122,8 @@ class _Session:
         self.model = load_model(config, mesh)
         self.parts = self.model.parts
         self.optimizer, self.schedule = make_optimizer(config.optimizer, config.train.num_steps)
-        self.shardings = Shardings.of(self.parts, self.optimizer, mesh, self.model.frozen_rules)
+        rules = sharding.WEIGHT_RULES[config.weight_sharding]
+        self.shardings = Shardings.of(self.parts, self.optimizer, mesh, rules)
         self.processes = {
             "process_index": jax.process_index(),
             "process_count": jax.process_count(),
@@ -181,7 +183,7 @@ class _Session:
         index = jax.device_put(jnp.int32(0), self.shardings.replicated)
         arguments = (self.model.trainable, self.opt_state, self.model.frozen, batch, index)
         traced = step.trace(*arguments)
-        compiled = traced.lower().compile()
+        compiled = compile_to_fit(traced.lower(), jax.local_devices()[0])
         memory = compiled.memory_analysis()
         costs = {
             "trees": tree_costs(

@@ -1,0 +1,65 @@
+"""Whether a compiled step fits into a device's memory: asked before it runs for the first time."""
+
+import re
+
+import jax
+
+from calm_jax.errors import CalmError
+from calm_jax.planning.topologies import GIB, chip_of
+
+ADVICE = (
+    "raise train.accumulate, set train.remat=full, or give mesh.fsdp and mesh.tensor more devices; "
+    "`calm plan --search` finds out which"
+)
+_TOLD = re.compile(r"\(([\d.]+)([KMGT]?)\) exceeds available")
+
+
+class TooLarge(CalmError):
+    """A step that does not fit; `needed` is in bytes, None where the compiler does not say."""
+
+    def __init__(self, needed: int | None, device: jax.Device):
+        self.needed = needed
+        available = memory_of(device)
+        much = f"{needed / GIB:.1f} GiB" if needed else "more memory"
+        there = f" {available / GIB:.1f} GiB for it" if available else " less"
+        super().__init__(
+            f"a step needs {much} on each device, but {device.device_kind} has{there}; {ADVICE}"
+        )
+
+
+def memory_of(device: jax.Device) -> int | None:
+    """Bytes that a program can have on a device, or None where that is not known."""
+    if device.platform == "cpu":
+        return None
+    chip = chip_of(device.device_kind)
+    try:
+        told = (device.memory_stats() or {}).get("bytes_limit")
+    except jax.errors.JaxRuntimeError:  # it is not of this process, or not there at all
+        told = None
+    return told or (chip.hbm_bytes if chip else None)
+
+
+def compile_to_fit(lowered: jax.stages.Lowered, device: jax.Device) -> jax.stages.Compiled:
+    """Compiles a step for devices such as `device`.
+
+    Raises:
+        TooLarge: it does not fit, as the compiler finds out or as its result says.
+    """
+    compiled = compile_lowered(lowered, device)
+    needed = getattr(compiled.memory_analysis(), "peak_memory_in_bytes", 0)
+    available = memory_of(device)
+    if available is not None and needed > available:
+        raise TooLarge(needed, device)
+    return compiled
+
+
+def compile_lowered(lowered: jax.stages.Lowered, device: jax.Device) -> jax.stages.Compiled:
+    """Compiles. Raises `TooLarge` where the compiler itself finds no way to fit the step."""
+    try:
+        return lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        found = _TOLD.search(str(error))
+        needed = int(float(found[1]) * 1024 ** " KMGT".index(found[2] or " ")) if found else None
+        raise TooLarge(needed, device) from None

@@ -1,0 +1,25 @@
+"""Gemma 2 27B reads Gemma 2 2B, on a v5e slice of 8 x 8 chips or a larger one.
+
+Anchor and augment are forms, which `calm plan` reads; set them to frozen folders to train.
+"""
+
+from calm_jax.models import CompositionConfig
+from calm_jax.training.configuration import composed_run
+
+
+def get_config():
+    config = composed_run(CompositionConfig(every=4))
+    config.name = "gemma2_27b_2b"
+    config.anchor = "form:gemma2_27b"
+    config.augments = ("form:gemma2_2b",)
+    config.weight_sharding = "all"
+    config.data.train = ({"jsonl": "data/train.jsonl"},)
+    config.data.length = 2048
+    config.mesh.fsdp = 8
+    config.mesh.tensor = 4
+    config.optimizer.learning_rate = 1e-3
+    config.optimizer.warmup_steps = 100
+    config.train.num_steps = 5_000
+    config.train.batch_size = 64
+    config.train.remat = "full"
+    return config
