@@ -39,9 +39,9 @@ RULES: Rules = {
     "layers": (),
 }
 
-# Of frozen weights, by the config's `frozen_sharding`: "all" splits them over every device of a
-# slice, and a layer is gathered when its turn comes.
-FROZEN_RULES: dict[str, Rules] = {"fsdp": RULES, "all": {**RULES, "embed": ("data", "fsdp")}}
+# Of weights, by the config's `weight_sharding`: "all" splits them over every device of a slice. A
+# layer is gathered when its turn comes.
+WEIGHT_RULES: dict[str, Rules] = {"fsdp": RULES, "all": {**RULES, "embed": ("data", "fsdp")}}
 
 # Grouped queries may have fewer key heads than `tensor` has devices: then each device keeps all;
 # and a stream need not have a length that it divides.
@@ -57,6 +57,20 @@ def make_mesh(shape: Mapping[str, int], devices: list[jax.Device] | None = None)
     """
     devices = jax.devices() if devices is None else devices
     slices = len({getattr(device, "slice_index", None) for device in devices})
+    sizes = list(mesh_sizes(shape, len(devices), slices).values())
+    types = (AxisType.Auto,) * len(MESH_AXES)
+    if slices == 1:
+        return jax.make_mesh(sizes, MESH_AXES, axis_types=types, devices=devices)
+    if sizes[0] != slices:
+        raise CalmError(f"mesh.slices is {sizes[0]}, but the devices are {slices} slices")
+    array = mesh_utils.create_hybrid_device_mesh(
+        [1, *sizes[1:]], [slices, 1, 1, 1], devices, allow_split_physical_axes=True
+    )
+    return Mesh(array, MESH_AXES, axis_types=types)
+
+
+def mesh_sizes(shape: Mapping[str, int], devices: int, slices: int) -> dict[str, int]:
+    """The size of every axis, as for `make_mesh`, of which it raises the errors."""
     shape = {**shape, "slices": shape.get("slices", 0) or slices}
     for axis, size in shape.items():
         if axis not in MESH_AXES:
@@ -67,18 +81,12 @@ def make_mesh(shape: Mapping[str, int], devices: list[jax.Device] | None = None)
     if sizes.count(-1) > 1:
         raise CalmError(f"mesh {dict(shape)} leaves more than one axis open with -1")
     fixed = math.prod(size for size in sizes if size != -1)
-    if fixed > len(devices):
-        raise CalmError(f"mesh {dict(shape)} needs {fixed} devices, but there are {len(devices)}")
-    if len(devices) % fixed or (-1 not in sizes and fixed != len(devices)):
-        raise CalmError(f"mesh {dict(shape)} does not use all {len(devices)} devices exactly")
-    sizes = [len(devices) // fixed if size == -1 else size for size in sizes]
-    types = (AxisType.Auto,) * len(MESH_AXES)
-    if slices == 1:
-        return jax.make_mesh(sizes, MESH_AXES, axis_types=types, devices=devices)
-    if sizes[0] != slices:
-        raise CalmError(f"mesh.slices is {sizes[0]}, but the devices are {slices} slices")
-    array = mesh_utils.create_hybrid_device_mesh([1, *sizes[1:]], [slices, 1, 1, 1], devices)
-    return Mesh(array, MESH_AXES, axis_types=types)
+    if fixed > devices:
+        raise CalmError(f"mesh {dict(shape)} needs {fixed} devices, but there are {devices}")
+    if devices % fixed or (-1 not in sizes and fixed != devices):
+        raise CalmError(f"mesh {dict(shape)} does not use all {devices} devices exactly")
+    sizes = [devices // fixed if size == -1 else size for size in sizes]
+    return dict(zip(MESH_AXES, sizes, strict=True))
 
 
 def partition_spec(axes: Sequence[str | None], rules: Rules = RULES) -> PartitionSpec:

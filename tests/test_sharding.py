@@ -167,7 +167,7 @@ def test_partition_spec():
     assert sharding.partition_spec(("embed", "heads", None)) == PartitionSpec(
         "fsdp", "tensor", None
     )
-    everywhere = sharding.partition_spec(("embed", "mlp"), sharding.FROZEN_RULES["all"])
+    everywhere = sharding.partition_spec(("embed", "mlp"), sharding.WEIGHT_RULES["all"])
     assert everywhere == PartitionSpec(("data", "fsdp"), "tensor")
 
 

@@ -34,9 +34,21 @@ def stream(x_BTD: jax.Array) -> jax.Array:
     return sharding.constrain(x_BTD, "batch", "stream_length", "activation_embed")
 
 
+@jax.custom_vjp
 def whole(x_BTD: jax.Array) -> jax.Array:
-    """Gathers the length, as products need it whose results are split by heads or features."""
+    """Gathers the length, as products need it whose results are split by heads or features.
+
+    The gradient, which they leave as parts of a sum, is laid out as the residual stream.
+    """
     return sharding.constrain(x_BTD, "batch", "length", "activation_embed")
+
+
+whole.defvjp(lambda x_BTD: (whole(x_BTD), None), lambda _, gradient: (stream(gradient),))
+
+
+def by_heads(x_BTNH: jax.Array, heads: str = "heads") -> jax.Array:
+    """Splits queries, keys or values, and so their gradients, by heads."""
+    return sharding.constrain(x_BTNH, "batch", "length", heads, "head_dim")
 
 
 class Norm(nnx.Module):
@@ -101,8 +113,10 @@ class SelfAttention(nnx.Module):
             q_BTNH = _l2_norm(q_BTNH, self.query_norm[...])
             k_BSKH = _l2_norm(k_BSKH, self.key_norm[...])
         q_BTNH, k_BSKH = shared.rotate(q_BTNH, k_BSKH, local)
+        q_BTNH = by_heads(q_BTNH)
+        k_BSKH, v_BSKH = by_heads(k_BSKH, "kv_heads"), by_heads(v_BSKH, "kv_heads")
         x_BTNH = shared.attend(q_BTNH, k_BSKH, v_BSKH, local)
-        y_BTD = product("BTNH,NHD->BTD", x_BTNH, self, "output")
+        y_BTD = product("BTNH,NHD->BTD", by_heads(x_BTNH), self, "output")
         return y_BTD + self.output_bias[...].astype(cast) if self.config.output_bias else y_BTD
 
 
@@ -127,6 +141,7 @@ class Mlp(nnx.Module):
             hidden_BTF *= activation(self._project("BTD,DF->BTF", x_BTD, "gate"))
         else:
             hidden_BTF = activation(hidden_BTF)
+        hidden_BTF = sharding.constrain(hidden_BTF, "batch", "length", "mlp")
         return self._project("BTF,FD->BTD", hidden_BTF, "down")
 
     def _project(self, equation: str, x: jax.Array, name: str) -> jax.Array:

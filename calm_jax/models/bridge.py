@@ -14,7 +14,7 @@ from flax import nnx
 
 from calm_jax.errors import CalmError
 from calm_jax.models.attention import Attention
-from calm_jax.models.block import rms_norm, stream, whole
+from calm_jax.models.block import by_heads, rms_norm, stream, whole
 from calm_jax.models.config import CompositionConfig, DecoderConfig
 from calm_jax.models.execution import Execution
 from calm_jax.models.parameters import constant, matrix
@@ -117,11 +117,13 @@ class CrossAttention(nnx.Module):
         if config.rotary:
             q_BTNH = apply_rope(q_BTNH, shared.angles_BTR, "half")
             k_BSNH = apply_rope(k_BSNH, shared.angles_BTR, "half")
+        q_BTNH, k_BSNH, v_BSNH = by_heads(q_BTNH), by_heads(k_BSNH), by_heads(v_BSNH)
         weights_BNTS = None
         if shared.attend.backend == "xla":
             x_BTNH, weights_BNTS = shared.attend.with_weights(q_BTNH, k_BSNH, v_BSNH)
         else:
             x_BTNH = shared.attend(q_BTNH, k_BSNH, v_BSNH)
+        x_BTNH = by_heads(x_BTNH)
         if config.output_projection:
             y_BTD = jnp.einsum("BTNH,NHD->BTD", x_BTNH, self.output[...].astype(cast))
             if config.bias:

@@ -315,14 +315,14 @@ class ComposedDecoder(nnx.Module):
             )
             if round_.stacked:
 
-                def step(h_BTD, inputs, bridge=bridge):
+                def step(h_BTD, inputs, bridge=bridge, round_=round_):
                     state, entry_taps, group = inputs
                     h_BTD, seen = bridge(h_BTD, state, entry_taps)
-                    return layers.scan(h_BTD, *group, shared), seen
+                    return layers.run_group(round_.piece, group, h_BTD, shared), seen
 
-                group = layers.layers(round_.piece)
+                groups = jnp.arange(layers.shapes[round_.piece][0])
                 h_BTD, seen = jax.lax.scan(
-                    step, h_BTD, (state, entry_taps, group), unroll=execution.unroll
+                    step, h_BTD, (state, entry_taps, groups), unroll=execution.unroll
                 )
             else:
                 h_BTD, seen = bridge(h_BTD, state, entry_taps)

@@ -35,9 +35,10 @@ class Execution:
 
     def rematerialised(self, layer: Callable[..., Any], *, in_loop: bool) -> Callable[..., Any]:
         """`layer`, a function whose first argument is the residual stream, under `remat`."""
-        if self.remat == "none":
+        if self.remat == "none" and not in_loop:
             return layer
         policy = {
+            "none": _all_but_weights,
             "full": None,
             "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
             "offload": jax.checkpoint_policies.save_and_offload_only_these_names(
@@ -53,6 +54,13 @@ class Execution:
 
         # In a loop XLA cannot merge what is computed again with what was computed first.
         return jax.checkpoint(named, policy=policy, prevent_cse=self.unroll or not in_loop)
+
+
+def _all_but_weights(primitive, *_, **__) -> bool:
+    """Keeps all but what a layer makes of stacked weights: else copies of all of them are kept."""
+    return primitive.name not in (
+        "dynamic_slice", "reshape", "optimization_barrier", "convert_element_type",
+    )  # fmt: skip
 
 
 def check_remat(remat: str, device: jax.Device) -> None:

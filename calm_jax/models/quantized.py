@@ -106,11 +106,9 @@ def product(
 def rows(module: nnx.Module, name: str, ids: jax.Array, dtype: jnp.dtype) -> jax.Array:
     """The rows `ids` of the table `name` of `module`, [..., D] in `dtype`."""
     table_VD, scale_V = getattr(module, name)[...], getattr(module, name + SCALE, None)
-    if scale_V is None:
-        table_VD = table_VD.astype(dtype)
-    # Whole in width first: XLA cannot go from rows split by width to tokens split by batch.
-    x = sharding.constrain(table_VD, "vocab", None)[ids]
-    return x if scale_V is None else (x * scale_V[...][ids][..., None]).astype(dtype)
+    # Every device looks up its part of the width of all ids: the table is never gathered.
+    x = table_VD[sharding.constrain(ids, *[None] * ids.ndim)]
+    return (x if scale_V is None else x * scale_V[...][ids][..., None]).astype(dtype)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))

@@ -7,7 +7,8 @@ connected layers, once, so that no step slices or copies a stacked weight.
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -60,35 +61,54 @@ class Stack(nnx.Module):
             the output of its last layer [B, T, D] and, with `taps`, the outputs of its groups:
             [G, B, T, D] for a piece of shape (G, L), else [B, T, D]; without, None.
         """
-        state, local = self.layers(piece)
         if len(self.shapes[piece]) == 1:
-            x_BTD = self.scan(x_BTD, state, local, shared)
+            x_BTD = self._scan(x_BTD, self._layers(piece), lambda layers: layers, shared)
             return x_BTD, (x_BTD if taps else None)
 
-        def group(x_BTD, layers):
-            x_BTD = self.scan(x_BTD, *layers, shared)
+        def group(x_BTD, number):
+            x_BTD = self.run_group(piece, number, x_BTD, shared)
             return x_BTD, (x_BTD if taps else None)
 
-        return jax.lax.scan(group, x_BTD, (state, local), unroll=shared.execution.unroll)
+        numbers = jnp.arange(self.shapes[piece][0])
+        return jax.lax.scan(group, x_BTD, numbers, unroll=shared.execution.unroll)
 
-    def layers(self, piece: int) -> tuple[nnx.State, jax.Array]:
+    def run_group(
+        self, piece: int, group: jax.Array, x_BTD: jax.Array, shared: SelfAttentionInputs
+    ) -> jax.Array:
+        """Runs one group, by its number, of a piece of shape (G, L); `group` may be traced."""
+        layers = self._layers(piece)
+
+        def layer(number):
+            # Each layer is sliced from the whole piece: a slice of a group would be copied first.
+            return jax.tree.map(functools.partial(_entry, group, number), layers)
+
+        return self._scan(x_BTD, jnp.arange(self.shapes[piece][1]), layer, shared)
+
+    def _layers(self, piece: int) -> tuple[nnx.State, jax.Array]:
         """A piece's parameters, and whether each layer is local; both lead with its shape."""
         start = sum(map(math.prod, self.shapes[:piece]))
         shape = self.shapes[piece]
         local = np.array(self.config.local_layers)[start : start + math.prod(shape)]
         return nnx.state(self.pieces[piece]), jnp.asarray(local.reshape(shape))
 
-    def scan(self, x_BTD: jax.Array, state: nnx.State, local_L: jax.Array, shared) -> jax.Array:
-        """Runs stacked layers [L, ...] in order."""
-        graphdef = nnx.graphdef(self.pieces[0])
+    def _scan(self, x_BTD: jax.Array, inputs: Any, layer_of: Callable, shared) -> jax.Array:
+        """Runs the layers `layer_of(input)` for each of the stacked inputs, in order."""
+        graphdef, execution = nnx.graphdef(self.pieces[0]), shared.execution
 
-        def layer(x_BTD, layer):
-            state, local = layer
+        def layer(x_BTD, layer_input):
+            state, local = layer_of(layer_input)
             return nnx.merge(graphdef, state)(x_BTD, shared, local), None
 
-        execution = shared.execution
         layer = execution.rematerialised(layer, in_loop=True)
-        return jax.lax.scan(layer, x_BTD, (state, local_L), unroll=execution.unroll)[0]
+        return jax.lax.scan(layer, x_BTD, inputs, unroll=execution.unroll)[0]
+
+
+def _entry(group: jax.Array, number: jax.Array, x: jax.Array) -> jax.Array:
+    """x[group, number]."""
+    starts = (group, number, *[0] * (x.ndim - 2))
+    entry = jax.lax.dynamic_slice(x, starts, (1, 1, *x.shape[2:])).reshape(x.shape[2:])
+    # Past the barrier XLA would change layout or dtype of the whole stack before the loop.
+    return jax.lax.optimization_barrier(entry)
 
 
 def cut_at(

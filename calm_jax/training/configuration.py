@@ -19,7 +19,7 @@ from calm_jax.data.cache import check_entry
 from calm_jax.errors import CalmError
 from calm_jax.models.config import CompositionConfig, DecoderConfig
 from calm_jax.models.execution import REMAT
-from calm_jax.sharding import FROZEN_RULES
+from calm_jax.sharding import WEIGHT_RULES
 
 
 def decoder_run(form: DecoderConfig | None = None) -> ConfigDict:
@@ -46,9 +46,6 @@ def composed_run(*compositions: CompositionConfig) -> ConfigDict:
     config.anchor_dtype = ""  # "float32", "bfloat16" or "int8"; "": as stored
     config.augments = ()  # frozen folders of the augments
     config.augment_dtype = ""  # of every augment; likewise
-    # "fsdp": each frozen weight is split over mesh.fsdp and mesh.tensor; "all": over mesh.data too,
-    # and a layer's are gathered when its turn comes.
-    config.frozen_sharding = "fsdp"
     sections = tuple(_section(CompositionConfig, form) for form in compositions)
     # One augment a config, or one config for all.
     config.composition = (
@@ -94,6 +91,9 @@ def _common(kind: str) -> ConfigDict:
     config.mesh.fsdp = 1  # devices that split the batch and each weight
     config.mesh.tensor = 1  # devices that split heads, MLP features and vocabulary
 
+    # "fsdp": weights are split over mesh.fsdp and mesh.tensor; "all": over mesh.data too.
+    config.weight_sharding = "fsdp"
+
     config.train = ConfigDict()
     config.train.num_steps = 1000
     config.train.batch_size = 64  # rows a step, over all devices
@@ -127,7 +127,6 @@ MAY_CHANGE = (
     "cache_compiled",
     "data.cache_dir",
     "evaluate",
-    "frozen_sharding",
     "mesh",
     "train.keep",
     "train.log_every",
@@ -139,13 +138,14 @@ MAY_CHANGE = (
     "train.save_every",
     "train.tensorboard",
     "train.validate_every",
+    "weight_sharding",
 )
 
 _CHOICES = {
-    "frozen_sharding": tuple(FROZEN_RULES),
     "optimizer.name": ("adamw", "adafactor"),
     "optimizer.schedule": ("cosine", "linear", "constant"),
     "train.remat": REMAT,
+    "weight_sharding": tuple(WEIGHT_RULES),
 }
 _LEAST = {
     "data.length": 1,

@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.interpreters import partial_eval
 
 from calm_jax.models import ComposedDecoder
 from calm_jax.models.parameters import Tree, count, size_in_bytes
@@ -83,7 +84,15 @@ def _forward_flops(parts: Parts, length: int = 32) -> dict[str, float]:
 
 
 def jaxpr_flops(jaxpr) -> int:
-    """`matmul_flops` of a program that is traced already."""
+    """`matmul_flops` of a program that is traced already.
+
+    What nothing depends on is not counted, as no compiler keeps it: gradients of a backward pass of
+    one's own that nobody asked for.
+    """
+    return _flops(partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))[0])
+
+
+def _flops(jaxpr) -> int:
     return sum(_equation_flops(equation) for equation in jaxpr.eqns)
 
 
@@ -100,6 +109,6 @@ def _equation_flops(equation) -> int:
         if hasattr(getattr(value, "jaxpr", value), "eqns")
     ]
     if name == "cond":
-        return max(jaxpr_flops(branch) for branch in inside)
+        return max(_flops(branch) for branch in inside)
     times = params["length"] if name == "scan" else 1
-    return times * sum(jaxpr_flops(jaxpr) for jaxpr in inside)
+    return times * sum(_flops(jaxpr) for jaxpr in inside)

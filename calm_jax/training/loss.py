@@ -7,11 +7,9 @@ from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
-import optax
-from flax import nnx
 
-from calm_jax import sharding
 from calm_jax.models import ComposedDecoder, Decoder
+from calm_jax.training.cross_entropy import head_loss
 
 Batch = Mapping[str, jax.Array]
 Sums = dict[str, jax.Array]
@@ -67,86 +65,6 @@ def loss_sums(
         "sequences": sequences,
     }
     return loss, jax.lax.stop_gradient(sums)
-
-
-def head_loss(
-    model: Decoder | ComposedDecoder,
-    x_BTD: jax.Array,
-    targets_BT: jax.Array,
-    weights_BT: jax.Array,
-    chunk: int = 0,
-) -> tuple[jax.Array, jax.Array]:
-    """Final norm, head and weighted cross-entropy of a residual stream, in chunks of its length.
-
-    A chunk's gradient is taken as soon as its loss is known, so its logits are computed once and
-    never kept, neither forward nor backward.
-
-    Returns:
-        the sum of weighted cross-entropies, float32; and bool [B, T], whether the largest logit is
-        that of the target.
-    """
-    B, T = targets_BT.shape
-    if not 0 < chunk < T:
-        return _loss_of_logits(model.logits(x_BTD), targets_BT, weights_BT)
-    trained = nnx.Nothing() if isinstance(model, ComposedDecoder) else _in_head
-    decoder = model.anchor if isinstance(model, ComposedDecoder) else model
-    graphdef, head, rest = nnx.split(decoder, trained, ...)
-    chunks = -(-T // chunk)
-
-    def in_chunks(x):
-        """[B, T, ...] as [chunks, B, chunk, ...], every length whole on its devices."""
-        x = sharding.constrain(x, "batch", "length", *[None] * (x.ndim - 2))
-        x = jnp.pad(x, [(0, 0), (0, chunks * chunk - T)] + [(0, 0)] * (x.ndim - 2))
-        return x.reshape(B, chunks, chunk, *x.shape[2:]).swapaxes(0, 1)
-
-    def whole(x):
-        """The inverse of `in_chunks`."""
-        return x.swapaxes(0, 1).reshape(B, chunks * chunk, *x.shape[3:])[:, :T]
-
-    targets, weights = in_chunks(targets_BT), in_chunks(weights_BT)
-
-    def loss_of_chunk(head, x_BCD, targets_BC, weights_BC):
-        logits_BCV = nnx.merge(graphdef, head, rest).logits(x_BCD)
-        return _loss_of_logits(logits_BCV, targets_BC, weights_BC)
-
-    @jax.custom_vjp
-    def loss(head, x_BTD):
-        def step(total, chunk):
-            loss, right_BC = loss_of_chunk(head, *chunk)
-            return total + loss, right_BC
-
-        total, right = jax.lax.scan(step, 0.0, (in_chunks(x_BTD), targets, weights))
-        return total, whole(right)
-
-    def loss_and_gradients(head, x_BTD):
-        def step(totals, chunk):
-            x_BCD, *rest = chunk
-            (loss, right_BC), gradients = jax.value_and_grad(
-                loss_of_chunk, argnums=(0, 1), has_aux=True
-            )(head, x_BCD, *rest)
-            return jax.tree.map(jnp.add, totals, (loss, gradients[0])), (right_BC, gradients[1])
-
-        zeros = (0.0, jax.tree.map(jnp.zeros_like, head))
-        (total, head_gradient), (right, x_gradient) = jax.lax.scan(
-            step, zeros, (in_chunks(x_BTD), targets, weights)
-        )
-        return (total, whole(right)), (head_gradient, whole(x_gradient))
-
-    def scaled(gradients, cotangents):
-        return jax.tree.map(lambda g: (cotangents[0] * g).astype(g.dtype), gradients)
-
-    loss.defvjp(loss_and_gradients, scaled)
-    return loss(head, x_BTD)
-
-
-def _loss_of_logits(logits_BTV, targets_BT, weights_BT) -> tuple[jax.Array, jax.Array]:
-    losses_BT = optax.softmax_cross_entropy_with_integer_labels(logits_BTV, targets_BT)
-    return jnp.sum(weights_BT * losses_BT), jnp.argmax(logits_BTV, axis=-1) == targets_BT
-
-
-def _in_head(path, _) -> bool:
-    """Whether a decoder's logits depend on a parameter but through the residual stream."""
-    return path[0] in ("final_norm", "embedding", "head", "head_bias")
 
 
 def noisy(x: jax.Array, segments_BT: jax.Array, key: jax.Array, noise: float) -> jax.Array:

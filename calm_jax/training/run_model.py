@@ -36,15 +36,11 @@ class Described:
 
 @dataclasses.dataclass
 class RunModel:
-    """A model in its parts, and the rules of where the frozen ones are.
-
-    `trainable` is None until it is made or restored.
-    """
+    """A model in its parts; `trainable` is None until it is made or restored."""
 
     parts: Parts
     trainable: Tree | None
     frozen: Tree
-    frozen_rules: sharding.Rules = dataclasses.field(default_factory=lambda: sharding.RULES)
 
 
 def describe_models(config: ConfigDict) -> Described:
@@ -137,7 +133,10 @@ def _decoder(config: ConfigDict, mesh) -> RunModel:
         decoder = nnx.eval_shape(lambda: Decoder(form, nnx.Rngs(0)))
         decoder.execution = execution
         return RunModel(Parts(decoder), None, {})
-    decoder = frozen_folders.load(config.decoder["from"], mesh=mesh)
+    described = frozen_folders.describe(config.decoder["from"])
+    shapes = ((described.config.num_layers,),)
+    rules = sharding.WEIGHT_RULES[config.weight_sharding]
+    decoder = frozen_folders.load_cut(described, shapes, mesh=mesh, rules=rules)
     decoder.execution = execution
     nnx.update(decoder, jax.tree.map(lambda x: x.astype(jnp.float32), nnx.state(decoder)))
     parts = Parts(decoder)
@@ -148,10 +147,10 @@ def _composed(config: ConfigDict, mesh) -> RunModel:
     """A bridge to train between frozen folders."""
     configs = composition_configs(config)
     places = (config.anchor, *config.augments)
-    rules = sharding.FROZEN_RULES[config.frozen_sharding]
+    rules = sharding.WEIGHT_RULES[config.weight_sharding]
     anchor, *augments = load_parts(places, frozen_dtypes(config), configs, mesh, rules)
     composed = compose(anchor, augments, configs, rngs=nnx.Rngs(config.train.seed))
     # No gradient flows through an augment, so it has nothing to compute again.
     composed.execution = composed.anchor.execution = Execution(remat=config.train.remat)
     parts = Parts(composed)
-    return RunModel(parts, *parts.of(composed), rules)
+    return RunModel(parts, *parts.of(composed))

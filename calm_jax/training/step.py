@@ -61,12 +61,10 @@ class Parts:
         return self.split(self.structure.abstract())
 
     def shardings(
-        self, mesh: jax.sharding.Mesh, frozen_rules: sharding.Rules = sharding.RULES
+        self, mesh: jax.sharding.Mesh, rules: sharding.Rules = sharding.RULES
     ) -> tuple[Tree, Tree]:
         """(trainable, frozen) shardings."""
-        trainable, _ = self.split(self.structure.shardings(mesh))
-        _, frozen = self.split(self.structure.shardings(mesh, frozen_rules))
-        return trainable, frozen
+        return self.split(self.structure.shardings(mesh, rules))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,9 +83,9 @@ class Shardings:
         parts: Parts,
         optimizer: optax.GradientTransformation,
         mesh: jax.sharding.Mesh,
-        frozen_rules: sharding.Rules = sharding.RULES,
+        rules: sharding.Rules = sharding.RULES,
     ) -> "Shardings":
-        trainable, frozen = parts.shardings(mesh, frozen_rules)
+        trainable, frozen = parts.shardings(mesh, rules)
         replicated = sharding.replicated(mesh)
         abstract, _ = parts.abstract()
         opt_state = optax.tree_map_params(

@@ -1,0 +1,106 @@
+"""Cross-entropy of a residual stream, without the logits of a whole batch in memory.
+
+Axes: B batch, T position, C position in a chunk, D model width, V vocabulary.
+"""
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+
+from calm_jax import sharding
+from calm_jax.models import ComposedDecoder, Decoder
+from calm_jax.models.block import stream
+from calm_jax.models.quantized import SCALE
+
+
+def head_loss(
+    model: Decoder | ComposedDecoder,
+    x_BTD: jax.Array,
+    targets_BT: jax.Array,
+    weights_BT: jax.Array,
+    chunk: int = 0,
+) -> tuple[jax.Array, jax.Array]:
+    """Final norm, head and weighted cross-entropy of a residual stream, in chunks of its length.
+
+    A chunk's gradient is taken as soon as its loss is known, so its logits are computed once and
+    never kept, neither forward nor backward.
+
+    Returns:
+        the sum of weighted cross-entropies, float32; and bool [B, T], whether the largest logit is
+        that of the target.
+    """
+    B, T = targets_BT.shape
+    if not 0 < chunk < T:
+        return _loss_of_logits(model.logits(x_BTD), targets_BT, weights_BT)
+    composed = isinstance(model, ComposedDecoder)
+    graphdef, head, rest = nnx.split(model.anchor if composed else model, _in_head, ...)
+    # Else XLA would gather it anew for every chunk.
+    head = jax.lax.optimization_barrier(jax.tree.map(_gathered, head, is_leaf=_is_variable))
+    trained, frozen = ({}, head) if composed else (head, {})
+    chunks = -(-T // chunk)
+
+    def in_chunks(x):
+        """[B, T, ...] as [chunks, B, chunk, ...], every length whole on its devices."""
+        x = sharding.constrain(x, "batch", "length", *[None] * (x.ndim - 2))
+        x = jnp.pad(x, [(0, 0), (0, chunks * chunk - T)] + [(0, 0)] * (x.ndim - 2))
+        return x.reshape(B, chunks, chunk, *x.shape[2:]).swapaxes(0, 1)
+
+    def joined(x):
+        """The inverse of `in_chunks`."""
+        return x.swapaxes(0, 1).reshape(B, chunks * chunk, *x.shape[3:])[:, :T]
+
+    targets, weights = in_chunks(targets_BT), in_chunks(weights_BT)
+
+    def loss_of_chunk(trained, x_BCD, targets_BC, weights_BC):
+        logits_BCV = nnx.merge(graphdef, trained or frozen, rest).logits(x_BCD)
+        return _loss_of_logits(logits_BCV, targets_BC, weights_BC)
+
+    @jax.custom_vjp
+    def loss(trained, x_BTD):
+        def step(total, chunk):
+            loss, right_BC = loss_of_chunk(trained, *chunk)
+            return total + loss, right_BC
+
+        total, right = jax.lax.scan(step, 0.0, (in_chunks(x_BTD), targets, weights))
+        return total, joined(right)
+
+    def loss_and_gradients(trained, x_BTD):
+        def step(totals, chunk):
+            x_BCD, *rest = chunk
+            (loss, right_BC), gradients = jax.value_and_grad(
+                loss_of_chunk, argnums=(0, 1), has_aux=True
+            )(trained, x_BCD, *rest)
+            return jax.tree.map(jnp.add, totals, (loss, gradients[0])), (right_BC, gradients[1])
+
+        zeros = (0.0, jax.tree.map(jnp.zeros_like, trained))
+        (total, head_gradient), (right, x_gradient) = jax.lax.scan(
+            step, zeros, (in_chunks(x_BTD), targets, weights)
+        )
+        return (total, joined(right)), (head_gradient, stream(joined(x_gradient)))
+
+    def scaled(gradients, cotangents):
+        return jax.tree.map(lambda g: (cotangents[0] * g).astype(g.dtype), gradients)
+
+    loss.defvjp(loss_and_gradients, scaled)
+    return loss(trained, x_BTD)
+
+
+def _loss_of_logits(logits_BTV, targets_BT, weights_BT) -> tuple[jax.Array, jax.Array]:
+    losses_BT = optax.softmax_cross_entropy_with_integer_labels(logits_BTV, targets_BT)
+    return jnp.sum(weights_BT * losses_BT), jnp.argmax(logits_BTV, axis=-1) == targets_BT
+
+
+def _in_head(path, _) -> bool:
+    """Whether a decoder's logits depend on a parameter but through the residual stream."""
+    return path[0].removesuffix(SCALE) in ("final_norm", "embedding", "head", "head_bias")
+
+
+def _gathered(variable: nnx.Variable) -> nnx.Variable:
+    """The variable with its value whole along the model's width."""
+    axes = (axis if axis == "vocab" else None for axis in variable.get_metadata("axes"))
+    return variable.replace(sharding.constrain(variable.get_value(), *axes))
+
+
+def _is_variable(x) -> bool:
+    return isinstance(x, nnx.Variable)
