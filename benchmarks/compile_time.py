@@ -17,8 +17,6 @@ from absl import app, flags
 from measuring import Clock, short, tell
 from pair import ATTENTION, LOSS_CHUNK, OUTPUT, REMAT, TOPOLOGY, Pair, RandomStep, chosen, mesh_of
 
-from calm_jax.models.execution import Execution
-
 LAYERS = flags.DEFINE_list("layers", ["12", "24", "48"], "depths of the anchor")
 REPEATS = flags.DEFINE_integer("repeats", 3, "of compiling each depth, in turns")
 
@@ -43,8 +41,9 @@ def main(_) -> None:
 def compile_once(pair: Pair, mesh: jax.sharding.Mesh) -> tuple[float, float]:
     """Seconds of the processor, and of the clock, that tracing and compiling take."""
     jax.clear_caches()
-    execution = Execution(attention=ATTENTION.value, remat=REMAT.value)
-    random = RandomStep(pair, mesh, execution, loss_chunk=LOSS_CHUNK.value)
+    random = RandomStep(
+        pair, mesh, attention=ATTENTION.value, remat=REMAT.value, loss_chunk=LOSS_CHUNK.value
+    )
     abstract = random.abstract()
     start = time.process_time()
     with Clock() as clock, jax.set_mesh(mesh):

@@ -18,6 +18,7 @@ from ml_collections import ConfigDict
 
 from calm_jax import sharding
 from calm_jax.models import CompositionConfig, Decoder, DecoderConfig, compose
+from calm_jax.models.attention_choice import Need, choose
 from calm_jax.models.execution import REMAT as POLICIES
 from calm_jax.models.execution import Execution
 from calm_jax.models.parameters import module_tree
@@ -138,6 +139,7 @@ class RandomStep:
     Attributes:
         parts: how the composed model's arrays fall into a trainable and a frozen tree.
         step: `calm_jax.training.step.make_train_step`'s.
+        backend: of the anchor's attention.
         mesh: what it is compiled for; set it (`jax.set_mesh`) around lowering and calls.
     """
 
@@ -145,21 +147,30 @@ class RandomStep:
         self,
         pair: Pair,
         mesh: jax.sharding.Mesh,
-        execution: Execution,
         *,
+        attention: str = "auto",
+        remat: str = "none",
+        packed: bool = False,
         loss_chunk: int = 0,
         accumulate: int = 1,
-        weight_sharding: str = "fsdp",
     ):
-        self.pair, self.mesh = pair, mesh
+        self.pair, self.mesh, self.packed = pair, mesh, packed
+
+        def execution(need: Need, remat: str) -> Execution:
+            device = mesh.devices.flat[0]
+            backend = choose(attention, device, need, length=pair.length, packed=packed)
+            return Execution(attention=backend, remat=remat)
+
         model = nnx.eval_shape(self._model)
-        model.execution = model.anchor.execution = execution
-        model.augments[0].execution = dataclasses.replace(execution, remat="none")
+        model.anchor.execution = execution(Need.of_decoder("the anchor", pair.anchor), remat)
+        model.augments[0].execution = execution(
+            Need.of_decoder("the augment", pair.augment), "none"
+        )
+        model.execution = execution(Need.of_bridge(pair.composition, pair.anchor), remat)
+        self.backend = model.anchor.execution.attention
         self.parts = Parts(model)
         self.optimizer, schedule = make_optimizer(OPTIMIZER, num_steps=1000)
-        self.shardings = Shardings.of(
-            self.parts, self.optimizer, mesh, sharding.WEIGHT_RULES[weight_sharding]
-        )
+        self.shardings = Shardings.of(self.parts, self.optimizer, mesh)
         self.step = make_train_step(
             self.parts,
             self.optimizer,
@@ -196,7 +207,9 @@ class RandomStep:
     def _arguments(self):
         trainable, frozen = self.parts.split(module_tree(self._model()))
         frozen = jax.tree.map(lambda x: x.astype(self.pair.anchor.dtype), frozen)
-        batch = {key: jnp.asarray(value) for key, value in random_batch(self.pair).items()}
+        batch = {
+            key: jnp.asarray(value) for key, value in random_batch(self.pair, self.packed).items()
+        }
         return trainable, self.optimizer.init(trainable), frozen, batch, jnp.int32(0)
 
 
@@ -223,15 +236,17 @@ def seconds_a_step(compiled, arguments, steps: int) -> float:
     return statistics.median(seconds[2:])
 
 
-def random_batch(pair: Pair) -> dict[str, np.ndarray]:
-    """Rows of random tokens, one sequence each, every one to be predicted."""
+def random_batch(pair: Pair, packed: bool = False) -> dict[str, np.ndarray]:
+    """Rows of random tokens, every one to be predicted; one sequence each, `packed` two."""
     random, shape = np.random.default_rng(0), (pair.batch_size, pair.length)
     tokens, targets = random.integers(1, pair.anchor.vocab_size, (2, *shape)).astype(np.int32)
+    places = np.arange(pair.length, dtype=np.int32)
+    first = pair.length // 2 if packed else pair.length
     return {
         "decoder_input_tokens": tokens,
         "decoder_target_tokens": targets,
         "decoder_loss_weights": np.ones(shape, np.float32),
-        "decoder_positions": np.broadcast_to(np.arange(pair.length, dtype=np.int32), shape),
-        "decoder_segment_ids": np.ones(shape, np.int32),
+        "decoder_positions": np.broadcast_to(places % first, shape),
+        "decoder_segment_ids": np.broadcast_to(1 + places // first, shape),
         "decoder_causal_attention": np.zeros(shape, np.int32),
     }

@@ -89,14 +89,13 @@ def measure_jax(pair: Pair, pieces: int, steps: int, attention: str, loss_chunk:
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.95")
     import jax
 
-    from calm_jax.models.execution import Execution
     from calm_jax.sharding import make_mesh
 
     device = jax.devices()[0]
     random = RandomStep(
         pair,
         make_mesh({}, [device]),
-        Execution(attention=attention),
+        attention=attention,
         loss_chunk=loss_chunk,
         accumulate=pieces,
     )
@@ -146,10 +145,9 @@ def losses_and_gradients(pair: Pair) -> list[tuple[float, float]]:
     import jax
     from torch_pair import Composed, Trainer, copy_weights
 
-    from calm_jax.models.execution import Execution
     from calm_jax.sharding import make_mesh
 
-    random = RandomStep(pair, make_mesh({}, jax.devices()[:1]), Execution())
+    random = RandomStep(pair, make_mesh({}, jax.devices()[:1]))
     with jax.set_mesh(random.mesh):
         arguments = random.arguments()
         weights = jax.device_get((arguments[0], arguments[2]))

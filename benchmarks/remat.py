@@ -25,7 +25,7 @@ from pair import (
 )
 
 from calm_jax.errors import CalmError
-from calm_jax.models.execution import REMAT, Execution, check_remat
+from calm_jax.models.execution import REMAT, check_remat
 from calm_jax.training.costs import jaxpr_flops
 
 POLICIES = flags.DEFINE_list("policies", list(REMAT), "which, the first being compared with")
@@ -69,8 +69,9 @@ def main(_) -> None:
 
 def measured(pair: Pair, mesh: jax.sharding.Mesh, policy: str):
     """Bytes of temporaries and at the peak, FLOPs traced, and seconds if the devices are here."""
-    execution = Execution(attention=ATTENTION.value, remat=policy)
-    random = RandomStep(pair, mesh, execution, loss_chunk=LOSS_CHUNK.value)
+    random = RandomStep(
+        pair, mesh, attention=ATTENTION.value, remat=policy, loss_chunk=LOSS_CHUNK.value
+    )
     with jax.set_mesh(mesh):
         traced = random.step.trace(*random.abstract())
         compiled = traced.lower().compile()

@@ -1,7 +1,7 @@
 """The training step on this machine: its seconds, its memory, and its FLOPs against the ideal.
 
   python benchmarks/step.py [--size=small|h200] [--attention=auto] [--remat=none]
-                            [--loss_chunk=256] [--steps=5] [--output=FILE.json]
+                            [--packed] [--loss_chunk=256] [--steps=5] [--output=FILE.json]
 
 The step is the real one, on random models and a random batch. The ideal is counted from the forms
 of the models alone (`calm_jax.training.ideal`). MFU is the ideal's FLOPs in the seconds measured,
@@ -13,7 +13,7 @@ import statistics
 
 import jax
 import jax.numpy as jnp
-from absl import app
+from absl import app, flags
 from measuring import Clock, short, tell
 from pair import (
     ATTENTION,
@@ -28,35 +28,42 @@ from pair import (
     seconds_a_step,
 )
 
-from calm_jax.models.execution import Execution
 from calm_jax.models.parameters import count
 from calm_jax.planning.topologies import chip_of
 from calm_jax.sharding import make_mesh
 from calm_jax.training.costs import jaxpr_flops
 
+PACKED = flags.DEFINE_boolean("packed", False, "two sequences a row, which not every backend takes")
+
 
 def main(_) -> None:
-    pair, device = chosen(), jax.devices()[0]
-    execution = Execution(attention=ATTENTION.value, remat=REMAT.value)
-    rows = [("what", "figure", "bound"), ("device", device.device_kind, "")]
-    rows += measured(pair, execution, LOSS_CHUNK.value, STEPS.value)
+    rows = [("what", "figure", "bound"), *measured(chosen())]
     tell("step", rows, OUTPUT.value)
 
 
-def measured(pair: Pair, execution: Execution, loss_chunk: int, steps: int) -> list[tuple]:
+def measured(pair: Pair) -> list[tuple]:
     """Rows of the table: figure and bound of everything."""
     device = jax.devices()[0]
-    random = RandomStep(pair, make_mesh({}, [device]), execution, loss_chunk=loss_chunk)
+    random = RandomStep(
+        pair,
+        make_mesh({}, [device]),
+        attention=ATTENTION.value,
+        remat=REMAT.value,
+        packed=PACKED.value,
+        loss_chunk=LOSS_CHUNK.value,
+    )
     with jax.set_mesh(random.mesh):
         traced = random.step.trace(*random.abstract())
         with Clock() as compiling:
             compiled = traced.lower().compile()
-        seconds = seconds_a_step(compiled, random.arguments(), steps)
+        seconds = seconds_a_step(compiled, random.arguments(), STEPS.value)
     memory, ideal = compiled.memory_analysis(), pair.ideal()
     flops = jaxpr_flops(traced.jaxpr.jaxpr)
-    allowed = ideal.total if execution.remat == "none" else ideal.total_rematerialised
+    allowed = ideal.total if REMAT.value == "none" else ideal.total_rematerialised
     rate = matmul_rate(pair.anchor.dtype)
     rows = [
+        ("device", device.device_kind, ""),
+        ("attention", random.backend, ""),
         ("parameters of the anchor, millions", millions(random, "anchor"), ""),
         ("parameters of the augment, millions", millions(random, "augments"), ""),
         ("compile, s", short(compiling.seconds), ""),

@@ -27,6 +27,7 @@ def test_step(run_benchmark):
     assert 1 <= rows["FLOPs traced / ideal"] <= 1.03
 
 
+@pytest.mark.slow
 def test_remat(run_benchmark):
     rows = {row["policy"]: row for row in run_benchmark("remat", "--steps=1")}
     assert_positive(
@@ -38,10 +39,20 @@ def test_remat(run_benchmark):
     assert rows["full"]["FLOPs / ideal"] > rows["none"]["FLOPs / ideal"]
 
 
+@pytest.mark.slow
 def test_compile_time(run_benchmark):
     rows = run_benchmark("compile_time", "--layers=4,8", "--repeats=1")
     assert [row["layers"] for row in rows] == [4, 8]
     assert_positive(rows, "processor seconds", "seconds", "/ fewest layers")
+
+
+def test_attention(run_benchmark):
+    rows = run_benchmark("attention", "--steps=1", "--lengths=32", "--rows=2")
+    rows = {row["backend"]: row for row in rows}
+    assert_positive([rows["xla"], rows["chunked"]], "forward s", "with gradient s")
+    assert rows["chunked"]["error"] < 1e-5
+    assert "needs a TPU" in rows["splash"]["note"]
+    assert "NVIDIA" in rows["cudnn"]["note"]
 
 
 @needs_torch
@@ -59,4 +70,4 @@ def test_weak_scaling(run_benchmark):
     rows = run_benchmark("weak_scaling", "--topologies=v5e:4x4,v5e:4x4*2")
     assert [row["chips"] for row in rows] == [16, 32]
     assert rows[1]["FLOPs / first"] == pytest.approx(1, abs=0.05)
-    assert_positive(rows, "GFLOP a chip", "MB sent a chip")
+    assert_positive(rows, "GFLOP a chip, loops once", "MB sent a chip")
