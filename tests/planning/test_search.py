@@ -1,0 +1,158 @@
+"""The search: what is compiled, and what it settles on; and the formulas behind it."""
+
+import dataclasses
+
+import pytest
+
+from calm_jax.errors import CalmError
+from calm_jax.models import CompositionConfig, DecoderConfig, published
+from calm_jax.planning import formula, search, topologies
+from calm_jax.training.configuration import composed_run
+from calm_jax.training.ideal import ideal_flops
+
+TOPOLOGY = topologies.find("v5e:2x2")
+FORM = DecoderConfig.llama(
+    vocab_size=512,
+    embed_dim=64,
+    num_layers=8,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=16,
+    mlp_dim=128,
+    dtype="bfloat16",
+)
+
+
+@pytest.fixture
+def config(monkeypatch):
+    monkeypatch.setitem(published.FORMS, "small", FORM)
+    config = composed_run(CompositionConfig(every=2))
+    config.name = "small"
+    config.anchor, config.augments = "form:small", ("form:small",)
+    config.data.train = ({"jsonl": "train.jsonl"},)
+    config.data.length = 64
+    config.train.batch_size = 8
+    return config
+
+
+def way(config):
+    return (
+        *(config.mesh[axis] for axis in ("data", "fsdp", "tensor")),
+        config.train.accumulate,
+        config.train.remat,
+    )
+
+
+def test_every_way_divides_the_chips_and_the_batch(config):
+    found = search.candidates(config, TOPOLOGY)
+    ways = [way(each) for each, _ in found]
+    assert len(set(ways)) == len(ways)
+    for data, fsdp, tensor, accumulate, _ in ways:
+        assert data * fsdp * tensor == 4
+        assert config.train.batch_size % (data * fsdp * accumulate) == 0
+    # Batch 8 on 4, 2 or 1 ways, in 2, 3 or 4 micro-batch sizes; meshes of as many ways.
+    meshes = {4: 3, 2: 2, 1: 1}
+    sizes = {4: 2, 2: 3, 1: 4}
+    remats = len({remat for *_, remat in ways})
+    assert remats == 4
+    assert len(ways) == remats * sum(meshes[ways] * sizes[ways] for ways in meshes)
+    times = [guess["seconds"]["serial"] for _, guess in found]
+    assert times == sorted(times)
+
+
+def compiler(fits, seconds):
+    """A compiler that is asked with configs: what it says, and the list of ways it was asked."""
+    asked = []
+
+    def compile_plan(config, topology):
+        asked.append(way(config))
+        number = len(asked) - 1
+        guess = formula.Formula(config, topology).plan(config, formula.mesh_of(config, topology))
+        guess["memory"]["fits"] = fits[number]
+        guess["seconds"]["serial"] = seconds[number]
+        return guess | {"compiled": True}
+
+    return compile_plan, asked
+
+
+def test_the_best_two_are_compiled_and_the_faster_is_told(config):
+    compile_plan, asked = compiler([True, True], [0.2, 0.1])
+    best = search.cheapest(config, TOPOLOGY, compile_plan)
+    expected = [way(each) for each, _ in search.candidates(config, TOPOLOGY)[:2]]
+    assert asked == expected
+    data, fsdp, tensor, accumulate, remat = expected[1]
+    assert best["seconds"]["serial"] == 0.1
+    assert (best["mesh"]["data"], best["accumulate"], best["remat"]) == (data, accumulate, remat)
+    for flag in (
+        f"--config.mesh.fsdp={fsdp}",
+        f"--config.mesh.tensor={tensor}",
+        f"--config.train.remat={remat}",
+    ):
+        assert flag in best["advice"]
+    assert [each["compiled"] for each in best["candidates"][:3]] == [True, True, False]
+
+
+def test_what_does_not_fit_after_all_is_passed_over(config):
+    compile_plan, asked = compiler([False, True, False, True], [0.1, 0.4, 0.1, 0.3])
+    best = search.cheapest(config, TOPOLOGY, compile_plan)
+    assert len(asked) == 4
+    assert best["seconds"]["serial"] == 0.3
+
+
+def test_an_end_when_nothing_compiled_fits(config):
+    compile_plan, asked = compiler([False] * 4, [0.1] * 4)
+    with pytest.raises(CalmError, match="best 4 ways by formula do not fit on v5e:2x2"):
+        search.cheapest(config, TOPOLOGY, compile_plan)
+    assert len(asked) == 4
+
+
+def test_an_end_before_compiling_when_no_formula_fits(config):
+    small = dataclasses.replace(TOPOLOGY.chip, hbm_bytes=1000)
+    topology = dataclasses.replace(TOPOLOGY, chip=small)
+    with pytest.raises(CalmError, match=r"no way of running the step fits on v5e:2x2"):
+        search.cheapest(config, topology, compiler([], [])[0])
+    assert "no way of running" in search.advice_by_formula(config, topology)
+
+
+def test_formulas_count_what_a_step_must_do(config):
+    compositions = [CompositionConfig(every=2)]
+    expected = ideal_flops(FORM, [FORM], compositions, 8, 64)
+    formulas = formula.Formula(config, TOPOLOGY)
+    found = {}
+    for remat in ("none", "full"):
+        config.train.remat = remat
+        found[remat] = formulas.plan(config, formula.mesh_of(config, TOPOLOGY))
+        assert found[remat]["mfu_bound"] == pytest.approx(
+            expected.total / (4 * TOPOLOGY.chip.flops * found[remat]["seconds"]["bound"])
+        )
+    assert 4 * found["none"]["flops"] == expected.total
+    # The last product of a layer need not be computed again.
+    assert expected.total < 4 * found["full"]["flops"] < expected.total_rematerialised
+
+
+@pytest.mark.parametrize(
+    "key, value, less",
+    [
+        ("train.remat", "full", "none"),
+        ("train.accumulate", 2, 1),
+    ],
+)
+def test_what_saves_memory_saves_it_in_the_formulas(config, key, value, less):
+    config.data.length = 4096  # so that activations are most of it
+    formulas = formula.Formula(config, TOPOLOGY)
+    section, name = key.split(".")
+    peaks = []
+    for setting in (value, less):
+        config[section][name] = setting
+        peaks.append(formulas.plan(config, formula.mesh_of(config, TOPOLOGY))["memory"]["peak"])
+    assert peaks[0] < 0.8 * peaks[1]
+
+
+def test_slices_exchange_the_bridge_alone(config):
+    topology = topologies.find("v5e:2x2*2")
+    formulas = formula.Formula(config, topology)
+    found = formulas.plan(config, formula.mesh_of(config, topology))
+    (bridge,) = (tree for tree in found["memory"]["trees"] if tree["name"] == "bridge")
+    # Each of two slices sends half of its float32 sum and gets the other half.
+    assert found["seconds"]["network"] == pytest.approx(bridge["bytes"] / 3.125e9)
+    assert bridge["bytes"] == 4 * bridge["parameters"]
