@@ -1,5 +1,6 @@
 """The search: what is compiled, and what it settles on; and the formulas behind it."""
 
+import copy
 import dataclasses
 
 import pytest
@@ -23,9 +24,24 @@ FORM = DecoderConfig.llama(
 )
 
 
+@pytest.fixture(scope="module", autouse=True)
+def known_form():
+    published.FORMS["small"] = FORM
+    yield
+    del published.FORMS["small"]
+
+
 @pytest.fixture
-def config(monkeypatch):
-    monkeypatch.setitem(published.FORMS, "small", FORM)
+def config():
+    return make_config()
+
+
+@pytest.fixture(scope="module")
+def found():
+    return search.candidates(make_config(), TOPOLOGY)
+
+
+def make_config():
     config = composed_run(CompositionConfig(every=2))
     config.name = "small"
     config.anchor, config.augments = "form:small", ("form:small",)
@@ -43,8 +59,7 @@ def way(config):
     )
 
 
-def test_every_way_divides_the_chips_and_the_batch(config):
-    found = search.candidates(config, TOPOLOGY)
+def test_every_way_divides_the_chips_and_the_batch(config, found):
     ways = [way(each) for each, _ in found]
     assert len(set(ways)) == len(ways)
     for data, fsdp, tensor, accumulate, _ in ways:
@@ -60,25 +75,25 @@ def test_every_way_divides_the_chips_and_the_batch(config):
     assert times == sorted(times)
 
 
-def compiler(fits, seconds):
-    """A compiler that is asked with configs: what it says, and the list of ways it was asked."""
+def compiler(monkeypatch, found, fits, seconds):
+    """A compiler that finds `fits` and `seconds` in turn, and the list of ways it was asked."""
+    monkeypatch.setattr(search, "candidates", lambda config, topology: copy.deepcopy(found))
     asked = []
 
     def compile_plan(config, topology):
+        guess = copy.deepcopy(found[len(asked)][1])
+        guess["memory"]["fits"] = fits[len(asked)]
+        guess["seconds"]["serial"] = seconds[len(asked)]
         asked.append(way(config))
-        number = len(asked) - 1
-        guess = formula.Formula(config, topology).plan(config, formula.mesh_of(config, topology))
-        guess["memory"]["fits"] = fits[number]
-        guess["seconds"]["serial"] = seconds[number]
         return guess | {"compiled": True}
 
     return compile_plan, asked
 
 
-def test_the_best_two_are_compiled_and_the_faster_is_told(config):
-    compile_plan, asked = compiler([True, True], [0.2, 0.1])
+def test_the_best_two_are_compiled_and_the_faster_is_told(config, found, monkeypatch):
+    compile_plan, asked = compiler(monkeypatch, found, [True, True], [0.2, 0.1])
     best = search.cheapest(config, TOPOLOGY, compile_plan)
-    expected = [way(each) for each, _ in search.candidates(config, TOPOLOGY)[:2]]
+    expected = [way(each) for each, _ in found[:2]]
     assert asked == expected
     data, fsdp, tensor, accumulate, remat = expected[1]
     assert best["seconds"]["serial"] == 0.1
@@ -92,15 +107,17 @@ def test_the_best_two_are_compiled_and_the_faster_is_told(config):
     assert [each["compiled"] for each in best["candidates"][:3]] == [True, True, False]
 
 
-def test_what_does_not_fit_after_all_is_passed_over(config):
-    compile_plan, asked = compiler([False, True, False, True], [0.1, 0.4, 0.1, 0.3])
+def test_what_does_not_fit_after_all_is_passed_over(config, found, monkeypatch):
+    compile_plan, asked = compiler(
+        monkeypatch, found, [False, True, False, True], [0.1, 0.4, 0.1, 0.3]
+    )
     best = search.cheapest(config, TOPOLOGY, compile_plan)
     assert len(asked) == 4
     assert best["seconds"]["serial"] == 0.3
 
 
-def test_an_end_when_nothing_compiled_fits(config):
-    compile_plan, asked = compiler([False] * 4, [0.1] * 4)
+def test_an_end_when_nothing_compiled_fits(config, found, monkeypatch):
+    compile_plan, asked = compiler(monkeypatch, found, [False] * 4, [0.1] * 4)
     with pytest.raises(CalmError, match="best 4 ways by formula do not fit on v5e:2x2"):
         search.cheapest(config, TOPOLOGY, compile_plan)
     assert len(asked) == 4
@@ -110,7 +127,7 @@ def test_an_end_before_compiling_when_no_formula_fits(config):
     small = dataclasses.replace(TOPOLOGY.chip, hbm_bytes=1000)
     topology = dataclasses.replace(TOPOLOGY, chip=small)
     with pytest.raises(CalmError, match=r"no way of running the step fits on v5e:2x2"):
-        search.cheapest(config, topology, compiler([], [])[0])
+        search.cheapest(config, topology)
     assert "no way of running" in search.advice_by_formula(config, topology)
 
 

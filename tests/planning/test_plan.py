@@ -1,0 +1,158 @@
+"""`calm plan` as a whole: a real compilation, plans by formula, and bad input."""
+
+import importlib.util
+import json
+
+import pytest
+
+from calm_jax.__main__ import main
+from calm_jax.models.published import FORMS
+from calm_jax.planning import page, plan, program, topologies
+
+CONFIG = """
+from calm_jax.models import CompositionConfig, DecoderConfig, published
+from calm_jax.training.configuration import composed_run
+
+def get_config():
+    published.FORMS["small"] = DecoderConfig.llama(
+        vocab_size=1024, embed_dim=256, num_layers=4, num_heads=4, num_kv_heads=2, head_dim=64,
+        mlp_dim=512, dtype="bfloat16")
+    config = composed_run(CompositionConfig(every=2))
+    config.name, config.anchor, config.augments = "small", "form:small", ("form:small",)
+    config.data.train = ({"jsonl": "train.jsonl"},)
+    config.data.length = 256
+    config.mesh.fsdp = 2
+    config.mesh.tensor = 2
+    config.train.batch_size = 8
+    return config
+"""
+
+
+@pytest.fixture
+def config(tmp_path):
+    path = tmp_path / "config.py"
+    path.write_text(CONFIG)
+    yield path
+    FORMS.pop("small", None)
+
+
+needs_compiler = pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None,
+    reason="the TPU's compiler is not installed (pip install calm_jax[plan])",
+)
+
+
+@needs_compiler
+def test_a_step_compiled_for_a_slice(config, tmp_path, capsys):
+    command = ["plan", f"--config={config}", "--topology=v5e:2x2", "--tokens=1e9"]
+    assert main([*command, f"--output={tmp_path}", "--dollars_per_chip_hour=2"]) == 0
+    found = json.loads((tmp_path / "plan.json").read_text())
+    assert found["mesh"] == {"slices": 1, "data": 1, "fsdp": 2, "tensor": 2}
+    memory = found["memory"]
+    trees = {tree["name"]: tree for tree in memory["trees"]}
+    assert list(trees) == ["anchor", "augment 0", "bridge", "optimizer"]
+    # Matrices are split four ways, f_proj two ways: two of 256 x 256. Frozen ones are bfloat16,
+    # trained ones float32, and Adam has twice that.
+    f_proj = 2 * 256 * 256 * 4 * (1 / 2 - 1 / 4)
+    for name, size, more in (
+        ("anchor", 2, 0),
+        ("augment 0", 2, 0),
+        ("bridge", 4, f_proj),
+        ("optimizer", 4, 2 * f_proj),
+    ):
+        split = trees[name]["parameters"] * size / 4 + more
+        assert split <= trees[name]["bytes"] < 1.02 * split
+    held = sum(tree["bytes"] for tree in memory["trees"])
+    assert held < memory["peak"] < 2**30
+    assert memory["peak"] == memory["peak_of_step"] + memory["unused"]
+    axes = {axis for row in found["collectives"] for axis in row["axes"]}
+    assert axes == {"fsdp", "tensor"}
+    # Weights are gathered: at least what a chip lacks of both models' layers, once.
+    gathered = sum(row["bytes"] for row in found["collectives"] if row["kind"] == "all-gather")
+    assert gathered > trees["anchor"]["bytes"]
+    assert found["seconds"]["bound"] <= found["seconds"]["serial"]
+    steps = -(-1_000_000_000 // (8 * 256))
+    least, most = found["training"]["chip_hours"]
+    assert found["training"]["steps"] == steps
+    assert least == pytest.approx(4 * steps * found["seconds"]["bound"] / 3600)
+    assert found["training"]["dollars"] == [2 * least, 2 * most]
+    shown = capsys.readouterr().out
+    assert shown in (tmp_path / "plan.md").read_text()
+    assert "| anchor " in shown and "Training on 1 G tokens" in shown
+
+
+def test_a_gpu_is_planned_by_formula(config, capsys):
+    assert main(["plan", f"--config={config}", "--topology=h200:8", "--tokens=1e9"]) == 0
+    shown = capsys.readouterr().out
+    assert "form:small + form:small on h200:8" in shown and "by formula, not compiled" in shown
+    assert "mesh data 2 × fsdp 2 × tensor 2" in shown
+
+
+def test_a_step_that_does_not_fit_is_told_with_what_to_change(config, capsys, monkeypatch):
+    small = topologies.dataclasses.replace(topologies.CHIPS["h200"], hbm_bytes=8_000_000)
+    monkeypatch.setitem(topologies.CHIPS, "h200", small)
+    assert main(["plan", f"--config={config}", "--topology=h200:8"]) == 1
+    shown = capsys.readouterr().out
+    assert "**It does not fit.**" in shown
+    assert "The cheapest that fits, by formula: --config.mesh.data=" in shown
+
+
+@pytest.mark.parametrize(
+    "arguments, said",
+    [
+        (["--topology=v5e:64x64"], "--topology=v5e:64x64: no such slice; there are v5e:1x1"),
+        ([], "--topology is missing"),
+        (["--topology=h200:8", "--dollars_per_chip_hour=2"], "says nothing without --tokens"),
+        (["--topology=h200:8", "--config.anchor=form:tiny"], "did you mean 'form:"),
+        (["--topology=h200:8", "--config.anchor=nowhere"], "is not a frozen folder"),
+        (["--topology=h200:8", "--config.mesh.fsdp=3"], "does not use all 8 devices exactly"),
+        (["--topology=h200:8", "--config.train.batch_size=6"], "train.batch_size 6 is not divis"),
+        (["--topology=h200:8", "--config.mesh.tensor=8", "--config.mesh.fsdp=1"], "heads of size"),
+        (["--topology=v5e:2x2*x"], "'x' is not a number of slices"),
+        (["--topology=h200:8", "--serach"], "did you mean --search?"),
+    ],
+)
+def test_bad_input_is_one_line(config, capsys, arguments, said):
+    assert main(["plan", f"--config={config}", *arguments]) == 2
+    shown = capsys.readouterr().err
+    assert said in shown and shown.count("\n") == 1
+
+
+def test_a_missing_compiler_is_told(config, capsys, monkeypatch):
+    real = importlib.util.find_spec
+    monkeypatch.setattr(
+        program.importlib.util, "find_spec", lambda name: None if name == "libtpu" else real(name)
+    )
+    assert main(["plan", f"--config={config}", "--topology=v5e:2x2"]) == 2
+    assert "pip install calm_jax[plan]" in capsys.readouterr().err
+
+
+def test_training_does_not_take_a_form(config, tmp_path, capsys):
+    arguments = [f"--config={config}", f"--workdir={tmp_path / 'run'}"]
+    meshes = ["--config.mesh.fsdp=2", "--config.mesh.tensor=2"]
+    assert main(["train", *arguments, *meshes]) == 2
+    assert "form:small is a form without weights" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_table_of_a_page():
+    shown = page.table(("what", "GiB"), [("anchor", "1.00"), ("a", "10.00")])
+    assert shown.splitlines() == [
+        "| what   |   GiB |",
+        "| ------ | ----: |",
+        "| anchor |  1.00 |",
+        "| a      | 10.00 |",
+    ]
+
+
+def test_cost_of_tokens_counts_whole_steps():
+    made = {
+        "batch_size": 8,
+        "length": 100,
+        "chips": 4,
+        "seconds": {"bound": 1.0, "serial": 3.0},
+    }
+    cost = plan.training(made, 801, 1.5)
+    assert cost["steps"] == 2
+    assert cost["hours"] == [2 / 3600, 6 / 3600]
+    assert cost["dollars"] == pytest.approx([1.5 * 8 / 3600, 1.5 * 24 / 3600])
