@@ -53,16 +53,20 @@ class Attention:
     ):
         self.backend, self.scale, self.logit_cap = backend, scale, logit_cap
         self.window = window
-        self.sees_any_BT = query_segments_BT != 0
-        if key_segments_BS is None:
-            key_segments_BS = query_segments_BT
-        else:
-            self.sees_any_BT = jnp.any(causal_mask(query_segments_BT, key_segments_BS), axis=-1)
-        self.segments = (query_segments_BT, key_segments_BS)
+        own_keys = key_segments_BS is None
+        self.segments = (query_segments_BT, query_segments_BT if own_keys else key_segments_BS)
         if backend == "xla":
             self.mask_BTS = causal_mask(*self.segments)
+            self.sees_any_BT = jnp.any(self.mask_BTS, axis=-1)
             if window is not None:
                 self.local_mask_BTS = self.mask_BTS & window_mask(self.mask_BTS.shape[1], window)
+        elif own_keys:
+            self.sees_any_BT = query_segments_BT != 0
+        else:
+            # What attention makes of ones: 0 of none.
+            ones_BS11 = jnp.ones((*key_segments_BS.shape, 1, 1))
+            x_BT11 = chunked_attention(ones_BS11, ones_BS11, ones_BS11, *self.segments, scale=1.0)
+            self.sees_any_BT = x_BT11[:, :, 0, 0] != 0
 
     def __call__(
         self,

@@ -31,8 +31,8 @@ def chunked_attention(
     key_segments_BS: jax.Array,
     *,
     scale: float,
-    logit_cap: float | None,
-    window: int | None,
+    logit_cap: float | None = None,
+    window: int | None = None,
 ) -> jax.Array:
     """Attention as `calm_jax.models.attention` defines it; as many keys as queries.
 

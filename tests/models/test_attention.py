@@ -1,0 +1,175 @@
+"""Every backend of attention against XLA's: values, gradients, and what they see."""
+
+import functools
+
+import hypothesis
+import hypothesis.strategies as st
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny_models  # noqa: F401  (compiles quickly)
+from jax.experimental.pallas.ops.tpu import splash_attention as splash
+
+from calm_jax import sharding
+from calm_jax.models import attention_kernels, chunked_attention
+from calm_jax.models.attention import Attention
+
+SHAPES = st.fixed_dictionaries(
+    {
+        "length": st.integers(1, 30),
+        "heads": st.sampled_from([(1, 1), (4, 4), (4, 2), (6, 2), (3, 1)]),
+        "head_dim": st.sampled_from([1, 4, 8]),
+        "window": st.none() | st.integers(1, 32),
+        "local": st.booleans(),
+        "logit_cap": st.sampled_from([None, 2.0]),
+        "hidden_keys": st.booleans(),
+        "dtype": st.sampled_from(["float32", "bfloat16"]),
+        "seed": st.integers(0, 99),
+    }
+)
+
+
+@pytest.fixture(autouse=True)
+def small_blocks(monkeypatch):
+    """As small as short rows need to have several."""
+    monkeypatch.setattr(chunked_attention, "BLOCK", 8)
+    monkeypatch.setattr(attention_kernels, "SPLASH_BLOCKS", (128,))
+    interpreted = functools.partial(splash.make_splash_mha, interpret=True)
+    monkeypatch.setattr(splash, "make_splash_mha", interpreted)
+
+
+def arrays(length, heads, head_dim, dtype="float32", batch=2, seed=0, **_):
+    """q, k, v and the result's gradient."""
+    random = np.random.default_rng(seed)
+    N, K = heads
+    return [
+        jnp.asarray(2 * random.normal(size=(batch, length, n, head_dim)), dtype)
+        for n in (N, K, K, N)
+    ]
+
+
+def random_segments(length, hidden_keys, batch=2, seed=0, **_):
+    """Any segments in any order, padding anywhere; and those of the keys, or None."""
+    random = np.random.default_rng(seed)
+    queries_BT = random.integers(0, 4, (batch, length), dtype=np.int32)
+    queries_BT = np.where(random.random((batch, 1)) < 0.5, np.sort(queries_BT), queries_BT)
+    keys_BS = np.where(random.random((batch, length)) < 0.5, queries_BT, 0)
+    return queries_BT, (keys_BS if hidden_keys else None)
+
+
+def visible(queries_BT, keys_BS, window):
+    """Bool [B, T, S] by the rule, one pair at a time."""
+    allowed = np.zeros((*queries_BT.shape, queries_BT.shape[1]), bool)
+    for b, t, s in np.ndindex(allowed.shape):
+        same = queries_BT[b, t] == keys_BS[b, s] != 0
+        allowed[b, t, s] = s <= t and same and (window is None or t - s < window)
+    return allowed
+
+
+def compare(backend, inputs, segments, local=True, tolerance=None, **fields):
+    """Values and gradients of a backend are XLA's."""
+
+    def values_and_gradients(backend, q, k, v, dx, local):
+        attend = Attention(backend, *segments, scale=q.shape[-1] ** -0.5, **fields)
+        x, backward = jax.vjp(lambda *inputs: attend(*inputs, local), q, k, v)
+        return [x, *backward(dx)]
+
+    @jax.jit
+    def both(*inputs):
+        return [values_and_gradients(name, *inputs) for name in (backend, "xla")]
+
+    found, expected = both(*inputs, jnp.asarray(local))
+    tolerance = tolerance or {"float32": 5e-6, "bfloat16": 2e-2}[inputs[0].dtype.name]
+    for ours, theirs in zip(found, expected, strict=True):
+        assert ours.dtype == theirs.dtype
+        ours, theirs = (np.asarray(x, np.float32) for x in (ours, theirs))
+        np.testing.assert_allclose(ours, theirs, atol=tolerance * max(1, np.max(np.abs(theirs))))
+    return found[0]
+
+
+@hypothesis.settings(max_examples=8)
+@hypothesis.given(shape=SHAPES)
+def test_chunked_equals_xla(shape):
+    segments = random_segments(**shape)
+    fields = {name: shape[name] for name in ("window", "logit_cap", "local")}
+    x_BTNH = compare("chunked", arrays(**shape), segments, **fields)
+    queries_BT, keys_BS = segments
+    window = shape["window"] if shape["local"] else None
+    allowed = visible(queries_BT, queries_BT if keys_BS is None else keys_BS, window)
+    assert np.all(np.asarray(x_BTNH)[~allowed.any(-1)] == 0)
+
+
+@pytest.mark.parametrize(
+    ("window", "local", "heads", "head_dim", "logit_cap", "hidden_keys"),
+    [
+        (None, True, (2, 1), 64, None, True),
+        (100, True, (4, 2), 128, 3.0, False),
+        (100, False, (1, 1), 256, 3.0, True),
+    ],
+)
+def test_splash_equals_xla(window, local, heads, head_dim, logit_cap, hidden_keys):
+    inputs = arrays(256, heads, head_dim)
+    segments = random_segments(256, hidden_keys)
+    compare("splash", inputs, segments, local, 1e-5, window=window, logit_cap=logit_cap)
+
+
+@pytest.mark.parametrize("window", [None, 5])
+def test_cudnn_is_asked_for_the_same(window, monkeypatch):
+    """JAX's own attention with the arguments that cuDNN gets, on rows with their padding last."""
+    own = jax.nn.dot_product_attention
+
+    def standing_in(*inputs, implementation, **fields):
+        assert implementation == "cudnn"
+        return own(*inputs, implementation="xla", **fields)
+
+    monkeypatch.setattr(jax.nn, "dot_product_attention", standing_in)
+    inputs = arrays(13, (4, 2), 8)
+    segments_BT = np.array([[1] * 13, [1] * 9 + [0] * 4], np.int32)
+    compare("cudnn", inputs, (segments_BT,), window=window)
+
+
+@pytest.mark.parametrize("window", [None, 6])
+def test_gradients_reach_what_is_visible_and_nothing_else(window):
+    q, k, v, _ = arrays(21, (1, 1), 4)
+    queries_BT, keys_BS = random_segments(21, hidden_keys=True, seed=3)
+    attend = Attention("chunked", queries_BT, keys_BS, scale=0.5, window=window)
+
+    @jax.jit
+    def moved(k, v):
+        jacobians = jax.jacrev(lambda k, v: attend(q, k, v, True).sum((2, 3)), (0, 1))(k, v)
+        return [jnp.any(jacobian != 0, axis=(-2, -1)) for jacobian in jacobians]
+
+    allowed = visible(queries_BT, keys_BS, window)
+    rows = np.arange(2)
+    by_key_BTS, by_value_BTS = (np.asarray(x)[rows, :, rows] for x in moved(k, v))
+    np.testing.assert_array_equal(by_value_BTS, allowed)
+    # A weight that is alone is 1 whatever its key.
+    np.testing.assert_array_equal(by_key_BTS, allowed & (allowed.sum(-1, keepdims=True) > 1))
+
+
+# Key heads split over devices, one for each two devices, one for all, and cut across groups.
+@pytest.mark.parametrize(
+    ("backend", "heads"),
+    [
+        ("chunked", (8, 4)),
+        ("chunked", (8, 2)),
+        ("chunked", (4, 1)),
+        ("chunked", (12, 3)),
+        ("splash", (8, 2)),
+    ],
+)
+def test_equals_xla_on_a_mesh(backend, heads):
+    length = 21 if backend == "chunked" else 128
+    inputs = arrays(length, heads, 8, batch=4)
+    segments = random_segments(length, hidden_keys=False, batch=4)
+    mesh = sharding.make_mesh({"data": 2, "tensor": 4})
+    axes = ("batch", "length", "heads", "head_dim")
+    keys = ("batch", "length", "kv_heads", "head_dim")
+    with jax.set_mesh(mesh):
+        inputs = [
+            jax.device_put(x, sharding.array_sharding("x", x.shape, x_axes, mesh))
+            for x, x_axes in zip(inputs, (axes, keys, keys, axes), strict=True)
+        ]
+        x_BTNH = compare(backend, inputs, segments, True, 1e-5, window=9, logit_cap=5.0)
+    assert x_BTNH.sharding.spec[2] == "tensor"
