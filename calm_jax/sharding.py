@@ -11,7 +11,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.experimental import mesh_utils
+from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from calm_jax.errors import CalmError
@@ -30,7 +30,7 @@ RULES: Rules = {
     "stream_length": ("tensor",),
     "activation_embed": (),
     "embed": ("fsdp",),
-    "augment_embed": (),
+    "augment_embed": ("tensor",),
     "heads": ("tensor",),
     "kv_heads": ("tensor",),
     "head_dim": (),
@@ -43,9 +43,9 @@ RULES: Rules = {
 # layer is gathered when its turn comes.
 WEIGHT_RULES: dict[str, Rules] = {"fsdp": RULES, "all": {**RULES, "embed": ("data", "fsdp")}}
 
-# Grouped queries may have fewer key heads than `tensor` has devices: then each device keeps all;
-# and a stream need not have a length that it divides.
-REPLICATED_WHEN_INDIVISIBLE = frozenset({"kv_heads", "stream_length"})
+# Grouped queries may have fewer key heads than `tensor` has devices: then each device keeps all.
+# Nor need a stream's length or an augment's width be one that it divides.
+REPLICATED_WHEN_INDIVISIBLE = frozenset({"kv_heads", "stream_length", "augment_embed"})
 
 
 def make_mesh(shape: Mapping[str, int], devices: list[jax.Device] | None = None) -> Mesh:
@@ -182,6 +182,39 @@ def on_each_device(
     )
     split = jax.shard_map(function, in_specs=specs, out_specs=specs[0], check_vma=False)
     return split(*arrays)
+
+
+def batch_share(mesh: Mesh) -> tuple[int, int]:
+    """(k, n): this process' devices hold the k-th of n equal shares of each batch's rows.
+
+    Raises `CalmError` where processes hold parts of each other's shares.
+    """
+    axes = [mesh.axis_names.index(axis) for axis in RULES["batch"]]
+    ways = math.prod(mesh.devices.shape[axis] for axis in axes)
+    rows = np.moveaxis(mesh.devices, axes, range(len(axes))).reshape(ways, -1)
+    held: dict[int, set[int]] = {}
+    for row, devices in enumerate(rows):
+        for device in devices:
+            held.setdefault(device.process_index, set()).add(row)
+    shares = sorted({tuple(sorted(rows)) for rows in held.values()})
+    if sum(map(len, shares)) != ways or len(set(map(len, shares))) > 1:
+        raise CalmError(
+            f"mesh {dict(mesh.shape)} splits the batch {ways} ways, across the {len(held)} "
+            "processes; let mesh.tensor divide the devices of a process, or the reverse"
+        )
+    return shares.index(tuple(sorted(held[jax.process_index()]))), len(shares)
+
+
+def on_host(x: jax.Array) -> np.ndarray:
+    """The whole array, which every process must ask for when several hold it."""
+    if x.is_fully_addressable or x.is_fully_replicated:
+        return np.asarray(x)
+    return multihost_utils.process_allgather(x, tiled=True)
+
+
+def put_replicated(value: np.ndarray | np.generic, mesh: Mesh) -> jax.Array:
+    """Gives every device a small value that all processes know."""
+    return jax.make_array_from_process_local_data(replicated(mesh), np.asarray(value))
 
 
 def put_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:

@@ -86,10 +86,10 @@ def test_eight_devices_compute_what_one_does(name, on_one_device):
         "anchor/layers/pieces/1/attention/key": (2, 1, 16 // fsdp, keys, 4),
         "anchor/layers/pieces/1/mlp/down": (2, 1, 24 // tensor, 16 // fsdp),
         "augments/0/layers/pieces/0/attention/value": (2, 1, 8 // fsdp, 1, 4),
-        "bridge/rounds/0/0/projection": (2, 8, 16 // fsdp),
+        "bridge/rounds/0/0/projection": (2, 8 // tensor, 16 // fsdp),
         "bridge/rounds/0/0/query": (2, 16 // fsdp, 8 // tensor, 2),
         "bridge/rounds/1/0/output": (8 // tensor, 2, 16 // fsdp),
-        "bridge/rounds/1/0/tap_norm": (8,),
+        "bridge/rounds/1/0/tap_norm": (8 // tensor,),
     }
     arrays = {path_name(path): x for path, x in jax.tree.leaves_with_path(tree)}
     for path, shape in held.items():
