@@ -100,10 +100,14 @@ def means(sums: Sums) -> dict[str, jax.Array]:
 
 def _sequences(segments_BT, counted_BT, right_BT) -> tuple[jax.Array, jax.Array]:
     """How many segments have every counted token right, and how many have one to count."""
-    B, T = segments_BT.shape
-    rows_B1 = jnp.arange(B)[:, None]
-    zeros_BS = jnp.zeros((B, T + 1), jnp.int32)
-    counted_BS = zeros_BS.at[rows_B1, segments_BT].add(counted_BT.astype(jnp.int32))
-    wrong_BS = zeros_BS.at[rows_B1, segments_BT].add((counted_BT & ~right_BT).astype(jnp.int32))
+    length = segments_BT.shape[1]
+
+    # Row by row: a scatter over all of them would gather the whole batch on every device.
+    @jax.vmap
+    def in_segments(segments_T, of_T):
+        return jnp.zeros(length + 1, jnp.int32).at[segments_T].add(of_T.astype(jnp.int32))
+
+    counted_BS = in_segments(segments_BT, counted_BT)
+    wrong_BS = in_segments(segments_BT, counted_BT & ~right_BT)
     exact = jnp.sum((counted_BS > 0) & (wrong_BS == 0)).astype(jnp.float32)
     return exact, jnp.sum(counted_BS > 0).astype(jnp.float32)
