@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from absl import logging as absl_logging
 
-from calm_jax.errors import CalmError
+from calm_jax.errors import outcome
 
 PACKAGE = str(pathlib.Path(__file__).parent)
 
@@ -24,7 +24,7 @@ COMMANDS = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs a command; returns the exit status: 0, 2 after bad input, 130 when interrupted.
+    """Runs a command; returns the exit status: 0, 2 after bad input, 75 to be started again, 130.
 
     Without `argv` this is the process' own program, and also sets up its logs.
     """
@@ -41,11 +41,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(f"unknown command {name!r}; {hint}")
     try:
         return importlib.import_module(f"calm_jax.cli.{name}").main(arguments[1:])
-    except CalmError as error:
-        return _fail(str(error))
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
+    except (Exception, KeyboardInterrupt) as error:
+        status, line = outcome(error)
+        if line is None:
+            raise
+        print(line, file=sys.stderr)
+        return status
 
 
 def _usage() -> str:

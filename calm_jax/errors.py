@@ -1,5 +1,22 @@
-"""The one error that stands for bad input."""
+"""The errors that end a command with one line, and the exit status of each."""
+
+import os
 
 
 class CalmError(ValueError):
     """Bad input: one clear line for the person who gave it."""
+
+
+class Preempted(Exception):
+    """A run was told to stop, and has saved what it had: the same command goes on."""
+
+
+def outcome(error: BaseException) -> tuple[int, str | None]:
+    """The exit status after an error, and its line; None where only a traceback explains it."""
+    if isinstance(error, CalmError):
+        return 2, f"error: {error}"
+    if isinstance(error, Preempted):
+        return os.EX_TEMPFAIL, str(error)
+    if isinstance(error, KeyboardInterrupt):
+        return 130, "interrupted"
+    return 1, None

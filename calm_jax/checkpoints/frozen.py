@@ -37,7 +37,7 @@ from calm_jax.models.parameters import Structure, Tree, insert, module_tree, pat
 from calm_jax.models.published import is_form
 from calm_jax.models.quantized import quantized_leaves
 from calm_jax.models.stack import Shape
-from calm_jax.sharding import RULES, Rules
+from calm_jax.sharding import RULES, Rules, on_host
 
 FORMAT = "calm_jax frozen folder, version 3"
 DTYPES = ("float32", "bfloat16", "int8")
@@ -75,6 +75,12 @@ def save_frozen(decoder: Decoder, target: epath.PathLike, *, vocabulary: Any = N
     vocabulary = decoder.vocabulary if vocabulary is None else vocabulary
     with whole_folder(target) as folder:
         return write_model(folder, decoder.config, _blocks(decoder), vocabulary=vocabulary)
+
+
+def gather_weights(decoder: Decoder) -> None:
+    """The part of the other processes while one saves a decoder that several hold."""
+    for _ in _blocks(decoder):
+        pass
 
 
 def write_model(
@@ -307,12 +313,12 @@ def _blocks(decoder: Decoder) -> Iterator[Block]:
     pieces = tree["layers"]["pieces"]
     alone = {key: value for key, value in tree.items() if key != "layers"}
     for path, array in jax.tree.leaves_with_path(alone):
-        yield Block(path_name(path), None, np.asarray(array))
+        yield Block(path_name(path), None, on_host(array))
     first = 0
     for piece, shape in enumerate(decoder.layers.shapes):
         for path, array in jax.tree.leaves_with_path(pieces[str(piece)]):
             for number, place in enumerate(np.ndindex(shape)):
-                layer = np.asarray(array[place])
+                layer = on_host(array[place])
                 yield Block(f"layers/{path_name(path)}", first + number, layer)
         first += math.prod(shape)
 

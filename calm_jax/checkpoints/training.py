@@ -1,6 +1,8 @@
 """Checkpoints of a run: what is trained, its optimizer, where it stands. No frozen weight."""
 
 import dataclasses
+import time
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -8,11 +10,13 @@ import orbax.checkpoint as ocp
 from etils import epath
 from orbax.checkpoint import checkpoint_managers
 
+from calm_jax import processes
 from calm_jax.checkpoints.files import absolute, first_line
 from calm_jax.errors import CalmError
 from calm_jax.models.parameters import Tree, check_same_tree
 
 METRIC = "loss"  # of the validation; the lowest is the best
+RETRY_SECONDS = (1, 5, 25)  # pauses before a failed write is tried again
 
 
 @dataclasses.dataclass
@@ -28,11 +32,20 @@ class Checkpoint:
 class TrainingCheckpoints:
     """The checkpoints of one run, written asynchronously: the latest `keep`, and the best.
 
-    Use as a context manager; leaving it waits for the writes.
+    Use as a context manager; leaving it waits for the writes. A write that fails, in whichever
+    process, is tried again by all, as `tell` says, with what is to be saved by then.
     """
 
-    def __init__(self, folder: epath.PathLike, *, keep: int = 3, read_only: bool = False):
-        self.folder = absolute(folder)
+    def __init__(
+        self,
+        folder: epath.PathLike,
+        *,
+        keep: int = 3,
+        read_only: bool = False,
+        tell: Callable[[str], None] = processes.say,
+    ):
+        self.folder, self._tell = absolute(folder), tell
+        self._wanted: dict[str, Any] = {}  # what the write under way was asked for
         policy = checkpoint_managers.AnyPreservationPolicy(
             [
                 checkpoint_managers.LatestN(keep),
@@ -99,27 +112,61 @@ class TrainingCheckpoints:
         state: dict[str, Any],
         metrics: dict[str, float] | None = None,
     ) -> None:
-        """Starts writing; an error of the write before is raised here, naming its folder."""
-        try:
-            self.manager.save(
-                step,
-                args=ocp.args.Composite(
-                    trainable=ocp.args.StandardSave(trainable),
-                    opt_state=ocp.args.StandardSave(opt_state),
-                    state=ocp.args.JsonSave(state),
-                ),
-                metrics=metrics,
-                force=True,
-            )
-        except Exception as error:
-            raise self._failed(error) from error
+        """Starts writing, when the write before has ended well; otherwise waits for this one.
+
+        Raises `CalmError` naming the folder when it failed to the last.
+        """
+        self._wanted = {
+            "step": step,
+            "args": ocp.args.Composite(
+                trainable=ocp.args.StandardSave(trainable),
+                opt_state=ocp.args.StandardSave(opt_state),
+                state=ocp.args.JsonSave(state),
+            ),
+            "metrics": metrics,
+        }
+        self._insist(self._finish() or self._start())
 
     def wait(self) -> None:
-        """Returns when everything is on disk. Raises `CalmError` when a write failed."""
+        """Returns when everything is on disk. Raises `CalmError` when a write failed to the last.
+
+        The arrays of the last `save` must still be there.
+        """
+        self._insist(self._finish())
+
+    def _insist(self, failure: str | None) -> None:
+        for pause in RETRY_SECONDS:
+            if failure is None:
+                return
+            self._tell(f"{failure}; trying again in {pause} s")
+            time.sleep(pause)
+            self.manager.reload()  # it takes what it began for saved
+            failure = self._start() or self._finish()
+        if failure is not None:
+            raise CalmError(failure)
+
+    def _start(self) -> str | None:
+        return self._failure_of(lambda: self.manager.save(**self._wanted, force=True))
+
+    def _finish(self) -> str | None:
+        return self._failure_of(self.manager.wait_until_finished)
+
+    def _failure_of(self, action: Callable[[], Any]) -> str | None:
+        """What went wrong, in this process or another."""
+        found = None
         try:
-            self.manager.wait_until_finished()
+            action()
         except Exception as error:
-            raise self._failed(error) from error
+            found = first_line(error)
+        failures = [error for error in processes.gather(found) if error is not None]
+        if not failures:
+            return None
+        kept = (
+            f"the last whole checkpoint is step {self.latest}"
+            if self.latest is not None
+            else "none is whole"
+        )
+        return f"cannot save a checkpoint in {self.folder}: {failures[0]} ({kept})"
 
     def read_state(self, step: int) -> dict[str, Any]:
         """The JSON saved with `step`."""
@@ -164,14 +211,6 @@ class TrainingCheckpoints:
             raise CalmError(
                 f"{self.folder} has no checkpoint of step {step}; it has {sorted(steps)}"
             )
-
-    def _failed(self, error: Exception) -> CalmError:
-        kept = (
-            f"the last whole checkpoint is step {self.latest}"
-            if self.latest is not None
-            else "none is whole"
-        )
-        return CalmError(f"cannot save a checkpoint in {self.folder}: {first_line(error)} ({kept})")
 
 
 def abstract_like(tree: Any, shardings: Any) -> Any:

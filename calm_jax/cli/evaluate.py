@@ -40,7 +40,9 @@ def main(argv: list[str]) -> int:
     )
 
     from calm_jax.evaluation import metrics, results, runner
+    from calm_jax.processes import refuse_several
 
+    refuse_several("calm evaluate")
     summary = runner.evaluate(
         values.workdir,
         step=values.step,

@@ -17,6 +17,7 @@ from ml_collections.config_dict import placeholder
 from calm_jax.checkpoints.frozen import DTYPES
 from calm_jax.data.cache import check_entry
 from calm_jax.errors import CalmError
+from calm_jax.models.attention_choice import BACKENDS
 from calm_jax.models.config import CompositionConfig, DecoderConfig
 from calm_jax.models.execution import REMAT
 from calm_jax.sharding import WEIGHT_RULES
@@ -91,6 +92,8 @@ def _common(kind: str) -> ConfigDict:
     config.mesh.fsdp = 1  # devices that split the batch and each weight
     config.mesh.tensor = 1  # devices that split heads, MLP features and vocabulary
 
+    # "xla", "chunked", "splash" (TPU) or "cudnn" (GPU); "auto": the best that the devices allow.
+    config.attention = "auto"
     # "fsdp": weights are split over mesh.fsdp and mesh.tensor; "all": over mesh.data too.
     config.weight_sharding = "fsdp"
 
@@ -108,6 +111,7 @@ def _common(kind: str) -> ConfigDict:
     config.train.log_every = 10  # steps between lines of metrics.jsonl
     config.train.validate_every = 0  # steps; 0: at the end alone
     config.train.save_every = 0  # steps; 0: at the end alone
+    config.train.save_minutes = 0.0  # also this long after the last save; 0: never
     config.train.keep = 3  # latest checkpoints kept, beside the best
     config.train.tensorboard = True  # event files too, through clu, which imports TensorFlow
     config.train.profile_start = 0  # first step of the profile
@@ -124,6 +128,7 @@ def _common(kind: str) -> ConfigDict:
 
 # What a run may be resumed with anew; everything else is part of what it is.
 MAY_CHANGE = (
+    "attention",
     "cache_compiled",
     "data.cache_dir",
     "evaluate",
@@ -136,12 +141,14 @@ MAY_CHANGE = (
     "train.profile_steps",
     "train.remat",
     "train.save_every",
+    "train.save_minutes",
     "train.tensorboard",
     "train.validate_every",
     "weight_sharding",
 )
 
 _CHOICES = {
+    "attention": ("auto", *BACKENDS),
     "optimizer.name": ("adamw", "adafactor"),
     "optimizer.schedule": ("cosine", "linear", "constant"),
     "train.remat": REMAT,
@@ -170,6 +177,7 @@ _LEAST = {
     "train.profile_start": 0,
     "train.profile_steps": 0,
     "train.save_every": 0,
+    "train.save_minutes": 0,
     "train.seed": 0,
     "train.validate_every": 0,
 }

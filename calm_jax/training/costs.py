@@ -58,12 +58,14 @@ def _forward_flops(parts: Parts, length: int = 32) -> dict[str, float]:
     tree = parts.structure.abstract()
 
     def flops(of: Callable[[Any], Callable]) -> float:
-        return (
-            matmul_flops(
-                lambda tree, tokens: of(parts.structure.merge(tree))(tokens), tree, tokens_BT
+        # A single row cannot be split over a mesh.
+        with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), ())):
+            return (
+                matmul_flops(
+                    lambda tree, tokens: of(parts.structure.merge(tree))(tokens), tree, tokens_BT
+                )
+                / length
             )
-            / length
-        )
 
     if not parts.composed:
         return {"decoder": flops(lambda model: model.forward)}
@@ -110,5 +112,18 @@ def _equation_flops(equation) -> int:
     ]
     if name == "cond":
         return max(_flops(branch) for branch in inside)
-    times = params["length"] if name == "scan" else 1
-    return times * sum(_flops(jaxpr) for jaxpr in inside)
+    if name.startswith("dot_product_attention"):  # cuDNN's, which has no inside
+        q_BTNH, k_BSKH = (variable.aval.shape for variable in equation.invars[:2])
+        return (8 if "bwd" in name else 4) * math.prod(q_BTNH) * k_BSKH[1]
+    return _times(name, params) * sum(_flops(jaxpr) for jaxpr in inside)
+
+
+def _times(name: str, params: dict[str, Any]) -> int:
+    """How often, over all devices, what is inside an equation runs."""
+    if name == "scan":
+        return params["length"]
+    if name == "shard_map":
+        return math.prod(params["mesh"].shape[axis] for axis in params["manual_axes"])
+    if name == "pallas_call":
+        return math.prod(params["grid_mapping"].grid)
+    return 1

@@ -2,30 +2,34 @@
 
 import contextlib
 import dataclasses
+import hashlib
 import math
+import pathlib
 import time
+from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
 
-from calm_jax import sharding
+import calm_jax
+from calm_jax import processes, sharding
 from calm_jax.checkpoints import frozen as frozen_folders
 from calm_jax.checkpoints.composed import check_identities
-from calm_jax.checkpoints.files import read_json, write_json
+from calm_jax.checkpoints.files import absolute, read_json, write_json
 from calm_jax.checkpoints.training import TrainingCheckpoints, abstract_like
 from calm_jax.data.cache import open_source
 from calm_jax.data.source import Part, Source
 from calm_jax.data.stream import Stream, batches_once
 from calm_jax.data.vocabulary import Vocabulary
-from calm_jax.errors import CalmError
+from calm_jax.errors import CalmError, Preempted
 from calm_jax.planning.fitting import compile_to_fit
 from calm_jax.training import configuration
 from calm_jax.training.costs import jaxpr_flops, tree_costs
 from calm_jax.training.loss import means
 from calm_jax.training.optimizer import make_optimizer
+from calm_jax.training.preemption import Preemption
 from calm_jax.training.progress import Progress, costs_table
 from calm_jax.training.run import check_run, start_run
 from calm_jax.training.run_model import (
@@ -37,26 +41,45 @@ from calm_jax.training.run_model import (
 )
 from calm_jax.training.step import Shardings, make_eval_step, make_train_step
 
+# A process may see what another wrote only after its file system has forgotten that it was absent.
+VISIBLE_SECONDS = 60
 
-def train(config: ConfigDict, workdir: epath.PathLike, *, overwrite: bool = False) -> epath.Path:
+
+def train(
+    config: ConfigDict,
+    workdir: epath.PathLike,
+    *,
+    overwrite: bool = False,
+    preemption: Preemption | None = None,
+) -> epath.Path:
     """Trains what the config says, in `workdir`; goes on where an earlier call stopped.
 
-    A decoder's run ends with its best checkpoint as a frozen folder, `workdir/frozen`.
+    A decoder's run ends with its best checkpoint as a frozen folder, `workdir/frozen`. Of several
+    processes (`calm_jax.processes.joined`) all call this; `workdir` is on a file system they share.
+
+    Args:
+        preemption: what may ask the run to stop early; its context must be entered.
 
     Returns:
         the run's directory.
 
     Raises:
         CalmError: bad input, before anything is written or any weight loaded; or numbers that are
-            not finite: the step is named, and not saved.
+            not finite: the step is named, and not saved; or processes that differ.
+        Preempted: asked to stop, after the step that is then saved.
     """
     configuration.validate(config)
+    processes.agree(_intention(config, workdir, overwrite))
     mesh = sharding.make_mesh(config.mesh)
     sharding.check_batch(config.train.batch_size, config.train.accumulate, mesh)
     run = check_run(workdir, config, overwrite=overwrite)
     described = describe_models(config)
-    sources = _open_sources(config, described.vocabulary)
-    start_run(run, config, overwrite=overwrite)
+    sources = processes.in_turns(lambda: _open_sources(config, described.vocabulary))
+    processes.agree(_origins(described, sources))
+    if processes.is_first():
+        start_run(run, config, overwrite=overwrite)
+    processes.barrier()
+    _check_visible(run / "config.json")
     cache_programs(config.cache_compiled)
     with contextlib.ExitStack() as stack:
         checkpoints = stack.enter_context(
@@ -66,8 +89,44 @@ def train(config: ConfigDict, workdir: epath.PathLike, *, overwrite: bool = Fals
             _check_resumed(run, checkpoints, described, sources)
         if not _finished(run, config, checkpoints):
             stack.enter_context(jax.set_mesh(mesh))
-            _Session(config, run, mesh, checkpoints, described, sources).run_all()
+            session = _Session(config, run, mesh, checkpoints, described, sources)
+            session.run_all(preemption or Preemption())
     return run
+
+
+def _intention(config: ConfigDict, workdir: epath.PathLike, overwrite: bool) -> dict[str, Any]:
+    """What all processes must have been told, and the code they must run."""
+    code = hashlib.sha256()
+    root = pathlib.Path(calm_jax.__file__).parent
+    for file in sorted(root.rglob("*.py")):
+        code.update(f"{file.relative_to(root)}\n".encode() + file.read_bytes())
+    keys = configuration.flatten(configuration.to_dict(config))
+    of_machine = ("cache_compiled", "data.cache_dir")
+    return {
+        "calm_jax": f"{calm_jax.__version__}, code {code.hexdigest()[:16]}",
+        "jax": jax.__version__,
+        "--workdir": str(absolute(workdir)),
+        "--overwrite": overwrite,
+        **{f"config.{key}": value for key, value in keys.items() if key not in of_machine},
+    }
+
+
+def _origins(described: Described, sources: dict[str, Source]) -> dict[str, str]:
+    """Fingerprints of the frozen models and the data."""
+    models = {f"the {one['role']}": one["fingerprint"] for one in described.identities}
+    return models | {f"data.{split}": source.fingerprint for split, source in sources.items()}
+
+
+def _check_visible(path: epath.Path) -> None:
+    """Raises `CalmError` unless this process sees what the first one wrote."""
+    asked = time.monotonic()
+    while not path.exists():
+        if time.monotonic() - asked > VISIBLE_SECONDS:
+            raise CalmError(
+                f"process {jax.process_index()} does not see {path}, which process 0 wrote; "
+                "--workdir must be on a file system that all share"
+            )
+        time.sleep(1)
 
 
 def _open_sources(config: ConfigDict, vocabulary: Vocabulary) -> dict[str, Source]:
@@ -102,7 +161,7 @@ def _finished(run: epath.Path, config: ConfigDict, checkpoints: TrainingCheckpoi
     if done and config.kind == "decoder":
         done = _frozen_step(run) == checkpoints.best
     if done:
-        print(f"{run} has finished: {latest:,} steps of {wanted:,}", flush=True)
+        processes.say(f"{run} has finished: {latest:,} steps of {wanted:,}")
     return done
 
 
@@ -124,25 +183,23 @@ class _Session:
         self.optimizer, self.schedule = make_optimizer(config.optimizer, config.train.num_steps)
         rules = sharding.WEIGHT_RULES[config.weight_sharding]
         self.shardings = Shardings.of(self.parts, self.optimizer, mesh, rules)
-        self.processes = {
-            "process_index": jax.process_index(),
-            "process_count": jax.process_count(),
-        }
+        share, shares = sharding.batch_share(mesh)
+        self.share = {"process_index": share, "process_count": shares}
         self.stream = Stream(
             sources["train"],
             batch_size=config.train.batch_size,
             seed=config.data.seed,
-            **self.processes,
+            **self.share,
         )
         self.best_loss = checkpoints.best_loss
         self.first_step = self._restore_or_start()
 
-    def run_all(self) -> None:
+    def run_all(self, preemption: Preemption) -> None:
         """Compiles, prints what it will cost, and trains to the end."""
         num_steps = self.config.train.num_steps
         if self.first_step < num_steps:
             step = self._compile()
-            self._loop(step)
+            self._loop(step, preemption)
         if not self.parts.composed:
             self._save_frozen()
 
@@ -163,7 +220,7 @@ class _Session:
             abstract_like(jax.eval_shape(self.optimizer.init, abstract), self.shardings.opt_state),
         )
         self.model.trainable, self.opt_state = restored.trainable, restored.opt_state
-        print(f"{self.run} goes on after step {latest:,}", flush=True)
+        processes.say(f"{self.run} goes on after step {latest:,}")
         return restored.state["batch_index"] + 1
 
     def _compile(self):
@@ -180,7 +237,7 @@ class _Session:
             loss_chunk=train.loss_chunk,
         )
         batch = sharding.put_batch(self.stream[0], self.mesh)
-        index = jax.device_put(jnp.int32(0), self.shardings.replicated)
+        index = sharding.put_replicated(np.int32(0), self.mesh)
         arguments = (self.model.trainable, self.opt_state, self.model.frozen, batch, index)
         traced = step.trace(*arguments)
         compiled = compile_to_fit(traced.lower(), jax.local_devices()[0])
@@ -195,11 +252,12 @@ class _Session:
             "global_batch": train.batch_size,
             "tokens_per_step": train.batch_size * self.config.data.length,
         }
-        write_json(self.run / "costs.json", costs)
-        print(costs_table(costs), flush=True)
+        if processes.is_first():
+            write_json(self.run / "costs.json", costs)
+        processes.say(costs_table(costs))
         return compiled
 
-    def _loop(self, train_step) -> None:
+    def _loop(self, train_step, preemption: Preemption) -> None:
         train, first = self.config.train, self.first_step
         progress = Progress(
             self.run,
@@ -211,6 +269,8 @@ class _Session:
         )
         eval_step = make_eval_step(self.parts, self.shardings, loss_chunk=train.loss_chunk)
         batches = self.stream.iterate(first)
+        preemption.start(first)
+        by_clock = _EveryMinutes(train.save_minutes, first)
         unseen = None  # the step whose metrics are not fetched yet: at most two are in flight
         with contextlib.closing(progress), _Profiler(self.run, train) as profiler:
             for index in range(first, train.num_steps):
@@ -219,7 +279,7 @@ class _Session:
                 _, batch = next(batches)
                 waited = time.perf_counter() - asked
                 batch = sharding.put_batch(batch, self.mesh)
-                step = jax.device_put(np.int32(index), self.shardings.replicated)
+                step = sharding.put_replicated(np.int32(index), self.mesh)
                 self.model.trainable, self.opt_state, metrics = train_step(
                     self.model.trainable, self.opt_state, self.model.frozen, batch, step
                 )
@@ -231,7 +291,8 @@ class _Session:
                 validate = "validation" in self.sources and (
                     last or _due(done, train.validate_every)
                 )
-                save = last or _due(done, train.save_every)
+                stop = preemption.is_due(done)
+                save = last or stop or by_clock.is_due(done) or _due(done, train.save_every)
                 if validate or save:
                     _report(progress, *unseen)  # a step that is not finite is never saved
                     unseen = None
@@ -243,6 +304,13 @@ class _Session:
                     self.best_loss = scores["loss"] if best else self.best_loss
                     if save or best:
                         self._save(done, index, scores)
+                        by_clock.restart(done)
+                if stop and not last:
+                    self.checkpoints.wait()
+                    raise Preempted(
+                        f"{self.run} stopped after step {done:,}, which is saved; the same "
+                        "command goes on"
+                    )
 
     def _validate(self, eval_step, done: int) -> dict[str, float]:
         """Scores of the whole validation data, and exactness of each of its sets."""
@@ -271,7 +339,7 @@ class _Session:
                     self.model.trainable, self.model.frozen, sharding.put_batch(batch, self.mesh)
                 )
             )
-            for batch in batches_once(source, rows, **self.processes)
+            for batch in batches_once(source, rows, **self.share)
         ]
         return jax.tree.map(lambda *x: np.sum(x, axis=0), *sums)
 
@@ -297,13 +365,17 @@ class _Session:
         abstract, _ = self.parts.abstract()
         best = self.checkpoints.restore(step, abstract_like(abstract, self.shardings.trainable))
         decoder = self.parts.merge(best.trainable, {})
-        for stale in (self.run / "frozen_step.json", self.run / "frozen"):
-            if stale.exists():
-                stale.rmtree() if stale.is_dir() else stale.unlink()
-        frozen_folders.save_frozen(
-            decoder, self.run / "frozen", vocabulary=self.described.vocabulary
-        )
-        write_json(self.run / "frozen_step.json", {"step": step})
+        if processes.is_first():
+            for stale in (self.run / "frozen_step.json", self.run / "frozen"):
+                if stale.exists():
+                    stale.rmtree() if stale.is_dir() else stale.unlink()
+            frozen_folders.save_frozen(
+                decoder, self.run / "frozen", vocabulary=self.described.vocabulary
+            )
+            write_json(self.run / "frozen_step.json", {"step": step})
+        else:
+            frozen_folders.gather_weights(decoder)
+        processes.barrier()
 
 
 def _report(progress: Progress, step: int, metrics: dict[str, jax.Array], waited: float) -> None:
@@ -320,6 +392,25 @@ def _report(progress: Progress, step: int, metrics: dict[str, jax.Array], waited
 
 def _due(done: int, every: int) -> bool:
     return every > 0 and done % every == 0
+
+
+class _EveryMinutes:
+    """Saves by the first process' clock, after the same step in all. 0 minutes: never."""
+
+    def __init__(self, minutes: float, done: int):
+        self.minutes = minutes
+        self.restart(done)
+
+    def restart(self, done: int) -> None:
+        self.since = time.monotonic()
+        self.appointment = processes.Appointment(done) if self.minutes else None
+
+    def is_due(self, done: int) -> bool:
+        if self.appointment is None:
+            return False
+        if processes.is_first() and time.monotonic() - self.since >= 60 * self.minutes:
+            self.appointment.ask()
+        return self.appointment.is_due(done)
 
 
 class _Profiler:

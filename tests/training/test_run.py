@@ -46,7 +46,7 @@ def test_what_may_change_between_resumptions(tmp_path):
     changed.cache_compiled = "elsewhere"
     open_run(tmp_path, changed)
     written = json.loads((tmp_path / "config.json").read_text())
-    assert written["mesh"] == {"data": 2, "fsdp": 2, "tensor": 2}
+    assert written["mesh"] == {"slices": 0, "data": 2, "fsdp": 2, "tensor": 2}
     assert written["train"]["num_steps"] == 5
 
 
