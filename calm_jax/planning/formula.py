@@ -1,16 +1,18 @@
 """What a step needs by arithmetic alone: good to compare ways of running it, not to swear by.
 
-Products of matrices are counted in the traced step, trees in their shardings. The rest are sizes of
-the largest arrays: residual streams kept for the backward pass, what one layer holds while it runs,
-weights as they are gathered; and the same again for traffic.
+Products of matrices are counted in the traced step, and so is what it keeps for its backward pass;
+trees in their shardings. The rest are sizes of the largest arrays: what one layer holds while it
+runs, weights as they are gathered; and the same again for traffic.
 """
 
 import dataclasses
 import functools
+import math
 from collections.abc import Mapping
 from typing import Any
 
 import jax
+from jax.interpreters import partial_eval
 from ml_collections import ConfigDict
 
 from calm_jax import sharding
@@ -51,17 +53,6 @@ class _Layers:
     logits: float
     exchanges: int
 
-    def kept(self, remat: str, tensor: int, whole_logits: bool) -> float:
-        """Bytes that stay until the backward pass."""
-        if not self.learns or remat == "offload":
-            return 0.0
-        layer = self.stream / tensor
-        if remat in ("none", "dots"):
-            layer += self.inner
-        if remat == "none":
-            layer += 2 * self.stream / tensor + (1.5 * self.logits if whole_logits else 0)
-        return self.number * layer
-
     @property
     def working(self) -> float:
         """Bytes of a layer while it runs: weights of it and of the next, streams, products."""
@@ -85,7 +76,7 @@ class Formula:
         self.optimizer, _ = make_optimizer(config.optimizer, config.train.num_steps)
         self.opt_state = jax.eval_shape(self.optimizer.init, self.trainable)
         self.compositions = composition_configs(config) if self.parts.composed else []
-        self.flops_by_remat: dict[str, int] = {}
+        self._counted: dict[tuple[str, int, int], tuple[int, int]] = {}
         self._trees = functools.cache(self._count_trees)
 
     def plan(self, config: ConfigDict, mesh: jax.sharding.AbstractMesh) -> plan.Plan:
@@ -101,8 +92,8 @@ class Formula:
         tensor, batch_ways = mesh.shape["tensor"], mesh.size // mesh.shape["tensor"]
         rows = train.batch_size / train.accumulate / batch_ways
         groups = self._groups(config, rows, tensor)
-        whole_logits = config.get("attention", "xla") == "xla"
-        kept = sum(group.kept(train.remat, tensor, whole_logits) for group in groups)
+        flops, kept = self._count(config)
+        kept = kept / tensor / batch_ways / train.accumulate
         head = self._head_bytes(config, rows, tensor)
         peak = (
             state
@@ -122,7 +113,7 @@ class Formula:
         links = gathered / self._bandwidth(shards) + exchanged / self._bandwidth(tensor)
         slices = mesh.shape["slices"]
         network = 2 * trained * (slices - 1) / slices / chip.network_bandwidth
-        flops = self._flops(config) / self.topology.chips
+        flops = flops / self.topology.chips
         seconds = roofline.step_time(self.topology, flops, moved, links, network)
         return {
             **plan.what(config, self.topology, dict(mesh.shape)),
@@ -199,15 +190,19 @@ class Formula:
         several = [band for band, length in sides if length > 1] or [sides[0][0]]
         return sum(several[: 1 if ways <= max(self.topology.shape) else 2])
 
-    def _flops(self, config: ConfigDict) -> int:
-        """Of the whole step; the mesh does not change it, nor how the batch is cut."""
-        remat = config.train.remat
-        if remat not in self.flops_by_remat:
+    def _count(self, config: ConfigDict) -> tuple[int, int]:
+        """FLOPs of the whole step, and bytes kept for its backward pass, without accumulation.
+
+        Neither depends on the mesh.
+        """
+        key = (config.train.remat, config.train.batch_size, config.data.length)
+        if key not in self._counted:
             alone = ConfigDict(config)
             alone.train = ConfigDict({**config.train, "accumulate": 1})
-            traced = program.trace(alone, _ALONE).traced
-            self.flops_by_remat[remat] = jaxpr_flops(traced.jaxpr.jaxpr)
-        return self.flops_by_remat[remat]
+            jaxpr = program.trace(alone, _ALONE).traced.jaxpr.jaxpr
+            jaxpr, _ = partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))
+            self._counted[key] = jaxpr_flops(jaxpr), _kept_by_loops(jaxpr)
+        return self._counted[key]
 
 
 def _layers(
@@ -233,6 +228,29 @@ def _layers(
         logits=4 * tokens * form.num_heads / tensor * keys,
         exchanges=2 if form.block == "parallel" else 4,
     )
+
+
+def _kept_by_loops(jaxpr: Any) -> int:
+    """Bytes on the device that loops over layers hand on beside the residual stream.
+
+    That is what their backward pass reads; loops of the backward pass run in reverse.
+    """
+    total = 0
+    for equation in jaxpr.eqns:
+        params = equation.params
+        if equation.primitive.name == "scan":
+            if not params["reverse"]:
+                total += sum(
+                    math.prod(x.aval.shape) * x.aval.dtype.itemsize
+                    for x in equation.outvars[params["num_carry"] :]
+                    if getattr(x.aval, "memory_space", None) != jax.memory.Space.Host
+                )
+            continue
+        for value in params.values():
+            inner = getattr(value, "jaxpr", value)
+            if hasattr(inner, "eqns"):
+                total += _kept_by_loops(inner)
+    return total
 
 
 def _bytes_of_layer(tree: Any, number: int) -> float:

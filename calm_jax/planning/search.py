@@ -53,17 +53,28 @@ def cheapest(
     plans = [guess for _, guess in fitting[: TRIED + COMPILED]]
     if not topology.compiled:
         return plans[0] | {"candidates": _rows(plans), "advice": advice(plans[0])}
-    good = []
-    for number, (way, _) in enumerate(fitting[:TRIED]):
-        plans[number] = compile_plan(way, topology)
-        if plans[number]["memory"]["fits"]:
-            good.append(plans[number])
-        if len(good) == COMPILED:
+    good: list[plan.Plan] = []
+    tried, hopeful = 0, {}  # by how much formulas fell short, for each way of rematerialising
+    for number, (way, guess) in enumerate(fitting):
+        needed = guess["memory"]["peak"] * hopeful.get(way.train.remat, 1.0)
+        if tried == TRIED or len(good) == COMPILED:
             break
+        if needed > topology.chip.hbm_bytes:
+            continue
+        made = compile_plan(way, topology)
+        tried += 1
+        if number < len(plans):
+            plans[number] = made
+        else:
+            plans.append(made)
+        if made["memory"]["fits"]:
+            good.append(made)
+        elif made["memory"]["peak"]:
+            hopeful[way.train.remat] = made["memory"]["peak"] / guess["memory"]["peak"]
     if not good:
         raise CalmError(
-            f"the best {len(fitting[:TRIED])} ways by formula do not fit on {topology.name}; "
-            "a larger slice does"
+            f"{tried} ways that fit {topology.name} by formula were compiled, and none does; take "
+            "a larger slice"
         )
     best = min(good, key=lambda each: each["seconds"]["serial"])
     return best | {"candidates": _rows(plans), "advice": advice(best)}
