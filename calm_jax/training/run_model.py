@@ -13,7 +13,8 @@ from calm_jax.checkpoints import frozen as frozen_folders
 from calm_jax.checkpoints.composed import load_parts
 from calm_jax.data.vocabulary import Vocabulary
 from calm_jax.errors import CalmError
-from calm_jax.models import CompositionConfig, Decoder, DecoderConfig, compose
+from calm_jax.models import ComposedDecoder, CompositionConfig, Decoder, DecoderConfig, compose
+from calm_jax.models.attention_choice import Need, choose
 from calm_jax.models.bridge import heads
 from calm_jax.models.composed import check_vocabularies
 from calm_jax.models.execution import Execution, check_remat
@@ -94,10 +95,37 @@ def describe_models(config: ConfigDict) -> Described:
 def load_model(config: ConfigDict, mesh: jax.sharding.Mesh) -> RunModel:
     """The model to train, on the mesh. A new decoder's values are left to `init_decoder`.
 
-    Raises `CalmError` when the devices cannot do what `train.remat` says.
+    Raises `CalmError` as `set_execution`.
     """
-    check_remat(config.train.remat, mesh.devices.flat[0])
     return _composed(config, mesh) if config.kind == "composed" else _decoder(config, mesh)
+
+
+def set_execution(model: Decoder | ComposedDecoder, config: ConfigDict, device: jax.Device) -> None:
+    """Says how each part of a model is computed, as the config asks and one of its devices allows.
+
+    Raises `CalmError` when the devices cannot do what `attention` or `train.remat` says.
+    """
+    check_remat(config.train.remat, device)
+
+    def execution(need: Need, remat: str) -> Execution:
+        length, packed = config.data.length, config.data.pack
+        backend = choose(config.attention, device, need, length=length, packed=packed)
+        return Execution(backend, remat)
+
+    if isinstance(model, Decoder):
+        need = Need.of_decoder("the decoder", model.config)
+        model.execution = execution(need, config.train.remat)
+        return
+    anchor = model.anchor
+    anchor.execution = execution(Need.of_decoder("the anchor", anchor.config), config.train.remat)
+    # No gradient flows through an augment, so it has nothing to compute again.
+    for number, augment in enumerate(model.augments):
+        need = Need.of_decoder(f"augment {number}", augment.config)
+        augment.execution = execution(need, "none")
+    # The bridges share one backend; "chunked" does whatever any of them needs.
+    needs = [Need.of_bridge(composition, anchor.config) for composition in model.configs]
+    chosen = {execution(need, config.train.remat) for need in needs}
+    model.execution = chosen.pop() if len(chosen) == 1 else Execution("chunked", config.train.remat)
 
 
 def init_decoder(config: ConfigDict, shardings: Tree) -> Tree:
@@ -127,17 +155,17 @@ def frozen_dtypes(config: ConfigDict) -> list[str | None]:
 
 def _decoder(config: ConfigDict, mesh) -> RunModel:
     """A decoder to train whole: from random values, or from a frozen folder; in float32."""
-    execution = Execution(remat=config.train.remat)
+    device = mesh.devices.flat[0]
     if not config.decoder["from"]:
         form = decoder_config(config)
         decoder = nnx.eval_shape(lambda: Decoder(form, nnx.Rngs(0)))
-        decoder.execution = execution
+        set_execution(decoder, config, device)
         return RunModel(Parts(decoder), None, {})
     described = frozen_folders.describe(config.decoder["from"])
     shapes = ((described.config.num_layers,),)
     rules = sharding.WEIGHT_RULES[config.weight_sharding]
     decoder = frozen_folders.load_cut(described, shapes, mesh=mesh, rules=rules)
-    decoder.execution = execution
+    set_execution(decoder, config, device)
     nnx.update(decoder, jax.tree.map(lambda x: x.astype(jnp.float32), nnx.state(decoder)))
     parts = Parts(decoder)
     return RunModel(parts, *parts.of(decoder))
@@ -150,7 +178,6 @@ def _composed(config: ConfigDict, mesh) -> RunModel:
     rules = sharding.WEIGHT_RULES[config.weight_sharding]
     anchor, *augments = load_parts(places, frozen_dtypes(config), configs, mesh, rules)
     composed = compose(anchor, augments, configs, rngs=nnx.Rngs(config.train.seed))
-    # No gradient flows through an augment, so it has nothing to compute again.
-    composed.execution = composed.anchor.execution = Execution(remat=config.train.remat)
+    set_execution(composed, config, mesh.devices.flat[0])
     parts = Parts(composed)
     return RunModel(parts, *parts.of(composed))

@@ -2,10 +2,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pytest
 import tiny_models
 from flax import nnx
 
+from calm_jax import sharding
 from calm_jax.models import CompositionConfig
+from calm_jax.models.attention_kernels import splash_attention
 from calm_jax.training.costs import matmul_flops, tree_costs
 from calm_jax.training.step import Parts
 
@@ -53,6 +56,38 @@ def test_compiled_functions_and_branches():
         return jax.lax.cond(x[0, 0] > 0, lambda: product(x, y), lambda: x[:, :1] * y[:1])
 
     assert matmul_flops(either, floats(B, D), floats(D, F)) == 2 * B * D * F
+
+
+@pytest.mark.parametrize("mesh", [{"data": 4, "tensor": 2}, {"data": 8}])
+def test_a_function_of_one_devices_part(mesh):
+    """Of all devices together; what is split by nothing, every device computes."""
+    mesh = sharding.make_mesh(mesh)
+    rows = jax.sharding.PartitionSpec("data", None)
+    whole = jax.sharding.PartitionSpec()
+    product = jax.shard_map(jnp.matmul, mesh=mesh, in_specs=(rows, whole), out_specs=rows)
+    flops = matmul_flops(product, floats(8 * B, D), floats(D, F))
+    assert flops == 2 * 8 * B * D * F * mesh.shape["tensor"]
+
+
+@pytest.mark.parametrize("backward", [False, True])
+def test_a_kernel_counts_as_attention_of_the_full_square(backward):
+    """Two products forward; backward those two again, the weights once more, and four of their own.
+
+    What is counted is the grid's every block, those too that the causal mask skips.
+    """
+    shape = floats(B, 256, 2, 128)
+    segments = jax.ShapeDtypeStruct((B, 256), jnp.int32)
+
+    def attend(q, k, v, segments):
+        return jnp.sum(
+            splash_attention(q, k, v, segments, segments, scale=1.0, logit_cap=None, window=None)
+        )
+
+    function = jax.grad(attend, argnums=(0, 1, 2)) if backward else attend
+    square = 2 * B * 256 * 256 * 2 * 128
+    flops = matmul_flops(function, shape, shape, shape, segments)
+    # Forward two products; backward four, and its own forward pass again, the weights twice.
+    np.testing.assert_allclose(flops, (2 + 7 if backward else 2) * square, rtol=0.01)
 
 
 def decoder_flops(layers, D, N, K, H, F, *, gated=True, head=True):
