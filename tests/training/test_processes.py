@@ -1,0 +1,230 @@
+"""Runs in several real processes on this machine, started by the command line as a user would."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny_models
+from tiny_models import stored_bytes
+
+from calm_jax.checkpoints import frozen
+from calm_jax.checkpoints.composed import load_composed
+from calm_jax.checkpoints.training import TrainingCheckpoints
+from calm_jax.data.vocabulary import Vocabulary
+from calm_jax.models import CompositionConfig, DecoderConfig
+from calm_jax.training import configuration, loop
+
+STEPS = 40
+VOCAB = 264  # of bytes, padded
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder with data, two frozen models, the caches of every run, and configs."""
+    folder = tmp_path_factory.mktemp("runs")
+    random = np.random.default_rng(0)
+    with open(folder / "data.jsonl", "w") as file:
+        for _ in range(40):
+            text = "".join(random.choice(list("abcd"), size=random.integers(1, 6)))
+            file.write(json.dumps({"inputs": text + ">", "targets": text[::-1]}) + "\n")
+    for seed, name in enumerate(("anchor", "augment")):
+        decoder = tiny_models.decoder(
+            seed, vocab_size=VOCAB, embed_dim=16, num_layers=2, num_heads=2, mlp_dim=32
+        )
+        frozen.save_frozen(decoder, folder / name, vocabulary=Vocabulary.load("bytes"))
+    composed = configuration.composed_run(CompositionConfig(every=1))
+    composed.anchor, composed.augments = str(folder / "anchor"), (str(folder / "augment"),)
+    form = DecoderConfig.palm(
+        vocab_size=VOCAB, embed_dim=16, num_layers=2, num_heads=2, head_dim=4, mlp_dim=32
+    )
+    for name, config in {
+        "composed": composed,
+        "decoder": configuration.decoder_run(form),
+    }.items():
+        config.data.train = config.data.validation = ({"jsonl": str(folder / "data.jsonl")},)
+        config.data.update(length=16, cache_dir=str(folder / "cache"))
+        config.vocabulary = "bytes"
+        config.train.update(num_steps=STEPS, batch_size=8, log_every=1, tensorboard=False)
+        config.train.update(save_every=10, validate_every=20)
+        config.cache_compiled = str(folder / "xla")
+        values = json.dumps(configuration.to_dict(config))
+        (folder / f"{name}.json").write_text(values)
+        (folder / f"{name}.py").write_text(
+            "import json\nfrom ml_collections import ConfigDict\n\n\n"
+            f"def get_config():\n    return ConfigDict(json.loads({values!r}))\n"
+        )
+    return folder
+
+
+def config_of(place, name):
+    from ml_collections import ConfigDict
+
+    return ConfigDict(json.loads((place / f"{name}.json").read_text()))
+
+
+@pytest.fixture(scope="module")
+def alone(place):
+    """The composed run in this one process, with 8 devices."""
+    return loop.train(config_of(place, "composed"), place / "alone")
+
+
+class Run:
+    """`count` processes of one run, each with `devices` devices, and what they print."""
+
+    def __init__(self, place, workdir, count, devices, *arguments, name="composed", of_last=()):
+        with socket.socket() as free:
+            free.bind(("localhost", 0))
+            address = f"localhost:{free.getsockname()[1]}"
+        environment = {
+            **os.environ,
+            "JAX_PLATFORMS": "cpu",
+            "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+            "PYTHONPATH": str(ROOT),
+            "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        }
+        self.workdir, self.processes = Path(workdir), []
+        for index in range(count):
+            place_flags = [
+                f"--coordinator={address}",
+                f"--process_count={count}",
+                f"--process_index={index}",
+            ]
+            command = [
+                *(sys.executable, "-m", "calm_jax", "train"),
+                f"--config={place / name}.py",
+                f"--workdir={workdir}",
+                *(place_flags if count > 1 else ()),
+                *arguments,
+                *(of_last if index == count - 1 else ()),
+            ]
+            self.processes.append(
+                subprocess.Popen(
+                    command,
+                    env=environment,
+                    stdout=subprocess.PIPE,
+                    stderr=subprocess.STDOUT,
+                    text=True,
+                )
+            )
+
+    def await_step(self, step):
+        """Returns when the step is logged."""
+        deadline = time.monotonic() + 300
+        while not self._logged(step):
+            ended = [p.communicate()[0] for p in self.processes if p.poll() is not None]
+            assert not ended, ended[0]
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+
+    def _logged(self, step):
+        path = self.workdir / "metrics.jsonl"
+        return path.exists() and f'{{"step": {step}, "split": "train"' in path.read_text()
+
+    def end(self):
+        """Exit statuses and outputs, when all have ended."""
+        try:
+            outputs = [process.communicate(timeout=300)[0] for process in self.processes]
+        finally:
+            for process in self.processes:
+                process.kill()
+        return [process.returncode for process in self.processes], outputs
+
+    def finish(self):
+        statuses, outputs = self.end()
+        assert statuses == [0] * len(statuses), "\n".join(outputs)
+        return outputs
+
+
+def losses(run, split="train"):
+    lines = [json.loads(line) for line in (Path(run) / "metrics.jsonl").read_text().splitlines()]
+    steps = [line["step"] for line in lines if line["split"] == split]
+    assert len(steps) == len(set(steps))
+    return {line["step"]: line["loss"] for line in lines if line["split"] == split}
+
+
+def assert_same_losses(run, other):
+    assert losses(run) == pytest.approx(losses(other), rel=1e-4)
+    assert list(losses(run)) == list(range(1, STEPS + 1))
+    assert losses(run, "validation") == pytest.approx(losses(other, "validation"), rel=1e-4)
+
+
+def saved_steps(run):
+    with TrainingCheckpoints(Path(run) / "checkpoints", read_only=True) as checkpoints:
+        return sorted(checkpoints.manager.all_steps())
+
+
+def last_line(output):
+    return output.strip().splitlines()[-1]
+
+
+def test_sigterm_to_one_of_two_then_four_go_on_as_one_process_would(place, alone, tmp_path):
+    run = Run(place, tmp_path / "run", 2, 2, "--config.mesh.fsdp=2")
+    run.await_step(3)
+    run.processes[1].send_signal(signal.SIGTERM)
+    statuses, outputs = run.end()
+    assert statuses == [os.EX_TEMPFAIL] * 2, "\n".join(outputs)
+    stopped = max(losses(run.workdir))
+    assert 3 <= stopped < STEPS
+    assert saved_steps(run.workdir)[-1] == stopped
+    for output in outputs:
+        assert f"stopped after step {stopped}, which is saved" in last_line(output)
+
+    outputs = Run(place, tmp_path / "run", 4, 1, "--config.mesh.tensor=2").finish()
+    assert f"goes on after step {stopped}" in outputs[0]
+    # Only the first process speaks.
+    assert all("step" not in output for output in outputs[1:])
+    assert_same_losses(run.workdir, alone)
+    here, there = (load_composed(path, step=STEPS).bridge for path in (run.workdir, alone))
+    for key, value in stored_bytes(here).items():
+        found, expected = np.frombuffer(value, "f4"), np.frombuffer(stored_bytes(there)[key], "f4")
+        np.testing.assert_allclose(found, expected, atol=1e-4)
+
+
+def test_killed_process_ends_the_other_and_a_restart_goes_on(place, alone, tmp_path):
+    run = Run(place, tmp_path / "run", 2, 2, "--config.train.num_steps=100000")
+    run.await_step(13)
+    run.processes[1].kill()
+    killed = time.monotonic()
+    statuses, outputs = run.end()
+    assert time.monotonic() - killed < 60
+    assert statuses == [1, -signal.SIGKILL], outputs[0]
+    assert last_line(outputs[0]).startswith("error: process 0 of 2 lost process 1; start all again")
+
+    latest = saved_steps(run.workdir)[-1]
+    assert latest >= 10
+    assert latest == max(losses(run.workdir)) // 10 * 10 or latest % 10 == 0
+    config = config_of(place, "composed")
+    config.train.num_steps = latest + 5
+    loop.train(config, run.workdir)
+    assert max(losses(run.workdir)) == latest + 5
+
+
+def test_processes_that_differ_are_refused(place, tmp_path):
+    run = Run(place, tmp_path / "run", 2, 1, of_last=["--config.optimizer.learning_rate=0.5"])
+    statuses, outputs = run.end()
+    assert statuses == [2, 2]
+    told = (
+        "process 1 is not as process 0: config.optimizer.learning_rate is 0.5, in process 0 0.001"
+    )
+    assert last_line(outputs[0]) == f"process 1 ended: {told}"
+    assert last_line(outputs[1]) == f"error: {told}"
+    assert not run.workdir.exists()
+
+
+def test_coordinator_that_is_not_there(place, tmp_path):
+    flags = ["--coordinator=localhost:1", "--process_count=2", "--process_index=1"]
+    run = Run(place, tmp_path / "run", 1, 1, *flags, "--coordinator_seconds=2")
+    statuses, outputs = run.end()
+    assert statuses == [2]
+    assert outputs == [
+        "error: process 1 of 2: the coordinator localhost:1 cannot be reached; waited 2 s\n"
+    ]
+    assert not run.workdir.exists()
