@@ -7,12 +7,10 @@ runs, weights as they are gathered; and the same again for traffic.
 
 import dataclasses
 import functools
-import math
 from collections.abc import Mapping
 from typing import Any
 
 import jax
-from jax.interpreters import partial_eval
 from ml_collections import ConfigDict
 
 from calm_jax import sharding
@@ -20,14 +18,12 @@ from calm_jax.models.bridge import heads
 from calm_jax.models.config import DecoderConfig
 from calm_jax.models.parameters import size_in_bytes
 from calm_jax.models.plan import make_plan as connect
-from calm_jax.planning import memory, plan, program, roofline
+from calm_jax.planning import counting, memory, plan, program, roofline
 from calm_jax.planning.topologies import Topology
-from calm_jax.training.costs import jaxpr_flops
 from calm_jax.training.optimizer import make_optimizer
 from calm_jax.training.run_model import composition_configs
 from calm_jax.training.step import Shardings
 
-_ALONE = jax.sharding.AbstractMesh((1,) * len(sharding.MESH_AXES), sharding.MESH_AXES)
 _BLOCK = 512  # queries that meet all keys at once, but for the attention backend "xla"
 
 
@@ -71,7 +67,7 @@ class Formula:
     def __init__(self, config: ConfigDict, topology: Topology):
         self.topology = topology
         self.forms = program.forms(config)
-        self.parts = program.abstract_parts(config)
+        self.parts = program.abstract_parts(counting.alone(config), jax.devices("cpu")[0])
         self.trainable, self.frozen = self.parts.abstract()
         self.optimizer, _ = make_optimizer(config.optimizer, config.train.num_steps)
         self.opt_state = jax.eval_shape(self.optimizer.init, self.trainable)
@@ -138,7 +134,7 @@ class Formula:
 
     def _groups(self, config: ConfigDict, rows: float, tensor: int) -> list[_Layers]:
         T = config.data.length
-        backend = config.get("attention", "xla")
+        backend = config.attention
         sizes = functools.partial(_layers, tokens=rows * T, tensor=tensor)
         block = T if backend == "xla" else min(T, _BLOCK)
         if not self.parts.composed:
@@ -191,17 +187,9 @@ class Formula:
         return sum(several[: 1 if ways <= max(self.topology.shape) else 2])
 
     def _count(self, config: ConfigDict) -> tuple[int, int]:
-        """FLOPs of the whole step, and bytes kept for its backward pass, without accumulation.
-
-        Neither depends on the mesh.
-        """
         key = (config.train.remat, config.train.batch_size, config.data.length)
         if key not in self._counted:
-            alone = ConfigDict(config)
-            alone.train = ConfigDict({**config.train, "accumulate": 1})
-            jaxpr = program.trace(alone, _ALONE).traced.jaxpr.jaxpr
-            jaxpr, _ = partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))
-            self._counted[key] = jaxpr_flops(jaxpr), _kept_by_loops(jaxpr)
+            self._counted[key] = counting.flops(config), counting.kept_bytes(config)
         return self._counted[key]
 
 
@@ -228,29 +216,6 @@ def _layers(
         logits=4 * tokens * form.num_heads / tensor * keys,
         exchanges=2 if form.block == "parallel" else 4,
     )
-
-
-def _kept_by_loops(jaxpr: Any) -> int:
-    """Bytes on the device that loops over layers hand on beside the residual stream.
-
-    That is what their backward pass reads; loops of the backward pass run in reverse.
-    """
-    total = 0
-    for equation in jaxpr.eqns:
-        params = equation.params
-        if equation.primitive.name == "scan":
-            if not params["reverse"]:
-                total += sum(
-                    math.prod(x.aval.shape) * x.aval.dtype.itemsize
-                    for x in equation.outvars[params["num_carry"] :]
-                    if getattr(x.aval, "memory_space", None) != jax.memory.Space.Host
-                )
-            continue
-        for value in params.values():
-            inner = getattr(value, "jaxpr", value)
-            if hasattr(inner, "eqns"):
-                total += _kept_by_loops(inner)
-    return total
 
 
 def _bytes_of_layer(tree: Any, number: int) -> float:

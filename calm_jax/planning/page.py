@@ -51,7 +51,8 @@ def _head(plan: Plan) -> str:
     return (
         f"**{' + '.join(plan['models'])} on {plan['topology']}** ({plan['chips']:,} chips; {how})\n"
         f"mesh {mesh or 'of one chip'}; {plan['batch_size']:,} rows of {plan['length']:,} tokens a "
-        f"step{micro}; remat {plan['remat']}; weight sharding {plan['weight_sharding']}"
+        f"step{micro}; attention {plan['attention']}; remat {plan['remat']}; "
+        f"weight sharding {plan['weight_sharding']}"
     )
 
 

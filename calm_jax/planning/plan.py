@@ -9,10 +9,9 @@ from ml_collections import ConfigDict
 
 import calm_jax
 from calm_jax import sharding
-from calm_jax.planning import collectives, hlo, memory, program, roofline, traffic
+from calm_jax.planning import collectives, counting, hlo, memory, program, roofline, traffic
 from calm_jax.planning.fitting import TooLarge
 from calm_jax.planning.topologies import Topology
-from calm_jax.training.costs import jaxpr_flops
 from calm_jax.training.ideal import ideal_flops
 from calm_jax.training.run_model import composition_configs
 
@@ -44,7 +43,7 @@ def make_plan(config: ConfigDict, topology: Topology) -> Plan:
             "trees": memory.tree_rows(traced.parts, traced.shardings, trainable, opt_state, frozen),
             "available": topology.chip.hbm_bytes,
         },
-        "flops": jaxpr_flops(traced.traced.jaxpr.jaxpr) / chips,
+        "flops": counting.flops(config) / chips,
         "versions": _versions(),
     }
     try:
@@ -88,8 +87,9 @@ def what(config: ConfigDict, topology: Topology, mesh: dict[str, int]) -> Plan:
         "batch_size": train.batch_size,
         "accumulate": train.accumulate,
         "length": config.data.length,
+        "attention": config.attention,
         "remat": train.remat,
-        "weight_sharding": config.get("weight_sharding", "fsdp"),
+        "weight_sharding": config.weight_sharding,
     }
 
 

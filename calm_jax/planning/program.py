@@ -19,14 +19,18 @@ from calm_jax import sharding
 from calm_jax.checkpoints import frozen
 from calm_jax.errors import CalmError
 from calm_jax.models import Decoder, DecoderConfig, compose
-from calm_jax.models.execution import Execution
 from calm_jax.models.parameters import path_name
 from calm_jax.models.published import form, is_form
 from calm_jax.models.quantized import SCALE
 from calm_jax.planning.fitting import compile_lowered
 from calm_jax.planning.topologies import Topology
 from calm_jax.training.optimizer import make_optimizer
-from calm_jax.training.run_model import composition_configs, decoder_config, frozen_dtypes
+from calm_jax.training.run_model import (
+    composition_configs,
+    decoder_config,
+    frozen_dtypes,
+    set_execution,
+)
 from calm_jax.training.step import BATCH_KEYS, Parts, Shardings, make_train_step
 
 Mesh = jax.sharding.Mesh | jax.sharding.AbstractMesh
@@ -95,9 +99,11 @@ def trace(config: ConfigDict, mesh: Mesh) -> Program:
         CalmError: bad input, as `calm train` would find it: forms, connections, mesh, batch.
     """
     sharding.check_batch(config.train.batch_size, config.train.accumulate, mesh)
-    parts = abstract_parts(config)
+    abstract = isinstance(mesh, jax.sharding.AbstractMesh)
+    device = jax.devices("cpu")[0] if abstract else mesh.devices.flat[0]
+    parts = abstract_parts(config, device)
     optimizer, schedule = make_optimizer(config.optimizer, config.train.num_steps)
-    rules = sharding.WEIGHT_RULES[config.get("weight_sharding", "fsdp")]
+    rules = sharding.WEIGHT_RULES[config.weight_sharding]
     shardings = Shardings.of(parts, optimizer, mesh, rules)
     step = make_train_step(
         parts,
@@ -122,7 +128,6 @@ def trace(config: ConfigDict, mesh: Mesh) -> Program:
         batch,
         jax.ShapeDtypeStruct((), jnp.int32),
     )
-    abstract = isinstance(mesh, jax.sharding.AbstractMesh)
     with jax.sharding.use_abstract_mesh(mesh) if abstract else jax.set_mesh(mesh):
         return Program(mesh, parts, shardings, arguments, step.trace(*arguments))
 
@@ -133,22 +138,24 @@ def compile_program(program: Program) -> jax.stages.Compiled:
         return compile_lowered(program.traced.lower(), program.mesh.devices.flat[0])
 
 
-def abstract_parts(config: ConfigDict) -> Parts:
-    """The model of a config as shapes, to be computed as the config says."""
-    execution = Execution(remat=config.train.remat)
+def abstract_parts(config: ConfigDict, device: jax.Device) -> Parts:
+    """The model of a config as shapes, computed as the config asks and such a device allows.
+
+    Raises:
+        CalmError: the device cannot do what `attention` or `train.remat` says.
+    """
     if config.kind != "composed":
-        (decoder,) = _decoders(forms(config), jnp.float32)
-        decoder.execution = execution
-        return Parts(decoder)
-    compositions = composition_configs(config)
+        (model,) = _decoders(forms(config), jnp.float32)
+    else:
+        compositions = composition_configs(config)
 
-    def make():
-        anchor, *augments = _decoders(forms(config), None)
-        return compose(anchor, augments, compositions, rngs=nnx.Rngs(0))
+        def make():
+            anchor, *augments = _decoders(forms(config), None)
+            return compose(anchor, augments, compositions, rngs=nnx.Rngs(0))
 
-    composed = nnx.eval_shape(make)
-    composed.execution = composed.anchor.execution = execution
-    return Parts(composed)
+        model = nnx.eval_shape(make)
+    set_execution(model, config, device)
+    return Parts(model)
 
 
 def _decoders(configs: list[DecoderConfig], dtype) -> list[Decoder]:
