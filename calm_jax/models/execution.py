@@ -58,9 +58,7 @@ class Execution:
 
 def _all_but_weights(primitive, *_, **__) -> bool:
     """Keeps all but what a layer makes of stacked weights: else copies of all of them are kept."""
-    return primitive.name not in (
-        "dynamic_slice", "reshape", "optimization_barrier", "convert_element_type",
-    )  # fmt: skip
+    return primitive.name not in ("dynamic_slice", "reshape", "convert_element_type")
 
 
 def check_remat(remat: str, device: jax.Device) -> None:

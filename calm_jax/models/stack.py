@@ -79,11 +79,10 @@ class Stack(nnx.Module):
 
         Each layer is sliced from the whole piece: the slice of a group would be copied first.
         """
-        state, local = self._layers(piece)
+        layers = self._layers(piece)
 
         def layer(number):
-            take = functools.partial(_take, group, number)
-            return jax.tree.map(take, state, is_leaf=_is_variable), local[group, number]
+            return jax.tree.map(functools.partial(_entry, group, number), layers)
 
         return self._scan(x_BTD, jnp.arange(self.shapes[piece][1]), layer, shared)
 
@@ -106,20 +105,10 @@ class Stack(nnx.Module):
         return jax.lax.scan(layer, x_BTD, inputs, unroll=execution.unroll)[0]
 
 
-def _take(group: jax.Array, number: jax.Array, variable: nnx.Variable) -> nnx.Variable:
-    """The variable of one layer, [group, number] of a stacked one."""
-    x = variable.get_value()
-    shape = x.shape[2:]
-    entry = jax.lax.dynamic_slice(x, (group, number, *[0] * len(shape)), (1, 1, *shape))
-    # XLA would lay out or cast the whole stack before the loop as the product wants one layer. The
-    # barrier stops it, before which each weight takes the form of a matrix, for the layout's sake.
-    summed = variable.get_metadata("summed") if variable.has_metadata("summed") else ()
-    matrix = entry.reshape(math.prod(shape[: len(summed)]), -1)
-    return variable.replace(jax.lax.optimization_barrier(matrix).reshape(shape))
-
-
-def _is_variable(x: Any) -> bool:
-    return isinstance(x, nnx.Variable)
+def _entry(group: jax.Array, number: jax.Array, x: jax.Array) -> jax.Array:
+    """x[group, number]."""
+    starts = (group, number, *[0] * (x.ndim - 2))
+    return jax.lax.dynamic_slice(x, starts, (1, 1, *x.shape[2:])).reshape(x.shape[2:])
 
 
 def cut_at(

@@ -104,7 +104,7 @@ def _common(kind: str) -> ConfigDict:
     # What the backward pass computes again, to save memory: "none"; "full": all but the inputs of
     # layers; "dots": all but products with weights; "offload": as "full", the inputs on the host.
     config.train.remat = "none"
-    config.train.loss_chunk = 256  # positions of a row whose logits exist at once; 0: all
+    config.train.loss_chunk = 128  # positions of a row whose logits exist at once; 0: all
     config.train.seed = 0  # of initial values and noise
     # On a decoder's embeddings, or the taps of a composed model, times their own rms.
     config.train.noise = 0.0
