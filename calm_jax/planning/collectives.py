@@ -38,6 +38,10 @@ def find(module: Module, mesh: jax.sharding.Mesh) -> list[Collective]:
     """Every collective of a program compiled for a mesh; those of one chip alone left out."""
     found, seen = [], set()
     for instruction, times, computation, launcher in module.executed():
+        if instruction.opcode == "send":
+            operand = module.computations[computation][instruction.operands[0]]
+            found += _between_slices(instruction, times, operand.bytes, mesh)
+            continue
         kind = instruction.opcode.removesuffix("-start")
         if kind not in KINDS:
             continue
@@ -75,6 +79,21 @@ def totals(found: Sequence[Collective]) -> list[dict]:
         for (kind, axes), (runs, sent) in table.items()
     ]
     return sorted(rows, key=lambda row: -row["bytes"])
+
+
+def _between_slices(
+    send: Instruction, times: int, operand_bytes: int, mesh: jax.sharding.Mesh
+) -> list[Collective]:
+    """What goes over the network: to the host, which exchanges it with those of other slices."""
+    told = re.search(r'_xla_megascale_transfer_type="(\w+)"', send.attributes)
+    slices = mesh.shape["slices"]
+    if not told or slices == 1:
+        return []
+    kind = told[1].lower().replace("_", "-")
+    kind = kind if kind in KINDS else "collective-permute"
+    group = tuple(range(0, mesh.size, mesh.size // slices))
+    sent = _sent(kind, operand_bytes, slices)
+    return [Collective(send.name, kind, ("slices",), group, times, times * sent)]
 
 
 def _sent(kind: str, operand_bytes: int, size: int) -> float:

@@ -141,6 +141,26 @@ def test_a_program_by_hand():
     ]
 
 
+def test_between_slices_hosts_send():
+    text = """\
+ENTRY %main (x.1: f32[16]) -> f32[16] {
+  %x.1 = f32[16]{0} parameter(0)
+  %token = token[] after-all()
+  %send = (f32[16]{0}, u32[], token[]) send(%x.1, %token), channel_id=3, is_host_transfer=true, \
+frontend_attributes={_xla_megascale_target="{1,2}x{0:3}",_xla_megascale_transfer_type="ALL_REDUCE"}
+  %debug = (f32[16]{0}, u32[], token[]) send(%x.1, %token), channel_id=4, is_host_transfer=true
+  ROOT %inside = f32[16]{0} all-reduce(%x.1), channel_id=1, replica_groups={{0,1},{2,3}}, \
+to_apply=%add
+}
+"""
+    mesh = types.SimpleNamespace(shape={"slices": 2, "data": 1, "fsdp": 2, "tensor": 2}, size=8)
+    found = collectives.find(hlo.parse(text), mesh)
+    assert [(x.kind, x.axes, x.group, x.bytes) for x in found] == [
+        ("all-reduce", ("slices",), (0, 4), 64),
+        ("all-reduce", ("tensor",), (0, 1), 64),
+    ]
+
+
 def test_a_compiled_program(mesh):
     """Inside `shard_map` every exchange stands as it is written, so its bytes are known."""
 
