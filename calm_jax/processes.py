@@ -224,6 +224,17 @@ def _detected(timeout: int) -> tuple[str, int, int] | None:
     return (address, count, index) if address and count and count > 1 else None
 
 
+def _check_port(address: str) -> None:
+    """Raises `CalmError` where a port is taken: jax would crash on it."""
+    port = int(address.rpartition(":")[2])
+    both = socket.has_dualstack_ipv6()
+    family = socket.AF_INET6 if both else socket.AF_INET
+    try:
+        socket.create_server(("", port), family=family, dualstack_ipv6=both).close()
+    except OSError as error:
+        raise CalmError(f"process 0 cannot open port {port}: {os.strerror(error.errno)}") from error
+
+
 class _Watch:
     """This process among the others of its run, from the first word to the last."""
 
@@ -235,16 +246,20 @@ class _Watch:
     def connect(self, timeout: int) -> None:
         """Finds the coordinator and starts to listen."""
         whom = (
-            f"the other {self.count - 1} processes did not come to {self.address}"
+            f"not all processes have come to {self.address}"
             if self.index == 0
             else f"the coordinator {self.address} cannot be reached"
         )
         line = f"process {self.index} of {self.count}: {whom}; waited {timeout} s"
+        if self.index == 0:
+            _check_port(self.address)
         # jax would end the process by an abort and a stack trace.
         timer = threading.Timer(timeout, self._leave, (2, f"error: {line}"))
         timer.daemon = True
         timer.start()
         jax.config.update("jax_enable_recoverability", True)  # else a lost process aborts all
+        # Its handler of SIGTERM would hide a second one, and knows nothing of a lone process.
+        jax.config.update("jax_enable_preemption_service", False)
         try:
             jax.distributed.initialize(
                 self.address,
@@ -255,7 +270,8 @@ class _Watch:
             )
         except (RuntimeError, ValueError) as error:
             raise CalmError(f"process {self.index} of {self.count}: {error}") from error
-        timer.cancel()
+        finally:
+            timer.cancel()
         self._explain_aborts()
         for watch in (self._hear_of_ends, self._look_for_lost):
             threading.Thread(target=watch, daemon=True).start()

@@ -1,5 +1,9 @@
+import contextlib
+import gc
 import json
+import resource
 import shutil
+import types
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +13,7 @@ import pytest
 from tiny_models import stored_bytes
 
 from calm_jax import sharding
+from calm_jax.checkpoints import training
 from calm_jax.checkpoints.training import TrainingCheckpoints
 from calm_jax.errors import CalmError
 
@@ -171,6 +176,70 @@ def test_a_file_in_the_way(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(CalmError, match=r"cannot write .*file/checkpoints"):
         TrainingCheckpoints(tmp_path / "file" / "checkpoints")
+
+
+@contextlib.contextmanager
+def full_disk():
+    """A limit on the size of files; the function that it gives lifts it."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+    lift = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, limits)  # noqa: E731
+    try:
+        yield lift
+    finally:
+        lift()
+        gc.collect()  # Orbax's broken writes complain when they are collected
+
+
+def paused(monkeypatch, during):
+    """The pauses before each retry, in which `during` is called with their number so far."""
+    pauses = []
+
+    def sleep(seconds):
+        pauses.append(seconds)
+        during(len(pauses))
+
+    monkeypatch.setattr(training, "time", types.SimpleNamespace(sleep=sleep))
+    return pauses
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.parametrize("noticed", ["by the next save", "at the end"])
+def test_a_failed_write_is_tried_again(tmp_path, monkeypatch, noticed):
+    told = []
+    with TrainingCheckpoints(tmp_path / "run", tell=told.append) as checkpoints:
+        save(checkpoints, 1)
+        checkpoints.wait()
+        with full_disk() as lift:
+            pauses = paused(monkeypatch, lambda number: number == 2 and lift())
+            save(checkpoints, 2)
+            if noticed == "by the next save":
+                save(checkpoints, 3)
+            checkpoints.wait()
+        last = 3 if noticed == "by the next save" else 2
+        assert sorted(checkpoints.manager.all_steps()) == [1, last]
+        save(checkpoints, 4)
+    assert pauses == [1, 5]
+    assert [line.rpartition("; ")[2] for line in told] == [
+        "trying again in 1 s",
+        "trying again in 5 s",
+    ]
+    assert all(line.startswith(f"cannot save a checkpoint in {tmp_path}/run") for line in told)
+    assert all("(the last whole checkpoint is step 1)" in line for line in told)
+    for step in (last, 4):
+        assert stored_bytes(restore(tmp_path / "run", step).trainable) == stored_bytes(tree(step))
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_a_write_that_fails_to_the_last(tmp_path, monkeypatch):
+    told = []
+    with pytest.raises(CalmError, match=r"cannot save a checkpoint in .*none is whole\)$"):
+        with full_disk(), TrainingCheckpoints(tmp_path, tell=told.append) as checkpoints:
+            pauses = paused(monkeypatch, lambda _: None)
+            save(checkpoints, 1)
+            checkpoints.wait()
+    assert pauses == [1, 5, 25]
+    assert len(told) == 3
 
 
 def test_state_is_json(saved):
