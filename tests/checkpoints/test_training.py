@@ -233,11 +233,11 @@ def test_a_failed_write_is_tried_again(tmp_path, monkeypatch, noticed):
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_a_write_that_fails_to_the_last(tmp_path, monkeypatch):
     told = []
-    with pytest.raises(CalmError, match=r"cannot save a checkpoint in .*none is whole\)$"):
-        with full_disk(), TrainingCheckpoints(tmp_path, tell=told.append) as checkpoints:
-            pauses = paused(monkeypatch, lambda _: None)
-            save(checkpoints, 1)
-            checkpoints.wait()
+    pauses = paused(monkeypatch, lambda _: None)
+    failed = pytest.raises(CalmError, match=r"cannot save a checkpoint in .*none is whole\)$")
+    with failed, full_disk(), TrainingCheckpoints(tmp_path, tell=told.append) as checkpoints:
+        save(checkpoints, 1)
+        checkpoints.wait()
     assert pauses == [1, 5, 25]
     assert len(told) == 3
 

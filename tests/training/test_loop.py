@@ -17,7 +17,7 @@ import tiny_models
 from tiny_models import stored_bytes
 
 from calm_jax import sharding
-from calm_jax.checkpoints import frozen
+from calm_jax.checkpoints import frozen, training
 from calm_jax.checkpoints.composed import load_composed
 from calm_jax.checkpoints.training import TrainingCheckpoints
 from calm_jax.data.stream import Stream, batches_once
@@ -373,6 +373,7 @@ def test_disk_full_while_saving_leaves_the_checkpoint_before(composed_run, tmp_p
         save(self, number, *rest)
 
     monkeypatch.setattr(TrainingCheckpoints, "save", save_until_full)
+    monkeypatch.setattr(training, "RETRY_SECONDS", ())
     # Validated before the disk is full, so that nothing is left to compile, and to cache, after.
     train = {"log_every": 100, "validate_every": SAVE_EVERY}
     config = changed(composed_run.config, train=train)

@@ -1,0 +1,90 @@
+"""SIGTERM in a lone process, which is this one."""
+
+import json
+import os
+import signal
+
+import pytest
+import tiny_models  # noqa: F401 (compiles without optimisation)
+
+from calm_jax import sharding
+from calm_jax.__main__ import main
+from calm_jax.checkpoints.training import TrainingCheckpoints
+from calm_jax.errors import Preempted
+from calm_jax.models import DecoderConfig
+from calm_jax.training import configuration, loop
+from calm_jax.training.preemption import Preemption
+
+STEPS = 8
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory):
+    place = tmp_path_factory.mktemp("data")
+    rows = [{"inputs": "a" * size, "targets": "b" * size} for size in range(1, 7)]
+    (place / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    form = DecoderConfig.palm(
+        vocab_size=264, embed_dim=16, num_layers=2, num_heads=2, head_dim=4, mlp_dim=32
+    )
+    config = configuration.decoder_run(form)
+    config.data.train = config.data.validation = ({"jsonl": str(place / "data.jsonl")},)
+    config.data.update(length=16, cache_dir=str(place / "cache"))
+    config.vocabulary, config.cache_compiled = "bytes", str(place / "xla")
+    config.train.update(num_steps=STEPS, batch_size=8, log_every=1, tensorboard=False)
+    return config
+
+
+def losses(run):
+    """Of every step, exactly."""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return {line["step"]: line["loss"] for line in lines if line["split"] == "train"}
+
+
+def terminated_at(number, monkeypatch):
+    """Sends SIGTERM before the batch `number` is put on the mesh; batch 0 is also compiled for."""
+    put_batch, calls = sharding.put_batch, []
+
+    def put(*arguments):
+        calls.append(arguments)
+        if len(calls) == number + 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return put_batch(*arguments)
+
+    monkeypatch.setattr(sharding, "put_batch", put)
+
+
+def test_the_step_is_finished_and_saved_and_the_run_goes_on(config, tmp_path, monkeypatch):
+    was = signal.getsignal(signal.SIGTERM)
+    terminated_at(3, monkeypatch)
+    stopped = pytest.raises(Preempted, match=r"run stopped after step 3, which is saved")
+    with stopped, Preemption() as preemption:
+        try:
+            loop.train(config, tmp_path / "run", preemption=preemption)
+        finally:
+            # A second SIGTERM would have ended the process.
+            assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    assert signal.getsignal(signal.SIGTERM) is was
+    with TrainingCheckpoints(tmp_path / "run" / "checkpoints", read_only=True) as checkpoints:
+        assert list(checkpoints.manager.all_steps()) == [3]
+    assert list(losses(tmp_path / "run")) == [1, 2, 3]
+    monkeypatch.undo()
+    loop.train(config, tmp_path / "run")
+    loop.train(config, tmp_path / "other")
+    assert list(losses(tmp_path / "run")) == list(range(1, STEPS + 1))
+    assert losses(tmp_path / "run") == losses(tmp_path / "other")
+
+
+def test_before_the_first_step_nothing_is_saved(config, tmp_path, monkeypatch):
+    terminated_at(0, monkeypatch)
+    with pytest.raises(Preempted, match="before the first step"), Preemption() as preemption:
+        loop.train(config, tmp_path / "run", preemption=preemption)
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+def test_exit_status(monkeypatch, capsys):
+    def preempted(_):
+        raise Preempted("stopped after step 3")
+
+    monkeypatch.setattr("calm_jax.cli.train.main", preempted)
+    assert main(["train"]) == 75
+    assert capsys.readouterr().err == "stopped after step 3\n"
