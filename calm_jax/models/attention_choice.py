@@ -15,7 +15,7 @@ from calm_jax.models.config import CompositionConfig, DecoderConfig
 
 BACKENDS = ("xla", "chunked", "splash", "cudnn")
 
-# Up to this length XLA's attention, which holds the square of it, is at least as fast as blocks.
+# Up to this length the square of it is small: XLA's attention, which the others are held against.
 SHORT = 1024
 
 

@@ -135,18 +135,21 @@ def _forward(form: _Form, q_IBKGTH, k_JBKSH, v_JBKSH, queries_IBT, keys_JBS):
         jnp.zeros(rows, jnp.float32),
         jnp.full(rows, _MASKED_LOGIT, jnp.float32),
     )
-    (values_IBKGTH, sums_IBKGT, maxima_IBKGT), _ = jax.lax.scan(step, start, form.pairs())
+    values_IBKGTH, sums_IBKGT, maxima_IBKGT = _in_one_piece(
+        lambda start: jax.lax.scan(step, start, form.pairs())[0], start
+    )
     sums_IBKGT = jnp.where(sums_IBKGT == 0, 1.0, sums_IBKGT)  # a query that sees nothing
-    x_IBKGTH = (values_IBKGTH / sums_IBKGT[..., None]).astype(v_JBKSH.dtype)
+    x_IBKGTH = values_IBKGTH / sums_IBKGT[..., None]
     log_sums_IBKGT = maxima_IBKGT + jnp.log(sums_IBKGT)
     kept = (q_IBKGTH, k_JBKSH, v_JBKSH, queries_IBT, keys_JBS, x_IBKGTH, log_sums_IBKGT)
-    return x_IBKGTH, kept
+    return x_IBKGTH.astype(v_JBKSH.dtype), kept
 
 
 def _backward(form: _Form, kept, dx_IBKGTH):
     q_IBKGTH, k_JBKSH, v_JBKSH, queries_IBT, keys_JBS, x_IBKGTH, log_sums_IBKGT = kept
-    # The softmax's own share of each logit's gradient: the same for all keys of a query.
-    shared_IBKGT = jnp.sum(dx_IBKGTH.astype(jnp.float32) * x_IBKGTH.astype(jnp.float32), axis=-1)
+    # The softmax's own share of each logit's gradient: the same for all keys of a query. By values
+    # in float32: rounded ones double the error of the gradients in bfloat16.
+    shared_IBKGT = jnp.sum(dx_IBKGTH.astype(jnp.float32) * x_IBKGTH, axis=-1)
 
     def step(carry, pair):
         dq_IBKGTH, dk_JBKSH, dv_JBKSH = carry
@@ -179,6 +182,15 @@ def _backward(form: _Form, kept, dx_IBKGTH):
 
 
 _attend.defvjp(_forward, _backward)
+
+
+def _in_one_piece(function, x):
+    """function(x), in a loop of one turn, which partial evaluation does not look into.
+
+    It would split a scan, and keep masks and logits of all its steps where a policy of
+    rematerialisation lets it.
+    """
+    return jax.lax.while_loop(lambda x: x[0] < 1, lambda x: (x[0] + 1, function(x[1])), (0, x))[1]
 
 
 def _put(x, index, value):
