@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
@@ -44,8 +45,8 @@ RULES: Rules = {
 WEIGHT_RULES: dict[str, Rules] = {"fsdp": RULES, "all": {**RULES, "embed": ("data", "fsdp")}}
 
 # Grouped queries may have fewer key heads than `tensor` has devices: then each device keeps all.
-# Nor need a stream's length or an augment's width be one that it divides.
-REPLICATED_WHEN_INDIVISIBLE = frozenset({"kv_heads", "stream_length", "augment_embed"})
+# Nor need an augment's width be one that it divides.
+REPLICATED_WHEN_INDIVISIBLE = frozenset({"kv_heads", "augment_embed"})
 
 
 def make_mesh(shape: Mapping[str, int], devices: list[jax.Device] | None = None) -> Mesh:
@@ -60,7 +61,9 @@ def make_mesh(shape: Mapping[str, int], devices: list[jax.Device] | None = None)
     sizes = list(mesh_sizes(shape, len(devices), slices).values())
     types = (AxisType.Auto,) * len(MESH_AXES)
     if slices == 1:
-        return jax.make_mesh(sizes, MESH_AXES, axis_types=types, devices=devices)
+        # An axis may take part of a side of the slice: 8 x 8 x 8 chips as 2 x 32 x 8.
+        array = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
+        return Mesh(array, MESH_AXES, axis_types=types)
     if sizes[0] != slices:
         raise CalmError(f"mesh.slices is {sizes[0]}, but the devices are {slices} slices")
     array = mesh_utils.create_hybrid_device_mesh(
@@ -119,19 +122,31 @@ def array_sharding(
     return NamedSharding(mesh, _fitting_spec(name, shape, axes, mesh, rules))
 
 
-def _fitting_spec(name: str, shape, axes, mesh, rules: Rules) -> PartitionSpec:
+def _activation_spec(x: jax.Array, axes: Sequence[str | None], mesh) -> PartitionSpec:
+    """The same for an activation, of which every device may keep all of an axis."""
+    return _fitting_spec(None, x.shape, axes, mesh, RULES)
+
+
+def _fitting_spec(name: str | None, shape, axes, mesh, rules: Rules) -> PartitionSpec:
+    return PartitionSpec(
+        *(entry or None for entry in _fitting_axes(name, shape, axes, mesh, rules))
+    )
+
+
+def _fitting_axes(name: str | None, shape, axes, mesh, rules: Rules) -> list[tuple[str, ...]]:
+    """The mesh axes that split each dimension; only of an array with a name all must divide."""
     entries = []
     for axis, size, mesh_axes in zip(axes, shape, _mesh_axes(axes, rules), strict=True):
         # Somebody's own mesh may have fewer axes than ours.
         mesh_axes = tuple(mesh_axis for mesh_axis in mesh_axes if mesh_axis in mesh.shape)
         ways = math.prod(mesh.shape[mesh_axis] for mesh_axis in mesh_axes)
-        if size % ways and axis not in REPLICATED_WHEN_INDIVISIBLE:
+        if size % ways and name is not None and axis not in REPLICATED_WHEN_INDIVISIBLE:
             raise CalmError(
                 f"{name}: {axis} of size {size} is not divisible by the mesh's "
                 f"{' x '.join(mesh_axes)} = {ways}"
             )
-        entries.append(mesh_axes if mesh_axes and size % ways == 0 else None)
-    return PartitionSpec(*entries)
+        entries.append(mesh_axes if size % ways == 0 else ())
+    return entries
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -160,8 +175,7 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return x
-    spec = _fitting_spec("an activation", x.shape, axes, mesh, RULES)
-    return jax.lax.with_sharding_constraint(x, spec)
+    return jax.lax.with_sharding_constraint(x, _activation_spec(x, axes, mesh))
 
 
 def on_each_device(
@@ -176,12 +190,54 @@ def on_each_device(
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return function(*arrays)
-    specs = tuple(
-        _fitting_spec("an activation", x.shape, x_axes, mesh, RULES)
-        for x, x_axes in zip(arrays, axes, strict=True)
-    )
+    specs = tuple(_activation_spec(x, x_axes, mesh) for x, x_axes in zip(arrays, axes, strict=True))
     split = jax.shard_map(function, in_specs=specs, out_specs=specs[0], check_vma=False)
     return split(*arrays)
+
+
+def look_up(
+    table_VD: jax.Array, ids_BT: jax.Array, weight_sharding: str, dtype: jnp.dtype
+) -> jax.Array:
+    """The rows `ids_BT` of a table that is split as `WEIGHT_RULES[weight_sharding]` say.
+
+    Each device looks up its part of the width for the ids of those devices with which it shares the
+    table, and sends each of them its own: the table is never gathered, nor the ids of all devices.
+
+    Returns:
+        [B, T, D] in `dtype`, its length split as the residual stream's.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return table_VD[ids_BT].astype(dtype)
+    rules = WEIGHT_RULES[weight_sharding]
+    vocab, embed = _fitting_axes(None, table_VD.shape, ("vocab", "embed"), mesh, rules)
+    batch, length = _fitting_axes(None, ids_BT.shape, ("batch", "stream_length"), mesh, RULES)
+    # Devices that split the width of the table hold other rows of ids, unless all hold all of them.
+    exchanged = embed if batch else ()
+
+    def on_device(table_VD, ids_BT):
+        if exchanged:
+            ids_BT = jax.lax.all_gather(ids_BT, exchanged, tiled=True)
+        first = jax.lax.axis_index(vocab) * len(table_VD) if vocab else 0
+        here_BT1 = ((ids_BT >= first) & (ids_BT < first + len(table_VD)))[:, :, None]
+        x_BTD = jnp.where(here_BT1, table_VD[ids_BT - first], 0).astype(dtype)
+        if vocab and length:
+            x_BTD = jax.lax.psum_scatter(x_BTD, vocab, scatter_dimension=1, tiled=True)
+        elif vocab:
+            x_BTD = jax.lax.psum(x_BTD, vocab)
+        if exchanged:
+            x_BTD = jax.lax.all_to_all(x_BTD, exchanged, split_axis=0, concat_axis=2, tiled=True)
+        return x_BTD
+
+    split = jax.shard_map(
+        on_device,
+        in_specs=(PartitionSpec(vocab or None, embed or None), PartitionSpec(batch or None, None)),
+        out_specs=PartitionSpec(
+            batch or None, (vocab and length) or None, None if exchanged else embed or None
+        ),
+        check_vma=False,
+    )
+    return split(table_VD, ids_BT)
 
 
 def batch_share(mesh: Mesh) -> tuple[int, int]:

@@ -5,6 +5,7 @@ import json
 
 import pytest
 
+from calm_jax import sharding
 from calm_jax.__main__ import main
 from calm_jax.models.published import FORMS
 from calm_jax.planning import page, plan, program, topologies
@@ -72,6 +73,19 @@ def test_a_step_compiled_for_a_slice(config, tmp_path, capsys):
     shown = capsys.readouterr().out
     assert shown in (tmp_path / "plan.md").read_text()
     assert "| anchor " in shown and "Training on 1 G tokens" in shown
+
+
+@needs_compiler
+@pytest.mark.parametrize("name", ["v5e:4x8", "v5p:4x4x8", "v6e:2x4", "v5p:2x2x2*2"])
+def test_every_mesh_fits_the_sides_of_a_slice(name):
+    topology = topologies.find(name)
+    devices = program.devices(topology)
+    chips = topology.chips_per_slice
+    for tensor in (1, 2, 4, 8):
+        for fsdp in (1, 2, 4, 8, 16):
+            if chips % (tensor * fsdp) == 0:
+                mesh = sharding.make_mesh({"data": -1, "fsdp": fsdp, "tensor": tensor}, devices)
+                assert len({device.id for device in mesh.devices.flat}) == topology.chips
 
 
 def test_a_gpu_is_planned_by_formula(config, capsys):
