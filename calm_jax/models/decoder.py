@@ -91,8 +91,9 @@ class Decoder(nnx.Module):
 
     def embed(self, tokens_BT: jax.Array) -> jax.Array:
         """The residual stream's start, [B, T, D] in the config's dtype."""
-        tokens_BT = sharding.constrain(tokens_BT, "batch", "length")
-        x_BTD = rows(self, "embedding", tokens_BT, self.config.dtype)
+        x_BTD = rows(
+            self, "embedding", tokens_BT, self.config.dtype, self.execution.weight_sharding
+        )
         # Gemma rounds the scale to the compute dtype before it multiplies.
         x_BTD = x_BTD * jnp.asarray(self.config.embed_scale, x_BTD.dtype)
         return stream(x_BTD)

@@ -26,11 +26,13 @@ class Execution:
         remat: what the backward pass computes again instead of keeping it: "none"; "full",
             everything but each layer's input; "dots", everything but the products with weights;
             "offload", as "full" with the inputs in the host's memory.
+        weight_sharding: the rules that weights are split by, a key of `sharding.WEIGHT_RULES`.
         unroll: without loops, as XLA counts the FLOPs of a loop's body once.
     """
 
     attention: str = "xla"
     remat: str = "none"
+    weight_sharding: str = "fsdp"
     unroll: bool = False
 
     def rematerialised(self, layer: Callable[..., Any], *, in_loop: bool) -> Callable[..., Any]:

@@ -103,12 +103,13 @@ def product(
     return scaled(x, weight, scale[...])
 
 
-def rows(module: nnx.Module, name: str, ids: jax.Array, dtype: jnp.dtype) -> jax.Array:
-    """The rows `ids` of the table `name` of `module`, [..., D] in `dtype`."""
-    table_VD, scale_V = getattr(module, name)[...], getattr(module, name + SCALE, None)
-    # Every device looks up its part of the width of all ids: the table is never gathered.
-    x = table_VD[sharding.constrain(ids, *[None] * ids.ndim)]
-    return (x if scale_V is None else x * scale_V[...][ids][..., None]).astype(dtype)
+def rows(
+    module: nnx.Module, name: str, ids: jax.Array, dtype: jnp.dtype, weight_sharding: str
+) -> jax.Array:
+    """The rows `ids` of the table `name` of `module`, [B, T, D] in `dtype`."""
+    scale_V = getattr(module, name + SCALE, None)
+    x = sharding.look_up(getattr(module, name)[...], ids, weight_sharding, dtype)
+    return x if scale_V is None else (x * scale_V[...][ids][..., None]).astype(dtype)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))

@@ -110,7 +110,7 @@ def set_execution(model: Decoder | ComposedDecoder, config: ConfigDict, device: 
     def execution(need: Need, remat: str) -> Execution:
         length, packed = config.data.length, config.data.pack
         backend = choose(config.attention, device, need, length=length, packed=packed)
-        return Execution(backend, remat)
+        return Execution(backend, remat, config.weight_sharding)
 
     if isinstance(model, Decoder):
         need = Need.of_decoder("the decoder", model.config)
@@ -125,7 +125,9 @@ def set_execution(model: Decoder | ComposedDecoder, config: ConfigDict, device: 
     # The bridges share one backend; "chunked" does whatever any of them needs.
     needs = [Need.of_bridge(composition, anchor.config) for composition in model.configs]
     chosen = {execution(need, config.train.remat) for need in needs}
-    model.execution = chosen.pop() if len(chosen) == 1 else Execution("chunked", config.train.remat)
+    model.execution = (
+        chosen.pop() if len(chosen) == 1 else dataclasses.replace(chosen.pop(), attention="chunked")
+    )
 
 
 def init_decoder(config: ConfigDict, shardings: Tree) -> Tree:

@@ -30,8 +30,8 @@ CUBE = {"data": 2, "fsdp": 2, "tensor": 2}
 def losses(mesh, *, remat="none", attention="xla", weights="fsdp", loss_chunk=0, devices=None):
     """The losses of the steps, and the bridge's squared norm at the end."""
     model = tiny_models.randomised(tiny_models.composed(COMPOSITION, num_layers=8))
-    model.execution = model.anchor.execution = Execution(attention, remat)
-    model.augments[0].execution = Execution(attention)
+    model.execution = model.anchor.execution = Execution(attention, remat, weights)
+    model.augments[0].execution = Execution(attention, weight_sharding=weights)
     parts = Parts(model)
     config = configuration.composed_run()
     optimizer, schedule = make_optimizer(config.optimizer, STEPS)
