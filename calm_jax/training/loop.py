@@ -2,22 +2,18 @@
 
 import contextlib
 import dataclasses
-import hashlib
 import math
-import pathlib
 import time
-from typing import Any
 
 import jax
 import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
 
-import calm_jax
 from calm_jax import processes, sharding
 from calm_jax.checkpoints import frozen as frozen_folders
 from calm_jax.checkpoints.composed import check_identities
-from calm_jax.checkpoints.files import absolute, read_json, write_json
+from calm_jax.checkpoints.files import read_json, write_json
 from calm_jax.checkpoints.training import TrainingCheckpoints, abstract_like
 from calm_jax.data.cache import open_source
 from calm_jax.data.source import Part, Source
@@ -25,11 +21,13 @@ from calm_jax.data.stream import Stream, batches_once
 from calm_jax.data.vocabulary import Vocabulary
 from calm_jax.errors import CalmError, Preempted
 from calm_jax.planning.fitting import compile_to_fit
-from calm_jax.training import configuration
+from calm_jax.training import agreement, configuration
+from calm_jax.training.clock import EveryMinutes
 from calm_jax.training.costs import jaxpr_flops, tree_costs
 from calm_jax.training.loss import means
 from calm_jax.training.optimizer import make_optimizer
 from calm_jax.training.preemption import Preemption
+from calm_jax.training.profiler import Profiler
 from calm_jax.training.progress import Progress, costs_table
 from calm_jax.training.run import check_run, start_run
 from calm_jax.training.run_model import (
@@ -40,9 +38,6 @@ from calm_jax.training.run_model import (
     load_model,
 )
 from calm_jax.training.step import Shardings, make_eval_step, make_train_step
-
-# A process may see what another wrote only after its file system has forgotten that it was absent.
-VISIBLE_SECONDS = 60
 
 
 def train(
@@ -69,17 +64,17 @@ def train(
         Preempted: asked to stop, after the step that is then saved.
     """
     configuration.validate(config)
-    processes.agree(_intention(config, workdir, overwrite))
+    processes.agree(agreement.intention(config, workdir, overwrite))
     mesh = sharding.make_mesh(config.mesh)
     sharding.check_batch(config.train.batch_size, config.train.accumulate, mesh)
     run = check_run(workdir, config, overwrite=overwrite)
     described = describe_models(config)
     sources = processes.in_turns(lambda: _open_sources(config, described.vocabulary))
-    processes.agree(_origins(described, sources))
+    processes.agree(agreement.origins(described, sources))
     if processes.is_first():
         start_run(run, config, overwrite=overwrite)
     processes.barrier()
-    _check_visible(run / "config.json")
+    agreement.check_visible(run / "config.json")
     cache_programs(config.cache_compiled)
     with contextlib.ExitStack() as stack:
         checkpoints = stack.enter_context(
@@ -92,41 +87,6 @@ def train(
             session = _Session(config, run, mesh, checkpoints, described, sources)
             session.run_all(preemption or Preemption())
     return run
-
-
-def _intention(config: ConfigDict, workdir: epath.PathLike, overwrite: bool) -> dict[str, Any]:
-    """What all processes must have been told, and the code they must run."""
-    code = hashlib.sha256()
-    root = pathlib.Path(calm_jax.__file__).parent
-    for file in sorted(root.rglob("*.py")):
-        code.update(f"{file.relative_to(root)}\n".encode() + file.read_bytes())
-    keys = configuration.flatten(configuration.to_dict(config))
-    of_machine = ("cache_compiled", "data.cache_dir")
-    return {
-        "calm_jax": f"{calm_jax.__version__}, code {code.hexdigest()[:16]}",
-        "jax": jax.__version__,
-        "--workdir": str(absolute(workdir)),
-        "--overwrite": overwrite,
-        **{f"config.{key}": value for key, value in keys.items() if key not in of_machine},
-    }
-
-
-def _origins(described: Described, sources: dict[str, Source]) -> dict[str, str]:
-    """Fingerprints of the frozen models and the data."""
-    models = {f"the {one['role']}": one["fingerprint"] for one in described.identities}
-    return models | {f"data.{split}": source.fingerprint for split, source in sources.items()}
-
-
-def _check_visible(path: epath.Path) -> None:
-    """Raises `CalmError` unless this process sees what the first one wrote."""
-    asked = time.monotonic()
-    while not path.exists():
-        if time.monotonic() - asked > VISIBLE_SECONDS:
-            raise CalmError(
-                f"process {jax.process_index()} does not see {path}, which process 0 wrote; "
-                "--workdir must be on a file system that all share"
-            )
-        time.sleep(1)
 
 
 def _open_sources(config: ConfigDict, vocabulary: Vocabulary) -> dict[str, Source]:
@@ -270,9 +230,9 @@ class _Session:
         eval_step = make_eval_step(self.parts, self.shardings, loss_chunk=train.loss_chunk)
         batches = self.stream.iterate(first)
         preemption.start(first)
-        by_clock = _EveryMinutes(train.save_minutes, first)
+        by_clock = EveryMinutes(train.save_minutes, first)
         unseen = None  # the step whose metrics are not fetched yet: at most two are in flight
-        with contextlib.closing(progress), _Profiler(self.run, train) as profiler:
+        with contextlib.closing(progress), Profiler(self.run, train) as profiler:
             for index in range(first, train.num_steps):
                 profiler.before(index)
                 asked = time.perf_counter()
@@ -392,49 +352,3 @@ def _report(progress: Progress, step: int, metrics: dict[str, jax.Array], waited
 
 def _due(done: int, every: int) -> bool:
     return every > 0 and done % every == 0
-
-
-class _EveryMinutes:
-    """Saves by the first process' clock, after the same step in all. 0 minutes: never."""
-
-    def __init__(self, minutes: float, done: int):
-        self.minutes = minutes
-        self.restart(done)
-
-    def restart(self, done: int) -> None:
-        self.since = time.monotonic()
-        self.appointment = processes.Appointment(done) if self.minutes else None
-
-    def is_due(self, done: int) -> bool:
-        if self.appointment is None:
-            return False
-        if processes.is_first() and time.monotonic() - self.since >= 60 * self.minutes:
-            self.appointment.ask()
-        return self.appointment.is_due(done)
-
-
-class _Profiler:
-    """Writes a profile of the steps that the config names, for TensorBoard."""
-
-    def __init__(self, run: epath.Path, train: ConfigDict):
-        self.folder = run / "tensorboard"
-        self.start, self.stop = train.profile_start, train.profile_start + train.profile_steps
-        self.running = False
-
-    def before(self, index: int) -> None:
-        if self.start <= index < self.stop and not self.running:
-            jax.profiler.start_trace(str(self.folder))
-            self.running = True
-        elif self.running and index == self.stop:
-            self._end()
-
-    def _end(self) -> None:
-        jax.profiler.stop_trace()
-        self.running = False
-
-    def __enter__(self) -> "_Profiler":
-        return self
-
-    def __exit__(self, *_):
-        if self.running:
-            self._end()
