@@ -198,6 +198,9 @@ def describe(target: epath.PathLike) -> Description:
                 f"{folder / name} is damaged: its SHA-256 is {found[:16]}, not {digest[:16]}"
             )
     vocabulary = None
+    for file in (folder / "vocabulary").iterdir() if (folder / "vocabulary").exists() else ():
+        if f"vocabulary/{file.name}" not in values["files"]:
+            raise CalmError(f"{file} is not part of the model, says {path.name}; remove it")
     if read_field(values, "vocabulary", path) is not None:
         from calm_jax.data.vocabulary import Vocabulary
 

@@ -114,6 +114,10 @@ class DecoderConfig:
             )
         if self.window is not None and self.window < 1:
             raise CalmError(f"decoder.window is {self.window}; it must be at least 1, or None")
+        for name in ("logit_scale", "query_scale", "embed_scale"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < math.inf:
+                raise CalmError(f"decoder.{name} is {value}; it must be a number above 0")
         if not self.window_pattern:
             raise CalmError("decoder.window_pattern is empty; give at least one of True and False")
         if self.xpos_scale_base is not None and (self.rope != "half" or rotated != self.head_dim):

@@ -385,3 +385,9 @@ def test_every_field_of_the_form_survives(tmp_path):
     assert dataclasses.asdict(loaded.config) == dataclasses.asdict(model.config)
     assert isinstance(loaded, Decoder)
     np.testing.assert_array_equal(loaded(TOKENS), model(TOKENS))
+
+
+def test_files_that_the_vocabulary_does_not_have_are_refused(damaged):
+    (damaged / "vocabulary" / "chat_template.jinja").write_text("hello")
+    with pytest.raises(CalmError, match=r"chat_template\.jinja is not part of the model"):
+        frozen.load(damaged)

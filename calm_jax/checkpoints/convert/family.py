@@ -84,6 +84,8 @@ class HuggingFaceFamily(Family):
         where = str(source.place / "config.json")
         refuse(source.config, where, "quantization_config", None)
         refuse(source.config, where, "is_causal", True, None)
+        for key in ("num_experts", "num_local_experts", "n_routed_experts"):
+            refuse(source.config, where, key, None, 0)
         try:
             config = self.decoder_config(source.config, where)
         except CalmError as error:  # of a form that contradicts itself, whoever wrote it

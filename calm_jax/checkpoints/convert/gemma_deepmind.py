@@ -6,6 +6,7 @@ The package writes the same parameters in four layouts, which become one naming 
 (nested, below "params", beside the state of training).
 """
 
+import math
 import re
 from collections.abc import Mapping
 from typing import Any, ClassVar
@@ -167,8 +168,10 @@ def _numbers(options: Mapping[str, Any], generation: int, where: str) -> dict[st
             raise CalmError(f"option {name}={value}: {where} is Gemma {generation}, without such")
         try:
             found[name] = int(value) if name == "window" else float(value)
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             raise CalmError(f"option {name}={value} is no number") from None
+        if not math.isfinite(found[name]) or found[name] != float(value):
+            raise CalmError(f"option {name}={value} is no finite or no whole number")
         if not (found[name] > 0 or (found[name] == 0 and name.endswith("_cap"))):
             raise CalmError(f"option {name}={value} must be more than 0")
     return found

@@ -18,7 +18,7 @@ from calm_jax.checkpoints.convert.trees import norm_warnings, number, shape_of
 from calm_jax.checkpoints.sources.source import Source, Tensor
 from calm_jax.errors import CalmError
 from calm_jax.models import DecoderConfig
-from calm_jax.models.attention import rope_frequencies, xpos_scale
+from calm_jax.models.rotary import rope_frequencies, xpos_scale
 
 ROPE_BASE, XPOS_SCALE_BASE = 10_000.0, 512.0
 FREQUENCIES, DECAY = "rotary_emb.inv_freq", "rotary_emb.scale"

@@ -15,7 +15,8 @@ from calm_jax.checkpoints.sources.source import Source
 from calm_jax.errors import CalmError
 
 FILE = "verification.json"
-PROMPTS, LENGTH = 3, 64  # tokens
+PROMPTS, LENGTH = 3, 64  # tokens; a small window and half as many, where there is one
+LARGEST_WINDOW = 1024  # that a prompt is made longer than
 TOLERANCE = 1e-4  # of the largest logit, in float32
 ROUNDED_TOLERANCE = 0.1  # where weights were rounded to bfloat16 and the source's were not
 log = logging.getLogger("absl")
@@ -32,7 +33,9 @@ def verify_folder(folder: epath.Path, source: Source) -> None:
             than `TOLERANCE` of the largest.
     """
     decoder = frozen.load(folder, dtype="float32")
-    tokens_BT = fixed_prompts(decoder.config.vocab_size)
+    window = decoder.config.window or 0
+    length = LENGTH + (window if window <= LARGEST_WINDOW else 0)
+    tokens_BT = fixed_prompts(decoder.config.vocab_size, length)
     logits_BTV = np.asarray(decoder(tokens_BT))
     if not np.isfinite(logits_BTV).all():
         raise CalmError(f"{source.place}: converted, it computes logits that are not finite")
@@ -52,24 +55,23 @@ def verify_folder(folder: epath.Path, source: Source) -> None:
     )
 
 
-def fixed_prompts(vocab_size: int) -> np.ndarray:
-    """Token ids, int32 [B, T], the same for every model with such a vocabulary."""
-    return np.random.default_rng(0).integers(vocab_size, size=(PROMPTS, LENGTH)).astype(np.int32)
+def fixed_prompts(vocab_size: int, length: int = LENGTH) -> np.ndarray:
+    """Token ids, int32 [B, T], the same for every model with such a vocabulary and length."""
+    return np.random.default_rng(0).integers(vocab_size, size=(PROMPTS, length)).astype(np.int32)
 
 
 def _compare(
     logits_BTV: np.ndarray, tokens_BT: np.ndarray, source: Source, described: frozen.Description
 ) -> dict[str, Any] | None:
     """Name and greatest difference of what the logits were compared with, or None."""
-    caution = "weight bits that were damaged before, and that no checksum covers, stay unknown"
+    log.info("Weight bits that were damaged before, and that no checksum covers, stay unknown")
     if source.kind != "huggingface":
-        log.info(
-            "Logits computed and noted; there is nothing here to compare them with: %s", caution
-        )
+        log.info("Logits computed and noted; there is nothing here to compare them with")
         return None
-    if importlib.util.find_spec("transformers") is None:
-        log.info("Logits computed and noted; transformers is not installed to compare: %s", caution)
-        return None
+    for package in ("transformers", "torch"):
+        if importlib.util.find_spec(package) is None:
+            log.info("Logits computed and noted; %s is not installed to compare them", package)
+            return None
     import torch
     import transformers
 

@@ -97,7 +97,7 @@ def _open_file(file: epath.Path) -> dict[str, StoredTensor]:
             length = int.from_bytes(opened.read(8), "little")
             header = json.loads(opened.read(length))
         mapped = np.memmap(file, np.uint8, "r")
-    except (SafetensorError, OSError) as error:
+    except (SafetensorError, OSError, RecursionError) as error:
         raise CalmError(f"{file} is no whole safetensors file: {first_line(error)}") from error
     header.pop("__metadata__", None)
     data = mapped[8 + length :]

@@ -206,6 +206,11 @@ def _open_tensors(
     if len(roots) != 1:
         raise CalmError(f"{place} has {len(roots)} members data.pkl, not one")
     (root,) = roots
+    for member in archive.infolist():
+        if member.compress_type != zipfile.ZIP_STORED:
+            raise CalmError(
+                f"{place}: {member.filename} is compressed, which torch.save never does"
+            )
     if root + "byteorder" in archive.namelist():
         order = archive.read(root + "byteorder")
         if order != b"little":
@@ -255,8 +260,6 @@ def _stored_bytes(
         member = archive.getinfo(name)
     except KeyError:
         raise CalmError(f"{called}: {name} is missing") from None
-    if member.compress_type != zipfile.ZIP_STORED:
-        raise CalmError(f"{called}: {name} is compressed, which torch.save never does")
     archive.open(member).close()  # compares the header before the bytes with the archive's index
     # The header: 26 bytes, the lengths of name and extra field, both of them; then the bytes.
     lengths = struct.unpack_from("<2H", mapped, member.header_offset + 26)

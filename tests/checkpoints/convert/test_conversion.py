@@ -355,6 +355,26 @@ def test_verification_is_noted_in_the_folder(source, tmp_path, monkeypatch):
     assert noted["compared_with"] is None
 
 
+def test_a_verification_that_fails_leaves_nothing(source, tmp_path, monkeypatch):
+    from calm_jax.checkpoints.convert import verification
+
+    def other_logits(*_):
+        raise CalmError("its logits differ")
+
+    monkeypatch.setattr(verification, "_compare", other_logits)
+    with pytest.raises(CalmError, match="its logits differ"):
+        calm_jax.convert(source, tmp_path / "model", verify=True)
+    assert not any(path.name.lstrip(".").startswith("model") for path in tmp_path.iterdir())
+
+
+def test_logits_that_are_not_finite_are_no_model(source, tmp_path, monkeypatch):
+    from calm_jax.models import Decoder
+
+    monkeypatch.setattr(Decoder, "__call__", lambda self, tokens: np.full((1, 1, 8), np.inf))
+    with pytest.raises(CalmError, match="it computes logits that are not finite"):
+        calm_jax.convert(source, tmp_path / "model", verify=True)
+
+
 def test_the_command(source, tmp_path, capsys):
     model, exported = tmp_path / "model", tmp_path / "exported"
     assert main(["convert", f"--source={source}", f"--target={model}", "--dtype=bfloat16"]) == 0

@@ -171,6 +171,12 @@ def test_rotary_positions(family, refused):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
+def test_mixtures_of_experts(family, refused):
+    for key in ("num_experts", "num_local_experts", "n_routed_experts"):
+        assert f"{key} is 8, which is not supported" in refused(family, {key: 8})
+
+
+@pytest.mark.parametrize("family", FAMILIES)
 def test_quantised_weights(family, refused):
     for method in ("gptq", "awq", "fp8", "bitsandbytes"):
         message = refused(family, {"quantization_config": {"quant_method": method}})

@@ -258,7 +258,7 @@ def test_what_torch_writes_otherwise(tmp_path):
     with pytest.raises(CalmError, match=r"byteorder is b'big'"):
         read(path)
     torch_files.save_tensors(path, random_tensors(), compression=zipfile.ZIP_DEFLATED)
-    with pytest.raises(CalmError, match=r"tensor a\.weight: archive/data/0 is compressed"):
+    with pytest.raises(CalmError, match=r"archive/\S+ is compressed"):
         read(path)
     path.write_bytes(torch_file._BEFORE_ZIP + b"more")
     with pytest.raises(CalmError, match=r"a torch before 1\.6; load it with a current torch and"):
