@@ -1,5 +1,6 @@
 """The commands as a person calls them."""
 
+import json
 import subprocess
 import sys
 
@@ -11,6 +12,7 @@ import calm_jax
 from calm_jax.__main__ import COMMANDS, main
 from calm_jax.data.vocabulary import Vocabulary
 from calm_jax.training import loop
+from calm_jax.training.preemption import Preemption
 
 CONFIG = """
 from calm_jax.training.configuration import decoder_run
@@ -84,10 +86,49 @@ def test_train_hands_config_and_flags_to_the_loop(config, tmp_path, monkeypatch)
     arguments = ["train", f"--config={config}", f"--workdir={tmp_path}"]
     assert main([*arguments, "--config.optimizer.name=adafactor", "--overwrite"]) == 0
     ((given, workdir), options) = calls[0]
+    assert isinstance(options.pop("preemption"), Preemption)
     assert (given.optimizer.name, workdir, options) == (
         "adafactor",
         str(tmp_path),
         {"overwrite": True},
+    )
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--coordinator=host:1"], "--process_count is missing; --coordinator, --process_count"),
+        (["--process_index=0"], "--coordinator is missing"),
+        (
+            ["--coordinator=host", "--process_count=2", "--process_index=0"],
+            "--coordinator=host is not of the form HOST:PORT",
+        ),
+        (
+            ["--coordinator=host:1", "--process_count=2", "--process_index=2"],
+            "--process_index=2 is not from 0 to --process_count=2 less 1",
+        ),
+    ],
+)
+def test_flags_of_a_process_that_contradict_each_other(config, tmp_path, capsys, flags, message):
+    assert main(["train", f"--config={config}", f"--workdir={tmp_path / 'run'}", *flags]) == 2
+    assert capsys.readouterr().err.startswith(f"error: {message}")
+    assert not (tmp_path / "run").exists()
+
+
+def test_evaluate_refuses_several_processes(tmp_path, monkeypatch, capsys):
+    run = {"kind": "composed", "evaluate": {"tasks": []}, "mesh": {}}
+    (tmp_path / "config.json").write_text(json.dumps(run))
+    for name, value in {
+        "SLURM_JOB_ID": "7",
+        "SLURM_STEP_NODELIST": "host",
+        "SLURM_NTASKS": "2",
+        "SLURM_PROCID": "0",
+        "SLURM_LOCALID": "0",
+    }.items():
+        monkeypatch.setenv(name, value)
+    assert main(["evaluate", f"--workdir={tmp_path}"]) == 2
+    assert "calm evaluate works in one process, but the environment starts 2" in (
+        capsys.readouterr().err
     )
 
 

@@ -193,7 +193,7 @@ def test_composed_run_learns_and_leaves_what_it_should(composed_run, place):
     costs = json.loads((composed_run.path / "costs.json").read_text())
     assert costs["global_batch"] == 8
     assert costs["tokens_per_step"] == 8 * 16
-    assert costs["mesh"] == {"data": 8, "fsdp": 1, "tensor": 1}
+    assert costs["mesh"] == {"slices": 1, "data": 8, "fsdp": 1, "tensor": 1}
     assert [tree["name"] for tree in costs["trees"]] == [
         "anchor",
         "augment 0",
@@ -309,7 +309,9 @@ def test_saved_on_8_devices_and_restored_on_2(composed_run, killed_run, tmp_path
     monkeypatch.setattr(sharding, "make_mesh", on_two)
     config = changed(composed_run.config, mesh={"data": 1, "fsdp": 2})
     resumed = Recorded(config, run)
-    assert [dict(mesh.shape) for mesh in meshes] == [{"data": 1, "fsdp": 2, "tensor": 1}]
+    assert [dict(mesh.shape) for mesh in meshes] == [
+        {"slices": 1, "data": 1, "fsdp": 2, "tensor": 1}
+    ]
     expected, found = records(composed_run.path), records(run)
     assert expected.keys() == found.keys()
     for number in range(1, STEPS + 1):
@@ -327,15 +329,15 @@ def test_more_steps_may_be_asked_for_later(composed_run, tmp_path, monkeypatch):
     shutil.copytree(composed_run.path, run)
     traces, loss_sums = [], step.loss_sums
 
-    def counted(*arguments):
+    def counted(*arguments, **options):
         traces.append(len(arguments))
-        return loss_sums(*arguments)
+        return loss_sums(*arguments, **options)
 
     monkeypatch.setattr(step, "loss_sums", counted)
     loop.train(changed(composed_run.config, train={"num_steps": STEPS + 6}), run)
     assert max(records(run)) == STEPS + 6
     # The training step was traced once, with its key and noise, and the validation's once.
-    assert sorted(traces) == [2, 4]
+    assert sorted(traces) == [2, 5]
 
 
 def test_a_loss_that_is_not_a_number_ends_the_run_and_is_not_saved(
