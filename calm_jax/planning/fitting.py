@@ -1,6 +1,7 @@
 """Whether a compiled step fits into a device's memory: asked before it runs for the first time."""
 
 import re
+from typing import Any
 
 import jax
 
@@ -53,10 +54,12 @@ def compile_to_fit(lowered: jax.stages.Lowered, device: jax.Device) -> jax.stage
     return compiled
 
 
-def compile_lowered(lowered: jax.stages.Lowered, device: jax.Device) -> jax.stages.Compiled:
+def compile_lowered(
+    lowered: jax.stages.Lowered, device: jax.Device, options: dict[str, Any] | None = None
+) -> jax.stages.Compiled:
     """Compiles. Raises `TooLarge` where the compiler itself finds no way to fit the step."""
     try:
-        return lowered.compile()
+        return lowered.compile(options)
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise

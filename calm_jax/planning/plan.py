@@ -47,7 +47,7 @@ def make_plan(config: ConfigDict, topology: Topology) -> Plan:
         "versions": _versions(),
     }
     try:
-        compiled = program.compile_program(traced)
+        compiled, text = program.compile_program(traced)
     except TooLarge as error:
         plan["memory"] |= {"peak": error.needed, "fits": False}
         return plan
@@ -66,7 +66,7 @@ def make_plan(config: ConfigDict, topology: Topology) -> Plan:
         "peak": peak,
         "fits": peak <= topology.chip.hbm_bytes,
     }
-    module = hlo.parse(compiled.as_text())
+    module = hlo.parse(text)
     found = collectives.find(module, traced.mesh)
     links, network = roofline.communication(found, traced.mesh.devices.flat, topology)
     seconds = roofline.step_time(

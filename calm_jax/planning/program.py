@@ -7,6 +7,8 @@ import contextlib
 import dataclasses
 import importlib.util
 import os
+import pathlib
+import tempfile
 from typing import Any
 
 import jax
@@ -132,10 +134,20 @@ def trace(config: ConfigDict, mesh: Mesh) -> Program:
         return Program(mesh, parts, shardings, arguments, step.trace(*arguments))
 
 
-def compile_program(program: Program) -> jax.stages.Compiled:
-    """The compiled step. Raises `TooLarge` where the compiler finds no way to fit it in memory."""
-    with jax.set_mesh(program.mesh), _silent_stderr():
-        return compile_lowered(program.traced.lower(), program.mesh.devices.flat[0])
+def compile_program(program: Program) -> tuple[jax.stages.Compiled, str]:
+    """The compiled step, and its text.
+
+    The compiler writes the text: what it makes for some chips is more than JAX can read back.
+
+    Raises:
+        TooLarge: the compiler finds no way to fit it in memory.
+    """
+    device = program.mesh.devices.flat[0]
+    with tempfile.TemporaryDirectory() as folder, jax.set_mesh(program.mesh), _silent_stderr():
+        options = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True}
+        compiled = compile_lowered(program.traced.lower(), device, options)
+        (text,) = pathlib.Path(folder).glob("*train_step*.after_optimizations.txt")
+        return compiled, text.read_text()
 
 
 def abstract_parts(config: ConfigDict, device: jax.Device) -> Parts:

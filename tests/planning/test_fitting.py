@@ -18,7 +18,7 @@ def lowered(needed=0, error=None):
     """What `jax.jit(...).lower(...)` gives, as far as it is used."""
     memory = types.SimpleNamespace(peak_memory_in_bytes=needed)
 
-    def compile():
+    def compile(options):
         if error is not None:
             raise error
         return types.SimpleNamespace(memory_analysis=lambda: memory)

@@ -44,8 +44,9 @@ needs_compiler = pytest.mark.skipif(
 
 
 @needs_compiler
-def test_a_step_compiled_for_a_slice(config, tmp_path, capsys):
-    command = ["plan", f"--config={config}", "--topology=v5e:2x2", "--tokens=1e9"]
+@pytest.mark.parametrize("topology", ["v5e:2x2", "v5p:2x2x1"])
+def test_a_step_compiled_for_a_slice(topology, config, tmp_path, capsys):
+    command = ["plan", f"--config={config}", f"--topology={topology}", "--tokens=1e9"]
     assert main([*command, f"--output={tmp_path}", "--dollars_per_chip_hour=2"]) == 0
     found = json.loads((tmp_path / "plan.json").read_text())
     assert found["mesh"] == {"slices": 1, "data": 1, "fsdp": 2, "tensor": 2}
