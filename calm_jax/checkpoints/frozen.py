@@ -12,7 +12,7 @@ import functools
 import hashlib
 import json
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -40,7 +40,8 @@ from calm_jax.models.stack import Shape
 from calm_jax.sharding import RULES, Rules, on_host
 
 FORMAT = "calm_jax frozen folder, version 3"
-DTYPES = ("float32", "bfloat16", "int8")
+STORED_DTYPES = ("float32", "bfloat16")
+DTYPES = (*STORED_DTYPES, "int8")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,11 +91,14 @@ def write_model(
     *,
     vocabulary: Any = None,
     origin: Mapping[str, Any] | None = None,
+    check: Callable[["Description"], None] | None = None,
 ) -> str:
     """Fills a new folder with the blocks of a whole model, each written as it comes.
 
     Args:
         origin: where the model came from; JSON values that `describe` gives back.
+        check: called with the model, of which only config.json is not written yet: where it raises,
+            nobody takes the folder for a model.
 
     Returns:
         the fingerprint of form and weights.
@@ -120,6 +124,8 @@ def write_model(
         "origin": None if origin is None else dict(origin),
         "files": files,
     }
+    if check is not None:
+        check(_description(folder, values, vocabulary))
     write_json(folder / "config.json", {**values, "checksum": _checksum(values)})
     return values["fingerprint"]
 
@@ -210,6 +216,12 @@ def describe(target: epath.PathLike) -> Description:
                 f"{folder / 'vocabulary'} is {vocabulary.fingerprint[:16]}, but the model was "
                 f"saved with {values['vocabulary'][:16]}"
             )
+    return _description(folder, values, vocabulary)
+
+
+def _description(folder: epath.Path, values: Mapping[str, Any], vocabulary: Any) -> Description:
+    """From what stands in config.json."""
+    path = folder / "config.json"
     return Description(
         folder,
         DecoderConfig.from_dict(read_field(values, "decoder", path)),

@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+import functools
 import logging
 import math
 from collections.abc import Iterator, Mapping
@@ -14,14 +15,13 @@ from etils import epath
 from calm_jax.checkpoints.convert.family import Reading
 from calm_jax.checkpoints.convert.registry import find_family
 from calm_jax.checkpoints.convert.table import check_names, check_shapes, check_unused, sizes
-from calm_jax.checkpoints.convert.verification import verify_folder
+from calm_jax.checkpoints.convert.verification import verify_model
 from calm_jax.checkpoints.files import whole_folder
-from calm_jax.checkpoints.frozen import Block, write_model
+from calm_jax.checkpoints.frozen import STORED_DTYPES, Block, write_model
 from calm_jax.checkpoints.sources.opening import open_source
 from calm_jax.checkpoints.sources.source import Source
 from calm_jax.errors import CalmError
 
-DTYPES = ("float32", "bfloat16")
 EXACT = {"bfloat16": "bfloat16", "float16": "float32", "float32": "float32", "float64": None}
 log = logging.getLogger("absl")
 
@@ -69,8 +69,8 @@ def convert(
     >>> calm_jax.load(place + "/palm").config.mlp_dim
     32
     """
-    if dtype is not None and dtype not in DTYPES:
-        raise CalmError(f"--dtype={dtype} is unknown; known are {', '.join(DTYPES)}")
+    if dtype is not None and dtype not in STORED_DTYPES:
+        raise CalmError(f"--dtype={dtype} is unknown; known are {', '.join(STORED_DTYPES)}")
     with whole_folder(target) as folder:
         opened = open_source(source)
         family = find_family(opened, format)
@@ -101,9 +101,8 @@ def convert(
         }
         origin["other_dtypes"] = {k: v for k, v in dtypes.items() if v != origin["dtype"]}
         blocks = _blocks(reading, opened)
-        write_model(folder, config, blocks, vocabulary=vocabulary, origin=origin)
-        if verify:
-            verify_folder(folder, opened)
+        check = functools.partial(verify_model, source=opened) if verify else None
+        write_model(folder, config, blocks, vocabulary=vocabulary, origin=origin, check=check)
 
 
 def _blocks(reading: Reading, source: Source) -> Iterator[Block]:

@@ -1,4 +1,4 @@
-"""Whether a converted folder computes what its source does, as far as this machine can tell."""
+"""Whether a converted model computes what its source does, as far as this machine can tell."""
 
 import hashlib
 import importlib.util
@@ -7,43 +7,43 @@ from typing import Any
 
 import jax
 import numpy as np
-from etils import epath
 
-from calm_jax.checkpoints import frozen
-from calm_jax.checkpoints.files import write_json
+from calm_jax.checkpoints.files import first_line, write_json
+from calm_jax.checkpoints.frozen import Description, load_cut
 from calm_jax.checkpoints.sources.source import Source
 from calm_jax.errors import CalmError
+from calm_jax.models import DecoderConfig
 
 FILE = "verification.json"
-PROMPTS, LENGTH = 3, 64  # tokens; a small window and half as many, where there is one
-LARGEST_WINDOW = 1024  # that a prompt is made longer than
+PROMPTS, LENGTH = 3, 64  # tokens
+LARGEST_WINDOW = 1024  # of a model whose prompt is longer than it
 TOLERANCE = 1e-4  # of the largest logit, in float32
 ROUNDED_TOLERANCE = 0.1  # where weights were rounded to bfloat16 and the source's were not
 log = logging.getLogger("absl")
 
 
-def verify_folder(folder: epath.Path, source: Source) -> None:
+def verify_model(described: Description, source: Source) -> None:
     """Computes logits of fixed prompts in float32, notes them in the folder, and compares them.
 
     They are compared with those of transformers, where it is installed and `source` is a Hugging
     Face folder; a log line says which was done.
 
     Raises:
-        CalmError: the folder cannot be loaded, a logit is not finite, or the two differ by more
-            than `TOLERANCE` of the largest.
+        CalmError: the folder cannot be loaded, a logit is not finite, transformers does not load
+            the source, or the two differ by more than `TOLERANCE` of the largest.
     """
-    decoder = frozen.load(folder, dtype="float32")
-    window = decoder.config.window or 0
-    length = LENGTH + (window if window <= LARGEST_WINDOW else 0)
-    tokens_BT = fixed_prompts(decoder.config.vocab_size, length)
+    decoder = load_cut(described, ((described.config.num_layers,),), dtype="float32")
+    tokens_BT = fixed_prompts(described.config)
     logits_BTV = np.asarray(decoder(tokens_BT))
     if not np.isfinite(logits_BTV).all():
         raise CalmError(f"{source.place}: converted, it computes logits that are not finite")
-    compared = _compare(logits_BTV, tokens_BT, source, frozen.describe(folder))
+    del decoder
+    log.info("Weight bits that were damaged before, and that no checksum covers, stay unknown")
+    compared = _compare(logits_BTV, tokens_BT, source, described)
     last_BV = logits_BTV[:, -1]
     best_BN = np.argsort(-last_BV, axis=-1)[:, :5]
     write_json(
-        folder / FILE,
+        described.folder / FILE,
         {
             "prompts": tokens_BT.tolist(),
             "best_next": best_BN.tolist(),
@@ -55,16 +55,21 @@ def verify_folder(folder: epath.Path, source: Source) -> None:
     )
 
 
-def fixed_prompts(vocab_size: int, length: int = LENGTH) -> np.ndarray:
-    """Token ids, int32 [B, T], the same for every model with such a vocabulary and length."""
-    return np.random.default_rng(0).integers(vocab_size, size=(PROMPTS, length)).astype(np.int32)
+def fixed_prompts(config: DecoderConfig) -> np.ndarray:
+    """Token ids, int32 [B, T], the same for every model with such a vocabulary and window.
+
+    One prompt alone reaches beyond the window: logits of a long one take as much as many weights.
+    """
+    shape = (PROMPTS, LENGTH)
+    if config.window is not None and LENGTH <= config.window <= LARGEST_WINDOW:
+        shape = (1, config.window + LENGTH)
+    return np.random.default_rng(0).integers(config.vocab_size, size=shape).astype(np.int32)
 
 
 def _compare(
-    logits_BTV: np.ndarray, tokens_BT: np.ndarray, source: Source, described: frozen.Description
+    logits_BTV: np.ndarray, tokens_BT: np.ndarray, source: Source, described: Description
 ) -> dict[str, Any] | None:
     """Name and greatest difference of what the logits were compared with, or None."""
-    log.info("Weight bits that were damaged before, and that no checksum covers, stay unknown")
     if source.kind != "huggingface":
         log.info("Logits computed and noted; there is nothing here to compare them with")
         return None
@@ -75,9 +80,13 @@ def _compare(
     import torch
     import transformers
 
-    model = transformers.AutoModelForCausalLM.from_pretrained(
-        str(source.place), dtype=torch.float32, attn_implementation="eager"
-    )
+    program = f"transformers {transformers.__version__}"
+    try:
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            str(source.place), dtype=torch.float32, attn_implementation="eager"
+        )
+    except Exception as error:  # whatever it does not like, of many kinds
+        raise CalmError(f"{source.place}: {program} cannot load it: {first_line(error)}") from error
     with torch.no_grad():
         theirs_BTV = model(torch.from_numpy(tokens_BT.astype(np.int64))).logits.numpy()
     scale = float(np.max(np.abs(theirs_BTV)))
@@ -90,4 +99,4 @@ def _compare(
             f"those of transformers; at most {tolerance:.0e} is expected"
         )
     log.info("Logits are those of transformers, within %.1e of their scale", difference)
-    return {"program": f"transformers {transformers.__version__}", "difference": difference}
+    return {"program": program, "difference": difference}

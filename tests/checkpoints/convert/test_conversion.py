@@ -21,13 +21,14 @@ from tiny_models import stored_bytes
 
 import calm_jax
 from calm_jax.__main__ import main
-from calm_jax.checkpoints import chunks
-from calm_jax.checkpoints.convert import conversion
+from calm_jax.checkpoints import chunks, files
+from calm_jax.checkpoints.convert import conversion, verification
 from calm_jax.checkpoints.convert.registry import families
 from calm_jax.checkpoints.sources.opening import open_source
 from calm_jax.checkpoints.sources.source import Source
 from calm_jax.data.vocabulary import Vocabulary
 from calm_jax.errors import CalmError
+from calm_jax.models import Decoder
 
 V, D, N, K, H, F, L = 40, 16, 4, 2, 8, 24, 3
 CONFIG = {
@@ -345,8 +346,6 @@ def test_the_vocabulary_goes_along(tmp_path):
 
 
 def test_verification_is_noted_in_the_folder(source, tmp_path, monkeypatch):
-    from calm_jax.checkpoints.convert import verification
-
     monkeypatch.setattr(verification.importlib.util, "find_spec", lambda _: None)
     calm_jax.convert(source, tmp_path / "model", verify=True)
     noted = json.loads((tmp_path / "model" / "verification.json").read_text())
@@ -355,24 +354,48 @@ def test_verification_is_noted_in_the_folder(source, tmp_path, monkeypatch):
     assert noted["compared_with"] is None
 
 
-def test_a_verification_that_fails_leaves_nothing(source, tmp_path, monkeypatch):
-    from calm_jax.checkpoints.convert import verification
+@pytest.mark.parametrize("in_place", [False, True])
+def test_a_verification_that_fails_leaves_nothing(in_place, source, tmp_path, monkeypatch):
+    """In place is how a bucket is written, where config.json alone makes a folder a model."""
+    seen = []
 
-    def other_logits(*_):
+    def other_logits(logits, tokens, source, described):
+        seen.extend(path.name for path in described.folder.iterdir())
         raise CalmError("its logits differ")
 
+    monkeypatch.setattr(files, "is_bucket", lambda _: in_place)
     monkeypatch.setattr(verification, "_compare", other_logits)
     with pytest.raises(CalmError, match="its logits differ"):
         calm_jax.convert(source, tmp_path / "model", verify=True)
-    assert not any(path.name.lstrip(".").startswith("model") for path in tmp_path.iterdir())
+    assert "weights" in seen and "config.json" not in seen
+    assert nothing_in(tmp_path)
 
 
 def test_logits_that_are_not_finite_are_no_model(source, tmp_path, monkeypatch):
-    from calm_jax.models import Decoder
-
     monkeypatch.setattr(Decoder, "__call__", lambda self, tokens: np.full((1, 1, 8), np.inf))
     with pytest.raises(CalmError, match="it computes logits that are not finite"):
         calm_jax.convert(source, tmp_path / "model", verify=True)
+    assert nothing_in(tmp_path)
+
+
+@pytest.mark.parametrize("missing", ["transformers", "torch"])
+def test_verification_says_what_it_cannot_know(missing, source, tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(
+        verification.importlib.util, "find_spec", lambda name: None if name == missing else name
+    )
+    with caplog.at_level(logging.INFO, "absl"):
+        calm_jax.convert(source, tmp_path / "model", verify=True)
+    assert f"{missing} is not installed to compare them" in caplog.text
+    assert "damaged before, and that no checksum covers" in caplog.text
+
+
+def test_prompts_are_longer_than_a_window_that_is_not_large():
+    sizes = {"embed_dim": 16, "num_layers": 1, "num_heads": 2, "head_dim": 8, "mlp_dim": 32}
+    for window, length in ((None, 64), (8, 64), (64, 128), (512, 576), (1024, 1088), (4096, 64)):
+        config = calm_jax.DecoderConfig.palm(vocab_size=40, **sizes, window=window)
+        prompts = verification.fixed_prompts(config)
+        assert prompts.shape == (3 if length == 64 else 1, length)
+        assert prompts.min() >= 0 and prompts.max() < 40
 
 
 def test_the_command(source, tmp_path, capsys):
