@@ -96,17 +96,16 @@ def _open_file(file: epath.Path) -> dict[str, StoredTensor]:
         with file.open("rb") as opened:
             length = int.from_bytes(opened.read(8), "little")
             header = json.loads(opened.read(length))
-        mapped = np.memmap(file, np.uint8, "r")
-    except (SafetensorError, OSError, RecursionError) as error:
+        data = np.memmap(file, np.uint8, "r")[8 + length :]
+        header.pop("__metadata__", None)
+        return {
+            name: StoredTensor(
+                file, name, tuple(part["shape"]), part["dtype"], data[slice(*part["data_offsets"])]
+            )
+            for name, part in header.items()
+        }
+    except (SafetensorError, OSError, RecursionError, TypeError, ValueError) as error:
         raise CalmError(f"{file} is no whole safetensors file: {first_line(error)}") from error
-    header.pop("__metadata__", None)
-    data = mapped[8 + length :]
-    return {
-        name: StoredTensor(
-            file, name, tuple(part["shape"]), part["dtype"], data[slice(*part["data_offsets"])]
-        )
-        for name, part in header.items()
-    }
 
 
 def _indexed(place: epath.Path) -> dict[str, StoredTensor]:

@@ -69,7 +69,9 @@ def array_names(folder: epath.Path) -> dict[str, str]:
         for entry in entries.values():
             keys = [str(part["key"]) for part in entry["key_metadata"]]
             if _is_array(entry["value_metadata"]):
-                found["/".join(keys)] = ".".join(keys)
+                found["/".join(keys)] = stored = ".".join(keys)
+                if not all(map(_is_plain, stored.split("/"))):
+                    raise CalmError(f"{path}: an array is called {keys}, which is no name of one")
     except (AttributeError, KeyError, TypeError):
         raise CalmError(f"{path} is damaged: tree_metadata is no list of arrays") from None
     return found
@@ -81,6 +83,11 @@ def _trees(place: epath.Path) -> list[epath.Path]:
         if found:
             return sorted(found)
     return []
+
+
+def _is_plain(part: str) -> bool:
+    """Whether a part of a path names something, and nothing outside its folder."""
+    return part.isprintable() and part not in ("", ".", "..")
 
 
 def _is_array(value_metadata: dict) -> bool:

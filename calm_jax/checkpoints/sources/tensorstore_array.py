@@ -1,7 +1,8 @@
 """Arrays on disk that TensorStore reads."""
 
+import contextlib
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -74,18 +75,24 @@ def open_all(
         CalmError: an array is missing, damaged, or contradicts its spec.
     """
     context = ts.Context(_CONTEXT)
-    opening = {
-        name: ts.open(spec, context=context, open=True, read=True) for name, spec in specs.items()
-    }
-    tensors = {}
+    opening, tensors = {}, {}
+    for name, spec in specs.items():
+        with _opened(f"{where}: tensor {name}"):
+            opening[name] = ts.open(spec, context=context, open=True, read=True)
     for name, future in opening.items():
         called = f"{where}: tensor {name}"
-        try:
+        with _opened(called):
             store = future.result()
-        except (ValueError, OSError, RuntimeError) as error:
-            raise CalmError(f"{called} cannot be opened: {first_line(error)}") from error
         dtype = store.dtype.numpy_dtype
         if bfloat16_as_uint16 and dtype == np.uint16:
             dtype = ts.bfloat16.numpy_dtype
         tensors[name] = StoredTensor(store, called, dtype)
     return tensors
+
+
+@contextlib.contextmanager
+def _opened(called: str) -> Iterator[None]:
+    try:
+        yield
+    except (ValueError, OSError, RuntimeError) as error:
+        raise CalmError(f"{called} cannot be opened: {first_line(error)}") from error

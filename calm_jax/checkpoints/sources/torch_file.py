@@ -9,6 +9,7 @@ mapped file, whose CRC-32 of a storage is checked when the first tensor in it is
 import collections
 import dataclasses
 import io
+import math
 import mmap
 import pickle
 import reprlib
@@ -46,6 +47,7 @@ _WRAPPERS = ("model", "state_dict", "model_state_dict", "module")
 _PREFIXES = ("module.", "_orig_mod.")  # of data-parallel and of compiled modules
 _BEFORE_ZIP = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # the pickled magic number of torch < 1.6
 _CRC_BYTES = 2**24  # checked at a time
+_PICKLE_BYTES = 2**27  # of names and views; those of the largest models take 1 % of it
 
 
 def read(place: epath.Path) -> Source:
@@ -206,6 +208,10 @@ def _open_tensors(
     if len(roots) != 1:
         raise CalmError(f"{place} has {len(roots)} members data.pkl, not one")
     (root,) = roots
+    if archive.getinfo(root + "data.pkl").file_size > _PICKLE_BYTES:
+        raise CalmError(
+            f"{place}: data.pkl has more than {_PICKLE_BYTES} bytes; save tensors alone"
+        )
     for member in archive.infolist():
         if member.compress_type != zipfile.ZIP_STORED:
             raise CalmError(
@@ -292,6 +298,11 @@ def _array(view: _View, storage: StoredBytes, called: str) -> np.ndarray:
         return np.zeros(view.shape, dtype)
     if last >= entries:
         raise CalmError(f"{called} reaches entry {last} of a storage of {entries}")
+    # Where strides are 0 a few bytes say that they are any number of weights.
+    if math.prod(view.shape) > entries:
+        raise CalmError(
+            f"{called} has shape {view.shape}, more entries than its storage's {entries}"
+        )
     return np.ndarray(
         view.shape,
         dtype,

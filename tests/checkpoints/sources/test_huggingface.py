@@ -44,6 +44,10 @@ def container(tensors, changes=None):
     return len(text).to_bytes(8, "little") + text + data
 
 
+def header(text):
+    return len(text).to_bytes(8, "little") + text
+
+
 @pytest.fixture
 def folder(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(CONFIG))
@@ -200,6 +204,8 @@ WHOLE = container(TENSORS)
         "offsets that overlap": container(TENSORS, {"b": {"data_offsets": [90, 96]}}),
         "a shape of another size": container(TENSORS, {"a": {"shape": [4, 7]}}),
         "a negative size": container(TENSORS, {"a": {"shape": [-4, -6]}}),
+        "a header nested too deeply": header(b'{"a":' * 5000 + b"1" + b"}" * 5000),
+        "a list for an object": header(b'{"a": ["F32", [0], [0, 0]]}'),
         "an unknown dtype": container(TENSORS, {"a": {"dtype": "F33"}}),
     }.items(),
     ids=lambda case: case[0],

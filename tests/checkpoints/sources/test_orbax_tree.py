@@ -150,6 +150,18 @@ def test_damaged_metadata(tmp_path, text, message):
         orbax_tree.read(place)
 
 
+@pytest.mark.parametrize("ocdbt", [False, True])
+@pytest.mark.parametrize("key", ["../x", "a/../../x", "", "/", "/etc", "a//b", "\x00", "\ud800"])
+def test_keys_that_are_no_names(tmp_path, key, ocdbt):
+    place = pytree(use_ocdbt=ocdbt)(tmp_path / "tree")
+    values = json.loads((place / "_METADATA").read_text())
+    (entry,) = (v for k, v in values["tree_metadata"].items() if "scale" in k)
+    entry["key_metadata"] = [{"key": key, "key_type": 2}]
+    (place / "_METADATA").write_text(json.dumps(values))
+    with pytest.raises(CalmError, match=r"_METADATA: an array is called \[.*\], which is no name"):
+        orbax_tree.read(place)
+
+
 def test_several_trees_are_listed(tmp_path):
     place = manager(state=1, other=1)(tmp_path / "run") / "3"
     with pytest.raises(CalmError, match="holds several trees; name one of them: other, state"):

@@ -111,6 +111,8 @@ def test_dtypes_that_are_not_their_storage_s(tmp_path, dtype):
         ((0, (2**32 + 1,), (2**32,)), f"reaches entry {2**64} of a storage of 24"),
         ((0, (2, 3), (-3, 1)), "no sensible shape and strides"),
         ((0, (2,), (1, 1)), "no sensible shape and strides"),
+        ((0, (10**15,), (0,)), "more entries than its storage's"),
+        ((0, (10**9, 10**9, 10**9), (0, 0, 1)), "more entries than its storage's"),
         ((-1, (2,), (1,)), "no sensible shape and strides"),
     ],
 )
@@ -266,6 +268,29 @@ def test_what_torch_writes_otherwise(tmp_path):
     path.write_bytes(b"")
     with pytest.raises(CalmError, match=r"is no whole zip file of torch\.save"):
         read(path)
+
+
+def test_a_pickle_of_any_size_is_not_read(tmp_path, monkeypatch):
+    path = tmp_path / "model.pt"
+    torch_files.save_tensors(path, random_tensors())
+    with zipfile.ZipFile(path) as archive:
+        size = archive.getinfo("archive/data.pkl").file_size
+    monkeypatch.setattr(torch_file, "_PICKLE_BYTES", size)
+    assert read(path)
+    monkeypatch.setattr(torch_file, "_PICKLE_BYTES", size - 1)
+    with pytest.raises(CalmError, match=rf"data\.pkl has more than {size - 1} bytes"):
+        read(path)
+    bomb = tmp_path / "bomb.pt"
+    with zipfile.ZipFile(bomb, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("archive/data.pkl", bytes(2**24))
+    monkeypatch.setattr(torch_file, "_PICKLE_BYTES", 2**24)
+    tracemalloc.start()
+    try:
+        with pytest.raises(CalmError, match=r"archive/data\.pkl is compressed"):
+            read(bomb)
+        assert tracemalloc.get_traced_memory()[1] < 2**20
+    finally:
+        tracemalloc.stop()
 
 
 def test_a_damaged_storage_is_found_when_it_is_read(tmp_path):
