@@ -6,14 +6,14 @@ The package writes the same parameters in four layouts, which become one naming 
 (nested, below "params", beside the state of training).
 """
 
-import math
 import re
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
+from calm_jax.checkpoints.convert import huggingface_config as read
 from calm_jax.checkpoints.convert.family import Family, Reading
-from calm_jax.checkpoints.convert.huggingface_config import local_layer_fields
 from calm_jax.checkpoints.convert.table import Part, Rule, Unused, rule
+from calm_jax.checkpoints.convert.without_config import shape_of
 from calm_jax.checkpoints.sources.source import Layer, Source, Tensor
 from calm_jax.errors import CalmError
 from calm_jax.models import DecoderConfig
@@ -103,12 +103,12 @@ def _config(
     tensors: Mapping[str, Tensor], options: Mapping[str, Any], where: str
 ) -> tuple[DecoderConfig, tuple[str, ...]]:
     """The model's form, and warnings of what it assumes."""
-    vocab_size, embed_dim = _shape(tensors, "embedder/input_embedding", 2, where)
-    num_heads, head_dim, _ = _shape(tensors, "layer_0/attn/attn_vec_einsum/w", 3, where)
+    vocab_size, embed_dim = shape_of(tensors, "embedder/input_embedding", 2, where)
+    num_heads, head_dim, _ = shape_of(tensors, "layer_0/attn/attn_vec_einsum/w", 3, where)
     num_kv_heads = num_heads
     if "layer_0/attn/qkv_einsum/w" not in tensors:
-        num_kv_heads = _shape(tensors, "layer_0/attn/kv_einsum/w", 4, where)[1]
-    mlp_dim, _ = _shape(tensors, "layer_0/mlp/linear", 2, where)
+        num_kv_heads = shape_of(tensors, "layer_0/attn/kv_einsum/w", 4, where)[1]
+    mlp_dim, _ = shape_of(tensors, "layer_0/mlp/linear", 2, where)
     num_layers = len({m[1] for name in tensors if (m := re.match(r"layer_(\d+)/", name))})
     post_norms = "layer_0/post_attention_norm/scale" in tensors
     qk_norm = "layer_0/attn/_query_norm/scale" in tensors
@@ -127,7 +127,7 @@ def _config(
         )
     pattern = _PATTERNS[generation]
     layers = [pattern[layer % len(pattern)] for layer in range(num_layers)]
-    fields = local_layer_fields(layers, found.get("window"))
+    fields = read.local_layer_fields(layers, found.get("window"))
     if generation == 3:
         fields |= {"qk_norm": "rms", "rope_base": 1e6, "local_rope_base": 1e4}
     if found.get("rope_factor", 1.0) != 1.0:
@@ -149,15 +149,6 @@ def _config(
     return config, warnings
 
 
-def _shape(tensors: Mapping[str, Tensor], name: str, rank: int, where: str) -> tuple[int, ...]:
-    if name not in tensors:
-        raise CalmError(f"{where}: tensor {name} is missing")
-    shape = tuple(tensors[name].shape)
-    if len(shape) != rank:
-        raise CalmError(f"{where}: tensor {name} has shape {shape}; Gemma's has {rank} axes")
-    return shape
-
-
 def _numbers(options: Mapping[str, Any], generation: int, where: str) -> dict[str, float | int]:
     """The options that say numbers."""
     found: dict[str, float | int] = {}
@@ -166,14 +157,12 @@ def _numbers(options: Mapping[str, Any], generation: int, where: str) -> dict[st
             continue
         if name != "query_scale" and name not in _ASSUMED[generation]:
             raise CalmError(f"option {name}={value}: {where} is Gemma {generation}, without such")
-        try:
-            found[name] = int(value) if name == "window" else float(value)
-        except (TypeError, ValueError, OverflowError):
-            raise CalmError(f"option {name}={value} is no number") from None
-        if not math.isfinite(found[name]) or found[name] != float(value):
-            raise CalmError(f"option {name}={value} is no finite or no whole number")
-        if not (found[name] > 0 or (found[name] == 0 and name.endswith("_cap"))):
-            raise CalmError(f"option {name}={value} must be more than 0")
+        if name == "window":
+            found[name] = read.whole_number(options, name, "options")
+        elif name.endswith("_cap") and value == 0:
+            found[name] = 0.0
+        else:
+            found[name] = read.number(options, name, "options")
     return found
 
 
@@ -182,7 +171,7 @@ def _is_transposed(
 ) -> bool:
     """Whether gating_einsum is [2, F, D] instead of [2, D, F]."""
     name = "layer_0/mlp/gating_einsum"
-    shape = _shape(tensors, name, 3, where)[1:]
+    shape = shape_of(tensors, name, 3, where)[1:]
     shapes = {
         "plain": (config.embed_dim, config.mlp_dim),
         "transposed": (config.mlp_dim, config.embed_dim),

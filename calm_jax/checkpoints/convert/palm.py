@@ -15,7 +15,7 @@ import numpy as np
 
 from calm_jax.checkpoints.convert.family import Family, Reading
 from calm_jax.checkpoints.convert.table import Part, Rule, rule
-from calm_jax.checkpoints.convert.trees import norm_warnings, number, shape_of
+from calm_jax.checkpoints.convert.without_config import norm_warnings, number, shape_of
 from calm_jax.checkpoints.sources.layers import unstack
 from calm_jax.checkpoints.sources.source import Source, Tensor
 from calm_jax.errors import CalmError

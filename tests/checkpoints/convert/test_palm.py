@@ -382,7 +382,10 @@ BAD = {
         r"tensor decoder/layers_0/\S+ is in decoder/decoder/\S+ once more",
     ),
     "unknown scan axis": (FLOATS, {"scan_axis": 2}, "scan_axis is 2; it must be 0 or 1"),
-    "strange number": (FLOATS, {"norm_offset": "one"}, "norm_offset is 'one'; it must be a number"),
+    "strange number": (FLOATS, {"norm_offset": "one"}, "norm_offset is 'one'; it must be a finite"),
+    "huge number": (FLOATS, {"norm_offset": 10**400}, "norm_offset is 10.*; it must be a finite"),
+    "no logits": (FLOATS, {"logit_scale": 0}, r"logit_scale is 0\.0; it must be a number above 0"),
+    "no queries": (FLOATS, {"query_scale": -1}, r"query_scale is -1\.0; it must be a number above"),
     "relative positions": (
         FLOATS | {"decoder/layers_0/relpos_bias/rel_embedding": np.zeros((N, 32))},
         {},

@@ -289,11 +289,12 @@ def test_buffers_rounded_to_half_precision():
 @pytest.mark.parametrize(
     ("tensors", "options", "message"),
     [
-        (rlhf(), {"norm_offset": "one"}, "norm_offset is 'one'; it must be a number"),
-        (rlhf(), {"query_scale": True}, "query_scale is True; it must be a number"),
+        (rlhf(), {"norm_offset": "one"}, "norm_offset is 'one'; it must be a finite number"),
+        (rlhf(), {"query_scale": 0}, r"query_scale is 0\.0; it must be a number above 0"),
+        (rlhf(), {"query_scale": True}, "query_scale is True; it must be a finite number"),
         (rlhf(), {"xpos": 1}, "xpos is 1; it must be True or False"),
         (rlhf(), {"xpos_scale_base": 0}, "xpos_scale_base is 0.0; it must be more than 0"),
-        (rlhf(), {"xpos_scale_base": "x"}, "xpos_scale_base is 'x'; it must be a number"),
+        (rlhf(), {"xpos_scale_base": "x"}, "xpos_scale_base is 'x'; it must be a finite number"),
         (
             rlhf(),
             {"xpos": False, "xpos_scale_base": 300},

@@ -1,11 +1,12 @@
 """What families share whose checkpoints have no config: the form is read off the tensors."""
 
-import math
+import reprlib
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
+from calm_jax.checkpoints.convert.huggingface_config import LARGEST
 from calm_jax.checkpoints.sources.source import Tensor
 from calm_jax.errors import CalmError
 
@@ -22,8 +23,9 @@ def shape_of(tensors: Mapping[str, Tensor], name: str, rank: int, where: str) ->
 
 def number(option: str, value: Any) -> float:
     """A family's option as a finite number. Raises `CalmError` when it is none."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise CalmError(f"{option} is {value!r}; it must be a number")
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not is_number or not -LARGEST <= value <= LARGEST:  # a whole number can be above
+        raise CalmError(f"{option} is {reprlib.repr(value)}; it must be a finite number")
     return float(value)
 
 
