@@ -15,7 +15,13 @@ from typing import Any, Self
 
 from etils import epath
 
-from calm_jax.data.published import NOTHING, START_AND_END_NAMES, Published, read_file
+from calm_jax.data.published import (
+    NOTHING,
+    START_AND_END_NAMES,
+    TOKEN_MAPS,
+    Published,
+    read_file,
+)
 from calm_jax.errors import CalmError
 
 INDEX_FILE = "vocabulary.json"
@@ -70,16 +76,12 @@ class Vocabulary:
         "….model" or "….spm"; with what `calm_jax.data.published` names beside it.
         Raises `CalmError` if a file is damaged or contradicts another.
         """
-        folder = epath.Path(folder)
-        if (folder / "tokenizer.json").exists():
-            return Vocabulary.tokenizer(folder / "tokenizer.json")
-        if (folder / "tokenizer.model").exists():
-            return Vocabulary.sentencepiece(folder / "tokenizer.model")
-        models = sorted(path for path in folder.iterdir() if path.suffix in (".model", ".spm"))
-        if len(models) > 1:
-            names = ", ".join(path.name for path in models)
+        maps = token_maps(epath.Path(folder))
+        usual = [path for name in TOKEN_MAPS for path in maps if path.name == name]
+        if not usual and len(maps) > 1:
+            names = ", ".join(path.name for path in maps)
             raise CalmError(f"{folder} has several SentencePiece models and no tokenizer: {names}")
-        return Vocabulary.sentencepiece(models[0]) if models else None
+        return next(map(Vocabulary.load, usual or maps), None)
 
     @staticmethod
     def load(spec: str | os.PathLike) -> "Vocabulary":
@@ -390,6 +392,15 @@ class TokenizerVocabulary(Vocabulary):
     def from_folder(cls, folder: epath.Path, index: dict[str, Any], published: Published) -> Self:
         path = folder / cls.file_name
         return cls(read_file(path), index["bos_id"], index["eos_id"], str(path), published)
+
+
+def token_maps(folder: epath.Path) -> list[epath.Path]:
+    """The files in a folder that turn text into ids: tokenizer.json and SentencePiece models."""
+    return sorted(
+        path
+        for path in folder.iterdir()
+        if path.name == "tokenizer.json" or path.suffix in (".model", ".spm")
+    )
 
 
 def _kinds() -> dict[str, type[Vocabulary]]:

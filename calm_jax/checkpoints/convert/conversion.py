@@ -158,7 +158,17 @@ def _exact_dtype(dtypes: Mapping[str, str], where: str) -> str:
 
 
 def _vocabulary(source: Source) -> Any:
-    from calm_jax.data.vocabulary import Vocabulary
+    """The vocabulary of a folder; of a lone file the only one beside it, which may be another's."""
+    from calm_jax.data.vocabulary import Vocabulary, token_maps
 
     place = source.place
-    return Vocabulary.from_model_folder(place if place.is_dir() else place.parent)
+    if place.is_dir():
+        return Vocabulary.from_model_folder(place)
+    beside = token_maps(place.parent)
+    names = ", ".join(path.name for path in beside)
+    if len(beside) > 1:
+        log.warning("%s is converted without a vocabulary: beside it are %s", place, names)
+    if len(beside) != 1:
+        return None
+    log.warning("%s is converted with the vocabulary beside it, %s", place, names)
+    return Vocabulary.load(beside[0])

@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-from calm_jax.checkpoints.convert.huggingface_config import refuse
+from calm_jax.checkpoints.convert.huggingface_config import refuse, refuse_experts
 from calm_jax.checkpoints.convert.table import Rule, Unused
 from calm_jax.checkpoints.sources.source import Source, Tensor
 from calm_jax.errors import CalmError
@@ -84,8 +84,7 @@ class HuggingFaceFamily(Family):
         where = str(source.place / "config.json")
         refuse(source.config, where, "quantization_config", None)
         refuse(source.config, where, "is_causal", True, None)
-        for key in ("num_experts", "num_local_experts", "n_routed_experts"):
-            refuse(source.config, where, key, None, 0)
+        refuse_experts(source.config, where)
         try:
             config = self.decoder_config(source.config, where)
         except CalmError as error:  # of a form that contradicts itself, whoever wrote it

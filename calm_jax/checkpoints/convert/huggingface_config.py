@@ -116,6 +116,15 @@ def refuse(values: Mapping[str, Any], where: str, key: str, *allowed: Any) -> No
         raise CalmError(f"{where}: {key} is {reprlib.repr(values[key])}, which is not supported")
 
 
+def refuse_experts(values: Mapping[str, Any], where: str) -> None:
+    """Keys of mixtures of experts, whatever the architecture is called: absent, or for none."""
+    for key in values:
+        if "expert" in key or key.startswith("moe"):
+            refuse(values, where, key, None, 0, [])
+    if isinstance(values.get("text_config"), Mapping):
+        refuse_experts(values["text_config"], f"{where} text_config")
+
+
 def rope(
     values: Mapping[str, Any], where: str, layer_type: str | None = None
 ) -> tuple[float, RopeScaling | None]:

@@ -345,6 +345,33 @@ def test_the_vocabulary_goes_along(tmp_path):
     assert calm_jax.load(tmp_path / "model").vocabulary.tokens() == vocabulary.tokens()
 
 
+def test_a_lone_file_takes_only_a_vocabulary_that_no_other_file_can_mean(tmp_path, caplog):
+    vocabulary = Vocabulary.load("key_value/tiny")
+    shapes = {
+        "token_embedder/embedding": (vocabulary.size, 16),
+        "layers_0/layer_norm/scale": (16,),
+        "layers_0/q_wi_fused/kernel": (16, 2, 40),
+        "layers_0/kv_fused/kernel": (16, 1, 16),
+        "layers_0/o_wo_fused/kernel": (2, 24, 16),
+    }
+    place = tmp_path / "files" / "palm.npz"
+    place.parent.mkdir()
+    np.savez(place, **{f"decoder/{k}": np.zeros(v, np.float32) for k, v in shapes.items()})
+
+    def found(name):
+        calm_jax.convert(place, tmp_path / name)
+        return calm_jax.load(tmp_path / name).vocabulary
+
+    assert found("alone") is None
+    assert "vocabulary" not in caplog.text
+    vocabulary.save_published(place.parent)
+    assert found("with one").tokens() == vocabulary.tokens()
+    assert "with the vocabulary beside it, tokenizer.json" in caplog.text
+    (place.parent / "other.model").write_bytes(b"of another model")
+    assert found("with two") is None
+    assert "without a vocabulary: beside it are other.model, tokenizer.json" in caplog.text
+
+
 def test_verification_is_noted_in_the_folder(source, tmp_path, monkeypatch):
     monkeypatch.setattr(verification.importlib.util, "find_spec", lambda _: None)
     calm_jax.convert(source, tmp_path / "model", verify=True)

@@ -172,8 +172,19 @@ def test_rotary_positions(family, refused):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_mixtures_of_experts(family, refused):
-    for key in ("num_experts", "num_local_experts", "n_routed_experts"):
+    keys = ("num_experts", "num_local_experts", "n_routed_experts", "num_experts_per_tok")
+    for key in (*keys, "moe_intermediate_size", "moe_layer_freq"):
         assert f"{key} is 8, which is not supported" in refused(family, {key: 8})
+    inside = refused(family, {"text_config": {"num_experts": 8}})
+    assert "text_config: num_experts is 8, which is not supported" in inside
+
+
+def test_no_experts_at_all_are_no_mixture(tmp_path):
+    change = {"num_experts": 0, "num_local_experts": None, "moe_layers": []}
+    (tmp_path / "config.json").write_text(json.dumps(config_of("llama") | change))
+    (tmp_path / "model.safetensors").symlink_to(GOLDEN / "llama" / "model.safetensors")
+    source = open_source(tmp_path)
+    assert find_family(source).read(source).config.num_layers
 
 
 @pytest.mark.parametrize("family", FAMILIES)
