@@ -36,8 +36,8 @@ class Collective:
 
 def find(module: Module, mesh: jax.sharding.Mesh) -> list[Collective]:
     """Every collective of a program compiled for a mesh; those of one chip alone left out."""
-    found, seen = [], set()
-    for instruction, times, computation, launcher in module.executed():
+    found = []
+    for instruction, times, computation, _ in module.executed():
         if instruction.opcode == "send":
             operand = module.computations[computation][instruction.operands[0]]
             found += _between_slices(instruction, times, operand.bytes, mesh)
@@ -45,20 +45,15 @@ def find(module: Module, mesh: jax.sharding.Mesh) -> list[Collective]:
         kind = instruction.opcode.removesuffix("-start")
         if kind not in KINDS:
             continue
-        chain = re.search(r'chain_id="(\d+)"', instruction.attributes)
-        if chain:
-            # One that runs beside several fusions stands in each of them.
-            channel = re.search(r"channel_id=(\d+)", instruction.attributes)[1]
-            key = (launcher, channel, chain[1])
-            if key in seen:
-                continue
-            seen.add(key)
+        inside = module.computations[computation]
+        if "chain_id=" in instruction.attributes and not _starts(inside):
+            continue  # one that runs beside several fusions stands in each of them
         if kind == "all-reduce" and computation.startswith("all-reduce-scatter"):
             kind = "reduce-scatter"
         groups = _groups(instruction, mesh)
         if len(groups[0]) == 1:
             continue
-        operands = [module.computations[computation][name] for name in instruction.operands]
+        operands = [inside[name] for name in instruction.operands]
         sent = _sent(kind, sum(operand.bytes for operand in operands), len(groups[0]))
         axes = _axes(groups, mesh)
         found.append(
@@ -79,6 +74,11 @@ def totals(found: Sequence[Collective]) -> list[dict]:
         for (kind, axes), (runs, sent) in table.items()
     ]
     return sorted(rows, key=lambda row: -row["bytes"])
+
+
+def _starts(computation: dict[str, Instruction]) -> bool:
+    """Whether a fusion starts an exchange that others go on with, rather than being one of them."""
+    return any("AsyncCollectiveStart" in x.attributes for x in computation.values())
 
 
 def _between_slices(

@@ -78,7 +78,8 @@ HloModule jit_step
   %param_0 = bf16[4,8]{1,0:T(8,128)(2,1)} parameter(0)
   %all-gather.1 = bf16[8,8]{1,0} all-gather(%param_0), channel_id=7, \
 replica_groups=[4,2]<=[2,2,2]T(0,2,1), dimensions={0}, frontend_attributes={chain_id="3"}
-  ROOT %custom.1 = (bf16[4,8]{1,0}, bf16[8,8]{1,0}, u32[]{:S(2)}) custom-call(%all-gather.1)
+  ROOT %custom.1 = (bf16[4,8]{1,0}, bf16[8,8]{1,0}, u32[]{:S(2)}) custom-call(%all-gather.1), \
+custom_call_target="AsyncCollectiveStart"
 }
 
 %go_on (param_0.1: bf16[4,8]) -> bf16[8,8] {
