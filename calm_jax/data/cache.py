@@ -13,6 +13,7 @@ It is written beside and renamed when complete.
 import contextlib
 import hashlib
 import importlib.util
+import itertools
 import json
 import os
 import pathlib
@@ -29,7 +30,7 @@ from tqdm import tqdm
 
 from calm_jax.data import jsonl, key_value
 from calm_jax.data.source import DTYPES, Part, Source
-from calm_jax.data.vocabulary import Vocabulary
+from calm_jax.data.vocabulary import Vocabulary, check_ids
 from calm_jax.errors import CalmError
 
 FORMAT = 1
@@ -134,6 +135,8 @@ def _cached(
 ) -> pathlib.Path:
     decides = [FORMAT, identity(entry), split, vocabulary.tokenization_fingerprint]
     decides += [data["length"], data["pack"], data["limit"]]
+    if vocabulary.rows is not None and vocabulary.rows < vocabulary.size:
+        decides.append(vocabulary.rows)  # what was made for more was not checked for these
     fingerprint = hashlib.sha256(json.dumps(decides).encode()).hexdigest()[:24]
     folder = cache_dir / "tokens" / fingerprint
     if (folder / "index.json").is_file():
@@ -163,7 +166,7 @@ def _build(
     parts = []
     for number, (task, rate) in enumerate(ready_tasks(entry, split, vocabulary, cache_dir)):
         (folder / str(number)).mkdir()
-        counts = _write_part(folder / str(number), task, split, data)
+        counts = _write_part(folder / str(number), task, split, data, vocabulary)
         if not counts["rows"]:
             raise CalmError(f"{task.name}: the split {split!r} has no examples")
         parts.append({"name": task.name, "rate": rate, **counts})
@@ -194,7 +197,11 @@ def ready_tasks(
 
 
 def _write_part(
-    folder: pathlib.Path, task: Any, split: str, data: Mapping[str, Any]
+    folder: pathlib.Path,
+    task: Any,
+    split: str,
+    data: Mapping[str, Any],
+    vocabulary: Vocabulary,
 ) -> dict[str, int]:
     counts = {"examples": 0, "rows": 0, "cut": 0, "longest": 0}
     length = data["length"]
@@ -210,6 +217,9 @@ def _write_part(
         )
         for chunk in sequences(task, split, data["limit"]):
             lengths = [len(prompt) + len(answer) for prompt, answer in chunk]
+            if vocabulary.rows is not None:
+                for ids in itertools.chain.from_iterable(chunk):
+                    check_ids(ids, vocabulary.rows, f"{task.name}:", vocabulary)
             rows = (_packed if data["pack"] else _padded)(chunk, length)
             for name, writer in writers.items():
                 writer.append(rows[name])

@@ -13,6 +13,7 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Self
 
+import numpy as np
 from etils import epath
 
 from calm_jax.data.published import (
@@ -36,6 +37,7 @@ class Vocabulary:
       eos_id: the id that training puts at the end of a sequence, or None.
       eos_ids: every id that ends an answer, `eos_id` first; chat models have several.
       size: number of ids; every id is in [0, size). Any id, 0 too, may be ordinary text.
+      rows: number of rows of the smallest embedding that data is made for; None: not known.
     """
 
     kind: str
@@ -44,6 +46,7 @@ class Vocabulary:
     eos_id: int | None
     other_eos_ids: tuple[int, ...] = ()
     size: int
+    rows: int | None = None
     published: Published = NOTHING
 
     @staticmethod
@@ -392,6 +395,20 @@ class TokenizerVocabulary(Vocabulary):
     def from_folder(cls, folder: epath.Path, index: dict[str, Any], published: Published) -> Self:
         path = folder / cls.file_name
         return cls(read_file(path), index["bos_id"], index["eos_id"], str(path), published)
+
+
+def check_ids(ids: Sequence[int], rows: int, what: str, vocabulary: Vocabulary | None) -> None:
+    """Raises `CalmError` naming the first of `ids` that an embedding of so many rows lacks.
+
+    A lookup would take another row for it. `what` says whose ids they are.
+    """
+    ids = np.asarray(ids)
+    outside = ids[(ids < 0) | (ids >= rows)]
+    if outside.size:
+        token, name = outside[0], ""
+        if vocabulary is not None and 0 <= token < vocabulary.size:
+            name = f" ({vocabulary.tokens()[token]!r})"
+        raise CalmError(f"{what} token {token}{name} is outside the {rows} rows of the embedding")
 
 
 def token_maps(folder: epath.Path) -> list[epath.Path]:

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from calm_jax.data.vocabulary import check_ids
 from calm_jax.errors import CalmError
 from calm_jax.models import ComposedDecoder, Decoder
 
@@ -37,7 +38,7 @@ def generate(
 
     Raises:
         CalmError: one text instead of a list, text without a vocabulary, an empty prompt, an id
-            outside the vocabulary, or `max_new_tokens` below 1.
+            without a row in an embedding, or `max_new_tokens` below 1.
 
     >>> from flax import nnx
     >>> from calm_jax import Decoder, DecoderConfig, generate
@@ -71,15 +72,15 @@ def _encode(model: Decoder | ComposedDecoder, prompt: str | Sequence[int]) -> li
     if isinstance(prompt, str):
         if model.vocabulary is None:
             raise CalmError(f"the model has no vocabulary to encode {prompt!r}; give token ids")
-        return model.vocabulary.encode_sequence(prompt)
-    ids = [int(token) for token in prompt]
+        ids = model.vocabulary.encode_sequence(prompt)
+    else:
+        ids = [int(token) for token in prompt]
     if not ids:
         raise CalmError("an empty prompt has no next token; give at least one id")
-    for token in ids:
-        if not 0 <= token < model.config.vocab_size:
-            raise CalmError(
-                f"prompt token {token} is outside the vocabulary of {model.config.vocab_size}"
-            )
+    parts = [model]
+    if isinstance(model, ComposedDecoder):
+        parts = [model.anchor, *model.augments]
+    check_ids(ids, min(part.config.vocab_size for part in parts), "prompt", model.vocabulary)
     return ids
 
 

@@ -78,6 +78,7 @@ def describe_models(config: ConfigDict) -> Described:
                 f"the {role}'s vocab_size {form.vocab_size} is less than the "
                 f"{vocabulary.base_size} tokens of {name}"
             )
+    vocabulary.rows = min(form.vocab_size for form in forms)
     if config.kind != "composed":
         return Described(vocabulary, [])
     identities = [

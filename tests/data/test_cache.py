@@ -1,5 +1,7 @@
+import copy
 import errno
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -86,6 +88,20 @@ def test_a_vocabulary_without_a_start_token_starts_with_its_end_token(data):
     batch = all_rows(open_source(data("augment", length=64), "train", Vocabulary.bytes()))
     first = batch["decoder_positions"] == 0
     assert (batch["decoder_input_tokens"][first & (batch["decoder_segment_ids"] > 0)] == 1).all()
+
+
+def test_tokens_without_an_embedding_row_are_named(data, vocabulary):
+    """Also where a model with more rows has left the same rows in the cache."""
+    lacking = copy.copy(vocabulary)
+    lacking.rows = vocabulary.size
+    whole = open_source(data("augment", length=40), "train", lacking)
+    ids = all_rows(whole)["decoder_target_tokens"]
+    largest = int(ids.max())
+    lacking.rows = largest
+    name = re.escape(repr(vocabulary.tokens()[largest]))
+    message = rf"augment: token {largest} \({name}\) is outside the {largest} rows of the embedding"
+    with pytest.raises(CalmError, match=message):
+        open_source(data("augment", length=40), "train", lacking)
 
 
 def test_loss_on_inputs_weighs_every_real_token(data, vocabulary):

@@ -1,14 +1,17 @@
 import functools
+import json
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny_models
+import tiny_tokenizers
+from flax import nnx
 
 from calm_jax.data.vocabulary import Vocabulary
 from calm_jax.decoding import generate
 from calm_jax.errors import CalmError
-from calm_jax.models import ComposedDecoder, CompositionConfig
+from calm_jax.models import ComposedDecoder, CompositionConfig, compose
 
 PROMPTS = [[3, 1, 4, 1, 5], [9], list(range(20, 41))]  # the last is longer than one bucket
 NEW = 5
@@ -115,6 +118,23 @@ def test_vocabulary_without_a_start_token_starts_with_its_end_token():
     )
 
 
+def test_a_token_that_the_tokenizer_adds_and_the_model_does_not_know(tmp_path):
+    """As in Gemma 3 1B, whose tokenizer has a token for images behind the last row."""
+    folder = tiny_tokenizers.FORMS["gemma"](tmp_path / "published")
+    size = Vocabulary.from_model_folder(folder).size
+    values = json.loads((folder / "tokenizer.json").read_text())
+    values["added_tokens"].append(values["added_tokens"][0] | {"id": size, "content": "<image>"})
+    (folder / "tokenizer.json").write_text(json.dumps(values))
+    vocabulary = Vocabulary.from_model_folder(folder)
+    anchor, augment = (tiny_models.decoder(vocab_size=rows) for rows in (size + 1, size))
+    for model in (augment, compose(anchor, augment, rngs=nnx.Rngs(0))):
+        (model.anchor if model is not augment else model).vocabulary = vocabulary
+        generate(model, ["seen"], max_new_tokens=1)
+        message = rf"prompt token {size} \('<image>'\) is outside the {size} rows"
+        with pytest.raises(CalmError, match=message):
+            generate(model, ["an <image>"], max_new_tokens=1)
+
+
 def test_no_prompts_no_tokens():
     assert generate(MODELS["decoder"], [], max_new_tokens=3).shape == (0, 3)
 
@@ -124,8 +144,8 @@ def test_no_prompts_no_tokens():
     [
         ([[1, 2]], 0, r"max_new_tokens is 0; it must be at least 1"),
         ([[1], []], 2, r"an empty prompt has no next token"),
-        ([[1, 64]], 2, r"prompt token 64 is outside the vocabulary of 64"),
-        ([[-1]], 2, r"prompt token -1 is outside the vocabulary of 64"),
+        ([[1, 64]], 2, r"prompt token 64 is outside the 64 rows of the embedding"),
+        ([[-1]], 2, r"prompt token -1 is outside the 64 rows of the embedding"),
         (["text"], 2, r"no vocabulary to encode 'text'"),
     ],
 )
