@@ -7,13 +7,12 @@ not as it was written, and needs no more of the files than its own slices touch.
 """
 
 import concurrent.futures
-import copy
 import hashlib
 import itertools
 import json
 import math
 import threading
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import ml_dtypes
@@ -26,7 +25,8 @@ from calm_jax.checkpoints.files import first_line, is_bucket, read_bytes
 from calm_jax.errors import CalmError
 
 # Small enough that a device of hundreds reads little beyond its own slice, and large enough that a
-# model is thousands of files, not millions.
+# model is thousands of files, not millions. How arrays are cut is part of the format of frozen
+# folders: a model's fingerprint is made of the hashes of its chunks.
 CHUNK_BYTES = 2**23
 THREADS = 4
 _TRANSPOSED = 16  # rows copied at a time across memory order: what a cache line and the TLB like
@@ -48,9 +48,17 @@ class Layout:
             for path, shape in shapes.items()
         }
 
-    def regions(self, path: str) -> Iterator[Region]:
-        """The chunks of an array, in C order."""
-        return _grid(self.shapes[path], self.chunks[path])
+    def touched(self, path: str, regions: Sequence[Region]) -> list[Region]:
+        """The chunks of an array that overlap one of its `regions`, in C order."""
+        shape, chunk = self.shapes[path], self.chunks[path]
+        corners = set()
+        for region in regions:
+            if all(part.start < part.stop for part in region):
+                starts = (
+                    part.start // step * step for part, step in zip(region, chunk, strict=True)
+                )
+                corners |= set(_corners(starts, [part.stop for part in region], chunk))
+        return [_chunk_at(corner, shape, chunk) for corner in sorted(corners)]
 
     def cut(
         self, path: str, block: np.ndarray, layer: int | None
@@ -63,13 +71,11 @@ class Layout:
             rows = slice(first + inside[0].start, first + inside[0].stop)
             yield (rows, *inside[1:]), block[inside]
 
-    def as_written(self, written: Mapping[str, Any], where: str) -> "Layout":
-        """The same arrays in the chunks of a list that `Digests` wrote.
+    def check(self, written: Mapping[str, Any], where: str) -> None:
+        """Compares a list that `Digests` wrote.
 
-        Raises `CalmError` naming the first array that differs in dtype, presence or shape.
+        Raises `CalmError` naming the first array that differs in dtype, presence, shape or chunks.
         """
-        layout = copy.copy(self)
-        layout.chunks = {}
         if written["dtype"] != self.dtype.name:
             raise CalmError(f"{where} is {written['dtype']}, the config says {self.dtype.name}")
         for path in sorted(self.shapes.keys() | written["arrays"].keys()):
@@ -77,13 +83,10 @@ class Layout:
                 raise CalmError(f"{where}: {path} is missing")
             if path not in self.shapes:
                 raise CalmError(f"{where}: {path} is not part of the model")
-            shape = tuple(written["arrays"][path]["shape"])
-            if shape != self.shapes[path]:
-                raise CalmError(
-                    f"{where}: {path} has shape {shape}, the model needs {self.shapes[path]}"
-                )
-            layout.chunks[path] = tuple(written["arrays"][path]["chunk"])
-        return layout
+            for key, needed in (("shape", self.shapes[path]), ("chunk", self.chunks[path])):
+                found = tuple(written["arrays"][path][key])
+                if found != needed:
+                    raise CalmError(f"{where}: {path} has {key} {found}, the model needs {needed}")
 
     def count(self, path: str) -> int:
         """Number of an array's chunks."""
@@ -93,7 +96,7 @@ class Layout:
         )
 
     def number(self, path: str, region: Region) -> int:
-        """Place of a chunk in the order of `regions`."""
+        """Place of a chunk among those of its array, in C order."""
         place = 0
         for part, size, step in zip(region, self.shapes[path], self.chunks[path], strict=True):
             place = place * -(-size // step) + part.start // step
@@ -101,12 +104,21 @@ class Layout:
 
 
 def _grid(shape: Sequence[int], chunk: Sequence[int]) -> Iterator[Region]:
-    starts = [range(0, size, step) for size, step in zip(shape, chunk, strict=True)]
-    for corner in itertools.product(*starts):
-        yield tuple(
-            slice(start, min(start + step, size))
-            for start, step, size in zip(corner, chunk, shape, strict=True)
-        )
+    for corner in _corners([0] * len(shape), shape, chunk):
+        yield _chunk_at(corner, shape, chunk)
+
+
+def _corners(
+    starts: Iterable[int], stops: Sequence[int], chunk: Sequence[int]
+) -> Iterator[tuple[int, ...]]:
+    return itertools.product(*map(range, starts, stops, chunk))
+
+
+def _chunk_at(corner: Sequence[int], shape: Sequence[int], chunk: Sequence[int]) -> Region:
+    return tuple(
+        slice(start, min(start + step, size))
+        for start, step, size in zip(corner, chunk, shape, strict=True)
+    )
 
 
 def _chunk_shape(shape: Sequence[int], itemsize: int, stacked: bool) -> tuple[int, ...]:
@@ -252,8 +264,10 @@ class Reader:
             raise CalmError(f"{path} is damaged: its SHA-256 is {found[:16]}, not {sha256[:16]}")
         written = json.loads(text)
         self._folder = folder / "weights"
-        self._layout = layout.as_written(written, str(self._folder))
+        self._layout = layout
+        layout.check(written, str(self._folder))
         self._digests = written["arrays"]
+        self._stores: dict[str, ts.TensorStore] = {}
         self._pool = concurrent.futures.ThreadPoolExecutor(THREADS)
 
     def read(self, path: str, regions: Sequence[Region]) -> list[np.ndarray]:
@@ -263,12 +277,13 @@ class Reader:
         """
         layout = self._layout
         out = [np.empty([part.stop - part.start for part in r], layout.dtype) for r in regions]
-        store = _open(self._folder, path, layout)
+        if path not in self._stores:
+            self._stores[path] = _open(self._folder, path, layout)
+        store = self._stores[path]
 
-        def read_chunk(number: int, chunk: Region) -> None:
+        def read_chunk(chunk: Region) -> None:
             overlaps = [_overlap(chunk, region) for region in regions]
-            if not any(overlaps):
-                return
+            number = layout.number(path, chunk)
             try:
                 data = np.ascontiguousarray(store[chunk].read().result())
             except ValueError as error:
@@ -283,10 +298,13 @@ class Reader:
                 if overlap:
                     target[_within(overlap, region)] = data[_within(overlap, chunk)]
 
-        numbered = enumerate(layout.regions(path))
-        for _ in self._pool.map(lambda pair: read_chunk(*pair), numbered):
+        for _ in self._pool.map(read_chunk, layout.touched(path, regions)):
             pass
         return out
+
+    def rank(self, path: str) -> int:
+        """Number of an array's axes."""
+        return len(self._layout.shapes[path])
 
     def __enter__(self) -> "Reader":
         return self
