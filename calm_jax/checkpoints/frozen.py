@@ -2,7 +2,7 @@
 
 folder/
   config.json    form of the decoder, fingerprint, origin, checksum of itself; written last
-  chunks.json    a hash of every chunk of the weights
+  chunks.json    a hash of every chunk of the weights, cut as version 3 cuts them (`chunks.Layout`)
   weights/       an Orbax checkpoint; layers stacked [L, ...], names as in the modules
   vocabulary/    what `Vocabulary.save` wrote, if the decoder has one
 """
@@ -252,7 +252,10 @@ def load_cut(
     on_disk = _structure(dataclasses.replace(config, weights=None), tuple(shapes))
     tree: dict[str, Any] = {}
     with Reader(described.folder, layout_of(described.config), described.chunks) as reader:
-        leaves = read_leaves(reader, on_disk, shapes, _places(on_disk, mesh, rules), config.dtype)
+        # Quantised layer by layer: a stack of floats would be twice its int8 bytes.
+        apart = on_disk.summed() if config.weights == "int8" else ()
+        places = _places(on_disk, mesh, rules)
+        leaves = read_leaves(reader, on_disk, shapes, places, config.dtype, apart)
         if config.weights == "int8":
             leaves = quantized_leaves(leaves, on_disk, _places(structure, mesh, rules))
         for path, array in leaves:
@@ -287,7 +290,11 @@ def model_fingerprint(decoder: Decoder) -> str:
 
 
 def fingerprint(decoder: Decoder) -> str:
-    """Of a decoder's form and weights in the config's dtype; the same on every mesh."""
+    """Of a decoder's form and weights in the config's dtype; the same on every mesh.
+
+    It is that of the folder which `save_frozen` would write: a hash of the form and of the hashes
+    of all chunks. How version 3 of the format cuts arrays into chunks is therefore part of it.
+    """
     layout = layout_of(decoder.config)
     digests = Digests(layout)
     for block in _blocks(decoder):

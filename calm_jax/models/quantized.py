@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from calm_jax import sharding
@@ -50,23 +51,32 @@ def quantize_module(module: nnx.Module) -> None:
 
 
 def quantized_leaves(
-    leaves: Iterable[tuple[str, jax.Array]], structure: Structure, shardings: Tree
+    leaves: Iterable[tuple[str, jax.Array | Iterator[jax.Array]]],
+    structure: Structure,
+    shardings: Tree,
 ) -> Iterator[tuple[str, jax.Array]]:
     """The (path, array) pairs of an int8 decoder from those of its float weights, one by one.
 
     Each float matrix can be freed before the next is asked for; all other arrays pass as they are.
 
     Args:
-        leaves: the float decoder's, in any order.
+        leaves: the float decoder's, in any order; in place of stacked matrices their layers may
+            come, one by one, each of which can be freed before the next is asked for.
         structure: of the float decoder, cut as the leaves are.
         shardings: of the int8 decoder, cut likewise.
     """
     summed = structure.summed()
+    shapes = {
+        path_name(p): leaf.shape for p, leaf in jax.tree.leaves_with_path(structure.abstract())
+    }
     places = {path_name(path): place for path, place in jax.tree.leaves_with_path(shardings)}
     for path, array in leaves:
         if path in summed:
-            quantizer = _quantizer(summed[path], (places[path], places[path + SCALE]))
-            values, scale = jax.block_until_ready(quantizer(array))
+            form = summed[path], (places[path], places[path + SCALE])
+            if isinstance(array, jax.Array):
+                values, scale = jax.block_until_ready(_quantizer(*form)(array))
+            else:
+                values, scale = _quantized_stack(array, shapes[path], *form)
             del array
             yield path, values
             yield path + SCALE, scale
@@ -128,6 +138,34 @@ def _wide_product_backward(equation, dtype, factors, gradient):
 
 
 _wide_product.defvjp(_wide_product_forward, _wide_product_backward)
+
+
+def _quantized_stack(
+    layers: Iterator[jax.Array], shape: tuple[int, ...], summed: tuple[int, ...], places
+) -> tuple[jax.Array, jax.Array]:
+    """`quantize` of a stack of this shape, whose layers come in C order of its leading axes."""
+    kept = [size for axis, size in enumerate(shape, -len(shape)) if axis not in summed]
+    values = jnp.zeros(shape, jnp.int8, device=places[0])
+    scale = jnp.zeros(kept, jnp.float32, device=places[1])
+    for number, layer in enumerate(layers):
+        at = np.unravel_index(number, shape[: len(shape) - layer.ndim])
+        put = _layer_quantizer(summed, places)
+        values, scale = jax.block_until_ready(put(values, scale, layer, np.array(at, np.int32)))
+    return values, scale
+
+
+@functools.cache
+def _layer_quantizer(summed: tuple[int, ...], places):
+    """Puts the `quantize` of a layer to its place in two stacks, which are taken."""
+
+    def put(values, scale, layer, at):
+        def into(stack, x):
+            start = (*at, *[0] * x.ndim)
+            return jax.lax.dynamic_update_slice(stack, x.reshape((1,) * len(at) + x.shape), start)
+
+        return tuple(map(into, (values, scale), quantize(layer, summed)))
+
+    return jax.jit(put, donate_argnums=(0, 1), out_shardings=places)
 
 
 @functools.cache

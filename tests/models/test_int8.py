@@ -170,17 +170,28 @@ def test_a_random_decoder_is_the_quantized_one_of_its_seed():
     jax.tree.map(np.testing.assert_array_equal, found, expected)
 
 
+def layers_apart(path, stack, shapes):
+    """In place of a stack an iterator of its layers."""
+    if not path.startswith("layers/pieces/"):
+        return stack
+    axes = len(shapes[int(path.split("/")[2])])
+    return (stack[at] for at in np.ndindex(stack.shape[:axes]))
+
+
+@pytest.mark.parametrize("apart", [False, True])
 @pytest.mark.parametrize("shapes", [((3,),), ((2, 1), (1,))])
-def test_leaves_of_layers_that_are_cut(shapes):
+def test_leaves_of_layers_that_are_cut(shapes, apart):
     whole, cut = random_decoder(llama()), random_decoder(llama())
     cut.layers.cut(shapes)
     expected = quantized(whole)
     expected.layers.cut(shapes)
     structure = Structure(expected)
     mesh = sharding.make_mesh({"tensor": 2}, jax.devices()[:2])
-    leaves = quantized_leaves(
-        flat(module_tree(cut)).items(), Structure(cut), structure.shardings(mesh)
-    )
+    leaves = flat(module_tree(cut))
+    if apart:
+        summed = Structure(cut).summed()
+        leaves |= {path: layers_apart(path, leaves[path], shapes) for path in summed}
+    leaves = quantized_leaves(leaves.items(), Structure(cut), structure.shardings(mesh))
     found = nested(dict(leaves))
     jax.tree.map(np.testing.assert_array_equal, found, module_tree(expected))
     places = flat(structure.shardings(mesh))
