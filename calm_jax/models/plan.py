@@ -61,7 +61,7 @@ def make_plan(
             (
                 Connection(augment, i, j)
                 for augment, (config, depth) in enumerate(zip(configs, augment_depths, strict=True))
-                for i, j in config.resolve(depth, anchor_depth)
+                for i, j in _resolve(config, depth, anchor_depth, augment)
             ),
             key=lambda c: (c.anchor_layer, c.augment, c.layer),
         )
@@ -95,6 +95,15 @@ def make_plan(
         for depth, taps in zip(augment_depths, tap_layers, strict=True)
     )
     return Plan(connections, anchor_shapes, augment_shapes, tap_layers, tuple(rounds))
+
+
+def _resolve(
+    config: CompositionConfig, depth: int, anchor_depth: int, augment: int
+) -> tuple[tuple[int, int], ...]:
+    try:
+        return config.resolve(depth, anchor_depth)
+    except CalmError as error:
+        raise CalmError(f"augment {augment}: {error}") from None
 
 
 def _evenly_spaced(layers: Sequence[int]) -> bool:

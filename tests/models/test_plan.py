@@ -147,6 +147,12 @@ def test_cut_at(data):
     assert ends == sorted({*last, depth - 1})
 
 
+def test_errors_say_of_which_augment_they_are():
+    configs = [CompositionConfig(every=2), CompositionConfig(every=5)]
+    with pytest.raises(CalmError, match=r"^augment 1: .*every=5"):
+        make_plan(configs, 8, [8, 4])
+
+
 def test_one_config_for_each_augment():
     with pytest.raises(CalmError, match=r"2 composition configs .* 1 augments"):
         make_plan([CompositionConfig(), CompositionConfig()], 8, [8])
