@@ -16,10 +16,12 @@ from etils import epath
 from safetensors import SafetensorError, safe_open
 
 from calm_jax.checkpoints.files import first_line, is_bucket, read_field, read_json
+from calm_jax.checkpoints.sources import torch_file
 from calm_jax.checkpoints.sources.source import Source
 from calm_jax.errors import CalmError
 
 CONFIG, SINGLE, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
+PICKLED = "pytorch_model.bin"  # before safetensors
 _DTYPES = {
     "BOOL": np.bool_, "U8": np.uint8, "I8": np.int8, "U16": np.uint16, "I16": np.int16,
     "U32": np.uint32, "I32": np.int32, "U64": np.uint64, "I64": np.int64, "F16": np.float16,
@@ -30,8 +32,8 @@ _DTYPES = {
 def read(place: epath.Path) -> Source:
     """Opens a folder; no weight is read.
 
-    Tensors are those of the shards in `model.safetensors.index.json`, of `model.safetensors`, or of
-    all `.safetensors` files together.
+    Tensors are those of the shards in `model.safetensors.index.json`, of `model.safetensors`, of
+    all `.safetensors` files together, or without any of `pytorch_model.bin`.
 
     Raises:
         CalmError: the folder is on a bucket; config.json is missing or damaged; index and shards
@@ -49,8 +51,12 @@ def read(place: epath.Path) -> Source:
                 if name in tensors:
                     raise CalmError(f"{file}: tensor {name} is also in {tensors[name].file.name}")
                 tensors[name] = tensor
+        if not tensors and (place / PICKLED).exists():
+            tensors = torch_file.read(place / PICKLED).tensors
         if not tensors:
-            raise CalmError(f"{place} has a {CONFIG} and no tensors in .safetensors files")
+            raise CalmError(
+                f"{place} has a {CONFIG} and no tensors in .safetensors files or {PICKLED}"
+            )
     return Source(place, "huggingface", tensors, config)
 
 

@@ -231,7 +231,8 @@ def _open_tensors(
         called, key = f"{place}: tensor {name}", view.storage.key
         if key not in storages:
             storages[key] = _stored_bytes(archive, f"{root}data/{key}", mapped, called)
-        tensors[name] = StoredTensor(called, storages[key], _array(view, storages[key], called))
+        array = _array(view, storages[key], called, mapped.size)
+        tensors[name] = StoredTensor(called, storages[key], array)
     return tensors
 
 
@@ -276,7 +277,7 @@ def _stored_bytes(
     return StoredBytes(content, member.CRC)
 
 
-def _array(view: _View, storage: StoredBytes, called: str) -> np.ndarray:
+def _array(view: _View, storage: StoredBytes, called: str, most_bytes: int) -> np.ndarray:
     """The view as an array of the mapped bytes; nothing outside the storage can be read."""
     stored_as = _STORAGES[view.storage.storage_class.name]
     itemsize = _DTYPES[stored_as].itemsize
@@ -299,10 +300,8 @@ def _array(view: _View, storage: StoredBytes, called: str) -> np.ndarray:
     if last >= entries:
         raise CalmError(f"{called} reaches entry {last} of a storage of {entries}")
     # Where strides are 0 a few bytes say that they are any number of weights.
-    if math.prod(view.shape) > entries:
-        raise CalmError(
-            f"{called} has shape {view.shape}, more entries than its storage's {entries}"
-        )
+    if math.prod(view.shape) * dtype.itemsize > most_bytes:
+        raise CalmError(f"{called} has shape {view.shape}, more bytes than the whole file")
     return np.ndarray(
         view.shape,
         dtype,

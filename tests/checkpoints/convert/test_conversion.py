@@ -14,6 +14,7 @@ import weakref
 import ml_dtypes
 import numpy as np
 import pytest
+import torch_files
 from converting import decoder_in_memory
 from etils import epath
 from safetensors.numpy import load_file, save_file
@@ -329,6 +330,17 @@ def test_a_killed_conversion_leaves_nothing_that_loads(source, tmp_path):
         calm_jax.load(left)
     calm_jax.convert(source, target)
     calm_jax.load(target)
+
+
+def test_a_pickle_of_torch_in_place_of_safetensors_is_the_same_model(source, tmp_path):
+    older = tmp_path / "source"
+    older.mkdir()
+    shutil.copy(source / "config.json", older)
+    torch_files.save_tensors(older / "pytorch_model.bin", random_tensors())
+    for place, name in ((source, "one"), (older, "other")):
+        calm_jax.convert(place, tmp_path / name)
+    one, other = (calm_jax.load(tmp_path / name) for name in ("one", "other"))
+    assert one.fingerprint == other.fingerprint
 
 
 def test_the_vocabulary_goes_along(tmp_path):

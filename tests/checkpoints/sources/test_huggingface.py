@@ -12,6 +12,7 @@ import hypothesis
 import ml_dtypes
 import numpy as np
 import pytest
+import torch_files
 from etils import epath
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
@@ -311,8 +312,21 @@ def test_configs(folder, text, message):
         read(folder)
 
 
+def test_a_folder_of_before_safetensors(folder):
+    torch_files.save_tensors(folder / "pytorch_model.bin", TENSORS)
+    source = read(folder)
+    assert (source.kind, source.config) == ("huggingface", CONFIG)
+    assert source.tensors.keys() == TENSORS.keys()
+    for name, array in TENSORS.items():
+        np.testing.assert_array_equal(source.tensors[name][...], array)
+    # The same weights in safetensors stand above it.
+    (folder / "model.safetensors").write_bytes(container({"a": TENSORS["a"] + 1}))
+    np.testing.assert_array_equal(read(folder).tensors["a"][...], TENSORS["a"] + 1)
+
+
 def test_a_folder_without_tensors(folder):
-    with pytest.raises(CalmError, match=r"no tensors in \.safetensors files"):
+    (folder / "pytorch_model.bin.index.json").write_text("{}")
+    with pytest.raises(CalmError, match=r"no tensors in \.safetensors files or pytorch_model\.bin"):
         read(folder)
     (folder / "model.safetensors").mkdir()
     with pytest.raises(CalmError, match=r"model\.safetensors is no whole safetensors file"):

@@ -111,8 +111,8 @@ def test_dtypes_that_are_not_their_storage_s(tmp_path, dtype):
         ((0, (2**32 + 1,), (2**32,)), f"reaches entry {2**64} of a storage of 24"),
         ((0, (2, 3), (-3, 1)), "no sensible shape and strides"),
         ((0, (2,), (1, 1)), "no sensible shape and strides"),
-        ((0, (10**15,), (0,)), "more entries than its storage's"),
-        ((0, (10**9, 10**9, 3), (0, 0, 1)), "more entries than its storage's"),
+        ((0, (10**15,), (0,)), "more bytes than the whole file"),
+        ((0, (10**9, 10**9, 3), (0, 0, 1)), "more bytes than the whole file"),
         ((-1, (2,), (1,)), "no sensible shape and strides"),
     ],
 )
