@@ -1,5 +1,4 @@
 import contextlib
-import gc
 import json
 import resource
 import shutil
@@ -188,7 +187,6 @@ def full_disk():
         yield lift
     finally:
         lift()
-        gc.collect()  # Orbax's broken writes complain when they are collected
 
 
 def paused(monkeypatch, during):
@@ -203,7 +201,6 @@ def paused(monkeypatch, during):
     return pauses
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("noticed", ["by the next save", "at the end"])
 def test_a_failed_write_is_tried_again(tmp_path, monkeypatch, noticed):
     told = []
@@ -230,7 +227,6 @@ def test_a_failed_write_is_tried_again(tmp_path, monkeypatch, noticed):
         assert stored_bytes(restore(tmp_path / "run", step).trainable) == stored_bytes(tree(step))
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_a_write_that_fails_to_the_last(tmp_path, monkeypatch):
     told = []
     pauses = paused(monkeypatch, lambda _: None)

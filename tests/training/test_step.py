@@ -231,10 +231,10 @@ def test_eight_devices_do_what_one_does(name):
     crossing = trainer.trainable["rounds"]["0"]["0"]
     fsdp, tensor = (axis if mesh.shape[axis] > 1 else None for axis in ("fsdp", "tensor"))
     for tree in (crossing, trainer.opt_state[0].mu["rounds"]["0"]["0"]):
-        # Three connections [G], stacked; then [D, N, H] and [E, D].
+        # Three connections [G], stacked; then [D, N, H], [E, D] and [D_A, D].
         assert_placed(tree["query"], mesh, (None, fsdp, tensor, None))
         assert_placed(tree["output"], mesh, (None, tensor, None, fsdp))
-        assert_placed(tree["projection"], mesh, (None, None, fsdp))
+        assert_placed(tree["projection"], mesh, (None, tensor, fsdp))
     assert_placed(trainer.frozen["anchor"]["embedding"], mesh, (tensor, fsdp))
     pieces = trainer.frozen["augments"][0]["layers"]["pieces"]
     assert_placed(pieces["0"]["mlp"]["down"], mesh, (None, None, tensor, fsdp))
