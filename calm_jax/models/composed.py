@@ -317,7 +317,7 @@ class ComposedDecoder(nnx.Module):
 
                 def step(h_BTD, inputs, bridge=bridge, round_=round_):
                     state, entry_taps, group = inputs
-                    h_BTD, seen = bridge(h_BTD, state, entry_taps)
+                    h_BTD, seen = bridge(*gradients_at_once((h_BTD, state)), entry_taps)
                     return layers.run_group(round_.piece, group, h_BTD, shared), seen
 
                 groups = jnp.arange(layers.shapes[round_.piece][0])
@@ -325,6 +325,8 @@ class ComposedDecoder(nnx.Module):
                     step, h_BTD, (state, entry_taps, groups), unroll=execution.unroll
                 )
             else:
+                if round_ is not self.plan.rounds[0]:  # the stream before it has no gradient
+                    h_BTD, state = gradients_at_once((h_BTD, state))
                 h_BTD, seen = bridge(h_BTD, state, entry_taps)
                 seen = [x[None] for x in seen]
                 if round_.piece is not None:
@@ -332,6 +334,21 @@ class ComposedDecoder(nnx.Module):
             for entry, values in zip(round_.entries, seen, strict=True):
                 observed.update(zip(entry, values, strict=True))
         return h_BTD, [observed[connection] for connection in self.connections]
+
+
+@jax.custom_vjp
+def gradients_at_once(tree):
+    """`tree`; going backward, nothing reads a gradient of it before all of them are there.
+
+    XLA may put a bridge's own gradient off until all layers below it went backward, and keep until
+    then the activations that it is made of.
+    """
+    return tree
+
+
+gradients_at_once.defvjp(
+    lambda tree: (tree, None), lambda _, gradients: (jax.lax.optimization_barrier(gradients),)
+)
 
 
 class Bridge(nnx.Module):
