@@ -281,6 +281,11 @@ def put_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Arra
     }
 
 
+def moved(tree: Any, shardings: Any) -> Any:
+    """The same values elsewhere on the same devices, which may be of several processes."""
+    return jax.jit(lambda tree: tree, out_shardings=shardings)(tree)
+
+
 def init_in_place(make: Callable[[], Any], shardings: Any) -> Any:
     """Runs `make`, a function of no arguments, so that each result is born with its sharding."""
     return jax.jit(make, out_shardings=shardings)()

@@ -6,7 +6,9 @@ from typing import Any
 import jax
 
 from calm_jax.errors import CalmError
+from calm_jax.planning import memory
 from calm_jax.planning.topologies import GIB, chip_of
+from calm_jax.training.abstract_run import AbstractRun
 
 ADVICE = (
     "raise train.accumulate, set train.remat=full, or give mesh.fsdp and mesh.tensor more devices; "
@@ -38,6 +40,14 @@ def memory_of(device: jax.Device) -> int | None:
     except jax.errors.JaxRuntimeError:  # it is not of this process, or not there at all
         told = None
     return told or (chip.hbm_bytes if chip else None)
+
+
+def check_held(run: AbstractRun, device: jax.Device) -> None:
+    """Raises `TooLarge` when a run's trees alone do not fit on devices such as `device`."""
+    rows = memory.tree_rows(run.parts, run.shardings, *run.trees())
+    held, available = sum(row["bytes"] for row in rows), memory_of(device)
+    if available is not None and held > available:
+        raise TooLarge(held, device)
 
 
 def compile_to_fit(lowered: jax.stages.Lowered, device: jax.Device) -> jax.stages.Compiled:

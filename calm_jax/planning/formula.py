@@ -18,8 +18,9 @@ from calm_jax.models.bridge import heads
 from calm_jax.models.config import DecoderConfig
 from calm_jax.models.parameters import size_in_bytes
 from calm_jax.models.plan import make_plan as connect
-from calm_jax.planning import counting, memory, plan, program, roofline
+from calm_jax.planning import counting, memory, plan, roofline
 from calm_jax.planning.topologies import Topology
+from calm_jax.training.abstract_run import abstract_parts, forms
 from calm_jax.training.optimizer import make_optimizer
 from calm_jax.training.run_model import composition_configs
 from calm_jax.training.step import Shardings
@@ -66,8 +67,8 @@ class Formula:
 
     def __init__(self, config: ConfigDict, topology: Topology):
         self.topology = topology
-        self.forms = program.forms(config)
-        self.parts = program.abstract_parts(counting.alone(config), jax.devices("cpu")[0])
+        self.forms = forms(config)
+        self.parts = abstract_parts(counting.alone(config), jax.devices("cpu")[0])
         self.trainable, self.frozen = self.parts.abstract()
         self.optimizer, _ = make_optimizer(config.optimizer, config.train.num_steps)
         self.opt_state = jax.eval_shape(self.optimizer.init, self.trainable)

@@ -12,6 +12,7 @@ from calm_jax import sharding
 from calm_jax.planning import collectives, counting, hlo, memory, program, roofline, traffic
 from calm_jax.planning.fitting import TooLarge
 from calm_jax.planning.topologies import Topology
+from calm_jax.training.abstract_run import forms
 from calm_jax.training.ideal import ideal_flops
 from calm_jax.training.run_model import composition_configs
 
@@ -97,7 +98,7 @@ def times(config: ConfigDict, topology: Topology, seconds: roofline.StepTime) ->
     """ "seconds", "bottleneck" and, of a composed model, "mfu_bound" of a plan."""
     bound = None
     if config.kind == "composed":
-        anchor, *augments = program.forms(config)
+        anchor, *augments = forms(config)
         ideal = ideal_flops(
             anchor,
             augments,

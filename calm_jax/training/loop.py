@@ -20,12 +20,12 @@ from calm_jax.data.source import Part, Source
 from calm_jax.data.stream import Stream, batches_once
 from calm_jax.data.vocabulary import Vocabulary
 from calm_jax.errors import CalmError, Preempted
-from calm_jax.planning.fitting import compile_to_fit
+from calm_jax.planning.fitting import check_held, compile_to_fit
 from calm_jax.training import agreement, configuration
+from calm_jax.training.abstract_run import AbstractRun, abstract_run
 from calm_jax.training.clock import EveryMinutes
 from calm_jax.training.costs import jaxpr_flops, tree_costs
 from calm_jax.training.loss import means
-from calm_jax.training.optimizer import make_optimizer
 from calm_jax.training.preemption import Preemption
 from calm_jax.training.profiler import Profiler
 from calm_jax.training.progress import Progress, costs_table
@@ -37,7 +37,7 @@ from calm_jax.training.run_model import (
     init_decoder,
     load_model,
 )
-from calm_jax.training.step import Shardings, make_eval_step, make_train_step
+from calm_jax.training.step import make_eval_step, make_train_step
 
 
 def train(
@@ -71,6 +71,9 @@ def train(
     described = describe_models(config)
     sources = processes.in_turns(lambda: _open_sources(config, described.vocabulary))
     processes.agree(agreement.origins(described, sources))
+    device = mesh.devices.flat[0]
+    abstract = abstract_run(config, mesh, device)
+    check_held(abstract, device)
     if processes.is_first():
         start_run(run, config, overwrite=overwrite)
     processes.barrier()
@@ -84,7 +87,7 @@ def train(
             _check_resumed(run, checkpoints, described, sources)
         if not _finished(run, config, checkpoints):
             stack.enter_context(jax.set_mesh(mesh))
-            session = _Session(config, run, mesh, checkpoints, described, sources)
+            session = _Session(config, run, abstract, mesh, checkpoints, described, sources)
             session.run_all(preemption or Preemption())
     return run
 
@@ -135,14 +138,22 @@ def _frozen_step(run: epath.Path) -> int | None:
 class _Session:
     """One call of `train`: everything that is built once, and the loop over it."""
 
-    def __init__(self, config, run: epath.Path, mesh, checkpoints, described, sources):
+    def __init__(
+        self,
+        config: ConfigDict,
+        run: epath.Path,
+        abstract: AbstractRun,
+        mesh: jax.sharding.Mesh,
+        checkpoints: TrainingCheckpoints,
+        described: Described,
+        sources: dict[str, Source],
+    ):
         self.config, self.run, self.mesh, self.checkpoints = config, run, mesh, checkpoints
         self.described, self.sources = described, sources
+        self.optimizer, self.schedule = abstract.optimizer, abstract.schedule
+        self.shardings = abstract.shardings
         self.model = load_model(config, mesh)
         self.parts = self.model.parts
-        self.optimizer, self.schedule = make_optimizer(config.optimizer, config.train.num_steps)
-        rules = sharding.WEIGHT_RULES[config.weight_sharding]
-        self.shardings = Shardings.of(self.parts, self.optimizer, mesh, rules)
         share, shares = sharding.batch_share(mesh)
         self.share = {"process_index": share, "process_count": shares}
         self.stream = Stream(
@@ -170,6 +181,8 @@ class _Session:
         if latest is None:
             if self.model.trainable is None:
                 self.model.trainable = init_decoder(self.config, self.shardings.trainable)
+            else:  # a new bridge is split by the default rules
+                self.model.trainable = sharding.moved(self.model.trainable, self.shardings.trainable)
             self.opt_state = init_opt(self.model.trainable)
             return 0
         self.model.trainable = None  # not beside the restored one

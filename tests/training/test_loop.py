@@ -24,6 +24,7 @@ from calm_jax.data.vocabulary import Vocabulary
 from calm_jax.errors import CalmError
 from calm_jax.models import CompositionConfig, DecoderConfig
 from calm_jax.models.parameters import module_tree
+from calm_jax.planning import fitting
 from calm_jax.training import configuration, loop, step
 
 STEPS, SAVE_EVERY, KILLED_AT = 12, 4, 10
@@ -90,7 +91,7 @@ def decoder_config(place, **fields):
 def changed(config, **sections):
     config = config.copy_and_resolve_references()
     for name, values in sections.items():
-        config[name].update(values)
+        config[name].update(values) if isinstance(values, dict) else setattr(config, name, values)
     return config
 
 
@@ -323,6 +324,20 @@ def test_saved_on_8_devices_and_restored_on_2(composed_run, killed_run, tmp_path
         jax.tree.map(np.testing.assert_array_equal, batch, stream[number])
 
 
+@pytest.mark.parametrize("begun", [False, True])
+def test_weights_split_over_all_devices(begun, composed_run, killed_run, tmp_path):
+    run = tmp_path / "run"
+    if begun:
+        shutil.copytree(killed_run, run)
+    config = changed(composed_run.config, mesh={"data": 2, "fsdp": 2, "tensor": 2})
+    config.weight_sharding = "all"
+    loop.train(config, run)
+    expected, found = records(composed_run.path), records(run)
+    assert expected.keys() == found.keys()
+    for number in found:
+        assert found[number] == pytest.approx(expected[number], rel=1e-3, abs=1e-6), number
+
+
 def test_more_steps_may_be_asked_for_later(composed_run, tmp_path, monkeypatch):
     run = tmp_path / "run"
     shutil.copytree(composed_run.path, run)
@@ -433,7 +448,7 @@ def test_a_decoder_goes_on_from_a_frozen_folder(decoder_run, place, tmp_path):
     assert len({source.fingerprint, first.fingerprint, second.fingerprint}) >= 2
 
 
-def test_bad_input_ends_before_a_run_is_begun(place, tmp_path):
+def test_bad_input_ends_before_a_run_is_begun(place, tmp_path, monkeypatch):
     def refused(message, **sections):
         config = changed(decoder_config(place), **sections)
         with pytest.raises(CalmError, match=message):
@@ -443,6 +458,19 @@ def test_bad_input_ends_before_a_run_is_begun(place, tmp_path):
     refused(r"train.batch_size 12 is not divisible by 8", train={"batch_size": 12})
     refused(r"needs 16 devices, but there are 8", mesh={"data": 16})
     refused(r"train.batch_size 8 is not divisible by 16", train={"accumulate": 2})
+    refused(r"splash.*cpu", attention="splash")
+    refused(r"heads of size 2 is not divisible by .* tensor = 8", mesh={"data": 1, "tensor": 8})
+    monkeypatch.setattr(fitting, "memory_of", lambda device: 1000)
+    refused(r"a step needs .* on each device, but cpu has 0.0 GiB")
+
+
+def test_overwriting_keeps_the_old_run_where_the_new_one_is_refused(composed_run, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(composed_run.path, run)
+    config = changed(composed_run.config, mesh={"data": 1, "tensor": 8})
+    with pytest.raises(CalmError, match="tensor"):
+        loop.train(config, run, overwrite=True)
+    assert bridge_bytes(run) == bridge_bytes(composed_run.path)
 
 
 def test_vocabulary_larger_than_the_decoder(place, tmp_path):

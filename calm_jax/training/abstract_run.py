@@ -1,0 +1,120 @@
+"""A run's model as shapes: what can be checked and planned before any weight is loaded."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from ml_collections import ConfigDict
+
+from calm_jax import sharding
+from calm_jax.checkpoints import frozen
+from calm_jax.models import Decoder, DecoderConfig, compose
+from calm_jax.models.parameters import Tree, path_name
+from calm_jax.models.published import form, is_form
+from calm_jax.models.quantized import SCALE
+from calm_jax.training.optimizer import make_optimizer
+from calm_jax.training.run_model import (
+    composition_configs,
+    decoder_config,
+    frozen_dtypes,
+    set_execution,
+)
+from calm_jax.training.step import Parts, Shardings
+
+Mesh = jax.sharding.Mesh | jax.sharding.AbstractMesh
+
+
+@dataclasses.dataclass(frozen=True)
+class AbstractRun:
+    """A run's model, its optimizer, and where each of their arrays lives; no array is made."""
+
+    parts: Parts
+    optimizer: optax.GradientTransformation
+    schedule: optax.Schedule
+    shardings: Shardings
+
+    def trees(self) -> tuple[Tree, Any, Tree]:
+        """Shapes of what is trained, of the optimizer's state, and of what is frozen."""
+        trainable, frozen_tree = self.parts.abstract()
+        return trainable, jax.eval_shape(self.optimizer.init, trainable), frozen_tree
+
+
+def abstract_run(config: ConfigDict, mesh: Mesh, device: jax.Device) -> AbstractRun:
+    """The run of a config on a mesh of devices such as `device`.
+
+    Raises:
+        CalmError: models or connections that do not fit, an axis of the mesh that does not divide
+            a parameter's, or what the device cannot do of `attention` and `train.remat`.
+    """
+    parts = abstract_parts(config, device)
+    optimizer, schedule = make_optimizer(config.optimizer, config.train.num_steps)
+    rules = sharding.WEIGHT_RULES[config.weight_sharding]
+    return AbstractRun(parts, optimizer, schedule, Shardings.of(parts, optimizer, mesh, rules))
+
+
+def abstract_parts(config: ConfigDict, device: jax.Device) -> Parts:
+    """The model of a config as shapes, computed as the config asks and such a device allows.
+
+    Raises:
+        CalmError: the device cannot do what `attention` or `train.remat` says.
+    """
+    if config.kind != "composed":
+        (model,) = _decoders(forms(config), jnp.float32)
+    else:
+        compositions = composition_configs(config)
+
+        def make():
+            anchor, *augments = _decoders(forms(config), None)
+            return compose(anchor, augments, compositions, rngs=nnx.Rngs(0))
+
+        model = nnx.eval_shape(make)
+    set_execution(model, config, device)
+    return Parts(model)
+
+
+def forms(config: ConfigDict) -> list[DecoderConfig]:
+    """Of a decoder, or of the anchor and every augment, as `calm train` would load them.
+
+    Raises:
+        CalmError: a folder that is missing or damaged, or an unknown form.
+    """
+    if config.kind != "composed":
+        source = config.decoder["from"]
+        given = frozen.describe(source).config if source else decoder_config(config)
+        return [dataclasses.replace(given, weights=None)]
+    places = (config.anchor, *config.augments)
+    return [
+        _cast(form(place) if is_form(place) else frozen.describe(place).config, dtype)
+        for place, dtype in zip(places, frozen_dtypes(config), strict=True)
+    ]
+
+
+def _decoders(configs: list[DecoderConfig], dtype) -> list[Decoder]:
+    """Decoders without values, stored as a frozen folder is loaded: in `dtype`, or their own."""
+
+    def make(config: DecoderConfig) -> Decoder:
+        decoder = Decoder(config, nnx.Rngs(0))
+        nnx.update(
+            decoder,
+            jax.tree.map_with_path(
+                lambda path, x: x if _as_it_is(path, x) else x.astype(dtype or config.dtype),
+                nnx.state(decoder),
+            ),
+        )
+        return decoder
+
+    return [nnx.eval_shape(lambda config=config: make(config)) for config in configs]
+
+
+def _as_it_is(path, x: jax.Array) -> bool:
+    """Of an int8 matrix, its integers and scales."""
+    return x.dtype == jnp.int8 or path_name(path).removesuffix("/value").endswith(SCALE)
+
+
+def _cast(config: DecoderConfig, dtype: str | None) -> DecoderConfig:
+    if dtype == "int8":
+        return dataclasses.replace(config, weights=dtype)
+    return config if dtype is None else dataclasses.replace(config, dtype=dtype)
