@@ -38,7 +38,8 @@ class Attention:
         query_segments_BT: int32, 0 is padding.
         key_segments_BS: int32, 0 is seen by nobody; default: those of the queries.
         scale: factor on the logits, before `logit_cap` * tanh(logits / `logit_cap`).
-        window: tokens that a local layer sees, the query's own included.
+        window: tokens that a local layer sees, the query's own included. One that no row is longer
+            than hides nothing: then all layers are computed alike.
     """
 
     def __init__(
@@ -52,6 +53,8 @@ class Attention:
         window: int | None = None,
     ):
         self.backend, self.scale, self.logit_cap = backend, scale, logit_cap
+        if window is not None and window >= query_segments_BT.shape[1]:
+            window = None
         self.window = window
         own_keys = key_segments_BS is None
         self.segments = (query_segments_BT, query_segments_BT if own_keys else key_segments_BS)

@@ -148,6 +148,20 @@ def test_gradients_reach_what_is_visible_and_nothing_else(window):
     np.testing.assert_array_equal(by_key_BTS, allowed & (allowed.sum(-1, keepdims=True) > 1))
 
 
+@pytest.mark.parametrize(("window", "ways"), [(20, 2), (21, 1), (4096, 1)])
+def test_a_window_that_hides_nothing_is_not_computed_apart(window, ways):
+    q, k, v, _ = arrays(21, (1, 1), 4)
+    segments_BT = np.ones((2, 21), np.int32)
+
+    def values(local):
+        return Attention("chunked", segments_BT, scale=0.5, window=window)(q, k, v, local)
+
+    conditions = str(jax.make_jaxpr(values)(True)).count("cond[")
+    assert conditions == ways - 1
+    differ = np.any(values(True) != values(False))
+    assert differ == (ways == 2)
+
+
 # Key heads split over devices, one for each two devices, one for all, and cut across groups.
 @pytest.mark.parametrize(
     ("backend", "heads"),
