@@ -54,27 +54,30 @@ def make_mesh(shape: Mapping[str, int], devices: list[jax.Device] | None = None)
 
     `shape` gives each axis' size; at most one may be -1, "all that are left"; one left out is 1,
     `slices` left out or 0 as many as the devices come in. Raises `CalmError` for an unknown axis,
-    sizes that do not use the devices exactly, or slices that are not the devices'.
+    sizes that do not use the devices exactly, or slices that are not the devices'; CPU devices,
+    which are of no slice, may stand for those of any number.
     """
     devices = jax.devices() if devices is None else devices
     slices = len({getattr(device, "slice_index", None) for device in devices})
-    sizes = list(mesh_sizes(shape, len(devices), slices).values())
+    of_none = slices == 1 and devices[0].platform == "cpu"
+    sizes = list(mesh_sizes(shape, len(devices), None if of_none else slices).values())
     types = (AxisType.Auto,) * len(MESH_AXES)
     if slices == 1:
         # An axis may take part of a side of the slice: 8 x 8 x 8 chips as 2 x 32 x 8.
         array = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
         return Mesh(array, MESH_AXES, axis_types=types)
-    if sizes[0] != slices:
-        raise CalmError(f"mesh.slices is {sizes[0]}, but the devices are {slices} slices")
     array = mesh_utils.create_hybrid_device_mesh(
         [1, *sizes[1:]], [slices, 1, 1, 1], devices, allow_split_physical_axes=True
     )
     return Mesh(array, MESH_AXES, axis_types=types)
 
 
-def mesh_sizes(shape: Mapping[str, int], devices: int, slices: int) -> dict[str, int]:
-    """The size of every axis, as for `make_mesh`, of which it raises the errors."""
-    shape = {**shape, "slices": shape.get("slices", 0) or slices}
+def mesh_sizes(shape: Mapping[str, int], devices: int, slices: int | None) -> dict[str, int]:
+    """The size of every axis, as for `make_mesh`, of which it raises the errors.
+
+    `slices` are those that the devices come in; None: they are of none.
+    """
+    shape = {**shape, "slices": shape.get("slices", 0) or slices or 1}
     for axis, size in shape.items():
         if axis not in MESH_AXES:
             raise CalmError(f"mesh.{axis} is not a mesh axis; known are {MESH_AXES}")
@@ -89,6 +92,8 @@ def mesh_sizes(shape: Mapping[str, int], devices: int, slices: int) -> dict[str,
     if devices % fixed or (-1 not in sizes and fixed != devices):
         raise CalmError(f"mesh {dict(shape)} does not use all {devices} devices exactly")
     sizes = [devices // fixed if size == -1 else size for size in sizes]
+    if slices not in (None, sizes[0]):
+        raise CalmError(f"mesh.slices is {sizes[0]}, but the devices come in {slices}")
     return dict(zip(MESH_AXES, sizes, strict=True))
 
 

@@ -1,5 +1,7 @@
 """Meshes and sharding rules, and that a sharded composed model computes what one device does."""
 
+import types
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -158,6 +160,17 @@ def test_mesh(shape, sizes):
 def test_mesh_refused(shape, message):
     with pytest.raises(CalmError, match=message):
         sharding.make_mesh(shape)
+
+
+@pytest.mark.parametrize("slices", [2, -1])
+@pytest.mark.parametrize("platform", ["tpu", "gpu"])
+def test_a_mesh_has_the_slices_that_its_devices_are_of(slices, platform):
+    devices = [types.SimpleNamespace(platform=platform, slice_index=0) for _ in range(2)]
+    with pytest.raises(CalmError, match="mesh.slices is 2, but the devices come in 1"):
+        sharding.make_mesh({"slices": slices}, devices)
+    devices[1].slice_index = 1
+    with pytest.raises(CalmError, match="mesh.slices is 1, but the devices come in 2"):
+        sharding.make_mesh({"slices": 1, "data": 2}, devices)
 
 
 def test_partition_spec():
