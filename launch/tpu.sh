@@ -18,8 +18,8 @@
 #   --topology=T         what to ask for, as in `calm plan`: v5e:16x16, v5p:2x4x4, v6e:4x8; two
 #                        slices: 'v5e:16x16*2' (create, resume; the others: when several)
 #   --project=PROJECT    other than gcloud's own
-#   --queued             wait in the queue of Google Cloud for them; several slices always do. Every
-#                        command on slices that were asked for so needs the flag
+#   --queued             wait in the queue of Google Cloud for them; several slices always do. Of
+#                        slices that were asked for so, status, resume and delete need the flag
 #   --spot               cheaper, and may be taken away at any time
 #   --runtime=VERSION    the machines' software, other than the chip's usual one
 #   --service-account=A  that the machines act as, such as one that may write to the bucket
