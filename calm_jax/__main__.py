@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from absl import logging as absl_logging
 
-from calm_jax.errors import outcome
+from calm_jax.errors import Preempted, outcome
 
 PACKAGE = str(pathlib.Path(__file__).parent)
 
@@ -24,7 +24,7 @@ COMMANDS = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs a command; returns the exit status: 0, 2 after bad input, 75 to be started again, 130.
+    """Runs a command; returns the exit status, 0 or one of `calm_jax.errors`.
 
     Without `argv` this is the process' own program, and also sets up its logs.
     """
@@ -41,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(f"unknown command {name!r}; {hint}")
     try:
         return importlib.import_module(f"calm_jax.cli.{name}").main(arguments[1:])
-    except (Exception, KeyboardInterrupt) as error:
+    except (Exception, KeyboardInterrupt, Preempted) as error:
         status, line = outcome(error)
         if line is None:
             raise

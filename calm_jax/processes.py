@@ -4,6 +4,7 @@ Everything here also holds of a lone process, which has nobody to wait for. Word
 go through the key-value store of jax's coordinator, which process 0 hosts.
 """
 
+import concurrent.futures
 import contextlib
 import ctypes
 import functools
@@ -33,7 +34,9 @@ LOST = 1  # exit status of a process whose run has lost another
 
 _FOREVER_MS = 7 * 24 * 3600 * 1000
 _ENDED = "calm_jax/ended"
+_LISTENER = "calm_jax listener"  # name of every thread that talks with the coordinator
 _NUMBERS = itertools.count()  # all processes do the same in the same order
+_watch: "_Watch | None" = None  # of a process that has joined others
 
 Result = TypeVar("Result")
 
@@ -51,25 +54,37 @@ def joined(
     Without arguments, jax's detection of clusters decides (Cloud TPU, GKE, SLURM, Open MPI); a
     process that is alone stays so. Of several processes, one that fails or is lost ends all others
     within a minute: with a line that names it, by `os._exit`, since they may be waiting for it.
+    Handlers of signals run, and may raise, while the processes connect.
 
     Args:
         coordinator: HOST:PORT of process 0.
         timeout: seconds until all processes must have connected.
 
     Raises:
-        CalmError: arguments that contradict each other, or a port that cannot be opened.
+        CalmError: arguments that contradict each other.
     """
+    global _watch
     place = _given(coordinator, process_count, process_index) or _detected(timeout)
     if place is None:
         yield
         return
-    watch = _Watch(*place)
-    watch.connect(timeout)
+    _watch = _Watch(*place)
     try:
+        _watch.connect(timeout)
         yield
-        watch.finish()
+        _watch.finish()
     except BaseException as error:
-        watch.fail(error)
+        _watch.fail(error)
+    _watch = None
+
+
+def end_all(error: BaseException) -> None:
+    """Ends the run's processes at once, from any thread; a lone process returns.
+
+    For failures after which others wait for this process, and it would wait for them.
+    """
+    if _watch is not None:
+        _watch.fail(error)
 
 
 def refuse_several(command: str) -> None:
@@ -159,7 +174,7 @@ class Appointment:
         self._done, self._posted, self._step = done, False, None
         self._changed = threading.Condition()
         if _client() is not None:
-            threading.Thread(target=self._arrange, daemon=True).start()
+            _listen(self._arrange)
 
     def ask(self) -> None:
         """May be called more than once, and by a handler of signals."""
@@ -168,7 +183,7 @@ class Appointment:
             self._step = 0
             return
         setting = functools.partial(client.key_value_set, f"{self._key}/asked", "", True)
-        threading.Thread(target=setting, daemon=True).start()
+        _listen(setting)
 
     def is_due(self, done: int) -> bool:
         """Whether it is to be done now. To be called after every step, by all processes."""
@@ -193,6 +208,11 @@ class Appointment:
 def _client() -> Any:
     """The coordinator's client; None of a lone process."""
     return distributed.global_state.client
+
+
+def _listen(target: Callable[[], None]) -> None:
+    """Calls it in a thread, until the run ends."""
+    threading.Thread(target=target, name=_LISTENER, daemon=True).start()
 
 
 def _given(
@@ -241,6 +261,7 @@ class _Watch:
     def __init__(self, address: str, count: int, index: int):
         self.address, self.count, self.index = address, count, index
         self.closing = False
+        self._client = None  # until connected
         self._leaving = threading.Lock()
 
     def connect(self, timeout: int) -> None:
@@ -260,21 +281,25 @@ class _Watch:
         jax.config.update("jax_enable_recoverability", True)  # else a lost process aborts all
         # Its handler of SIGTERM would hide a second one, and knows nothing of a lone process.
         jax.config.update("jax_enable_preemption_service", False)
+        # In C++ for minutes: in the main thread no handler of signals would run until then.
+        connecting = concurrent.futures.ThreadPoolExecutor(1).submit(
+            jax.distributed.initialize,
+            self.address,
+            self.count,
+            self.index,
+            initialization_timeout=timeout + 60,
+            heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
+        )
         try:
-            jax.distributed.initialize(
-                self.address,
-                self.count,
-                self.index,
-                initialization_timeout=timeout + 60,
-                heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
-            )
+            connecting.result()
         except (RuntimeError, ValueError) as error:
             raise CalmError(f"process {self.index} of {self.count}: {error}") from error
         finally:
             timer.cancel()
+        self._client = _client()
         self._explain_aborts()
-        for watch in (self._hear_of_ends, self._look_for_lost):
-            threading.Thread(target=watch, daemon=True).start()
+        _listen(self._hear_of_ends)
+        _listen(self._look_for_lost)
 
     def finish(self) -> None:
         """Leaves when all have come so far."""
@@ -283,6 +308,10 @@ class _Watch:
         if self.index == 0:
             time.sleep(FAREWELL_SECONDS)  # the others lose the coordinator with this process
         jax.distributed.shutdown()
+        # A thread that comes back from C++ while Python ends would crash the process.
+        for thread in threading.enumerate():
+            if thread.name == _LISTENER:
+                thread.join()
 
     def fail(self, error: BaseException) -> None:
         """Ends this process, and tells the others why."""
@@ -297,8 +326,10 @@ class _Watch:
             time.sleep(HEARTBEAT_SECONDS + 2 * WATCH_SECONDS)
             traceback.print_exception(error)
             status, line = 1, f"error: {type(error).__name__}: {error}".splitlines()[0]
-        with contextlib.suppress(jax.errors.JaxRuntimeError):  # another was first, or all is lost
-            _client().key_value_set(_ENDED, json.dumps([self.index, status, line]))
+        if self._client is not None:
+            # Another was first, or all is lost.
+            with contextlib.suppress(jax.errors.JaxRuntimeError):
+                self._client.key_value_set(_ENDED, json.dumps([self.index, status, line]))
         self._leave(status, line)
 
     def _leave(self, status: int, line: str) -> None:
@@ -306,13 +337,13 @@ class _Watch:
         with self._leaving:
             print(line, file=sys.stderr, flush=True)
             sys.stdout.flush()
-            if self.index == 0:
+            if self.index == 0 and self._client is not None:
                 time.sleep(FAREWELL_SECONDS)
             os._exit(status)
 
     def _hear_of_ends(self) -> None:
         with contextlib.suppress(jax.errors.JaxRuntimeError):
-            told = _client().blocking_key_value_get(_ENDED, _FOREVER_MS)
+            told = self._client.blocking_key_value_get(_ENDED, _FOREVER_MS)
             index, status, line = json.loads(told)
             if index != self.index:
                 self._leave(status, f"process {index} ended: {line.removeprefix('error: ')}")
@@ -321,7 +352,7 @@ class _Watch:
         everyone = list(range(self.count))
         with contextlib.suppress(jax.errors.JaxRuntimeError):
             while not self.closing:
-                alive = _client().get_live_nodes(everyone)
+                alive = self._client.get_live_nodes(everyone)
                 lost = sorted(set(everyone) - alive.keys())
                 if lost and not self.closing:
                     self._leave(LOST, self._lost(", ".join(map(str, lost))))

@@ -12,7 +12,7 @@ from orbax.checkpoint import checkpoint_managers
 
 from calm_jax import processes
 from calm_jax.checkpoints.files import absolute, first_line
-from calm_jax.errors import CalmError
+from calm_jax.errors import CalmError, RunFailed
 from calm_jax.models.parameters import Tree, check_same_tree
 
 METRIC = "loss"  # of the validation; the lowest is the best
@@ -29,11 +29,28 @@ class Checkpoint:
     state: dict[str, Any]
 
 
+class _Manager(ocp.CheckpointManager):
+    """Tells `failed` of a broken write at once; Orbax first waits, for minutes, for all processes.
+
+    Set `failed` before the first save; another thread calls it.
+    """
+
+    failed: Callable[[Exception], Any]
+
+    def _wait_for_checkpointers(self) -> None:  # all that the end of a write may raise
+        try:
+            super()._wait_for_checkpointers()
+        except Exception as error:
+            self.failed(error)
+            raise
+
+
 class TrainingCheckpoints:
     """The checkpoints of one run, written asynchronously: the latest `keep`, and the best.
 
-    Use as a context manager; leaving it waits for the writes. A write that fails, in whichever
-    process, is tried again by all, as `tell` says, with what is to be saved by then.
+    Use as a context manager; leaving it waits for the writes. A write that fails is tried again,
+    as `tell` says, with what is to be saved by then. Of several processes, one whose write fails
+    ends all of them: the same command goes on after the last whole checkpoint.
     """
 
     def __init__(
@@ -65,7 +82,7 @@ class TrainingCheckpoints:
             create=not read_only,
         )
         try:
-            self.manager = ocp.CheckpointManager(
+            self.manager = _Manager(
                 self.folder,
                 options=options,
                 # Without handlers a new manager cannot tell what an older one wrote.
@@ -77,6 +94,7 @@ class TrainingCheckpoints:
             )
         except OSError as error:
             raise CalmError(f"cannot write {self.folder}: {error.strerror or error}") from error
+        self.manager.failed = self._failed
 
     def __enter__(self) -> "TrainingCheckpoints":
         return self
@@ -114,8 +132,9 @@ class TrainingCheckpoints:
     ) -> None:
         """Starts writing, when the write before has ended well; otherwise waits for this one.
 
-        Raises `CalmError` naming the folder when it failed to the last.
+        Raises `RunFailed` naming the folder when it failed to the last.
         """
+        failure = self._finish()
         self._wanted = {
             "step": step,
             "args": ocp.args.Composite(
@@ -125,10 +144,10 @@ class TrainingCheckpoints:
             ),
             "metrics": metrics,
         }
-        self._insist(self._finish() or self._start())
+        self._insist(failure or self._start())
 
     def wait(self) -> None:
-        """Returns when everything is on disk. Raises `CalmError` when a write failed to the last.
+        """Returns when everything is on disk. Raises `RunFailed` when a write failed to the last.
 
         The arrays of the last `save` must still be there.
         """
@@ -143,7 +162,7 @@ class TrainingCheckpoints:
             self.manager.reload()  # it takes what it began for saved
             failure = self._start() or self._finish()
         if failure is not None:
-            raise CalmError(failure)
+            raise RunFailed(failure)
 
     def _start(self) -> str | None:
         return self._failure_of(lambda: self.manager.save(**self._wanted, force=True))
@@ -152,21 +171,19 @@ class TrainingCheckpoints:
         return self._failure_of(self.manager.wait_until_finished)
 
     def _failure_of(self, action: Callable[[], Any]) -> str | None:
-        """What went wrong, in this process or another."""
-        found = None
         try:
             action()
         except Exception as error:
-            found = first_line(error)
-        failures = [error for error in processes.gather(found) if error is not None]
-        if not failures:
-            return None
-        kept = (
-            f"the last whole checkpoint is step {self.latest}"
-            if self.latest is not None
-            else "none is whole"
-        )
-        return f"cannot save a checkpoint in {self.folder}: {failures[0]} ({kept})"
+            return self._failed(error)
+        return None
+
+    def _failed(self, error: Exception) -> str:
+        """What went wrong. Several processes end with it: no other can tell, and all would wait."""
+        whole = set(self.manager.all_steps()) - {self._wanted.get("step")}
+        kept = f"the last whole checkpoint is step {max(whole)}" if whole else "none is whole"
+        line = f"cannot save a checkpoint in {self.folder}: {first_line(error)} ({kept})"
+        processes.end_all(RunFailed(line))
+        return line
 
     def read_state(self, step: int) -> dict[str, Any]:
         """The JSON saved with `step`."""

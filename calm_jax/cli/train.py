@@ -20,7 +20,7 @@ run's directory must be on a file system or bucket that all share.
 
 SIGTERM finishes the step and saves; a second one ends at once. Exit status: 0 finished, 2 bad
 input, 75 stopped by SIGTERM (start the same command again: it goes on), 130 interrupted, anything
-else a failure, such as a process lost by the others; that command goes on too."""
+else a failure, such as a lost process or a full disk; that command goes on too."""
 
 
 def _define(values: flags.FlagValues) -> None:
@@ -58,6 +58,6 @@ def main(argv: list[str]) -> int:
     from calm_jax.training.preemption import Preemption
 
     place = (values.coordinator, values.process_count, values.process_index)
-    with joined(*place, timeout=values.coordinator_seconds), Preemption() as preemption:
+    with Preemption() as preemption, joined(*place, timeout=values.coordinator_seconds):
         train(run_config, values.workdir, overwrite=values.overwrite, preemption=preemption)
     return 0

@@ -7,6 +7,8 @@ from typing import Self
 from calm_jax.errors import Preempted
 from calm_jax.processes import Appointment
 
+BEFORE = "stopped before the first step; the same command begins again"
+
 
 class Preemption:
     """Listens for SIGTERM while it is a context. A second one ends the process at once.
@@ -16,6 +18,7 @@ class Preemption:
 
     def __init__(self):
         self._appointment: Appointment | None = None
+        self._early = False
 
     def __enter__(self) -> Self:
         self._previous = signal.signal(signal.SIGTERM, self._received)
@@ -26,6 +29,8 @@ class Preemption:
 
     def start(self, done: int) -> None:
         """From here on a run is asked to stop, after `done` steps or more."""
+        if self._early:  # raised where Python drops every exception, as in a destructor
+            raise Preempted(BEFORE)
         self._appointment = Appointment(done)
 
     def is_due(self, done: int) -> bool:
@@ -35,5 +40,6 @@ class Preemption:
     def _received(self, number: int, frame: FrameType | None) -> None:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         if self._appointment is None:
-            raise Preempted("stopped before the first step; the same command begins again")
+            self._early = True
+            raise Preempted(BEFORE)
         self._appointment.ask()

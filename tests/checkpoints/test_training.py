@@ -14,7 +14,7 @@ from tiny_models import stored_bytes
 from calm_jax import sharding
 from calm_jax.checkpoints import training
 from calm_jax.checkpoints.training import TrainingCheckpoints
-from calm_jax.errors import CalmError
+from calm_jax.errors import CalmError, RunFailed, outcome
 
 OPTIMIZER = optax.adamw(1e-3)
 
@@ -230,10 +230,12 @@ def test_a_failed_write_is_tried_again(tmp_path, monkeypatch, noticed):
 def test_a_write_that_fails_to_the_last(tmp_path, monkeypatch):
     told = []
     pauses = paused(monkeypatch, lambda _: None)
-    failed = pytest.raises(CalmError, match=r"cannot save a checkpoint in .*none is whole\)$")
-    with failed, full_disk(), TrainingCheckpoints(tmp_path, tell=told.append) as checkpoints:
-        save(checkpoints, 1)
-        checkpoints.wait()
+    failed = pytest.raises(RunFailed, match=r"cannot save a checkpoint in .*none is whole\)$")
+    with failed as error, full_disk():
+        with TrainingCheckpoints(tmp_path, tell=told.append) as checkpoints:
+            save(checkpoints, 1)
+            checkpoints.wait()
+    assert outcome(error.value) == (1, f"error: {error.value}")  # no bad input: it may go on
     assert pauses == [1, 5, 25]
     assert len(told) == 3
 

@@ -4,6 +4,7 @@ import json
 import os
 import signal
 
+import orbax.checkpoint as ocp
 import pytest
 import tiny_models  # noqa: F401 (compiles without optimisation)
 
@@ -79,6 +80,34 @@ def test_before_the_first_step_nothing_is_saved(config, tmp_path, monkeypatch):
     with pytest.raises(Preempted, match="before the first step"), Preemption() as preemption:
         loop.train(config, tmp_path / "run", preemption=preemption)
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+def test_while_a_checkpoint_is_read_it_is_no_bad_input(config, tmp_path, monkeypatch):
+    """Much of what reads turns whatever went wrong into a line about the file."""
+    config = config.copy_and_resolve_references()
+    config.train.num_steps = 1
+    loop.train(config, tmp_path / "run")
+    restore = ocp.CheckpointManager.restore
+
+    def terminated(*arguments, **keywords):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return restore(*arguments, **keywords)
+
+    monkeypatch.setattr(ocp.CheckpointManager, "restore", terminated)
+    config.train.num_steps = 2
+    with pytest.raises(Preempted, match="before the first step"), Preemption() as preemption:
+        loop.train(config, tmp_path / "run", preemption=preemption)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_in_a_destructor_which_drops_exceptions():
+    class Terminates:
+        def __del__(self):
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(Preempted, match="before the first step"), Preemption() as preemption:
+        Terminates()
+        preemption.start(0)
 
 
 def test_exit_status(monkeypatch, capsys):
