@@ -231,10 +231,10 @@ def test_a_write_that_fails_to_the_last(tmp_path, monkeypatch):
     told = []
     pauses = paused(monkeypatch, lambda _: None)
     failed = pytest.raises(RunFailed, match=r"cannot save a checkpoint in .*none is whole\)$")
-    with failed as error, full_disk():
-        with TrainingCheckpoints(tmp_path, tell=told.append) as checkpoints:
-            save(checkpoints, 1)
-            checkpoints.wait()
+    checkpoints = TrainingCheckpoints(tmp_path, tell=told.append)
+    with failed as error, full_disk(), checkpoints:
+        save(checkpoints, 1)
+        checkpoints.wait()
     assert outcome(error.value) == (1, f"error: {error.value}")  # no bad input: it may go on
     assert pauses == [1, 5, 25]
     assert len(told) == 3
