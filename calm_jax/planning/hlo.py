@@ -9,6 +9,26 @@ import re
 from collections.abc import Iterator
 
 BITS = {"pred": 8, "c64": 64, "c128": 128, "token": 0, "opaque": 0}
+# These move nothing: they name, group or reserve what is there, or their bodies are counted.
+FREE = frozenset(
+    {
+        "add-dependency",
+        "after-all",
+        "bitcast",
+        "call",
+        "conditional",
+        "constant",
+        "domain",
+        "get-tuple-element",
+        "iota",
+        "opt-barrier",
+        "parameter",
+        "partition-id",
+        "replica-id",
+        "tuple",
+        "while",
+    }
+)
 _ARRAY = re.compile(r"\b([a-z]\w*)\[([\d,]*)\](?:\{([^{}]*)\})?")
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.$-]+) \(.*\{\s*$")
 _NAME = re.compile(r"^\s+(ROOT )?%?([\w.$-]+) = ")
@@ -79,7 +99,7 @@ class Module:
         return next(x for x in self.computations[computation].values() if x.is_root)
 
     def executed(self) -> Iterator[tuple[Instruction, int, str, str]]:
-        """Every instruction that runs.
+        """Every instruction that runs; of a conditional, those of the branch that makes most bytes.
 
         Yields:
             the instruction; how often it runs in a step; the computation that it stands in; and the
@@ -95,9 +115,11 @@ class Module:
                 body = instruction.called("body")
                 yield from self._walk(body, times * self.trips(instruction, computation), body)
             elif opcode == "conditional":
-                # The longest branch would be exact; all of them is what can be said without it.
-                for branch in _branches(instruction.attributes):
-                    yield from self._walk(branch, times, branch)
+                branches = [
+                    list(self._walk(branch, times, branch))
+                    for branch in _branches(instruction.attributes)
+                ]
+                yield from max(branches, key=_bytes_made)
             elif opcode == "call":
                 called = instruction.called("to_apply")
                 yield from self._walk(called, times, called)
@@ -185,6 +207,14 @@ def _balanced(line: str, opening: int) -> int:
         if depth == 0:
             return place + 1
     raise ValueError(f"no end of the parenthesis in {line[:120]}")
+
+
+def _bytes_made(executed: list[tuple[Instruction, int, str, str]]) -> int:
+    return sum(
+        times * instruction.bytes
+        for instruction, times, computation, launcher in executed
+        if computation == launcher and instruction.opcode not in FREE
+    )
 
 
 def _branches(attributes: str) -> list[str]:

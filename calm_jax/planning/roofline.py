@@ -1,7 +1,9 @@
-"""How long a step takes at least, if every part of the chip does its best.
+"""How long a step takes if every part of the chip does its best.
 
-The longest of four times is a bound that no schedule can beat; their sum is what a step takes in
-which nothing runs beside anything else. A real one lies between.
+The longest of four times is what a step takes in which all parts work at the same time; their sum,
+in which nothing runs beside anything else. A real one is mostly between. The longest is no strict
+bound: attention is counted at its full square, of which a causal kernel skips about half, and a
+conditional always as the branch that makes most bytes.
 """
 
 import dataclasses

@@ -2,28 +2,8 @@
 
 import re
 
-from calm_jax.planning.hlo import Array, Instruction, Module
+from calm_jax.planning.hlo import FREE, Array, Instruction, Module
 
-# These move nothing: they name, group or reserve what is there, or their bodies are counted.
-_FREE = frozenset(
-    {
-        "add-dependency",
-        "after-all",
-        "bitcast",
-        "call",
-        "conditional",
-        "constant",
-        "domain",
-        "get-tuple-element",
-        "iota",
-        "opt-barrier",
-        "parameter",
-        "partition-id",
-        "replica-id",
-        "tuple",
-        "while",
-    }
-)
 _SLICES = ("dynamic-slice", "slice", "gather")
 
 
@@ -42,7 +22,7 @@ def bytes_moved(module: Module) -> int:
 
 def _moved(instruction: Instruction, module: Module, computation: str) -> int:
     opcode = instruction.opcode
-    if opcode in _FREE or opcode.endswith("-done") or "AllocateBuffer" in instruction.attributes:
+    if opcode in FREE or opcode.endswith("-done") or "AllocateBuffer" in instruction.attributes:
         return 0
     around = module.computations[computation]
     operands = [around[name] for name in instruction.operands]

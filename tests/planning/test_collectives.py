@@ -142,6 +142,37 @@ def test_a_program_by_hand():
     ]
 
 
+@pytest.mark.parametrize("listed", [True, False])
+def test_of_a_conditional_the_larger_branch_runs(listed):
+    branches = (
+        "branch_computations={%small, %large}"
+        if listed
+        else "true_computation=%small, false_computation=%large"
+    )
+    text = f"""\
+%small (a: (f32[16], f32[4096])) -> f32[16] {{
+  %a = (f32[16]{{0}}, f32[4096]{{0}}) parameter(0)
+  %a.1 = f32[16]{{0}} get-tuple-element(%a), index=0
+  ROOT %sum.1 = f32[16]{{0}} all-reduce(%a.1), channel_id=1, replica_groups={{}}, to_apply=%add
+}}
+
+%large (b: f32[16]) -> f32[16] {{
+  %b = f32[16]{{0}} parameter(0)
+  %twice = f32[16]{{0}} add(%b, %b)
+  ROOT %sum.2 = f32[16]{{0}} all-reduce(%twice), channel_id=2, replica_groups={{}}, to_apply=%add
+}}
+
+ENTRY %main (which: s32[], a.2: (f32[16], f32[4096]), b.2: f32[16]) -> f32[16] {{
+  %which = s32[] parameter(0)
+  %a.2 = (f32[16]{{0}}, f32[4096]{{0}}) parameter(1)
+  %b.2 = f32[16]{{0}} parameter(2)
+  ROOT %out = f32[16]{{0}} conditional(%which, %a.2, %b.2), {branches}
+}}
+"""
+    found = collectives.find(hlo.parse(text), types.SimpleNamespace(shape=MESH, size=8))
+    assert [x.name for x in found] == ["sum.2"]
+
+
 def test_between_slices_hosts_send():
     text = """\
 ENTRY %main (x.1: f32[16]) -> f32[16] {
