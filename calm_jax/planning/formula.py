@@ -1,4 +1,4 @@
-"""What a step needs by arithmetic alone: good to compare ways of running it, not to swear by.
+"""What a step needs by arithmetic alone: good to rank ways of running it, not to swear by.
 
 Products of matrices are counted in the traced step, and so is what it keeps for its backward pass;
 trees in their shardings. The rest are sizes of the largest arrays: what one layer holds while it
@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from calm_jax import sharding
@@ -63,16 +64,21 @@ class _Layers:
 
 
 class Formula:
-    """The formulas for one config's models, on any mesh of one topology."""
+    """The formulas for one config's models, on any mesh of one topology.
+
+    Raises `CalmError` where its devices cannot do what `attention` or `train.remat` says.
+    """
 
     def __init__(self, config: ConfigDict, topology: Topology):
         self.topology = topology
         self.forms = forms(config)
-        self.parts = abstract_parts(counting.alone(config), jax.devices("cpu")[0])
+        self.parts = abstract_parts(config, topology.device)
         self.trainable, self.frozen = self.parts.abstract()
         self.optimizer, _ = make_optimizer(config.optimizer, config.train.num_steps)
         self.opt_state = jax.eval_shape(self.optimizer.init, self.trainable)
         self.compositions = composition_configs(config) if self.parts.composed else []
+        # Trained layers are float32, and cast before they are gathered.
+        self.cast = jnp.dtype(self.forms[0].dtype).itemsize / 4
         self._counted: dict[tuple[str, int, int], tuple[int, int]] = {}
         self._trees = functools.cache(self._count_trees)
 
@@ -84,7 +90,7 @@ class Formula:
         """
         train, chip = config.train, self.topology.chip
         sharding.check_batch(train.batch_size, train.accumulate, mesh)
-        trees, trained = self._trees(mesh, config.weight_sharding)
+        trees, trained, gradients = self._trees(mesh, config.weight_sharding)
         state = sum(tree["bytes"] for tree in trees)
         tensor, batch_ways = mesh.shape["tensor"], mesh.size // mesh.shape["tensor"]
         rows = train.batch_size / train.accumulate / batch_ways
@@ -107,9 +113,19 @@ class Formula:
             exchanged += runs * group.exchanges * group.stream * (tensor - 1) / tensor
             moved += runs * (2 * group.weights + 4 * group.stream + 4 * group.inner + group.logits)
         moved += 3 * train.accumulate * head + 6 * trained + kept
-        links = gathered / self._bandwidth(shards) + exchanged / self._bandwidth(tensor)
+        # Gradients are summed for every micro-batch: scattered as weights are split, then over the
+        # chips of a slice that hold the same weights, then between slices, each chip its share.
         slices = mesh.shape["slices"]
-        network = 2 * trained * (slices - 1) / slices / chip.network_bandwidth
+        replicas = batch_ways // slices // shards
+        gradients *= train.accumulate
+        gathered += gradients * (shards - 1)
+        summed = 2 * gradients * (replicas - 1) / replicas
+        links = (
+            gathered / self._bandwidth(shards)
+            + summed / self._bandwidth(replicas)
+            + exchanged / self._bandwidth(tensor)
+        )
+        network = 2 * gradients / replicas * (slices - 1) / slices / chip.network_bandwidth
         flops = flops / self.topology.chips
         seconds = roofline.step_time(self.topology, flops, moved, links, network)
         return {
@@ -126,12 +142,16 @@ class Formula:
 
     def _count_trees(
         self, mesh: jax.sharding.AbstractMesh, weight_sharding: str
-    ) -> tuple[list[dict[str, Any]], int]:
-        """Rows of all trees, and bytes of what is trained, on one chip."""
+    ) -> tuple[list[dict[str, Any]], int, float]:
+        """Rows of all trees, bytes of what is trained and of its gradients, on one chip."""
         rules = sharding.WEIGHT_RULES[weight_sharding]
         places = Shardings.of(self.parts, self.optimizer, mesh, rules)
         rows = memory.tree_rows(self.parts, places, self.trainable, self.opt_state, self.frozen)
-        return rows, memory.bytes_of_one_chip(self.trainable, places.trainable)
+        trained = memory.bytes_of_one_chip(self.trainable, places.trainable)
+        layers, where = self.trainable, places.trainable
+        if not self.parts.composed:  # gradients of embeddings are float32, of layers as these cast
+            layers, where = layers["layers"], where["layers"]
+        return rows, trained, trained - (1 - self.cast) * memory.bytes_of_one_chip(layers, where)
 
     def _groups(self, config: ConfigDict, rows: float, tensor: int) -> list[_Layers]:
         T = config.data.length
@@ -141,7 +161,7 @@ class Formula:
         if not self.parts.composed:
             (form,) = self.forms
             layers = _bytes_of_layer(self.trainable["layers"], form.num_layers)
-            return [sizes(form, form.num_layers, True, layers / 2, keys=block)]
+            return [sizes(form, form.num_layers, True, layers * self.cast, keys=block)]
         anchor, *augments = self.forms
         connected = connect(
             self.compositions, anchor.num_layers, [form.num_layers for form in augments]
@@ -158,7 +178,7 @@ class Formula:
             weights = _bytes_of_layer(tree["layers"], form.num_layers)
             groups.append(sizes(form, taps[-1] + 1, False, weights, keys=block))
         number = len(connected.connections)
-        weights = _bytes_of_layer(self.trainable, number) / 2  # cast before they are gathered
+        weights = _bytes_of_layer(self.trainable, number) * self.cast
         N, H = heads(self.compositions[0], anchor)
         crossing = DecoderConfig.palm(
             vocab_size=1,

@@ -13,6 +13,11 @@ _NAMES = {
     "network": "network between slices",
 }
 
+_BY_FORMULA = (
+    "What is by formula serves to rank ways of running: its times may be off by a factor of three. "
+    "A compiled plan is the figure."
+)
+
 
 def text(plan: Plan) -> str:
     """Every table of one plan."""
@@ -25,6 +30,8 @@ def text(plan: Plan) -> str:
         sections.append(_training(plan["training"]))
     if "candidates" in plan:
         sections.append(_candidates(plan))
+    if not all(each["compiled"] for each in (plan, *plan.get("candidates", ()))):
+        sections.append(_BY_FORMULA)
     if plan.get("advice"):
         sections.append(plan["advice"])
     return "\n\n".join(sections) + "\n"

@@ -1,9 +1,11 @@
 """`calm plan` as a function: checks, plans, prints and saves."""
 
+import tempfile
+
 from etils import epath
 from ml_collections import ConfigDict
 
-from calm_jax.checkpoints.files import absolute, write_json, write_text
+from calm_jax.checkpoints.files import absolute, is_bucket, write_json, write_text
 from calm_jax.errors import CalmError
 from calm_jax.planning import formula, page, plan, program, search, topologies
 from calm_jax.training import configuration
@@ -22,12 +24,14 @@ def run(
     """Plans a run, prints the plan, and saves it where an output folder is given.
 
     Raises:
-        CalmError: bad input, or no compiler for the topology.
+        CalmError: bad input, no compiler for the topology, or an output that cannot be written.
     """
     place = topologies.find(topology)
     if dollars_per_chip_hour is not None and tokens is None:
         raise CalmError("--dollars_per_chip_hour says nothing without --tokens")
     configuration.validate(config)
+    if output is not None:
+        _check_writable(absolute(output))
     program.use_no_device()
     made = _plan(config, place, search)
     if tokens is not None and "seconds" in made:
@@ -37,10 +41,22 @@ def run(
     print(shown, end="", flush=True)
     if output is not None:
         folder = absolute(output)
-        folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / "plan.json", made)
         write_text(folder / "plan.md", f"    {command}\n\n{shown}")
     return made
+
+
+def _check_writable(folder: epath.Path) -> None:
+    """Raises `CalmError` before minutes of compiling rather than after them; makes nothing."""
+    if is_bucket(folder):
+        return
+    nearest = next(path for path in (folder, *folder.parents) if path.exists())
+    try:
+        tempfile.TemporaryFile(dir=nearest).close()
+    except OSError as error:
+        raise CalmError(
+            f"--output={folder}: cannot write in {nearest}: {error.strerror or error}"
+        ) from None
 
 
 def _plan(config: ConfigDict, place: topologies.Topology, searched: bool) -> plan.Plan:

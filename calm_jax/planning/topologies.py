@@ -6,6 +6,7 @@ The compiler takes topologies that nobody offers, so the shapes here are those o
 import dataclasses
 import difflib
 import math
+import types
 
 from calm_jax.errors import CalmError
 
@@ -97,6 +98,17 @@ class Topology:
     def compiled(self) -> bool:
         """Whether the compiler for it runs without it; otherwise only formulas speak."""
         return self.chip.torus > 0
+
+    @property
+    def device(self) -> types.SimpleNamespace:
+        """What a `jax.Device` of it says of itself, as far as anybody asks before it computes."""
+        memories = [types.SimpleNamespace(kind=kind) for kind in ("device", "pinned_host")]
+        return types.SimpleNamespace(
+            platform="tpu" if self.compiled else "gpu",
+            device_kind=self.chip.kinds[0],
+            compute_capability=None if self.compiled else "9.0",  # of both GPUs
+            addressable_memories=lambda: memories,
+        )
 
     def side_bandwidth(self, side: int) -> float:
         """Bytes per second that leave a chip along one side of its slice, in all directions.

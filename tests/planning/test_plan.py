@@ -7,8 +7,9 @@ import pytest
 
 from calm_jax import sharding
 from calm_jax.__main__ import main
+from calm_jax.cli.config import load_file, override
 from calm_jax.models.published import FORMS
-from calm_jax.planning import page, plan, program, topologies
+from calm_jax.planning import formula, page, plan, planner, program, topologies
 
 CONFIG = """
 from calm_jax.models import CompositionConfig, DecoderConfig, published
@@ -77,6 +78,17 @@ def test_a_step_compiled_for_a_slice(topology, config, tmp_path, capsys):
 
 
 @needs_compiler
+def test_formulas_exchange_the_gradients_that_the_compiled_step_does(config):
+    found = override(load_file(str(config)), ["--config.train.accumulate=2"])
+    found.mesh = {"data": 4, "fsdp": 1, "tensor": 1}
+    topology = topologies.find("v5e:2x2")
+    guessed = formula.Formula(found, topology).plan(found, formula.mesh_of(found, topology))
+    compiled = plan.make_plan(found, topology)
+    links = guessed["seconds"]["links"]
+    assert 0 < links == pytest.approx(compiled["seconds"]["links"], rel=0.02)
+
+
+@needs_compiler
 @pytest.mark.parametrize("name", ["v5e:4x8", "v5p:4x4x8", "v6e:2x4", "v5p:2x2x2*2"])
 def test_every_mesh_fits_the_sides_of_a_slice(name):
     topology = topologies.find(name)
@@ -94,6 +106,13 @@ def test_a_gpu_is_planned_by_formula(config, capsys):
     shown = capsys.readouterr().out
     assert "form:small + form:small on h200:8" in shown and "by formula, not compiled" in shown
     assert "mesh data 2 × fsdp 2 × tensor 2" in shown
+    assert "serves to rank ways of running: its times may be off by a factor of three" in shown
+
+
+@pytest.mark.parametrize("setting", ["train.remat=offload", "attention=cudnn"])
+def test_a_plan_takes_what_training_on_such_a_gpu_does(config, setting):
+    arguments = [f"--config.{setting}", "--config.data.pack=False"]
+    assert main(["plan", f"--config={config}", "--topology=h200:8", *arguments]) == 0
 
 
 def test_a_step_that_does_not_fit_is_told_with_what_to_change(config, capsys, monkeypatch):
@@ -116,6 +135,10 @@ def test_a_step_that_does_not_fit_is_told_with_what_to_change(config, capsys, mo
         (["--topology=h200:8", "--config.mesh.fsdp=3"], "does not use all 8 devices exactly"),
         (["--topology=h200:8", "--config.train.batch_size=6"], "train.batch_size 6 is not divis"),
         (["--topology=h200:8", "--config.mesh.tensor=8", "--config.mesh.fsdp=1"], "heads of size"),
+        (["--topology=h200:8", "--config.mesh.slices=2"], "mesh.slices is 2, but the devices come"),
+        (["--topology=h200:8", "--config.attention=splash"], "needs a TPU, the devices are gpu"),
+        (["--topology=h200:8", "--config.attention=cudnn"], "keeps no segments apart, and data.pa"),
+        (["--topology=v5e:2x2", "--config.attention=cudnn", "--search"], "the devices are tpu"),
         (["--topology=v5e:2x2*x"], "'x' is not a number of slices"),
         (["--topology=h200:8", "--serach"], "did you mean --search?"),
     ],
@@ -124,6 +147,18 @@ def test_bad_input_is_one_line(config, capsys, arguments, said):
     assert main(["plan", f"--config={config}", *arguments]) == 2
     shown = capsys.readouterr().err
     assert said in shown and shown.count("\n") == 1
+
+
+@pytest.mark.parametrize("output", ["/proc/nowhere/plan", "file", "file/below"])
+def test_an_output_that_cannot_be_written_is_told_first(
+    output, config, tmp_path, capsys, monkeypatch
+):
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(planner, "_plan", lambda *_: pytest.fail("planned all the same"))
+    folder = tmp_path / output
+    assert main(["plan", f"--config={config}", "--topology=h200:8", f"--output={folder}"]) == 2
+    shown = capsys.readouterr().err
+    assert f"--output={folder}: cannot write in " in shown and shown.count("\n") == 1
 
 
 def test_a_missing_compiler_is_told(config, capsys, monkeypatch):

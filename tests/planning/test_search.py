@@ -8,7 +8,7 @@ import pytest
 from calm_jax.errors import CalmError
 from calm_jax.models import CompositionConfig, DecoderConfig, published
 from calm_jax.planning import formula, search, topologies
-from calm_jax.training.configuration import composed_run
+from calm_jax.training.configuration import composed_run, decoder_run
 from calm_jax.training.ideal import ideal_flops
 
 TOPOLOGY = topologies.find("v5e:2x2")
@@ -167,11 +167,35 @@ def test_what_saves_memory_saves_it_in_the_formulas(config, key, value, less):
     assert peaks[0] < 0.8 * peaks[1]
 
 
-def test_slices_exchange_the_bridge_alone(config):
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_slices_exchange_the_bridge_alone(config, accumulate):
     topology = topologies.find("v5e:2x2*2")
     formulas = formula.Formula(config, topology)
+    config.train.batch_size, config.train.accumulate = 16, accumulate
     found = formulas.plan(config, formula.mesh_of(config, topology))
     (bridge,) = (tree for tree in found["memory"]["trees"] if tree["name"] == "bridge")
-    # Each of two slices sends half of its float32 sum and gets the other half.
-    assert found["seconds"]["network"] == pytest.approx(bridge["bytes"] / 3.125e9)
+    # Each of the four chips has a quarter of the bfloat16 sum of its slice; of that each of two
+    # slices sends half and gets the other half.
+    quarter = 2 * bridge["parameters"] / 4
+    assert found["seconds"]["network"] == pytest.approx(accumulate * quarter / 3.125e9)
     assert bridge["bytes"] == 4 * bridge["parameters"]
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_chips_exchange_the_gradients_of_a_decoder(accumulate):
+    config = decoder_run(FORM)
+    config.name, config.data.length = "small", 64
+    config.train.batch_size, config.train.accumulate = 16, accumulate
+    topology = topologies.find("h200:8")
+    embeddings = 2 * FORM.vocab_size * FORM.embed_dim
+    attention = 2 * (FORM.num_heads + FORM.num_kv_heads) * FORM.head_dim * FORM.embed_dim
+    layers = FORM.num_layers * (attention + 3 * FORM.mlp_dim * FORM.embed_dim)
+    gradients = 2 * layers + 4 * embeddings  # bytes; norms are next to nothing
+    links = {}
+    for axis in ("data", "fsdp"):
+        config.mesh = {"data": 1, "fsdp": 1, "tensor": 1, axis: 8}
+        found = formula.Formula(config, topology).plan(config, formula.mesh_of(config, topology))
+        links[axis] = found["seconds"]["links"] * 450e9 / accumulate
+    assert links["data"] == pytest.approx(2 * 7 / 8 * gradients, rel=0.01)
+    # What is split is scattered once, and gathered forward and backward.
+    assert links["fsdp"] == pytest.approx(7 / 8 * (gradients + 2 * 2 * layers), rel=0.01)
