@@ -166,10 +166,10 @@ def test_mesh_refused(shape, message):
 @pytest.mark.parametrize("platform", ["tpu", "gpu"])
 def test_a_mesh_has_the_slices_that_its_devices_are_of(slices, platform):
     devices = [types.SimpleNamespace(platform=platform, slice_index=0) for _ in range(2)]
-    with pytest.raises(CalmError, match="mesh.slices is 2, but the devices come in 1"):
+    with pytest.raises(CalmError, match=r"mesh\.slices is 2, but the devices come in 1"):
         sharding.make_mesh({"slices": slices}, devices)
     devices[1].slice_index = 1
-    with pytest.raises(CalmError, match="mesh.slices is 1, but the devices come in 2"):
+    with pytest.raises(CalmError, match=r"mesh\.slices is 1, but the devices come in 2"):
         sharding.make_mesh({"slices": 1, "data": 2}, devices)
 
 
