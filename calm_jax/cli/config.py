@@ -73,6 +73,7 @@ def override(config: ConfigDict, arguments: Sequence[str]) -> ConfigDict:
     values = flags.FlagValues()
     values.set_gnu_getopt(True)
     keys = _keys(config)
+    arguments = _last_of_each(arguments)
     for argument in arguments:
         match = OVERRIDE.match(argument)
         if not match:
@@ -133,6 +134,17 @@ def _keys(config: ConfigDict) -> list[str]:
             if isinstance(section, ConfigDict):
                 keys += [f"{key}[{number}].{inner}" for inner in flatten(section)]
     return list(dict.fromkeys(keys))
+
+
+def _last_of_each(arguments: Sequence[str]) -> list[str]:
+    """Of arguments that set the same key the last: the flags of tuples would gather them all."""
+    joined = []  # `--config.KEY VALUE` as one
+    for argument in arguments:
+        if joined and OVERRIDE.fullmatch(joined[-1]) and not argument.startswith("-"):
+            joined[-1] += f"={argument}"
+        else:
+            joined.append(argument)
+    return list({argument.split("=")[0]: argument for argument in joined}.values())
 
 
 def _quote_keywords(argument: str) -> str:

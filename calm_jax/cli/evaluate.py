@@ -10,10 +10,12 @@ from calm_jax.errors import CalmError
 USAGE = """Scores a run by exact match and writes every prediction to WORKDIR/evaluation.
 
   calm evaluate --workdir=runs/kv/composed [--step=2000] [--config.evaluate.limit=100]
+  calm evaluate --workdir=runs/mine [--config.evaluate.tasks="('test.jsonl',)"]
 
-What is scored stands in the run's config: evaluate.tasks, evaluate.limit, evaluate.max_new_tokens
-and mesh; each can be set anew by --config.evaluate.limit=… . Does nothing where the same checkpoint
-was scored with the same settings before."""
+What is scored stands in the run's config: evaluate.tasks, registered Tasks or files of JSON lines
+(where there is none: the files of data.validation), evaluate.limit, evaluate.max_new_tokens and
+mesh; each can be set anew by --config.evaluate.limit=… . Does nothing where the same checkpoint was
+scored with the same settings before."""
 
 
 def _define(values: flags.FlagValues) -> None:

@@ -16,11 +16,14 @@ def evaluation_examples(
 ) -> list[dict[str, Any]]:
     """Texts `inputs` and `targets` of a task, with what else its examples carry; `limit` 0 is all.
 
-    `task` is a registered name, or an entry of `config.data` as `open_source` takes. Key-value
-    examples carry `set` (subs, num, math), `operands` and `unseen`. Imports TensorFlow.
+    `task` is a registered name, a file of JSON lines ("….jsonl"), or an entry of `config.data` as
+    `open_source` takes. Key-value examples carry `set` (subs, num, math), `operands` and `unseen`,
+    those of a file what `jsonl.parse` says. Imports TensorFlow.
     Raises `CalmError` as `open_source` does.
     """
-    entry = {"task": task} if isinstance(task, str) else dict(task)
+    if isinstance(task, str):
+        task = {"jsonl" if task.endswith(".jsonl") else "task": task}
+    entry = dict(task)
     cache.check_entry(entry, "evaluation")
     ready = cache.ready_tasks(entry, split, vocabulary, cache.cache_directory(cache_dir))
     from calm_jax.data import tasks

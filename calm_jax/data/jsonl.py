@@ -14,6 +14,7 @@ else `role: content` with a line break after each message, and `assistant: ` las
 import json
 import os
 import pathlib
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -72,8 +73,9 @@ def task(path: str | os.PathLike, vocabulary: Vocabulary) -> Any:
         splits=splits,
         num_input_examples=dict.fromkeys(splits, examples),
     )
+    name = re.sub(r"[^\w.]", "_", pathlib.Path(path).stem)  # seqio allows no other characters
     return tasks.Task(
-        f"calm_jax/jsonl/{pathlib.Path(path).stem}",
+        f"calm_jax/jsonl/{name}",
         source=source,
         output_features=tasks.output_features(vocabulary),
         preprocessors=[tasks.tokenize],

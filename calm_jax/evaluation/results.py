@@ -22,7 +22,8 @@ def evaluation_folder(workdir: epath.PathLike) -> epath.Path:
 
 
 def predictions_file(workdir: epath.PathLike, task: str) -> epath.Path:
-    return evaluation_folder(workdir) / f"{task.replace('/', '_')}.jsonl"
+    name = task.removesuffix(".jsonl").strip("/").replace("/", "_")
+    return evaluation_folder(workdir) / f"{name}.jsonl"
 
 
 def write_json_lines(path: epath.PathLike, records: Iterable[Mapping[str, Any]]) -> None:

@@ -52,7 +52,8 @@ def evaluate(
         workdir: a run's directory.
         step: which checkpoint of a composed run; default: the best by validation. A decoder's run
             has one finished model, its frozen folder.
-        tasks: names of Tasks with a test split; default: the config's `evaluate.tasks`.
+        tasks: names of Tasks with a test split, or files of JSON lines; default: the config's
+            `evaluate.tasks`, or, where that is empty, the files of its validation data.
         limit: examples of each task at most, 0 for all; default: `evaluate.limit`.
         max_new_tokens: length of an answer at most; default: `evaluate.max_new_tokens`.
         mesh: sizes of the mesh axes, as in a run's config; default: the first device alone.
@@ -73,9 +74,9 @@ def evaluate(
         key: config.get("evaluate", {}).get(key) if value is None else value
         for key, value in given.items()
     }
-    settings["tasks"] = list(settings["tasks"] or ())
+    settings["tasks"] = list(settings["tasks"] or validation_files(config))
     if not settings["tasks"]:
-        raise CalmError(f"{folder}: evaluate.tasks is empty; name a task")
+        raise CalmError(f"{folder}: evaluate.tasks is empty; name a task, or a file of JSON lines")
     step = _step(folder, config, step)
     before = read_optional(evaluation_folder(folder) / "summary.json")
     if all(
@@ -102,6 +103,11 @@ def evaluate(
     summary |= {task: metrics.score(records) for task, records in answers.items()}
     write_json(evaluation_folder(folder) / "summary.json", summary)
     return summary
+
+
+def validation_files(config: Mapping[str, Any]) -> list[str]:
+    entries = config.get("data", {}).get("validation", ())
+    return [entry["jsonl"] for entry in entries if "jsonl" in entry]
 
 
 def _step(folder: epath.Path, config: Mapping[str, Any], step: int | None) -> int:
@@ -138,6 +144,11 @@ def _examples(model, task: str, config: Mapping[str, Any], settings: Mapping[str
     examples = data.evaluation_examples(task, SPLIT, vocabulary, settings["limit"] or 0, place)
     if not examples:
         raise CalmError(f"task {task} has no example in its {SPLIT} split")
+    for number, example in enumerate(examples, 1):
+        if not example["inputs"]:
+            raise CalmError(f"{task}: example {number} has no prompt whose answer could be scored")
+        if example.get("is_turn"):  # what the template writes to end a turn is never decoded
+            example["targets"] = vocabulary.decode(vocabulary.encode(example["targets"]))
     longest = max(len(vocabulary.encode(example["targets"])) for example in examples) + 1
     if longest > room:
         raise CalmError(

@@ -118,7 +118,7 @@ def _common(kind: str) -> ConfigDict:
     config.train.profile_steps = 0  # steps of the profile; 0: none
 
     config.evaluate = ConfigDict()
-    config.evaluate.tasks = ()  # names of registered tasks with a test split
+    config.evaluate.tasks = ()  # registered tasks with a test split, or files of JSON lines
     config.evaluate.limit = 0  # examples of each at most; 0: all
     config.evaluate.max_new_tokens = 32  # length of an answer
 

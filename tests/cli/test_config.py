@@ -49,6 +49,8 @@ def parse(*argv):
         (["--config.width=8"], "width", 8),
         (["--config.pairs=((3, 0), (3, 1))"], "pairs", ((3, 0), (3, 1))),
         (["--config.pairs=('a b/c',)"], "pairs", ("a b/c",)),
+        (["--config.pairs=(1, 2)", "--config.pairs=(3,)"], "pairs", (3,)),
+        (["--config.pairs", "(1, 2)", "--config.pairs", "(3,)"], "pairs", (3,)),
         (["--config.decoder.from=a/b"], "decoder.from", "a/b"),
         (["--config.name=x=y"], "name", "x=y"),
         (["--config.mixed[0].weight=0.25"], "mixed", ({"task": "a", "weight": 0.25},)),

@@ -101,18 +101,24 @@ def said_by(model) -> tuple[str, ...]:
     )
 
 
+def examples_for(model) -> list[dict]:
+    """Examples of which `model` is right on every second one."""
+    examples = []
+    for row, (prompt, said) in enumerate(zip(PROMPTS, said_by(model), strict=True)):
+        fits = len(VOCABULARY.encode(said)) < ANSWER
+        target = said if row % 2 and fits else "1+1"
+        examples.append(
+            {"inputs": "<math>" + prompt, "targets": target, "set": "math", "operands": row}
+        )
+    return examples
+
+
 @pytest.fixture
 def ask(monkeypatch):
-    """Makes the tasks' examples: `ask(model)` lets `model` be right on every second one."""
+    """Makes the tasks' examples: `ask(model)` gives `examples_for` it."""
 
     def set_examples(model) -> list[dict]:
-        examples = []
-        for row, (prompt, said) in enumerate(zip(PROMPTS, said_by(model), strict=True)):
-            fits = len(VOCABULARY.encode(said)) < ANSWER
-            target = said if row % 2 and fits else "1+1"
-            examples.append(
-                {"inputs": "<math>" + prompt, "targets": target, "set": "math", "operands": row}
-            )
+        examples = examples_for(model)
         monkeypatch.setattr(
             data, "evaluation_examples",
             lambda task, split, vocabulary, limit, _: [dict(e) for e in examples[: limit or None]],
@@ -206,6 +212,31 @@ def test_same_predictions_on_a_mesh(composed_run, ask):
     (folder / "evaluation" / "summary.json").unlink()
     runner.evaluate(folder, mesh={"data": 2, "fsdp": 2, "tensor": 2}, batch_size=4)
     assert lines(folder, MATH) == one
+
+
+def test_a_file_of_json_lines_is_asked(decoder_run, tmp_path, capsys):
+    folder, decoder = decoder_run
+    examples = examples_for(decoder)
+    file = tmp_path / "held out.jsonl"
+
+    def write(*records):
+        file.write_text("".join(json.dumps(record) + "\n" for record in records))
+
+    write(*({key: example[key] for key in ("inputs", "targets")} for example in examples))
+    assert command.main([f"--workdir={folder}", f"--config.evaluate.tasks=('{file}',)"]) == 0
+    right = sum(said == e["targets"] for said, e in zip(said_by(decoder), examples, strict=True))
+    assert 0 < right < len(examples)
+    assert f" of {len(examples)} " in capsys.readouterr().out
+    run = read_run(folder)
+    assert run.scores[str(file)]["exact_match"] == pytest.approx(100 * right / len(examples))
+    assert [e["prediction"] for e in run.predictions[str(file)]] == list(said_by(decoder))
+    write({"text": "a whole text"})
+    with pytest.raises(CalmError, match=r"held out.jsonl: example 1 has no prompt"):
+        runner.evaluate(folder, tasks=[str(file)], limit=1)
+
+    config = json.loads((folder / "config.json").read_text())
+    config["data"]["validation"] = [{"jsonl": str(file)}, {"task": "another"}]
+    assert runner.validation_files(config) == [str(file)]
 
 
 def test_command(decoder_run, ask, capsys):
