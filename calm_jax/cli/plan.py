@@ -15,7 +15,7 @@ It prints memory, arithmetic, traffic and time of a step on a chip, and writes t
 plan.json and plan.md. TOPOLOGY is a slice as Cloud TPU names it, `*2` after it for two of them;
 h100:8 and h200:8 are planned by formula. Anchor and augments may be forms, such as form:gemma2_9b,
 of which no weights are needed. With --search meshes, micro-batches and rematerialisation are
-searched by formula, and the best two compiled."""
+searched by formula; the best two, and the config's own, are compiled."""
 
 
 def _define(values: flags.FlagValues) -> None:

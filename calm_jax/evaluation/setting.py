@@ -139,7 +139,8 @@ def making(experiment: str, runs: Sequence[Run]) -> Element:
         if run.composed:
             lines[-1] += f" --config.anchor={run.config['anchor']}"
             lines[-1] += f' --config.augments="{tuple(run.config["augments"])}"'
-        lines.append(f"calm evaluate --workdir={experiment}/{run.name}")
+        if run.made:
+            lines.append(f"calm evaluate --workdir={experiment}/{run.name}")
     lines.append(f"calm report --experiment={experiment}")
     facts = [
         (
@@ -156,6 +157,12 @@ def making(experiment: str, runs: Sequence[Run]) -> Element:
     return section(
         "How this was made",
         element("pre", "\n".join(lines)),
+        element(
+            "p",
+            "Other keys that were set on the command line stand, with all others, in the "
+            "config.json of each run.",
+            class_="note",
+        ),
         table(("Run", "Scored at step", "Scored on", "Device"), facts)
         if facts
         else missing("No run has been evaluated yet."),

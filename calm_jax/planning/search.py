@@ -1,4 +1,7 @@
-"""The cheapest way of running a config's step that fits: searched by formula, then compiled."""
+"""The cheapest way of running a config's step that fits: searched by formula, then compiled.
+
+The config's own way is compiled too, so a search tells none that is known to be slower.
+"""
 
 import itertools
 from collections.abc import Callable, Iterator
@@ -20,7 +23,7 @@ def candidates(config: ConfigDict, topology: Topology) -> list[tuple[ConfigDict,
     """Every way of running the step of a config, with its plan by formula; the fastest first.
 
     Ways differ in mesh, micro-batches and rematerialisation; the batch, and so what is learnt, is
-    that of the config.
+    that of the config. Those that offload come last: no formula knows the links to the host.
     """
     formula = Formula(config, topology)
     found = []
@@ -29,7 +32,12 @@ def candidates(config: ConfigDict, topology: Topology) -> list[tuple[ConfigDict,
             found.append((way, formula.plan(way, abstract_mesh(way.mesh))))
         except CalmError:  # it divides no heads, no width or not the batch
             continue
-    return sorted(found, key=lambda pair: (pair[1]["seconds"]["serial"], pair[0].train.accumulate))
+
+    def rank(pair):
+        train = pair[0].train
+        return train.remat == "offload", pair[1]["seconds"]["serial"], train.accumulate
+
+    return sorted(found, key=rank)
 
 
 def cheapest(
@@ -37,11 +45,11 @@ def cheapest(
     topology: Topology,
     compile_plan: Callable[[ConfigDict, Topology], plan.Plan] = plan.make_plan,
 ) -> plan.Plan:
-    """The plan of the fastest way that fits, the best by formula compiled.
+    """The plan of the fastest way that fits: the config's own, or one of the best by formula.
 
     Returns:
-        the plan; "candidates" are the best by formula, with what the compiler found; "advice" says
-        how to run it so.
+        the plan, compiled where the topology can be; "candidates" are the config's own way and the
+        best by formula, with what the compiler found; "advice" says how to run it so.
 
     Raises:
         CalmError: no way fits by formula, or none that was compiled does.
@@ -53,6 +61,7 @@ def cheapest(
     plans = [guess for _, guess in fitting[: TRIED + COMPILED]]
     if not topology.compiled:
         return plans[0] | {"candidates": _rows(plans), "advice": advice(plans[0])}
+    own = _own(config, topology, compile_plan)
     good: list[plan.Plan] = []
     tried, hopeful = 0, {}  # by how much formulas fell short, for each way of rematerialising
     for number, (way, guess) in enumerate(fitting):
@@ -71,6 +80,8 @@ def cheapest(
             good.append(made)
         elif made["memory"]["peak"]:
             hopeful[way.train.remat] = made["memory"]["peak"] / guess["memory"]["peak"]
+    plans = own + plans
+    good = [each for each in own if each["memory"]["fits"]] + good
     if not good:
         raise CalmError(
             f"{tried} ways that fit {topology.name} by formula were compiled, and none does; take "
@@ -78,6 +89,14 @@ def cheapest(
         )
     best = min(good, key=lambda each: each["seconds"]["serial"])
     return best | {"candidates": _rows(plans), "advice": advice(best)}
+
+
+def _own(config: ConfigDict, topology: Topology, compile_plan) -> list[plan.Plan]:
+    """The plan of the config as it is; none where its mesh is of other chips."""
+    try:
+        return [compile_plan(config, topology)]
+    except CalmError:
+        return []
 
 
 def advice_by_formula(config: ConfigDict, topology: Topology) -> str:

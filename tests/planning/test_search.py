@@ -71,16 +71,25 @@ def test_every_way_divides_the_chips_and_the_batch(config, found):
     remats = len({remat for *_, remat in ways})
     assert remats == 4
     assert len(ways) == remats * sum(meshes[ways] * sizes[ways] for ways in meshes)
-    times = [guess["seconds"]["serial"] for _, guess in found]
+    times = [(each.train.remat == "offload", guess["seconds"]["serial"]) for each, guess in found]
     assert times == sorted(times)
 
 
-def compiler(monkeypatch, found, fits, seconds):
-    """A compiler that finds `fits` and `seconds` in turn, and the list of ways it was asked."""
+def compiler(monkeypatch, found, fits, seconds, own=None):
+    """A compiler that finds `fits` and `seconds` in turn, and the list of ways it was asked.
+
+    Of the config's own way, which is asked for first, it finds `own` seconds; None: no such mesh.
+    """
     monkeypatch.setattr(search, "candidates", lambda config, topology: copy.deepcopy(found))
     asked = []
 
     def compile_plan(config, topology):
+        if config.mesh.data == -1:
+            if own is None:
+                raise CalmError("the mesh does not use all devices")
+            guess = copy.deepcopy(found[0][1])
+            guess["seconds"]["serial"] = own
+            return guess | {"compiled": True, "remat": "the config's"}
         guess = copy.deepcopy(found[len(asked)][1])
         guess["memory"]["fits"] = fits[len(asked)]
         guess["seconds"]["serial"] = seconds[len(asked)]
@@ -105,6 +114,15 @@ def test_the_best_two_are_compiled_and_the_faster_is_told(config, found, monkeyp
     ):
         assert flag in best["advice"]
     assert [each["compiled"] for each in best["candidates"][:3]] == [True, True, False]
+
+
+@pytest.mark.parametrize("own, best", [(0.05, "the config's"), (0.3, "another")])
+def test_the_configs_own_way_is_compiled_too(config, found, monkeypatch, own, best):
+    compile_plan, _ = compiler(monkeypatch, found, [True, True], [0.2, 0.1], own)
+    told = search.cheapest(config, TOPOLOGY, compile_plan)
+    assert (told["remat"] == "the config's") == (best == "the config's")
+    assert told["seconds"]["serial"] == min(own, 0.1)
+    assert [each["compiled"] for each in told["candidates"][:4]] == [True, True, True, False]
 
 
 def test_what_does_not_fit_after_all_is_passed_over(config, found, monkeypatch):
