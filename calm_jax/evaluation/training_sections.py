@@ -15,7 +15,7 @@ from calm_jax.evaluation.page import (
     section,
     visible,
 )
-from calm_jax.evaluation.results import Run, compositions
+from calm_jax.evaluation.results import Run
 
 _HEATMAPS = 9  # of one run at most
 
@@ -61,7 +61,7 @@ def usage(runs: Sequence[Run]) -> Element:
     figures = []
     for run in runs:
         keys = _metrics(run, "connection/")
-        names = connection_names(run)
+        names = run.costs.get("connections", ())
         lines = []
         for index, key in enumerate(keys):
             steps, values = run.curve("train", key)
@@ -119,25 +119,6 @@ def attention(runs: Sequence[Run]) -> Element:
     if not parts:
         return section(heading, missing("No attention map has been written yet."))
     return section(heading, *parts)
-
-
-def connection_names(run: Run) -> list[str]:
-    """`i→j` of every connection, in the order of the metrics; empty where the run does not say.
-
-    Of several augments the number of the augment stands before it.
-    """
-    sections = compositions(run)
-    if sections and all(section.get("connections") for section in sections):
-        found = sorted(
-            (j, augment, i)
-            for augment, section in enumerate(sections)
-            for i, j in section["connections"]
-        )
-    else:
-        connections = run.attention.get("connections", ())
-        found = [(c["to"], c["augment"], c["from"]) for c in connections]
-    several = len({augment for _, augment, _ in found}) > 1
-    return [f"{augment}: {i}→{j}" if several else f"{i}→{j}" for j, augment, i in found]
 
 
 def _whole_answers(run: Run) -> list[Series]:

@@ -46,6 +46,15 @@ class Plan:
     tap_layers: tuple[tuple[int, ...], ...]  # of each augment, ascending
     rounds: tuple[Round, ...]
 
+    @property
+    def names(self) -> list[str]:
+        """`layer→anchor layer` of each connection; of several augments with its number before."""
+        several = len(self.tap_layers) > 1
+        return [
+            (f"{c.augment}: " if several else "") + f"{c.layer}→{c.anchor_layer}"
+            for c in self.connections
+        ]
+
 
 def make_plan(
     configs: Sequence[CompositionConfig], anchor_depth: int, augment_depths: Sequence[int]

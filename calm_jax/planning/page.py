@@ -76,6 +76,9 @@ def _memory(plan: Plan) -> str:
         rows.append(("peak of the step", "", _gib(memory["peak_of_step"])))
         rows.append(("loaded, but not for the step", "", _gib(memory["unused"])))
     needed = memory["peak"]
+    if not plan["compiled"]:
+        rest = needed - sum(tree["bytes"] for tree in memory["trees"])
+        rows.append(("activations, gradients, buffers", "", _gib(rest)))
     rows.append(("needed", "", _gib(needed) if needed else "more"))
     rows.append(("a chip has", "", _gib(memory["available"])))
     if needed:

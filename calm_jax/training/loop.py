@@ -220,6 +220,7 @@ class _Session:
             "trees": tree_costs(
                 self.parts, self.model.trainable, self.model.frozen, self.opt_state
             ),
+            "connections": self.described.connections,
             "flops_per_step": jaxpr_flops(traced.jaxpr.jaxpr),
             "memory_bytes": getattr(memory, "peak_memory_in_bytes", 0),
             "mesh": dict(self.mesh.shape),

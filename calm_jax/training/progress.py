@@ -252,8 +252,8 @@ def costs_table(costs: Mapping[str, Any]) -> str:
     """What a run will cost, as text: a row for each tree, then the step's and the mesh's figures.
 
     Args:
-        costs: the content of costs.json: "trees", "memory_bytes", "flops_per_step", "mesh",
-            "global_batch", "tokens_per_step".
+        costs: the content of costs.json: "trees", "connections", "memory_bytes",
+            "flops_per_step", "mesh", "global_batch", "tokens_per_step".
     """
     rows = [("tree", "parameters", "size", "")]
     for tree in costs["trees"]:
@@ -265,6 +265,8 @@ def costs_table(costs: Mapping[str, Any]) -> str:
         f"{name:{widths[0]}}  {parameters:>{widths[1]}}  {bytes_:>{widths[2]}}  {note}".rstrip()
         for name, parameters, bytes_, note in rows
     ]
+    if costs["connections"]:
+        lines.append(f"augment layer → anchor layer: {', '.join(costs['connections'])}")
     mesh = " × ".join(f"{axis} {ways}" for axis, ways in costs["mesh"].items())
     return "\n".join(
         [

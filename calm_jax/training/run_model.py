@@ -28,11 +28,13 @@ from calm_jax.training.step import Parts
 class Described:
     """What can be said of a run's models before any weight is loaded.
 
-    `identities`: role, place and fingerprint of each frozen model, the anchor first.
+    `identities`: role, place and fingerprint of each frozen model, the anchor first;
+    `connections`: names of them, in the order of the metrics. Both are empty for a decoder.
     """
 
     vocabulary: Vocabulary
     identities: list[dict[str, Any]]
+    connections: list[str]
 
 
 @dataclasses.dataclass
@@ -56,7 +58,7 @@ def describe_models(config: ConfigDict) -> Described:
         roles = ["anchor", *(f"augment {k}" for k in range(len(config.augments)))]
         anchor, *augments = (folder.config for folder in folders)
         compositions = composition_configs(config)
-        make_plan(compositions, anchor.num_layers, [form.num_layers for form in augments])
+        plan = make_plan(compositions, anchor.num_layers, [form.num_layers for form in augments])
         for composition in compositions:
             heads(composition, anchor)
     else:
@@ -80,7 +82,7 @@ def describe_models(config: ConfigDict) -> Described:
             )
     vocabulary.rows = min(form.vocab_size for form in forms)
     if config.kind != "composed":
-        return Described(vocabulary, [])
+        return Described(vocabulary, [], [])
     identities = [
         {
             "role": role,
@@ -90,7 +92,7 @@ def describe_models(config: ConfigDict) -> Described:
         }
         for role, folder, dtype in zip(roles, folders, frozen_dtypes(config), strict=True)
     ]
-    return Described(vocabulary, identities)
+    return Described(vocabulary, identities, plan.names)
 
 
 def load_model(config: ConfigDict, mesh: jax.sharding.Mesh) -> RunModel:

@@ -100,6 +100,7 @@ def write_costs(run: Path, model: str) -> None:
     costs = {
         "trees": [{"name": n, "parameters": p, "bytes": 4 * p, "trained": t,
                    "flops_per_token": None if n == "optimizer" else 2.0 * p} for n, p, t in trees],
+        "connections": [f"{i}→{j}" for i, j in CONNECTIONS] if model == "composed" else [],
         "flops_per_step": 1.9e10, "memory_bytes": 310_000_000, "global_batch": 128,
         "tokens_per_step": 4096, "mesh": {"data": 1, "fsdp": 1, "tensor": 1},
     }  # fmt: skip

@@ -153,6 +153,13 @@ def test_errors_say_of_which_augment_they_are():
         make_plan(configs, 8, [8, 4])
 
 
+def test_names_are_in_the_order_of_the_numbers():
+    """By anchor layer, then by augment, however they were given."""
+    config = CompositionConfig(connections=((3, 2), (3, 0)))
+    assert make_plan([config], 4, [4]).names == ["3→0", "3→2"]
+    assert make_plan([config] * 2, 4, [4, 4]).names == ["0: 3→0", "1: 3→0", "0: 3→2", "1: 3→2"]
+
+
 def test_one_config_for_each_augment():
     with pytest.raises(CalmError, match=r"2 composition configs .* 1 augments"):
         make_plan([CompositionConfig(), CompositionConfig()], 8, [8])

@@ -189,6 +189,7 @@ def test_costs_are_shown_as_a_table():
         ],
         "memory_bytes": 3 * 2**30,
         "flops_per_step": 12_345_678_901,
+        "connections": ["3→5", "7→11"],
         "mesh": {"data": 4, "fsdp": 2, "tensor": 1},
         "global_batch": 64,
         "tokens_per_step": 65536,
@@ -198,6 +199,7 @@ def test_costs_are_shown_as_a_table():
         "anchor      1,234,567  2.4 MiB  frozen",
         "bridge              8     32 B  trained",
         "optimizer          17     68 B  state",
+        "augment layer → anchor layer: 3→5, 7→11",
         "a step: 3.0 GiB of memory a device, compiled; 12.3 GFLOP",
         "mesh: data 4 × fsdp 2 × tensor 1; global batch: 64 rows, 65,536 tokens",
     ]
