@@ -3,12 +3,17 @@
 # then the bridge between them, scores all three, and prints a table. Goes on where it stopped.
 #
 #   bash launch/demo.sh [FOLDER]      FOLDER defaults to runs/demo
+
 set -euo pipefail
 SECONDS=0
-runs=$(realpath -m "${1:-runs/demo}")
+runs=$(realpath -m -- "${1:-runs/demo}")
 cd "$(dirname "$0")/.."
 source launch/environment.sh
 
+case ${1:-} in
+  --help) usage && exit ;;
+  -*) fail "unknown flag $1; --help says what there is" ;;
+esac
 prepare ""
 mkdir -p "$runs"
 export PYTHONUNBUFFERED=1

@@ -89,7 +89,7 @@ case $command in
     require name image topology
     [[ $name =~ ^[a-z]([-a-z0-9]{0,38}[a-z0-9])?$ ]] ||
       fail "--name=$name: Kubernetes wants a-z, 0-9 and -, from a letter on, at most 40 characters"
-    [[ $retries =~ ^[0-9]+$ ]] || fail "--retries=$retries is not a number"
+    require_numbers retries
     require_run 'gs://*' "pods share no disk; name a bucket, gs://…"
     slice_shape
     if [[ $command == render ]]; then

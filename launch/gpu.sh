@@ -15,7 +15,7 @@ install=''
 parse_flags "" "install" "$@"
 [[ $install ]] || require_run '*' ''
 
-run prepare cuda
+prepare cuda
 if [[ ! $install ]]; then
   # The rest is the driver's and the libraries'; JAX alone would take three quarters.
   run exec env XLA_PYTHON_CLIENT_MEM_FRACTION=0.9 .venv/bin/calm train "${rest[@]}"

@@ -1,15 +1,8 @@
-# Sourced by the scripts beside it, in the project's root: flags, commands that --dry-run only
-# prints, and the words for slices of TPUs.
+# Sourced by the scripts beside it, in the project's root: flags, and the words for slices of TPUs.
 # shellcheck shell=bash
 source launch/environment.sh
 
-dry_run=''
 rest=() # what follows --: the flags of `calm train`
-
-# Prints the head of the script that runs.
-usage() {
-  sed -n '2,/^$/s/^# \{0,1\}//p' "launch/$(basename "$0")"
-}
 
 # parse_flags "NAME …" "SWITCH …" ARGUMENT …: each --a-name=value becomes the variable a_name, each
 # --a-switch sets its own to yes, and --help ends the script.
@@ -48,12 +41,21 @@ require() {
   done
 }
 
+# require_numbers NAME …: the value of each flag is one.
+require_numbers() {
+  local key variable
+  for key; do
+    variable=${key//-/_}
+    [[ ${!variable} =~ ^[0-9]+$ ]] || fail "--$key=${!variable} is not a number"
+  done
+}
+
 # require_run WORKDIR_PATTERN HINT: the flags of `calm train` name a config and a directory.
 require_run() {
   local flag config='' workdir=''
   for flag in ${rest[@]+"${rest[@]}"}; do
     case $flag in
-      --config=?*) config=$flag ;;
+      --config=?*) config=${flag#*=} ;;
       --workdir=?*) workdir=${flag#*=} ;;
     esac
   done
@@ -61,39 +63,23 @@ require_run() {
   [[ $workdir ]] || fail "--workdir=DIR, a flag of \`calm train\`, is missing after --"
   # shellcheck disable=SC2053 # a pattern
   [[ $workdir == $1 ]] || fail "--workdir=$workdir: $2"
+  [[ -f $config ]] || fail "--config=$config: there is no such file in $PWD"
+  [[ $1 == '*' || $config != @(/|..)* ]] ||
+    fail "--config=$config: name it from $PWD on, the checkout that is copied"
 }
 
-# Prints words as a shell would take them.
-quoted() {
-  local word flag line=''
-  for word; do
-    flag=''
-    if [[ $word =~ ^--[A-Za-z0-9_.-]+= ]]; then
-      flag=${BASH_REMATCH[0]}
-      word=${word#"$flag"}
-    fi
-    [[ $word =~ ^[A-Za-z0-9_./:=,@%+-]+$ ]] || word=${word@Q}
-    line+=" $flag$word"
-  done
-  echo "${line:1}"
-}
-
-# Runs a command; with --dry-run prints it.
-run() {
-  if [[ $dry_run ]]; then
-    quoted "$@"
-  else
-    "$@"
-  fi
-}
-
-# split_topology v5e:4x8*2: sets chip, shape, chips (of one slice) and slices. The words are those of
-# `calm plan`, which also knows what shapes there are.
+# split_topology v5e:4x8*2: sets chip, shape, chips (of one slice) and slices. Words and shapes are
+# those of `calm plan`; a shape of two sides is of v5e and v6e, one of three of v5p.
 # shellcheck disable=SC2034 # for the scripts
 split_topology() {
+  local known sides=2
   [[ $1 =~ ^(v5e|v6e):([0-9]+x[0-9]+)(\*([1-9][0-9]*))?$ ||
     $1 =~ ^(v5p):([0-9]+x[0-9]+x[0-9]+)(\*([1-9][0-9]*))?$ ]] ||
     fail "--topology=$1 is not of the form v5e:4x8, v6e:4x8, v5p:2x4x4 or, two slices, v5e:4x8*2"
   chip=${BASH_REMATCH[1]} shape=${BASH_REMATCH[2]} slices=${BASH_REMATCH[4]:-1}
+  [[ $chip != v5p ]] || sides=3
+  known=$(grep -oE "\"[0-9]+(x[0-9]+){$((sides - 1))}\"" calm_jax/planning/topologies.py |
+    tr -s '"\n' ' ')
+  [[ $known == *" $shape "* ]] || fail "--topology=$1: no such slice; of $chip there are${known% }"
   chips=$((${shape//x/*}))
 }

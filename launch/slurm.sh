@@ -24,6 +24,8 @@ require nodes gpus
 for flag in nodes gpus cpus; do
   [[ ${!flag} =~ ^[1-9][0-9]*$ ]] || fail "--$flag=${!flag} is not a number of $flag"
 done
+[[ ! $time || $time =~ ^([0-9]+-)?[0-9]+(:[0-9]+){0,2}$ ]] ||
+  fail "--time=$time is neither minutes nor of a form such as 12:00:00 or 2-12:00:00"
 require_run '*' ''
 
 # The signal goes to the steps alone, so the script that waits for them hears nothing of it.

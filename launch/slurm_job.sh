@@ -5,6 +5,8 @@
 set -euo pipefail
 source launch/shared.sh
 
+[[ ${1:-} != --help ]] || { usage && exit; }
+[[ ${SLURM_CPUS_PER_TASK:-} ]] || fail "SLURM runs this; bash launch/slurm.sh submits it"
 if [[ ${1:-} == --dry-run ]]; then
   dry_run=yes
   shift

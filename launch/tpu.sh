@@ -44,6 +44,7 @@ esac
 parse_flags "name zone topology project runtime service-account worker poll retries" "queued spot" \
   "$@"
 require name zone
+require_numbers worker poll retries
 case $command in create | resume) require topology ;; esac
 case $command in train | resume) require_run 'gs://*' "workers share no disk; name a bucket, gs://…" ;; esac
 slices=1

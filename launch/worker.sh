@@ -9,6 +9,7 @@
 
 set -euo pipefail
 cd "$(dirname "$0")/.."
+source launch/environment.sh
 
 # Outside the checkout, which an installation replaces.
 environment=$HOME/calm_env log=$HOME/calm.log lock=$HOME/calm.lock
@@ -26,10 +27,7 @@ case $command in
   start)
     # The training inherits the open file, and with it the lock: held until the last process ends.
     exec 9>>"$lock"
-    if ! flock --nonblock 9; then
-      echo "error: a training is running on this worker" >&2
-      exit 2
-    fi
+    flock --nonblock 9 || fail "a training is running on this worker"
     rm -f "$exit_status"
     setsid nohup bash launch/worker.sh run "$@" >>"$log" 2>&1 </dev/null &
     echo "$!" >"$process"
@@ -53,8 +51,6 @@ case $command in
   stop)
     kill -TERM -- "-$(<"$process")"
     ;;
-  *)
-    echo "error: unknown command '$command': install, start, status or stop" >&2
-    exit 2
-    ;;
+  --help | '') usage ;;
+  *) fail "unknown command $command; --help lists them" ;;
 esac

@@ -13,9 +13,15 @@ import hypothesis.strategies as st
 import pytest
 import shell_scripts
 
+from calm_jax.planning import topologies
+
 SCRIPTS = sorted(shell_scripts.LAUNCH.glob("*.sh"))
 SOURCED = {"environment.sh", "shared.sh"}
 COMMANDS = ("gke.sh", "gpu.sh", "slurm.sh", "tpu.sh")
+FLAGS = {  # with which a command of slices lacks its topology alone
+    "tpu.sh": ("create", "--name=pair", "--zone=z", "--dry-run"),
+    "gke.sh": ("pools", "--name=pair", "--cluster=c", "--location=l", "--dry-run"),
+}
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
@@ -45,6 +51,49 @@ def test_help_names_every_flag(script):
     shown = "\n".join(shell_scripts.lines(script, "--help"))
     for name in [*names.split(), *switches.split(), "dry-run"]:
         assert re.search(rf"^\s+--{name}\b", shown, re.MULTILINE), name
+
+
+@pytest.mark.parametrize("script", sorted({path.name for path in SCRIPTS} - SOURCED))
+def test_help_does_nothing_else(tmp_path, script):
+    shutil.copytree(shell_scripts.LAUNCH, tmp_path / "launch")
+    shell_scripts.write_program(tmp_path / ".venv/bin", "python", "#!/bin/sh\necho called\n")
+    helped = subprocess.run(
+        ["bash", f"launch/{script}", "--help"],
+        cwd=tmp_path, capture_output=True, text=True, timeout=30,
+    )  # fmt: skip
+    assert (helped.returncode, helped.stderr) == (0, "")
+    head = (shell_scripts.LAUNCH / script).read_text().splitlines()[1]
+    assert helped.stdout.startswith(head.removeprefix("# "))
+    assert "called" not in helped.stdout
+    assert not re.search(r"^(set|cd|source) ", helped.stdout, re.MULTILINE)
+    assert {path.name for path in tmp_path.iterdir()} == {"launch", ".venv"}
+
+
+def test_arguments_of_the_tests_reach_pytest(tmp_path):
+    shutil.copytree(shell_scripts.LAUNCH, tmp_path / "launch")
+    (tmp_path / "setup.py").write_text("")
+    python = '#!/bin/sh\n[ "$2" != pytest ] || echo "$*"\n'
+    shell_scripts.write_program(tmp_path / ".venv/bin", "python", python)
+    ended = subprocess.run(
+        ["bash", tmp_path / "launch/test.sh", "-m", "slow"], capture_output=True, text=True
+    )
+    assert ended.stdout.splitlines()[-1].endswith("--dist=loadfile -m slow")
+
+
+@pytest.mark.parametrize("chip", ["v5e", "v5p", "v6e"])
+@pytest.mark.parametrize("script", FLAGS)
+def test_slices_are_those_of_the_plan(script, chip):
+    for shape in topologies.SHAPES[chip]:
+        assert shell_scripts.lines(script, *FLAGS[script], f"--topology={chip}:{shape}*2")
+    unknown = ["3x5", "1x2", "16x32", "6x16"] if chip != "v5p" else ["1x1x1", "3x4x4", "16x16x2"]
+    for shape in unknown:
+        assert shape not in topologies.SHAPES[chip]
+        refused = shell_scripts.run(script, *FLAGS[script], f"--topology={chip}:{shape}")
+        assert refused.returncode == 2 and not refused.stdout
+        assert refused.stderr == (
+            f"error: --topology={chip}:{shape}: no such slice; of {chip} there are "
+            f"{' '.join(topologies.SHAPES[chip])}\n"
+        )
 
 
 def readme_commands() -> list[str]:

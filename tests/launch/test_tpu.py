@@ -137,11 +137,17 @@ def test_dry_run_of_resume_is_what_follows_a_preemption():
         (("create", *SLICE, "--topology=v7:4x4"), "--topology=v7:4x4 is not of the form"),
         (("create", *SLICE, "--topology=v5p:4x4"), "--topology=v5p:4x4 is not of the form"),
         (("create", *SLICE, "--topology=v5e:4x4*0"), "--topology=v5e:4x4*0 is not of the form"),
+        (("create", *SLICE, "--topology=v5e:3x5"), "--topology=v5e:3x5: no such slice; of v5e"),
+        (("status", *SLICE, "--retries=x"), "--retries=x is not a number"),
+        (("status", *SLICE, "--poll=y"), "--poll=y is not a number"),
+        (("status", *SLICE, "--worker=all"), "--worker=all is not a number"),
         (("create", *SLICE, "--sport"), "unknown flag --sport"),
         (("create", *SLICE, "--spot=no"), "unknown flag --spot=no"),
         (("train", *SLICE), "--config=FILE, a flag of `calm train`, is missing after --"),
         (("train", *SLICE, "--", "--config=c"), "--workdir=DIR, a flag of `calm"),
         (("train", *SLICE, "--", "--config=c", "--workdir=runs/x"), "--workdir=runs/x: workers"),
+        (("train", *SLICE, "--", "--config=no.py", TRAIN[2]), "--config=no.py: there is no such"),
+        (("train", *SLICE, "--", f"--config={__file__}", TRAIN[2]), f"--config={__file__}: name"),
     ],
 )
 def test_bad_input_is_one_line(arguments, message):

@@ -20,8 +20,7 @@ while :; do sleep 0.05; done
 
 @pytest.fixture
 def home(tmp_path):
-    (tmp_path / "calm_jax/launch").mkdir(parents=True)
-    shutil.copy(shell_scripts.LAUNCH / "worker.sh", tmp_path / "calm_jax/launch")
+    shutil.copytree(shell_scripts.LAUNCH, tmp_path / "calm_jax/launch")
     shell_scripts.write_program(tmp_path / "calm_env/bin", "calm", CALM)
     yield tmp_path
     worker(tmp_path, "stop")
