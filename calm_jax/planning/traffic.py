@@ -1,6 +1,7 @@
 """Bytes that a compiled program moves to and from a chip's main memory in one step."""
 
 import re
+from collections.abc import Iterator
 
 from calm_jax.planning.hlo import FREE, Array, Instruction, Module
 
@@ -44,48 +45,58 @@ def _moved(instruction: Instruction, module: Module, computation: str) -> int:
 
 
 def _of_fusion(fusion: Instruction, operands: list[Instruction], module: Module) -> int:
-    inside = module.computations[fusion.called("calls")]
-    users: dict[str, list[Instruction]] = {}
-    for instruction in inside.values():
-        for name in instruction.operands:
-            users.setdefault(name, []).append(instruction)
-    parameters = {int(x.argument): x for x in inside.values() if x.opcode == "parameter"}
     passed = _passed_through(fusion)
     total = 0
     for number, operand in enumerate(operands):
-        if number in passed:
-            continue
-        uses = _uses(parameters[number], users)
-        if uses and all(use.opcode in _SLICES for use in uses):
-            total += sum(use.bytes for use in uses) * _is_slow(operand)
-        elif not (uses and all(_updates(use, parameters[number], inside) for use in uses)):
-            total += _slow(operand.arrays)
-    outputs = list(fusion.arrays)
-    root = module.root(fusion.called("calls"))
-    roots = [inside[name] for name in root.operands] if root.opcode == "tuple" else [root]
-    if len(roots) != len(outputs):
-        return total + _slow(outputs)
-    for number, (made, output) in enumerate(zip(roots, outputs, strict=True)):
-        if number in passed.values() or output.fast:
-            continue
-        made = _through_bitcasts(made, inside)
-        is_update = made.opcode == "dynamic-update-slice"
-        total += inside[made.operands[1]].bytes if is_update else output.bytes
+        if number not in passed and _is_slow(operand):
+            total += min(_slow(operand.arrays), _read(fusion, number, module))
+    for number, output in enumerate(fusion.arrays):
+        if number not in passed.values() and not output.fast:
+            total += min(output.bytes, _written(fusion, number, module))
     return total
 
 
-def _uses(instruction: Instruction, users: dict[str, list[Instruction]]) -> list[Instruction]:
-    """Instructions that read it, seen through what moves nothing."""
-    found = []
-    for user in users.get(instruction.name, []):
-        found += _uses(user, users) if user.opcode == "bitcast" else [user]
-    return found
+def _read(fusion: Instruction, number: int, module: Module) -> int:
+    """Bytes that a fusion, and what is fused inside it, reads of one of its operands."""
+    inside = module.computations[fusion.called("calls")]
+    (parameter,) = (
+        x for x in inside.values() if x.opcode == "parameter" and int(x.argument) == number
+    )
+    total = 0
+    for use, place in _uses(parameter, inside):
+        if use.opcode == "fusion":
+            total += _read(use, place, module)
+        elif use.opcode in _SLICES and place == 0:
+            total += use.bytes
+        elif use.opcode != "dynamic-update-slice" or place > 0:
+            total += parameter.bytes
+    return total
 
 
-def _updates(use: Instruction, parameter: Instruction, inside: dict[str, Instruction]) -> bool:
-    if use.opcode != "dynamic-update-slice":
-        return False
-    return _through_bitcasts(inside[use.operands[0]], inside) is parameter
+def _written(fusion: Instruction, number: int, module: Module) -> int:
+    """Bytes that a fusion writes of one of its outputs: of one updated in place, the update."""
+    inside = module.computations[fusion.called("calls")]
+    root = module.root(fusion.called("calls"))
+    made = _through_bitcasts(
+        inside[root.operands[number]] if root.opcode == "tuple" else root, inside
+    )
+    if made.opcode == "fusion":
+        return _written(made, 0, module) if len(made.arrays) == 1 else made.bytes
+    return inside[made.operands[1]].bytes if made.opcode == "dynamic-update-slice" else made.bytes
+
+
+def _uses(
+    instruction: Instruction, inside: dict[str, Instruction]
+) -> Iterator[tuple[Instruction, int]]:
+    """What reads it, seen through what moves nothing, and as which operand."""
+    for user in inside.values():
+        for place, name in enumerate(user.operands):
+            if name != instruction.name:
+                continue
+            if user.opcode == "bitcast":
+                yield from _uses(user, inside)
+            else:
+                yield user, place
 
 
 def _through_bitcasts(instruction: Instruction, inside: dict[str, Instruction]) -> Instruction:

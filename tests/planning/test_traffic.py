@@ -41,3 +41,34 @@ def test_slices_updates_and_fast_memory():
     read_row, read_x, write_y, read_y, write_row = row, row, row, row, row
     expected = read_row + read_x + write_y + read_y + write_row
     assert traffic.bytes_moved(hlo.parse(PROGRAM)) == expected
+
+
+def test_slices_and_updates_of_a_fusion_inside_a_fusion():
+    calls = "kind=kLoop, calls="
+    nested = PROGRAM.replace(
+        "ENTRY",
+        f"""\
+%outer_add (r0: f32[64], r1: f32[10,64], r2: s32[]) -> f32[64] {{
+  %r0 = f32[64]{{0}} parameter(0)
+  %r1 = f32[10,64]{{1,0}} parameter(1)
+  %r2 = s32[] parameter(2)
+  %seen = f32[10,64]{{1,0}} bitcast(%r1)
+  ROOT %inner = f32[64]{{0}} fusion(%seen, %r0, %r2), {calls}%add_rows
+}}
+
+%outer_put (s0: f32[10,64], s1: f32[64], s2: s32[]) -> f32[10,64] {{
+  %s0 = f32[10,64]{{1,0}} parameter(0)
+  %s1 = f32[64]{{0}} parameter(1)
+  %s2 = s32[] parameter(2)
+  ROOT %in = f32[10,64]{{1,0}} fusion(%s0, %s1, %s2), {calls}%put_row
+}}
+
+ENTRY""",
+    )
+    nested = nested.replace(
+        f"fusion(%w, %x, %i), {calls}%add_rows", f"fusion(%x, %w, %i), {calls}%outer_add"
+    )
+    entry = nested.index("ENTRY")
+    nested = nested[:entry] + nested[entry:].replace("%put_row", "%outer_put")
+    assert "%outer_add\n" in nested[entry:] and "%outer_put\n" in nested[entry:]
+    assert traffic.bytes_moved(hlo.parse(nested)) == traffic.bytes_moved(hlo.parse(PROGRAM))
