@@ -84,17 +84,30 @@ def mesh_sizes(shape: Mapping[str, int], devices: int, slices: int | None) -> di
         if size < 1 and size != -1:
             raise CalmError(f"mesh.{axis} is {size}; it must be at least 1, or -1 for the rest")
     sizes = [shape.get(axis, 1) for axis in MESH_AXES]
+    mesh = f"mesh {shown(dict(zip(MESH_AXES, sizes, strict=True)))}"
     if sizes.count(-1) > 1:
-        raise CalmError(f"mesh {dict(shape)} leaves more than one axis open with -1")
+        raise CalmError(f"{mesh} leaves more than one axis open with -1")
     fixed = math.prod(size for size in sizes if size != -1)
     if fixed > devices:
-        raise CalmError(f"mesh {dict(shape)} needs {fixed} devices, but there are {devices}")
-    if devices % fixed or (-1 not in sizes and fixed != devices):
-        raise CalmError(f"mesh {dict(shape)} does not use all {devices} devices exactly")
+        there = f"there {'is' if devices == 1 else 'are'} {devices}"
+        raise CalmError(f"{mesh} needs {fixed} devices, but {there}")
+    if -1 not in sizes and fixed != devices:
+        raise CalmError(f"{mesh} uses {fixed} of the {devices} devices; all must be used")
+    if devices % fixed:
+        raise CalmError(f"{mesh}: the {devices} devices are not divisible by {fixed}")
     sizes = [devices // fixed if size == -1 else size for size in sizes]
     if slices not in (None, sizes[0]):
         raise CalmError(f"mesh.slices is {sizes[0]}, but the devices come in {slices}")
     return dict(zip(MESH_AXES, sizes, strict=True))
+
+
+def shown(sizes: Mapping[str, int]) -> str:
+    """A mesh as messages call it.
+
+    >>> shown({"slices": 1, "data": 2, "fsdp": -1, "tensor": 4})
+    'slices 1 × data 2 × fsdp -1 × tensor 4'
+    """
+    return " × ".join(f"{axis} {size}" for axis, size in sizes.items())
 
 
 def partition_spec(axes: Sequence[str | None], rules: Rules = RULES) -> PartitionSpec:
@@ -168,10 +181,10 @@ def check_batch(batch_size: int, accumulate: int, mesh: Mesh) -> None:
     """Raises `CalmError` unless every device gets the same number of rows of each micro-batch."""
     ways = math.prod(mesh.shape[axis] for axis in RULES["batch"])
     if batch_size % (ways * accumulate):
-        sizes = " x ".join(f"{axis} {mesh.shape[axis]}" for axis in RULES["batch"])
+        sizes = shown({axis: mesh.shape[axis] for axis in RULES["batch"]})
         raise CalmError(
             f"train.batch_size {batch_size} is not divisible by {ways * accumulate} "
-            f"({sizes} x accumulate {accumulate})"
+            f"({sizes} × accumulate {accumulate})"
         )
 
 
@@ -260,7 +273,7 @@ def batch_share(mesh: Mesh) -> tuple[int, int]:
     shares = sorted({tuple(sorted(rows)) for rows in held.values()})
     if sum(map(len, shares)) != ways or len(set(map(len, shares))) > 1:
         raise CalmError(
-            f"mesh {dict(mesh.shape)} splits the batch {ways} ways, across the {len(held)} "
+            f"mesh {shown(mesh.shape)} splits the batch {ways} ways, across the {len(held)} "
             "processes; let mesh.tensor divide the devices of a process, or the reverse"
         )
     return shares.index(tuple(sorted(held[jax.process_index()]))), len(shares)

@@ -152,14 +152,25 @@ def test_mesh(shape, sizes):
         ({"data": 0}, "mesh.data is 0; it must be at least 1, or -1"),
         ({"data": -2}, "mesh.data is -2"),
         ({"data": -1, "fsdp": -1}, "leaves more than one axis open"),
-        ({"data": 4, "fsdp": 4}, "needs 16 devices, but there are 8"),
-        ({"data": 3, "fsdp": -1}, "does not use all 8 devices exactly"),
-        ({"data": 2, "tensor": 2}, "does not use all 8 devices exactly"),
+        (
+            {"tensor": 4, "fsdp": 4},
+            "mesh slices 1 × data 1 × fsdp 4 × tensor 4 needs 16 devices, but there are 8$",
+        ),
+        (
+            {"data": 3, "fsdp": -1},
+            "mesh slices 1 × data 3 × fsdp -1 × tensor 1: the 8 devices are not divisible by 3$",
+        ),
+        ({"data": 2, "tensor": 2}, "× tensor 2 uses 4 of the 8 devices; all must be used$"),
     ],
 )
 def test_mesh_refused(shape, message):
     with pytest.raises(CalmError, match=message):
         sharding.make_mesh(shape)
+
+
+def test_one_device_is_one():
+    with pytest.raises(CalmError, match=r"needs 2 devices, but there is 1$"):
+        sharding.make_mesh({"data": 2}, jax.devices()[:1])
 
 
 @pytest.mark.parametrize("slices", [2, -1])
@@ -239,7 +250,7 @@ def test_every_logical_axis_of_every_model_has_a_rule():
 def test_batch_divides_by_the_mesh():
     mesh = sharding.make_mesh({"data": 2, "fsdp": 2, "tensor": 2})
     sharding.check_batch(8, 2, mesh)
-    message = r"batch_size 12 is not divisible by 8 \(slices 1 x data 2 x fsdp 2 x acc"
+    message = r"batch_size 12 is not divisible by 8 \(slices 1 × data 2 × fsdp 2 × acc"
     with pytest.raises(CalmError, match=message):
         sharding.check_batch(12, 2, mesh)
 

@@ -188,9 +188,7 @@ def describe(target: epath.PathLike) -> Description:
     path = folder / "config.json"
     values = read_json(path, "a frozen folder")
     if values.get("format") != FORMAT:
-        raise CalmError(
-            f"{path}: format is {values.get('format')!r}, this version reads {FORMAT!r}"
-        )
+        raise CalmError(_other_kind(folder, values))
     recorded = read_field(values, "checksum", path)
     found = _checksum({key: value for key, value in values.items() if key != "checksum"})
     if recorded != found:
@@ -217,6 +215,25 @@ def describe(target: epath.PathLike) -> Description:
                 f"saved with {values['vocabulary'][:16]}"
             )
     return _description(folder, values, vocabulary)
+
+
+def _other_kind(folder: epath.Path, values: Mapping[str, Any]) -> str:
+    """What a folder is whose config.json is not that of a frozen folder of this version."""
+    form, kind = str(values.get("format", "")), values.get("kind")
+    if kind == "composed" or form.startswith("calm_jax bridge"):
+        return (
+            f"{folder} is a composed model, not a frozen folder: it can neither be composed again "
+            "nor exported, which only frozen folders can"
+        )
+    if kind == "decoder":
+        return f"{folder} is a decoder's run, not a frozen folder; that is {folder / 'frozen'}"
+    if form:
+        return f"{folder / 'config.json'}: format is {form!r}, this version reads {FORMAT!r}"
+    which = "a Hugging Face folder" if "model_type" in values else "of another program"
+    return (
+        f"{folder} is {which}, not a frozen folder; make one of it first: "
+        f"calm convert --source={folder} --target=DIR"
+    )
 
 
 def _description(folder: epath.Path, values: Mapping[str, Any], vocabulary: Any) -> Description:

@@ -11,7 +11,7 @@ from calm_jax.errors import CalmError
 
 USAGE = """Turns a published checkpoint into a frozen folder, or a frozen folder into one.
 
-  calm convert --source=meta-llama/Llama-3.2-1B --target=models/anchor --verify
+  calm convert --source=downloads/Llama-3.2-1B --target=models/anchor --verify
   calm convert --source=palm_8k.pt --target=models/palm --dtype=bfloat16 --option=norm_offset=1.0
   calm convert --source=models/anchor --target=exported --to=huggingface
 

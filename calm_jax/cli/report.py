@@ -3,6 +3,7 @@
 from absl import flags
 
 from calm_jax.cli import config
+from calm_jax.errors import CalmError
 
 USAGE = """Turns the runs of an experiment into one HTML page that needs no network.
 
@@ -23,7 +24,14 @@ def main(argv: list[str]) -> int:
     """Runs the command; `argv` is what follows its name."""
     values, _ = config.parse(argv, USAGE, _define, required=("experiment",))
 
+    from calm_jax.checkpoints.files import absolute
     from calm_jax.evaluation.report import write_report
 
+    folder = absolute(values.experiment)
+    if (folder / "config.json").exists():
+        raise CalmError(
+            f"--experiment={values.experiment} is itself a run; name the folder that holds the "
+            f"runs, such as {folder.parent}"
+        )
     print(write_report(values.experiment, values.output))
     return 0

@@ -77,7 +77,10 @@ def open_source(data: Mapping[str, Any], split: str, vocabulary: Vocabulary) -> 
 
 def check_entry(entry: Mapping[str, Any], split: str) -> None:
     if not isinstance(entry, Mapping | ConfigDict):
-        raise CalmError(f"data.{split}: {entry!r} is not an entry such as {{'task': 'name'}}")
+        raise CalmError(
+            f"data.{split}: {entry!r} is not an entry; write ({{'jsonl': 'file.jsonl'}},) or "
+            "({'task': 'name'},)"
+        )
     if unknown := sorted(set(entry) - ENTRY_KEYS):
         raise CalmError(f"data.{split}: unknown key {unknown[0]!r}; known are {sorted(ENTRY_KEYS)}")
     if ("task" in entry) == ("jsonl" in entry):

@@ -106,7 +106,7 @@ def _record(line: str) -> dict[str, Any]:
     if not line.strip():
         raise CalmError("the line is empty")
     try:
-        record = json.loads(line)
+        record = json.loads(line.rstrip("\n"))  # behind it columns would count anew
     except json.JSONDecodeError as error:
         raise CalmError(f"not JSON: {error.msg} at column {error.colno}") from error
     if not isinstance(record, dict):

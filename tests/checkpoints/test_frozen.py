@@ -15,6 +15,7 @@ from tiny_models import stored_bytes
 
 from calm_jax import sharding
 from calm_jax.checkpoints import frozen
+from calm_jax.checkpoints.convert.export import export
 from calm_jax.data.vocabulary import Vocabulary
 from calm_jax.errors import CalmError
 from calm_jax.models import CompositionConfig, Decoder, compose
@@ -293,11 +294,31 @@ def test_config_that_was_edited(damaged):
         frozen.load(damaged)
 
 
-@pytest.mark.parametrize("text", ['{"format": "calm_jax frozen folder, version 9"}', "{}", "[]"])
-def test_another_format(damaged, text):
-    (damaged / "config.json").write_text(text)
-    with pytest.raises(CalmError, match=r"config\.json"):
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"format": "calm_jax frozen folder, version 9"}, r"config\.json: format is .*version 9"),
+        ([], r"config\.json is damaged: it holds no JSON object"),
+        ({}, "is of another program, not a frozen folder; make one of it first: calm convert --so"),
+        (
+            {"model_type": "llama"},
+            r"is a Hugging Face folder.*convert --source=\S* --target=",
+        ),
+        ({"kind": "decoder", "train": {}}, r"is a decoder's run.*; that is \S*/frozen$"),
+    ],
+)
+def test_another_kind_of_folder(damaged, values, message):
+    (damaged / "config.json").write_text(json.dumps(values))
+    with pytest.raises(CalmError, match=message):
         frozen.load(damaged)
+
+
+@pytest.mark.parametrize("values", [{"kind": "composed"}, {"format": "calm_jax bridge, version 1"}])
+def test_a_composed_model_is_not_exported(damaged, tmp_path, values):
+    (damaged / "config.json").write_text(json.dumps(values))
+    with pytest.raises(CalmError, match=r"is a composed model.* nor exported, which only frozen"):
+        export(damaged, tmp_path / "exported")
+    assert not (tmp_path / "exported").exists()
 
 
 def test_config_of_another_width_than_the_weights(damaged):

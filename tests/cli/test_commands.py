@@ -115,6 +115,14 @@ def test_flags_of_a_process_that_contradict_each_other(config, tmp_path, capsys,
     assert not (tmp_path / "run").exists()
 
 
+def test_a_report_of_a_run_names_the_folder_above(tmp_path, capsys):
+    (tmp_path / "asis").mkdir()
+    (tmp_path / "asis/config.json").write_text("{}")
+    assert main(["report", f"--experiment={tmp_path / 'asis'}"]) == 2
+    message = f"{tmp_path}/asis is itself a run; name the folder that holds the runs, such as "
+    assert capsys.readouterr().err == f"error: --experiment={message}{tmp_path}\n"
+
+
 def test_evaluate_refuses_several_processes(tmp_path, monkeypatch, capsys):
     run = {"kind": "composed", "evaluate": {"tasks": []}, "mesh": {}}
     (tmp_path / "config.json").write_text(json.dumps(run))

@@ -38,7 +38,8 @@ BAD_LINES = {
     "": "empty",
     "   ": "empty",
     "not json": "not JSON",
-    '{"inputs": "a", "targets": "b"': "not JSON",
+    '{"inputs": "a", "targets": "b"': "delimiter at column 31",
+    '{"text": "a",': "at column 14",
     "[1]": "not a JSON object but list",
     '{"inputs": "a"}': 'lacks "targets"',
     '{"targets": "a"}': 'lacks "inputs"',
@@ -63,6 +64,17 @@ def test_a_bad_line_is_named_and_nothing_is_written(tmp_path, data, line):
     assert str(caught.value).startswith(f"{path}:3: ")
     assert BAD_LINES[line] in str(caught.value)
     assert not list((tmp_path / "cache").rglob("*.*"))
+
+
+def test_an_entry_that_is_a_path_alone_shows_both_forms():
+    from calm_jax.data.cache import check_entry
+
+    with pytest.raises(CalmError) as caught:
+        check_entry("train.jsonl", "train")
+    assert str(caught.value) == (
+        "data.train: 'train.jsonl' is not an entry; write ({'jsonl': 'file.jsonl'},) or "
+        "({'task': 'name'},)"
+    )
 
 
 def test_a_file_without_lines_or_that_is_not_there(tmp_path):

@@ -132,7 +132,7 @@ def test_a_step_that_does_not_fit_is_told_with_what_to_change(config, capsys, mo
         (["--topology=h200:8", "--dollars_per_chip_hour=2"], "says nothing without --tokens"),
         (["--topology=h200:8", "--config.anchor=form:tiny"], "did you mean 'form:"),
         (["--topology=h200:8", "--config.anchor=nowhere"], "is not a frozen folder"),
-        (["--topology=h200:8", "--config.mesh.fsdp=3"], "does not use all 8 devices exactly"),
+        (["--topology=h200:8", "--config.mesh.fsdp=3"], "the 8 devices are not divisible by 6"),
         (["--topology=h200:8", "--config.train.batch_size=6"], "train.batch_size 6 is not divis"),
         (["--topology=h200:8", "--config.mesh.tensor=8", "--config.mesh.fsdp=1"], "heads of size"),
         (["--topology=h200:8", "--config.mesh.slices=2"], "mesh.slices is 2, but the devices come"),

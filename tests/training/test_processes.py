@@ -348,7 +348,7 @@ def test_share_of_the_batch(monkeypatch, owners, shares):
 
 
 def test_shares_that_overlap():
-    with pytest.raises(CalmError, match="splits the batch 3 ways, across the 3 processes"):
+    with pytest.raises(CalmError, match="tensor 2 splits the batch 3 ways, across the 3 processes"):
         sharding.batch_share(mesh_of([[0, 0], [0, 1], [1, 2]]))
 
 

@@ -38,7 +38,10 @@ def verify_model(described: Description, source: Source) -> None:
     if not np.isfinite(logits_BTV).all():
         raise CalmError(f"{source.place}: converted, it computes logits that are not finite")
     del decoder
-    log.info("Weight bits that were damaged before, and that no checksum covers, stay unknown")
+    log.info(
+        "Not covered: damage of the source's weights from before the conversion, of which its "
+        "format keeps no checksum"
+    )
     compared = _compare(logits_BTV, tokens_BT, source, described)
     last_BV = logits_BTV[:, -1]
     best_BN = np.argsort(-last_BV, axis=-1)[:, :5]

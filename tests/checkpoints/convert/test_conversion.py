@@ -426,7 +426,7 @@ def test_verification_says_what_it_cannot_know(missing, source, tmp_path, monkey
     with caplog.at_level(logging.INFO, "absl"):
         calm_jax.convert(source, tmp_path / "model", verify=True)
     assert f"{missing} is not installed to compare them" in caplog.text
-    assert "damaged before, and that no checksum covers" in caplog.text
+    assert "Not covered: damage of the source's weights from before the conversion" in caplog.text
 
 
 def test_prompts_are_longer_than_a_window_that_is_not_large():
