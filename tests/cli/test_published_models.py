@@ -90,6 +90,8 @@ def test_convert_train_generate(tmp_path, capsys, monkeypatch, dtypes):
     ]
     assert main([*arguments, *small, *dtypes]) == 0
     capsys.readouterr()
+    assert main(["evaluate", "--workdir=runs/mine"]) == 0
+    assert "validation.jsonl: " in capsys.readouterr().out
     assert main(["generate", "--workdir=runs/mine", "--prompt=1+2=", "--max_new_tokens=3"]) == 0
     assert capsys.readouterr().out.startswith("1+2=")
     assert main(["convert", "--source=models/anchor", "--target=back", "--to=huggingface"]) == 0
