@@ -30,9 +30,9 @@ def main(_) -> None:
     head = (
         "chips",
         "GFLOP a chip, loops once",
-        "/ first",
+        "FLOPs / first",
         "MB sent a chip",
-        "/ first ",
+        "bytes / first",
         "over",
         "compile s",
     )
