@@ -28,8 +28,8 @@ from pair import (
     seconds_a_step,
 )
 
+from calm_jax.chips import chip_of
 from calm_jax.models.parameters import count
-from calm_jax.planning.topologies import chip_of
 from calm_jax.sharding import make_mesh
 from calm_jax.training.costs import jaxpr_flops
 

@@ -19,8 +19,9 @@ from calm_jax.models.bridge import heads
 from calm_jax.models.config import DecoderConfig
 from calm_jax.models.parameters import size_in_bytes
 from calm_jax.models.plan import make_plan as connect
-from calm_jax.planning import counting, memory, plan, roofline
+from calm_jax.planning import counting, plan, roofline
 from calm_jax.planning.topologies import Topology
+from calm_jax.training import memory
 from calm_jax.training.abstract_run import abstract_parts, forms
 from calm_jax.training.optimizer import make_optimizer
 from calm_jax.training.run_model import composition_configs

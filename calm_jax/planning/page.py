@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 from typing import Any
 
+from calm_jax.chips import GIB
 from calm_jax.planning.plan import Plan
-from calm_jax.planning.topologies import GIB
 
 _NAMES = {
     "compute": "products of matrices",

@@ -9,10 +9,11 @@ from ml_collections import ConfigDict
 
 import calm_jax
 from calm_jax import sharding
-from calm_jax.planning import collectives, counting, hlo, memory, program, roofline, traffic
-from calm_jax.planning.fitting import TooLarge
+from calm_jax.planning import collectives, counting, hlo, program, roofline, traffic
 from calm_jax.planning.topologies import Topology
+from calm_jax.training import memory
 from calm_jax.training.abstract_run import forms
+from calm_jax.training.fitting import TooLarge
 from calm_jax.training.ideal import ideal_flops
 from calm_jax.training.run_model import composition_configs
 

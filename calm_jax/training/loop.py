@@ -20,11 +20,11 @@ from calm_jax.data.source import Part, Source
 from calm_jax.data.stream import Stream, batches_once
 from calm_jax.data.vocabulary import Vocabulary
 from calm_jax.errors import CalmError, Preempted
-from calm_jax.planning.fitting import check_held, compile_to_fit
 from calm_jax.training import agreement, configuration
 from calm_jax.training.abstract_run import AbstractRun, abstract_run
 from calm_jax.training.clock import EveryMinutes
 from calm_jax.training.costs import jaxpr_flops, tree_costs
+from calm_jax.training.fitting import check_held, compile_to_fit
 from calm_jax.training.loss import means
 from calm_jax.training.preemption import Preemption
 from calm_jax.training.profiler import Profiler

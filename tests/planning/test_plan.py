@@ -1,5 +1,6 @@
 """`calm plan` as a whole: a real compilation, plans by formula, and bad input."""
 
+import dataclasses
 import importlib.util
 import json
 
@@ -7,6 +8,7 @@ import pytest
 
 from calm_jax import sharding
 from calm_jax.__main__ import main
+from calm_jax.chips import CHIPS
 from calm_jax.cli.config import load_file, override
 from calm_jax.models.published import FORMS
 from calm_jax.planning import formula, page, plan, planner, program, topologies
@@ -116,8 +118,8 @@ def test_a_plan_takes_what_training_on_such_a_gpu_does(config, setting):
 
 
 def test_a_step_that_does_not_fit_is_told_with_what_to_change(config, capsys, monkeypatch):
-    small = topologies.dataclasses.replace(topologies.CHIPS["h200"], hbm_bytes=8_000_000)
-    monkeypatch.setitem(topologies.CHIPS, "h200", small)
+    small = dataclasses.replace(CHIPS["h200"], hbm_bytes=8_000_000)
+    monkeypatch.setitem(CHIPS, "h200", small)
     assert main(["plan", f"--config={config}", "--topology=h200:8"]) == 1
     shown = capsys.readouterr().out
     assert "**It does not fit.**" in shown

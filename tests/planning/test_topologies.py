@@ -2,6 +2,7 @@
 
 import pytest
 
+from calm_jax import chips
 from calm_jax.errors import CalmError
 from calm_jax.planning import topologies
 
@@ -32,18 +33,18 @@ def test_chips_add_up_to_their_pod(chip, flops, all_reduce, network, memory):
 
 
 def test_a_v5p_chip_has_six_links_and_the_documented_bandwidth():
-    chip = topologies.CHIPS["v5p"]
+    chip = chips.CHIPS["v5p"]
     assert 2 * 6 * chip.link_bandwidth == 1200e9
     assert max(topologies.find(f"v5p:{shape}").chips for shape in topologies.SHAPES["v5p"]) == 6144
 
 
 def test_only_whole_sides_are_rings():
-    link = topologies.CHIPS["v5e"].link_bandwidth
+    link = chips.CHIPS["v5e"].link_bandwidth
     pod = topologies.find("v5e:8x16")
     assert [pod.side_bandwidth(side) for side in (0, 1)] == [link, 2 * link]
     cube, small = topologies.find("v5p:4x4x8"), topologies.find("v5p:2x2x1")
-    assert cube.side_bandwidth(0) == 2 * topologies.CHIPS["v5p"].link_bandwidth
-    assert small.side_bandwidth(0) == topologies.CHIPS["v5p"].link_bandwidth
+    assert cube.side_bandwidth(0) == 2 * chips.CHIPS["v5p"].link_bandwidth
+    assert small.side_bandwidth(0) == chips.CHIPS["v5p"].link_bandwidth
 
 
 @pytest.mark.parametrize(
@@ -66,7 +67,7 @@ def test_what_is_not_offered_is_refused(name, said):
 
 
 def test_devices_know_their_chip():
-    assert topologies.chip_of("TPU v5 lite").name == "v5e"
-    assert topologies.chip_of("TPU v5").name == "v5p"
-    assert topologies.chip_of("NVIDIA H200").name == "h200"
-    assert topologies.chip_of("cpu") is None
+    assert chips.chip_of("TPU v5 lite").name == "v5e"
+    assert chips.chip_of("TPU v5").name == "v5p"
+    assert chips.chip_of("NVIDIA H200").name == "h200"
+    assert chips.chip_of("cpu") is None

@@ -24,8 +24,7 @@ from calm_jax.data.vocabulary import Vocabulary
 from calm_jax.errors import CalmError
 from calm_jax.models import CompositionConfig, DecoderConfig
 from calm_jax.models.parameters import module_tree
-from calm_jax.planning import fitting
-from calm_jax.training import configuration, loop, step
+from calm_jax.training import configuration, fitting, loop, step
 
 STEPS, SAVE_EVERY, KILLED_AT = 12, 4, 10
 VOCAB = 264  # of bytes, padded

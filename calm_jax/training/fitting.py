@@ -5,9 +5,9 @@ from typing import Any
 
 import jax
 
+from calm_jax.chips import GIB, chip_of
 from calm_jax.errors import CalmError
-from calm_jax.planning import memory
-from calm_jax.planning.topologies import GIB, chip_of
+from calm_jax.training import memory
 from calm_jax.training.abstract_run import AbstractRun
 
 ADVICE = (

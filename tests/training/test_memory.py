@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from calm_jax.planning import memory
+from calm_jax.training import memory
 
 
 def test_bytes_of_one_chip_are_those_of_a_shard():

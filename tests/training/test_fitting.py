@@ -6,7 +6,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from calm_jax.planning import fitting, topologies
+from calm_jax.chips import CHIPS
+from calm_jax.training import fitting
 
 
 def device(kind, platform="tpu", limit=None):
@@ -29,7 +30,7 @@ def lowered(needed=0, error=None):
 @pytest.mark.parametrize(
     "where, available",
     [
-        (device("TPU v5 lite"), topologies.CHIPS["v5e"].hbm_bytes),
+        (device("TPU v5 lite"), CHIPS["v5e"].hbm_bytes),
         (device("TPU v5 lite", limit=10_000), 10_000),
         (device("NVIDIA H200", "gpu", limit=2**37), 2**37),
     ],
