@@ -336,13 +336,17 @@ def contiguous(
     if view.dtype == dtype and view.flags.c_contiguous and view.flags.aligned:
         return view
     out = np.empty(view.shape, dtype) if buffer is None else buffer(view.shape)
+    to = out
+    if view.dtype == dtype:  # numpy copies bits in several threads at once, and bfloat16 in one
+        bits = np.dtype(f"u{dtype.itemsize}")
+        to, view = out.view(bits), view.view(bits)
     if view.ndim < 2 or view.strides[-1] == view.itemsize:
-        out[...] = view
+        to[...] = view
         return out
     # Against memory order numpy alone takes one cache miss an entry.
     for start in range(0, view.shape[-1], _TRANSPOSED):
         columns = (..., slice(start, start + _TRANSPOSED))
-        out[columns] = view[columns]
+        to[columns] = view[columns]
     return out
 
 
