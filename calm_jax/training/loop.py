@@ -181,9 +181,6 @@ class _Session:
         if latest is None:
             if self.model.trainable is None:
                 self.model.trainable = init_decoder(self.config, self.shardings.trainable)
-            else:  # a new bridge is split by the default rules
-                trainable = self.model.trainable
-                self.model.trainable = sharding.moved(trainable, self.shardings.trainable)
             self.opt_state = init_opt(self.model.trainable)
             return 0
         self.model.trainable = None  # not beside the restored one

@@ -185,4 +185,8 @@ def _composed(config: ConfigDict, mesh) -> RunModel:
     composed = compose(anchor, augments, configs, rngs=nnx.Rngs(config.train.seed))
     set_execution(composed, config, mesh.devices.flat[0])
     parts = Parts(composed)
-    return RunModel(parts, *parts.of(composed))
+    bridge, frozen = parts.of(composed)
+    places, _ = parts.shardings(mesh, rules)
+    return RunModel(
+        parts, sharding.moved(bridge, places), frozen
+    )  # it was born by the default rules
