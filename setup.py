@@ -25,7 +25,8 @@ INSTALL = [
     # The oldest that the tests have run with.
     "jax>=0.10.2",
     "ml_collections",
-    "numpy",
+    # Older ones cannot reshape an array without the leave to copy it.
+    "numpy>=2.1",
     "optax",
     # The oldest that the tests have run with; preservation policies differ in older ones.
     "orbax-checkpoint>=0.12.8",

@@ -11,25 +11,29 @@ import hashlib
 import itertools
 import json
 import math
+import os
 import threading
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 import tensorstore as ts
 import xxhash
 from etils import epath
 
 from calm_jax.checkpoints.files import first_line, is_bucket, read_bytes
+from calm_jax.checkpoints.host_arrays import all_finite, contiguous
 from calm_jax.errors import CalmError
 
 # Small enough that a device of hundreds reads little beyond its own slice, and large enough that a
 # model is thousands of files, not millions. How arrays are cut is part of the format of frozen
 # folders: a model's fingerprint is made of the hashes of its chunks.
 CHUNK_BYTES = 2**23
-THREADS = 4
-_TRANSPOSED = 16  # rows copied at a time across memory order: what a cache line and the TLB like
+# Of one write to a file. Larger ones ask for large blocks of memory, which a virtual machine may
+# have given back to its host, and which are dear to have again.
+_WRITE_BYTES = 2**17
+WRITE_THREADS = min(os.cpu_count() or 1, 16)  # they compute
+_READ_THREADS = 2 * WRITE_THREADS  # they wait
 
 Region = tuple[slice, ...]
 
@@ -181,9 +185,9 @@ class Writer:
         for path in layout.shapes:
             _open(folder, path, layout, create=True)
         _write_orbax_metadata(folder, layout)
-        self._pool = concurrent.futures.ThreadPoolExecutor(THREADS)
+        self._pool = concurrent.futures.ThreadPoolExecutor(WRITE_THREADS)
         self._buffers = threading.local()
-        self._free = threading.BoundedSemaphore(2 * THREADS)
+        self._free = threading.BoundedSemaphore(2 * WRITE_THREADS)
         self._futures: set[concurrent.futures.Future] = set()
 
     def add(
@@ -222,9 +226,11 @@ class Writer:
         file = _array_folder(self._folder, path) / ".".join(["c", *map(str, numbers)])
         try:
             # A chunk is the file's plain bytes: written so, they are copied once.
+            # Clients of buckets take nothing but bytes.
+            plain = data.tobytes() if is_bucket(file) else data.reshape(-1).view(np.uint8)
             with file.open("wb") as opened:
-                # Clients of buckets take nothing but bytes.
-                opened.write(data.tobytes() if is_bucket(file) else data.reshape(-1).view(np.uint8))
+                for start in range(0, len(plain), _WRITE_BYTES):
+                    opened.write(plain[start : start + _WRITE_BYTES])
         except OSError as error:
             raise CalmError(f"cannot write {path}: {error.strerror or error}") from error
 
@@ -268,7 +274,7 @@ class Reader:
         layout.check(written, str(self._folder))
         self._digests = written["arrays"]
         self._stores: dict[str, ts.TensorStore] = {}
-        self._pool = concurrent.futures.ThreadPoolExecutor(THREADS)
+        self._pool = concurrent.futures.ThreadPoolExecutor(_READ_THREADS)
 
     def read(self, path: str, regions: Sequence[Region]) -> list[np.ndarray]:
         """Some slices of one array, each in C order.
@@ -313,41 +319,10 @@ class Reader:
         self._pool.shutdown(cancel_futures=True)
 
 
-def all_finite(x: np.ndarray) -> bool:
-    """Whether no entry is NaN or infinite; for bfloat16 without converting it."""
-    if x.size == 0 or x.dtype != ml_dtypes.bfloat16:
-        return bool(np.isfinite(x).all())
-    # Infinity and NaN are the largest of positive whole numbers, and of negative ones unsigned.
-    return int(x.view(np.int16).max()) < 0x7F80 and int(x.view(np.uint16).max()) < 0xFF80
-
-
 def _not_finite(source: np.ndarray, name: str, dtype: np.dtype) -> str:
     if np.isfinite(source.astype(np.float32)).all():
         return f"tensor {name} has values too large for {dtype.name}; convert with --dtype=float32"
     return f"tensor {name} holds NaN or infinity"
-
-
-def contiguous(
-    view: np.ndarray,
-    dtype: np.dtype,
-    buffer: Callable[[tuple[int, ...]], np.ndarray] | None = None,
-) -> np.ndarray:
-    """The array in C order and `dtype`; a copy, in what `buffer` gives, unless it is so."""
-    if view.dtype == dtype and view.flags.c_contiguous and view.flags.aligned:
-        return view
-    out = np.empty(view.shape, dtype) if buffer is None else buffer(view.shape)
-    to = out
-    if view.dtype == dtype:  # numpy copies bits in several threads at once, and bfloat16 in one
-        bits = np.dtype(f"u{dtype.itemsize}")
-        to, view = out.view(bits), view.view(bits)
-    if view.ndim < 2 or view.strides[-1] == view.itemsize:
-        to[...] = view
-        return out
-    # Against memory order numpy alone takes one cache miss an entry.
-    for start in range(0, view.shape[-1], _TRANSPOSED):
-        columns = (..., slice(start, start + _TRANSPOSED))
-        to[columns] = view[columns]
-    return out
 
 
 def _digest(data: np.ndarray) -> str:

@@ -10,11 +10,12 @@ import tqdm
 from etils import epath
 
 from calm_jax.checkpoints import frozen
-from calm_jax.checkpoints.chunks import Reader, all_finite
+from calm_jax.checkpoints.chunks import Reader
 from calm_jax.checkpoints.convert.family import HuggingFaceFamily
 from calm_jax.checkpoints.convert.registry import families
 from calm_jax.checkpoints.convert.table import Rule, sizes
 from calm_jax.checkpoints.files import whole_folder, write_json
+from calm_jax.checkpoints.host_arrays import all_finite
 from calm_jax.errors import CalmError
 
 FORMATS = ("huggingface",)

@@ -102,7 +102,7 @@ def _open_file(file: epath.Path) -> dict[str, StoredTensor]:
         with file.open("rb") as opened:
             length = int.from_bytes(opened.read(8), "little")
             header = json.loads(opened.read(length))
-        data = np.memmap(file, np.uint8, "r")[8 + length :]
+        data = np.asarray(np.memmap(file, np.uint8, "r"))[8 + length :]
         header.pop("__metadata__", None)
         return {
             name: StoredTensor(

@@ -197,7 +197,7 @@ def test_every_tensor_is_read_once_and_none_is_kept(source, tmp_path, monkeypatc
     calm_jax.convert(source, tmp_path / "model")
     assert sorted(read) == sorted(opened.tensors)
     # Tensors here are of a single chunk: as many as the queue of chunks may wait to be written.
-    assert max(most) <= 2 * chunks.THREADS + 1
+    assert max(most) <= 2 * chunks.WRITE_THREADS + 1
 
 
 def test_a_target_that_exists_is_left_alone(source, tmp_path):
