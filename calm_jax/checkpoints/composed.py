@@ -7,7 +7,7 @@ An exported bridge holds the bridge alone, and says which frozen models it was t
       weights/       Orbax; the bridge as in `ComposedDecoder.bridge`
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -16,6 +16,7 @@ from flax import nnx
 
 from calm_jax.checkpoints import frozen
 from calm_jax.checkpoints.files import absolute, read_field, read_json, whole_folder, write_json
+from calm_jax.checkpoints.kinds import kind_of
 from calm_jax.checkpoints.training import TrainingCheckpoints, abstract_like
 from calm_jax.checkpoints.trees import restore_tree, save_tree
 from calm_jax.errors import CalmError
@@ -73,9 +74,7 @@ def load_composed(
     else:
         values = read_json(folder / "config.json", "a run or an exported bridge")
         if values.get("format") != FORMAT:
-            raise CalmError(
-                f"{folder / 'config.json'}: format is {values.get('format')!r}, not {FORMAT!r}"
-            )
+            raise CalmError(_other_kind(folder, values))
         if step is not None:
             raise CalmError(f"{folder} is an exported bridge: it has no step {step} to choose")
         for key in ("frozen", "composition"):
@@ -179,6 +178,17 @@ def check_identities(
                 f"({was['place']}), but {now['place'] or 'the one given'} is "
                 f"{_short(now['fingerprint'])}"
             )
+
+
+def _other_kind(folder: epath.Path, values: Mapping[str, Any]) -> str:
+    """What a folder is that holds no checkpoints, and no bridge of this version."""
+    kind = kind_of(values)
+    if kind == "an exported bridge":
+        form = values["format"]
+        return f"{folder / 'config.json'}: format is {form!r}, this version reads {FORMAT!r}"
+    if kind == "a composed run":
+        return f"{folder} has no checkpoint yet"
+    return f"{folder} is {kind}, not a composed run or an exported bridge"
 
 
 def _frozen_parts(values, anchor, augments, mesh, where: str) -> ComposedDecoder:

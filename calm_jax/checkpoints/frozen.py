@@ -31,6 +31,7 @@ from calm_jax.checkpoints.files import (
     write_text,
 )
 from calm_jax.checkpoints.in_place import canonical_path, read_leaves
+from calm_jax.checkpoints.kinds import kind_of
 from calm_jax.errors import CalmError
 from calm_jax.models import Decoder, DecoderConfig
 from calm_jax.models.parameters import Structure, Tree, insert, module_tree, path_name
@@ -219,21 +220,16 @@ def describe(target: epath.PathLike) -> Description:
 
 def _other_kind(folder: epath.Path, values: Mapping[str, Any]) -> str:
     """What a folder is whose config.json is not that of a frozen folder of this version."""
-    form, kind = str(values.get("format", "")), values.get("kind")
-    if kind == "composed" or form.startswith("calm_jax bridge"):
-        return (
-            f"{folder} is a composed model, not a frozen folder: it can neither be composed again "
-            "nor exported, which only frozen folders can"
-        )
-    if kind == "decoder":
-        return f"{folder} is a decoder's run, not a frozen folder; that is {folder / 'frozen'}"
-    if form:
+    kind = kind_of(values)
+    refused = f"{folder} is {kind}, not a frozen folder"
+    if kind in ("a composed run", "an exported bridge"):
+        return f"{refused}: it can neither be composed again nor exported"
+    if kind == "a decoder's run":
+        return f"{refused}; that is {folder / 'frozen'}"
+    if kind == "a frozen folder":
+        form = values["format"]
         return f"{folder / 'config.json'}: format is {form!r}, this version reads {FORMAT!r}"
-    which = "a Hugging Face folder" if "model_type" in values else "of another program"
-    return (
-        f"{folder} is {which}, not a frozen folder; make one of it first: "
-        f"calm convert --source={folder} --target=DIR"
-    )
+    return f"{refused}; make one of it first: calm convert --source={folder} --target=DIR"
 
 
 def _description(folder: epath.Path, values: Mapping[str, Any], vocabulary: Any) -> Description:

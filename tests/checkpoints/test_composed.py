@@ -206,10 +206,29 @@ def test_export_without_its_weights(exported, tmp_path):
 def test_neither_run_nor_export(places, exported, run, tmp_path):
     with pytest.raises(CalmError, match=r"is not a run or an exported bridge"):
         load_composed(tmp_path)
-    with pytest.raises(CalmError, match=r"format is 'calm_jax frozen folder"):
+    with pytest.raises(CalmError, match=r"anchor is a frozen folder, not a composed run or an exp"):
         load_composed(places / "anchor")
     with pytest.raises(CalmError, match=r"is an exported bridge: it has no step 1 to choose"):
         load_composed(exported, step=1)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (
+            {"format": "calm_jax bridge, version 9"},
+            r"config\.json: format is .*version 9.*version 1",
+        ),
+        ({"model_type": "llama"}, r"is a Hugging Face folder, not a composed run or an exported"),
+        ({"kind": "decoder"}, r"is a decoder's run, not a composed run or an exported bridge"),
+        ({"kind": "composed"}, r"has no checkpoint yet"),
+        ({}, r"is a folder of another program, not a composed run or an exported bridge"),
+    ],
+)
+def test_another_kind_of_folder(tmp_path, config, message):
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CalmError, match=message):
+        load_composed(tmp_path)
 
 
 def test_runs_without_a_bridge(tmp_path):

@@ -299,7 +299,7 @@ def test_config_that_was_edited(damaged):
     [
         ({"format": "calm_jax frozen folder, version 9"}, r"config\.json: format is .*version 9"),
         ([], r"config\.json is damaged: it holds no JSON object"),
-        ({}, "is of another program, not a frozen folder; make one of it first: calm convert --so"),
+        ({}, r"is a folder of another program, not a frozen folder; make .*: calm convert --so"),
         (
             {"model_type": "llama"},
             r"is a Hugging Face folder.*convert --source=\S* --target=",
@@ -313,10 +313,16 @@ def test_another_kind_of_folder(damaged, values, message):
         frozen.load(damaged)
 
 
-@pytest.mark.parametrize("values", [{"kind": "composed"}, {"format": "calm_jax bridge, version 1"}])
-def test_a_composed_model_is_not_exported(damaged, tmp_path, values):
+@pytest.mark.parametrize(
+    ("values", "kind"),
+    [
+        ({"kind": "composed"}, "a composed run"),
+        ({"format": "calm_jax bridge, version 1"}, "an exported bridge"),
+    ],
+)
+def test_a_composed_model_is_not_exported(damaged, tmp_path, values, kind):
     (damaged / "config.json").write_text(json.dumps(values))
-    with pytest.raises(CalmError, match=r"is a composed model.* nor exported, which only frozen"):
+    with pytest.raises(CalmError, match=rf"is {kind}, not a frozen folder: .* nor exported"):
         export(damaged, tmp_path / "exported")
     assert not (tmp_path / "exported").exists()
 
