@@ -5,6 +5,7 @@ from etils import epath
 
 from calm_jax.checkpoints import composed, frozen
 from calm_jax.checkpoints.files import absolute, read_json
+from calm_jax.checkpoints.kinds import BRIDGE, COMPOSED_RUN, DECODER_RUN, kind_of
 from calm_jax.errors import CalmError
 from calm_jax.models import ComposedDecoder, Decoder
 
@@ -25,12 +26,12 @@ def load_model(
     """
     folder = absolute(place)
     config = read_json(folder / "config.json", "a run, a frozen folder or an exported bridge")
-    is_run = "kind" in config
-    if config.get("format") == composed.FORMAT or (is_run and config["kind"] == "composed"):
+    kind = kind_of(config)
+    if kind in (COMPOSED_RUN, BRIDGE):
         return composed.load_composed(folder, step=step, mesh=mesh)
     if step is not None:
         raise CalmError(f"{folder} holds one finished decoder: it has no step {step} to choose")
-    if is_run:
+    if kind == DECODER_RUN:
         folder /= "frozen"
         if not folder.exists():
             raise CalmError(f"{folder.parent} has not finished: it has no {folder.name} folder yet")

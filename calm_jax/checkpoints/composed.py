@@ -16,7 +16,7 @@ from flax import nnx
 
 from calm_jax.checkpoints import frozen
 from calm_jax.checkpoints.files import absolute, read_field, read_json, whole_folder, write_json
-from calm_jax.checkpoints.kinds import kind_of
+from calm_jax.checkpoints.kinds import BRIDGE, COMPOSED_RUN, kind_of
 from calm_jax.checkpoints.training import TrainingCheckpoints, abstract_like
 from calm_jax.checkpoints.trees import restore_tree, save_tree
 from calm_jax.errors import CalmError
@@ -183,10 +183,10 @@ def check_identities(
 def _other_kind(folder: epath.Path, values: Mapping[str, Any]) -> str:
     """What a folder is that holds no checkpoints, and no bridge of this version."""
     kind = kind_of(values)
-    if kind == "an exported bridge":
+    if kind == BRIDGE:
         form = values["format"]
         return f"{folder / 'config.json'}: format is {form!r}, this version reads {FORMAT!r}"
-    if kind == "a composed run":
+    if kind == COMPOSED_RUN:
         return f"{folder} has no checkpoint yet"
     return f"{folder} is {kind}, not a composed run or an exported bridge"
 

@@ -23,21 +23,21 @@ def whole_folder(target: epath.PathLike) -> Iterator[epath.Path]:
         CalmError: `target` exists, or cannot be written.
     """
     target = absolute(target)
-    if target.exists():
-        raise CalmError(f"{target} exists; give another place or remove it")
+    with storage("read", target):
+        if target.exists():
+            raise CalmError(f"{target} exists; give another place or remove it")
     beside = (
         target if is_bucket(target) else target.parent / f".{target.name}.{uuid.uuid4().hex[:8]}"
     )
     try:
-        beside.mkdir(parents=True)
-        yield beside
-        if beside != target:
-            beside.rename(target)
-    except BaseException as error:
-        with contextlib.suppress(OSError):
+        with storage("write", target):
+            beside.mkdir(parents=True)
+            yield beside
+            if beside != target:
+                beside.rename(target)
+    except BaseException:
+        with contextlib.suppress(Exception):  # it is the first error that counts
             beside.rmtree()
-        if isinstance(error, OSError):
-            raise CalmError(f"cannot write {target}: {error.strerror or error}") from error
         raise
 
 
@@ -49,7 +49,7 @@ def write_text(path: epath.PathLike, text: str) -> None:
     path = absolute(path)
     # A model of bytes may write half a character; it is kept visible rather than refused.
     data = text.encode("utf-8", errors="backslashreplace")
-    try:
+    with storage("write", path):
         path.parent.mkdir(parents=True, exist_ok=True)
         if is_bucket(path):  # an object appears whole
             path.write_bytes(data)
@@ -57,8 +57,6 @@ def write_text(path: epath.PathLike, text: str) -> None:
         beside = path.with_name(f".{path.name}.tmp")
         beside.write_bytes(data)
         beside.replace(path)
-    except OSError as error:
-        raise CalmError(f"cannot write {path}: {error.strerror or error}") from error
 
 
 def write_json(path: epath.PathLike, value: Any) -> None:
@@ -69,13 +67,12 @@ def write_json(path: epath.PathLike, value: Any) -> None:
 def read_json(path: epath.Path, what: str) -> dict[str, Any]:
     """Reads a JSON object; its folder should be `what`, says the `CalmError` otherwise."""
     try:
-        values = json.loads(path.read_text())
+        with storage("read", path, but=(FileNotFoundError, NotADirectoryError)):
+            values = json.loads(path.read_text())
     except FileNotFoundError:
         raise CalmError(f"{path.parent} is not {what}: {path.name} is missing") from None
     except NotADirectoryError:
         raise CalmError(f"{path.parent} is not {what}: it is a file") from None
-    except OSError as error:
-        raise CalmError(f"cannot read {path}: {error.strerror or error}") from error
     except (ValueError, RecursionError) as error:
         raise CalmError(f"{path} is damaged: {error}") from None
     if not isinstance(values, dict):
@@ -85,10 +82,8 @@ def read_json(path: epath.Path, what: str) -> dict[str, Any]:
 
 def read_bytes(path: epath.Path) -> bytes:
     """Reads a file. Raises `CalmError` when it is missing or cannot be read."""
-    try:
+    with storage("read", path):
         return path.read_bytes()
-    except OSError as error:
-        raise CalmError(f"cannot read {path}: {error.strerror or error}") from error
 
 
 def read_field(values: Mapping[str, Any], key: str, path: epath.Path) -> Any:
@@ -99,7 +94,13 @@ def read_field(values: Mapping[str, Any], key: str, path: epath.Path) -> Any:
 
 
 def absolute(path: epath.PathLike) -> epath.Path:
-    """The path from the root: Orbax fails late, and far away, on relative ones."""
+    """The path from the root: Orbax fails late, and far away, on relative ones.
+
+    Raises `CalmError` when it is neither on a disk nor on a bucket.
+    """
+    scheme, found, _ = os.fspath(path).partition("://")
+    if found and scheme != "gs":
+        raise CalmError(f"{os.fspath(path)} is neither on a disk nor on a gs:// bucket")
     path = epath.Path(path).expanduser()
     return path if is_bucket(path) else epath.Path(os.path.abspath(path))
 
@@ -107,6 +108,23 @@ def absolute(path: epath.PathLike) -> epath.Path:
 def is_bucket(path: epath.PathLike) -> bool:
     """Whether the path is on an object store, which has no rename."""
     return "://" in os.fspath(path)
+
+
+@contextlib.contextmanager
+def storage(
+    action: str, path: epath.PathLike, *, but: tuple[type[Exception], ...] = ()
+) -> Iterator[None]:
+    """Turns what a disk or a bucket answers in the block, `but` this, into a `CalmError`."""
+    try:
+        yield
+    except Exception as error:
+        # TensorFlow reads buckets, and its errors are its own.
+        if isinstance(error, but) or not (
+            isinstance(error, OSError) or type(error).__module__.startswith("tensorflow.")
+        ):
+            raise
+        told = getattr(error, "strerror", None) or first_line(error)
+        raise CalmError(f"cannot {action} {path}: {told}") from error
 
 
 def first_line(error: Exception) -> str:

@@ -31,7 +31,7 @@ from calm_jax.checkpoints.files import (
     write_text,
 )
 from calm_jax.checkpoints.in_place import canonical_path, read_leaves
-from calm_jax.checkpoints.kinds import kind_of
+from calm_jax.checkpoints.kinds import BRIDGE, COMPOSED_RUN, DECODER_RUN, FROZEN, kind_of
 from calm_jax.errors import CalmError
 from calm_jax.models import Decoder, DecoderConfig
 from calm_jax.models.parameters import Structure, Tree, insert, module_tree, path_name
@@ -222,11 +222,11 @@ def _other_kind(folder: epath.Path, values: Mapping[str, Any]) -> str:
     """What a folder is whose config.json is not that of a frozen folder of this version."""
     kind = kind_of(values)
     refused = f"{folder} is {kind}, not a frozen folder"
-    if kind in ("a composed run", "an exported bridge"):
+    if kind in (COMPOSED_RUN, BRIDGE):
         return f"{refused}: it can neither be composed again nor exported"
-    if kind == "a decoder's run":
+    if kind == DECODER_RUN:
         return f"{refused}; that is {folder / 'frozen'}"
-    if kind == "a frozen folder":
+    if kind == FROZEN:
         form = values["format"]
         return f"{folder / 'config.json'}: format is {form!r}, this version reads {FORMAT!r}"
     return f"{refused}; make one of it first: calm convert --source={folder} --target=DIR"

@@ -56,7 +56,7 @@ def parse(
         raise SystemExit(0)
     _refuse([a for a in rest if load_config is None or not _may_be_override(a)], values)
     for name in required:
-        if values[name].value is None:
+        if values[name].value in (None, ""):
             raise CalmError(f"--{name} is missing")
     if load_config is None:
         return values, None

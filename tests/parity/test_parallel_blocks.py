@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 import types
 
 import numpy as np
@@ -13,6 +14,7 @@ transformers = pytest.importorskip("transformers", reason="needs the extra [pari
 import calm_jax  # noqa: E402
 from calm_jax.checkpoints.convert.registry import families  # noqa: E402
 from calm_jax.checkpoints.sources.opening import open_source  # noqa: E402
+from calm_jax.errors import CalmError  # noqa: E402
 from tests.converting import decoder_in_memory  # noqa: E402
 from tests.parity.random_huggingface import logits_of, save_random  # noqa: E402
 
@@ -103,6 +105,26 @@ def test_converted_and_exported(name, saved, tmp_path):
     expected = logits_of(was, tokens)
     gap = np.max(np.abs(logits_of(now, tokens) - expected))
     assert gap <= TOLERANCE * np.max(np.abs(expected))
+
+
+@pytest.mark.parametrize("own", [{}, {"n_head": 4}])
+def test_sizes_of_gptj_by_their_other_names(own, saved, tmp_path):
+    folder, _, _ = saved["gptj"]
+    shutil.copytree(folder, tmp_path / "source")
+    values = json.loads((folder / "config.json").read_text())
+    del values["n_head"]
+    values |= own | {"num_attention_heads": 8}
+    (tmp_path / "source" / "config.json").write_text(json.dumps(values))
+    calm_jax.convert(tmp_path / "source", tmp_path / "model", verify=True)
+    assert calm_jax.load(tmp_path / "model").config.num_heads == 8
+
+
+def test_prompts_that_transformers_does_not_take(tmp_path):
+    config = transformers.GPTJConfig(**GPT_J | {"n_positions": 32}, rotary_dim=4)
+    transformers.GPTJForCausalLM(config).save_pretrained(tmp_path / "source")
+    with pytest.raises(CalmError, match=r"transformers \S+ cannot run it: Runtime"):
+        calm_jax.convert(tmp_path / "source", tmp_path / "model", verify=True)
+    assert not (tmp_path / "model").exists()
 
 
 @pytest.mark.parametrize(

@@ -37,7 +37,8 @@ def convert(
 ) -> None:
     """Writes a frozen folder with the weights, the form and the vocabulary of a checkpoint.
 
-    Tensors are read one at a time, so that the host never holds more than two of them.
+    Tensors are read one at a time: the host holds that, and the few chunks (8 MiB at most) that
+    wait to be written, with what they are cut from.
 
     Args:
         source: a Hugging Face folder · a T5X checkpoint · an Orbax tree · a .npz, .pt or

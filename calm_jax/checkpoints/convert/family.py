@@ -87,8 +87,9 @@ class HuggingFaceFamily(Family):
         refuse_experts(source.config, where)
         try:
             config = self.decoder_config(source.config, where)
-        except CalmError as error:  # of a form that contradicts itself, whoever wrote it
-            raise error if where in str(error) else CalmError(f"{where}: {error}") from None
+        except CalmError as error:  # also of a form that contradicts itself, whoever wrote it
+            told = str(error) if where in str(error) else f"{where}: {error}"
+            raise CalmError(f"{told} (family {self.name})") from None
         return Reading(config, self.rules(config), self.tensors(source), self.unused(config))
 
     def tensors(self, source: Source) -> Mapping[str, Tensor]:

@@ -25,6 +25,12 @@ _LAYER = {
     "mlp.fc_out.weight": ("layers/mlp/down", "D F -> F D"),
     "mlp.fc_out.bias": ("layers/mlp/down_bias", "D -> D"),
 }
+# transformers takes these before the family's own names.
+_OTHER_NAMES = {
+    "hidden_size": "n_embd",
+    "num_hidden_layers": "n_layer",
+    "num_attention_heads": "n_head",
+}
 
 
 class GptJ(HuggingFaceFamily):
@@ -43,6 +49,8 @@ class GptJ(HuggingFaceFamily):
     }
 
     def decoder_config(self, values: Mapping[str, Any], where: str) -> DecoderConfig:
+        others = {own: values[name] for name, own in _OTHER_NAMES.items() if name in values}
+        values = {**values, **others}
         sizes = {
             key: read.whole_number(values, key, where, default)
             for key, default in self.defaults.items()

@@ -145,8 +145,8 @@ def rope(
             if key not in (LOCAL, GLOBAL):
                 raise _wrong(inside, key, value, f"in {LOCAL} or {GLOBAL}")
         found = _mapping(found, layer_type, inside)
-    if layer_type is None:  # as transformers: one in place of the other
-        found = scaling or found
+    if layer_type is None and scaling:  # as transformers: one in place of the other
+        found, inside = scaling, f"{where}: rope_scaling"
     elif layer_type == GLOBAL:
         found = {**found, **scaling}
     base_key = "rope_local_base_freq" if layer_type == LOCAL else "rope_theta"
@@ -156,7 +156,7 @@ def rope(
     else:
         base = number(found, "rope_theta", where)
     refuse({**values, **found}, where, "partial_rotary_factor", None, 1.0)
-    return base, _rope_scaling(found, values, where)
+    return base, _rope_scaling(found, values, inside)
 
 
 def rope_parameters(base: float, scaling: RopeScaling | None) -> dict[str, Any]:

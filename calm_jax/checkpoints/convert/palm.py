@@ -18,6 +18,7 @@ from calm_jax.checkpoints.convert.table import Part, Rule, rule
 from calm_jax.checkpoints.convert.without_config import norm_warnings, number, shape_of
 from calm_jax.checkpoints.sources.layers import unstack
 from calm_jax.checkpoints.sources.source import Source, Tensor
+from calm_jax.checkpoints.sources.t5x import parameter_name
 from calm_jax.errors import CalmError
 from calm_jax.models import DecoderConfig
 
@@ -58,7 +59,7 @@ class Palm(Family):
     ) -> Reading:
         where = str(source.place)
         _refuse(source)
-        tensors = _dequantised(_apart(source.tensors, scan_axis, where), where)
+        tensors = _dequantised(_apart(_below_target(source.tensors), scan_axis, where), where)
         config = _config(tensors, where)
         given = {
             "norm_offset": norm_offset,
@@ -73,7 +74,7 @@ class Palm(Family):
             tensors,
             warnings=(
                 *_absent_norm(tensors),
-                *norm_warnings(tensors, "/layer_norm/scale", norm_offset),
+                *norm_warnings(tensors, "/layer_norm/scale", config.norm_offset),
             ),
         )
 
@@ -157,6 +158,13 @@ def _refuse(source: Source) -> None:
             "(pre_self_attention_layer_norm), which is not supported; PaLM has fused parallel "
             "layers (q_wi_fused)"
         )
+
+
+def _below_target(tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """The parameters, of a file that names them by T5X's whole paths."""
+    found = {parameter_name(name): tensor for name, tensor in tensors.items()}
+    found.pop(None, None)
+    return found or tensors
 
 
 def _apart(tensors: Mapping[str, Tensor], scan_axis: int, where: str) -> dict[str, Tensor]:

@@ -4,6 +4,7 @@ import functools
 import importlib
 
 from calm_jax.checkpoints.convert.family import Family
+from calm_jax.checkpoints.convert.huggingface_config import refuse, refuse_experts
 from calm_jax.checkpoints.sources.source import Source
 from calm_jax.errors import CalmError
 
@@ -53,7 +54,10 @@ def find_family(source: Source, name: str = "auto") -> Family:
 
 def _what_it_is(source: Source) -> str:
     if source.config is not None:
+        where = str(source.place / "config.json")
         said = (source.config.get("architectures") or ["no architecture"])[0]
+        refuse_experts(source.config, f"{where} of {said}")
+        refuse(source.config, f"{where} of {said}", "is_encoder_decoder", False)
         if any(said in getattr(family, "architectures", ()) for family in families().values()):
             said += f" of model_type {source.config.get('model_type')!r}"
         return f"config.json says {said}, a family that is not supported"

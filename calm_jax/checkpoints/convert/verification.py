@@ -29,7 +29,7 @@ def verify_model(described: Description, source: Source) -> None:
     Face folder; a log line says which was done.
 
     Raises:
-        CalmError: the folder cannot be loaded, a logit is not finite, transformers does not load
+        CalmError: the folder cannot be loaded, a logit is not finite, transformers does not run
             the source, or the two differ by more than `TOLERANCE` of the largest.
     """
     decoder = load_cut(described, ((described.config.num_layers,),), dtype="float32")
@@ -42,6 +42,11 @@ def verify_model(described: Description, source: Source) -> None:
         "Not covered: damage of the source's weights from before the conversion, of which its "
         "format keeps no checksum"
     )
+    window = described.config.window
+    if window is not None and window >= tokens_BT.shape[1]:
+        log.info(
+            "Not covered: the window of %d tokens; prompts have %d", window, tokens_BT.shape[1]
+        )
     compared = _compare(logits_BTV, tokens_BT, source, described)
     last_BV = logits_BTV[:, -1]
     best_BN = np.argsort(-last_BV, axis=-1)[:, :5]
@@ -88,10 +93,10 @@ def _compare(
         model = transformers.AutoModelForCausalLM.from_pretrained(
             str(source.place), dtype=torch.float32, attn_implementation="eager"
         )
+        with torch.no_grad():
+            theirs_BTV = model(torch.from_numpy(tokens_BT.astype(np.int64))).logits.numpy()
     except Exception as error:  # whatever it does not like, of many kinds
-        raise CalmError(f"{source.place}: {program} cannot load it: {first_line(error)}") from error
-    with torch.no_grad():
-        theirs_BTV = model(torch.from_numpy(tokens_BT.astype(np.int64))).logits.numpy()
+        raise CalmError(f"{source.place}: {program} cannot run it: {first_line(error)}") from error
     scale = float(np.max(np.abs(theirs_BTV)))
     difference = float(np.max(np.abs(theirs_BTV - logits_BTV))) / scale
     rounded = described.config.dtype == "bfloat16" and described.origin["dtype"] != "bfloat16"

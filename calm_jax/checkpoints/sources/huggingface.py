@@ -39,6 +39,7 @@ def read(place: epath.Path) -> Source:
         CalmError: the folder is on a bucket; config.json is missing or damaged; index and shards
             contradict each other, or shards have a tensor twice; a file is damaged.
     """
+    _refuse_buckets(place)
     config = _read_config(place)
     if (place / INDEX).exists():
         tensors = _indexed(place)
@@ -53,6 +54,11 @@ def read(place: epath.Path) -> Source:
                 tensors[name] = tensor
         if not tensors and (place / PICKLED).exists():
             tensors = torch_file.read(place / PICKLED).tensors
+        if not tensors and (place / f"{PICKLED}.index.json").exists():
+            raise CalmError(
+                f"{place} has its tensors in several pickled files, which are not read; "
+                "transformers saves them as safetensors"
+            )
         if not tensors:
             raise CalmError(
                 f"{place} has a {CONFIG} and no tensors in .safetensors files or {PICKLED}"
@@ -61,14 +67,28 @@ def read(place: epath.Path) -> Source:
 
 
 def read_file(place: epath.Path) -> Source:
-    """Opens one `.safetensors` file, with the config.json beside it where there is one.
+    """Opens one `.safetensors` file, or `pytorch_model.bin`.
 
-    Raises `CalmError` as `read` does.
+    With a config.json beside it stands for its folder. Raises `CalmError` as `read` does, and when
+    that folder has other weights too.
     """
-    tensors = _open_file(place)
-    if (place.parent / CONFIG).exists():
-        return Source(place.parent, "huggingface", tensors, _read_config(place.parent))
-    return Source(place, "safetensors", tensors)
+    _refuse_buckets(place)
+    if not (place.parent / CONFIG).exists():
+        if place.name == PICKLED:
+            return torch_file.read(place)
+        return Source(place, "safetensors", _open_file(place))
+    others = {file.name for file in place.parent.glob("*.safetensors")} - {place.name}
+    if others:
+        raise CalmError(
+            f"{place} is not alone: beside it are a {CONFIG} and {sorted(others)[0]}; name the "
+            "folder, or move the file to one of its own"
+        )
+    return read(place.parent)
+
+
+def _refuse_buckets(place: epath.Path) -> None:
+    if is_bucket(place):
+        raise CalmError(f"{place} is on a bucket; copy the checkpoint to a disk first")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,8 +114,6 @@ class StoredTensor:
 
 
 def _open_file(file: epath.Path) -> dict[str, StoredTensor]:
-    if is_bucket(file):
-        raise CalmError(f"{file} is on a bucket; copy the checkpoint to a disk first")
     try:
         with safe_open(str(file), framework="numpy"):
             pass  # raises unless the header describes the whole file

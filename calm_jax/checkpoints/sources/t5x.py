@@ -79,15 +79,15 @@ def _orbax_folder(folder: epath.Path) -> epath.Path | None:
     """The folder of Orbax's tree, if this is T5X on Orbax: its tree has a `target`."""
     for tree in (folder / "state", folder):
         if (tree / "_METADATA").is_file():
-            return tree if any(map(_parameter_name, orbax_tree.array_names(tree))) else None
+            return tree if any(map(parameter_name, orbax_tree.array_names(tree))) else None
     return None
 
 
 def _read_orbax(tree: epath.Path) -> dict[str, Tensor]:
-    return orbax_tree.open_tree(tree, _parameter_name)
+    return orbax_tree.open_tree(tree, parameter_name)
 
 
-def _parameter_name(name: str) -> str | None:
+def parameter_name(name: str) -> str | None:
     """The name of a parameter from its whole path; None of the optimizer's state."""
     found = _PARAMETERS.fullmatch(name)
     return None if found is None or any(mark in name for mark in _MARKS) else found[1]
@@ -146,7 +146,7 @@ def _parse(path: epath.Path) -> tuple[int | None, dict[str, Any]]:
             f"{path} has version {version!r} and keys {sorted(map(str, contents))}; T5X's versions "
             f"{' and '.join(map(str, VERSIONS))} are supported"
         )
-    named = {_parameter_name(path_in_file): leaf for path_in_file, leaf in leaves.items()}
+    named = {parameter_name(path_in_file): leaf for path_in_file, leaf in leaves.items()}
     named.pop(None, None)
     return version, named
 

@@ -14,6 +14,7 @@ import weakref
 import ml_dtypes
 import numpy as np
 import pytest
+import tensorflow as tf
 import torch_files
 from converting import decoder_in_memory
 from etils import epath
@@ -194,10 +195,66 @@ def test_every_tensor_is_read_once_and_none_is_kept(source, tmp_path, monkeypatc
 
     spied = Source(opened.place, opened.kind, {k: Spy(k) for k in opened.tensors}, opened.config)
     monkeypatch.setattr(conversion, "open_source", lambda _: spied)
+    monkeypatch.setattr(chunks, "WRITE_THREADS", 2)
     calm_jax.convert(source, tmp_path / "model")
     assert sorted(read) == sorted(opened.tensors)
     # Tensors here are of a single chunk: as many as the queue of chunks may wait to be written.
-    assert max(most) <= 2 * chunks.WRITE_THREADS + 1
+    assert max(most) <= 2 * 2 + 1
+
+
+@pytest.mark.parametrize(
+    "place", ["https://huggingface.co/a/b", "hf://a/b", "s3://bucket/a", "file:///a"]
+)
+def test_places_that_are_no_disk_and_no_bucket(place, source, tmp_path):
+    for call in (
+        lambda: calm_jax.convert(place, tmp_path / "model"),
+        lambda: calm_jax.convert(source, place),
+        lambda: calm_jax.load(place),
+    ):
+        with pytest.raises(CalmError, match=f"^{place} is neither on a disk nor on a gs:// bucket"):
+            call()
+    assert nothing_in(tmp_path)
+
+
+def test_a_bucket_that_does_not_answer(source, tmp_path, monkeypatch):
+    path_type = type(epath.Path("gs://bucket"))
+
+    def refuse_buckets(name):
+        from_disk = getattr(path_type, name)
+
+        def method(self, *arguments):
+            if files.is_bucket(self):
+                raise tf.errors.PermissionDeniedError(None, None, "no access\nfor a, b, c")
+            return from_disk(self, *arguments)
+
+        monkeypatch.setattr(path_type, name, method)
+
+    refuse_buckets("exists")
+    refuse_buckets("read_text")
+    for call in (
+        lambda: calm_jax.convert("gs://bucket/a", tmp_path / "model"),
+        lambda: calm_jax.convert(source, "gs://bucket/a"),
+        lambda: calm_jax.load("gs://bucket/a"),
+    ):
+        with pytest.raises(CalmError, match=r"cannot read gs://bucket/a.*: .*no access$"):
+            call()
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"kind": "decoder"}, r"is a decoder's run; --to=huggingface writes \S+/frozen as another"),
+        ({"kind": "composed"}, "is a composed run, not a checkpoint of another program"),
+        ({"format": "calm_jax bridge, version 9"}, "is an exported bridge, not a checkpoint"),
+        ({"format": "calm_jax frozen folder, version 2"}, "is a frozen folder, not a checkpoint"),
+        ({"kind": ["composed"]}, "no tensors in"),
+    ],
+)
+def test_what_is_no_source(config, message, tmp_path):
+    (tmp_path / "source").mkdir()
+    (tmp_path / "source" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CalmError, match=message):
+        calm_jax.convert(tmp_path / "source", tmp_path / "model")
 
 
 def test_a_target_that_exists_is_left_alone(source, tmp_path):

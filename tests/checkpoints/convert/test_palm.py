@@ -242,6 +242,13 @@ def test_every_form_holds_the_same_arrays(tmp_path, tree, form):
     assert_same_arrays(canonical(source, **options), canonical(in_memory(tree)))
 
 
+def test_whole_paths_of_t5x(tmp_path, tree):
+    whole = {f"optimizer/target/{name}": x for name, x in tree.items()}
+    whole |= {f"optimizer/state/param_states/{name}/v": np.zeros(3) for name in tree}
+    source = open_source(npz(tmp_path / "palm", whole))
+    assert_same_arrays(canonical(source), canonical(in_memory(tree)))
+
+
 def test_converted_folder(tmp_path, tree):
     source = forms.write_t5x(tmp_path / "run" / "checkpoint_5", scanned(tree))
     convert(source.parent, tmp_path / "frozen")

@@ -339,6 +339,21 @@ def test_other_architectures(architecture, refused):
     assert f"supported are {', '.join(families())}" in message
 
 
+def test_what_others_have_that_is_not_supported(refused):
+    mixture = {"architectures": ["MixtralForCausalLM"], "num_local_experts": 8}
+    message = refused("llama", mixture)
+    assert "config.json of MixtralForCausalLM: num_local_experts is 8, which is not" in message
+    encoder = {"architectures": ["T5ForConditionalGeneration"], "is_encoder_decoder": True}
+    message = refused("llama", encoder)
+    assert "of T5ForConditionalGeneration: is_encoder_decoder is True, which is not" in message
+
+
+def test_the_family_is_named(refused):
+    message = refused("qwen2", {"rope_scaling": {"type": "yarn", "factor": 2.0}})
+    assert "config.json: rope_scaling: type is 'yarn'" in message
+    assert message.endswith("(family qwen2)")
+
+
 def test_no_architecture(refused):
     for value in (GONE, None, []):
         message = refused("llama", {"architectures": value})

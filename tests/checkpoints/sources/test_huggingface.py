@@ -325,8 +325,10 @@ def test_a_folder_of_before_safetensors(folder):
 
 
 def test_a_folder_without_tensors(folder):
-    (folder / "pytorch_model.bin.index.json").write_text("{}")
     with pytest.raises(CalmError, match=r"no tensors in \.safetensors files or pytorch_model\.bin"):
+        read(folder)
+    (folder / "pytorch_model.bin.index.json").write_text("{}")
+    with pytest.raises(CalmError, match=r"in several pickled files, which are not read"):
         read(folder)
     (folder / "model.safetensors").mkdir()
     with pytest.raises(CalmError, match=r"model\.safetensors is no whole safetensors file"):
@@ -336,3 +338,14 @@ def test_a_folder_without_tensors(folder):
 def test_buckets_are_said_to_be_copied_first():
     with pytest.raises(CalmError, match=r"gs://bucket/model\.safetensors is on a bucket; copy"):
         read_file(epath.Path("gs://bucket/model.safetensors"))
+    with pytest.raises(CalmError, match=r"gs://bucket/model is on a bucket; copy"):
+        read(epath.Path("gs://bucket/model"))
+
+
+def test_a_file_that_stands_for_its_folder(folder):
+    (folder / "weights.safetensors").write_bytes(container(TENSORS))
+    source = read_file(folder / "weights.safetensors")
+    assert (source.place, source.config) == (folder, CONFIG)
+    (folder / "more.safetensors").write_bytes(container(TENSORS))
+    with pytest.raises(CalmError, match=r"weights\.safetensors is not alone: .*more\.safetensors"):
+        read_file(folder / "weights.safetensors")
