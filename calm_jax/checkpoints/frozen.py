@@ -223,7 +223,7 @@ def _other_kind(folder: epath.Path, values: Mapping[str, Any]) -> str:
     kind = kind_of(values)
     refused = f"{folder} is {kind}, not a frozen folder"
     if kind in (COMPOSED_RUN, BRIDGE):
-        return f"{refused}: it can neither be composed again nor exported"
+        return f"{refused}: load_composed reads it; it is neither composed again nor exported"
     if kind == DECODER_RUN:
         return f"{refused}; that is {folder / 'frozen'}"
     if kind == FROZEN:

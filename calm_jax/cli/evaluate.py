@@ -4,10 +4,12 @@ from absl import flags
 from ml_collections import ConfigDict
 
 from calm_jax.checkpoints.files import absolute, read_json
+from calm_jax.checkpoints.kinds import kind_of
 from calm_jax.cli import config
 from calm_jax.errors import CalmError
 
-USAGE = """Scores a run by exact match and writes every prediction to WORKDIR/evaluation.
+USAGE = """Scores a run by exact match and writes every prediction to WORKDIR/evaluation, in place
+of what an evaluation before left there.
 
   calm evaluate --workdir=runs/kv/composed [--step=2000] [--config.evaluate.limit=100]
   calm evaluate --workdir=runs/mine [--config.evaluate.tasks="('test.jsonl',)"]
@@ -30,7 +32,7 @@ def _load_config(values: flags.FlagValues) -> ConfigDict:
     path = absolute(values.workdir) / "config.json"
     run = read_json(path, "a run")
     if "kind" not in run:
-        raise CalmError(f"{path.parent} is not a run: its config.json is of something else")
+        raise CalmError(f"{path.parent} is not a run but {kind_of(run)}")
     evaluated = run["evaluate"] | {"tasks": tuple(run["evaluate"]["tasks"])}  # JSON has lists
     return ConfigDict({"evaluate": evaluated, "mesh": run["mesh"]})
 
@@ -56,4 +58,5 @@ def main(argv: list[str]) -> int:
     for task, score in summary.items():
         if task != results.MADE:
             print(f"{task}: {metrics.in_words(score)}")
+            print(results.predictions_file(absolute(values.workdir), task))
     return 0

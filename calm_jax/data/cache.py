@@ -19,7 +19,7 @@ import os
 import pathlib
 import shutil
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Self
 
 import numpy as np
@@ -33,7 +33,7 @@ from calm_jax.data.source import DTYPES, Part, Source
 from calm_jax.data.vocabulary import Vocabulary, check_ids
 from calm_jax.errors import CalmError
 
-FORMAT = 1
+FORMAT = 2
 
 # Sequences that are packed together, and rows that are open at a time while they are.
 PACK_CHUNK = 8192
@@ -63,7 +63,6 @@ def open_source(data: Mapping[str, Any], split: str, vocabulary: Vocabulary) -> 
         folder = _cached(entry, data, split, vocabulary, cache_dir)
         folders.append(folder.name)
         index = json.loads((folder / "index.json").read_text())
-        _report_cut(index, data)
         for number, part in enumerate(index["parts"]):
             files = {name: folder / str(number) / f"{name}.npy" for name in DTYPES}
             arrays = {name: np.load(file, mmap_mode="r") for name, file in files.items()}
@@ -92,16 +91,24 @@ def check_entry(entry: Mapping[str, Any], split: str) -> None:
         )
 
 
-def _report_cut(index: Mapping[str, Any], data: Mapping[str, Any]) -> None:
-    for part in index["parts"]:
-        if part["cut"]:
-            message = (
-                f"{part['name']}: {part['cut']:,} of {part['examples']:,} sequences are longer "
-                f"than data.length {data['length']}; the longest has {part['longest']:,} tokens"
-            )
-            if data["strict"]:
-                raise CalmError(f"{message} (data.strict)")
-            logging.warning("%s; they are cut", message)
+def _report_cut(
+    parts: Sequence[Mapping[str, Any]], data: Mapping[str, Any], entry: Mapping[str, Any]
+) -> None:
+    for part in parts:
+        if not part["cut"]:
+            continue
+        name = entry.get("jsonl", part["name"])
+        message = (
+            f"{name}: {part['cut']:,} of {part['examples']:,} sequences are longer than "
+            f"data.length {data['length']}; the longest has {part['longest']:,} tokens"
+        )
+        if data["strict"]:
+            raise CalmError(f"{message} (data.strict)")
+        lost = 0 if entry.get("loss_on_inputs") else part["answers_lost"]
+        if lost == part["examples"]:
+            raise CalmError(f"{message}; of none is anything left to train on")
+        left = f", and of {lost:,} nothing is left to train on" if lost else ""
+        logging.warning("%s; they are cut%s", message, left)
 
 
 def identity(entry: Mapping[str, Any]) -> list[str]:
@@ -126,7 +133,8 @@ def _file_hash(path: str) -> str:
         with epath.Path(path).open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
-        raise CalmError(f"{path}: {error.strerror}") from error
+        here = "" if os.path.isabs(path) else f", seen from {os.getcwd()}"
+        raise CalmError(f"{path}: {error.strerror or error}{here}") from error
 
 
 def _cached(
@@ -143,6 +151,7 @@ def _cached(
     fingerprint = hashlib.sha256(json.dumps(decides).encode()).hexdigest()[:24]
     folder = cache_dir / "tokens" / fingerprint
     if (folder / "index.json").is_file():
+        _report_cut(json.loads((folder / "index.json").read_text())["parts"], data, entry)
         return folder
     beside = folder.with_name(f"{fingerprint}.incomplete.{uuid.uuid4().hex}")
     try:
@@ -173,7 +182,7 @@ def _build(
         if not counts["rows"]:
             raise CalmError(f"{task.name}: the split {split!r} has no examples")
         parts.append({"name": task.name, "rate": rate, **counts})
-    _report_cut({"parts": parts}, data)
+    _report_cut(parts, data, entry)
     index = {"entry": dict(entry), "split": split, "length": data["length"], "parts": parts}
     (folder / "index.json").write_text(json.dumps(index, indent=2) + "\n")
 
@@ -206,7 +215,7 @@ def _write_part(
     data: Mapping[str, Any],
     vocabulary: Vocabulary,
 ) -> dict[str, int]:
-    counts = {"examples": 0, "rows": 0, "cut": 0, "longest": 0}
+    counts = {"examples": 0, "rows": 0, "cut": 0, "answers_lost": 0, "longest": 0}
     length = data["length"]
     total = task.num_input_examples(split)
     total = min(filter(None, (total, data["limit"])), default=None)
@@ -229,6 +238,7 @@ def _write_part(
             counts["examples"] += len(chunk)
             counts["rows"] += len(rows["targets"])
             counts["cut"] += sum(n > length for n in lengths)
+            counts["answers_lost"] += sum(len(prompt) >= length for prompt, _ in chunk)
             counts["longest"] = max(counts["longest"], *lengths)
             progress.update(len(chunk))
     return counts

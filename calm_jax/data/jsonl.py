@@ -41,7 +41,9 @@ def parse(path: str | os.PathLike, vocabulary: Vocabulary | None = None) -> Iter
                     yield from _examples(line, vocabulary)
                 except CalmError as error:
                     raise CalmError(f"{path}:{number}: {error}") from error
-    except (OSError, UnicodeDecodeError) as error:
+    except OSError as error:
+        raise CalmError(f"{path}: {error.strerror or error}") from error
+    except UnicodeDecodeError as error:
         raise CalmError(f"{path}: {error}") from error
 
 

@@ -22,7 +22,7 @@ def evaluation_folder(workdir: epath.PathLike) -> epath.Path:
 
 
 def predictions_file(workdir: epath.PathLike, task: str) -> epath.Path:
-    name = task.removesuffix(".jsonl").strip("/").replace("/", "_")
+    name = task.removesuffix(".jsonl").replace("/", "_").lstrip("._")  # no hidden file
     return evaluation_folder(workdir) / f"{name}.jsonl"
 
 

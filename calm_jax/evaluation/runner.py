@@ -2,6 +2,7 @@
 
 import contextlib
 import datetime
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -14,6 +15,7 @@ from calm_jax import data, sharding
 from calm_jax.checkpoints.any_model import load_model
 from calm_jax.checkpoints.files import absolute, read_json, write_json
 from calm_jax.checkpoints.training import TrainingCheckpoints
+from calm_jax.data.cache import identity
 from calm_jax.decoding import generate
 from calm_jax.errors import CalmError
 from calm_jax.evaluation import metrics
@@ -28,6 +30,7 @@ from calm_jax.models import ComposedDecoder
 
 SPLIT = "test"
 BATCH_SIZE = 128
+log = logging.getLogger("absl")
 ATTENTION_TOKENS = 32  # of the expression whose attention is kept: more are not legible
 Records = list[dict[str, Any]]
 
@@ -46,7 +49,8 @@ def evaluate(
 
     There come to lie: every prediction of a task with its metadata (`TASK.jsonl`, with `_` for the
     `/` in its name), `attention.json` of a composed model (one expression), and last
-    `summary.json`. Where that stands already for the same checkpoint and settings, nothing is done.
+    `summary.json`. Where that stands already for the same checkpoint, settings and files of JSON
+    lines, nothing is done.
 
     Args:
         workdir: a run's directory.
@@ -77,11 +81,16 @@ def evaluate(
     settings["tasks"] = list(settings["tasks"] or validation_files(config))
     if not settings["tasks"]:
         raise CalmError(f"{folder}: evaluate.tasks is empty; name a task, or a file of JSON lines")
+    named: dict[epath.Path, str] = {}
+    for task in settings["tasks"]:
+        other = named.setdefault(predictions_file(folder, task), task)
+        if other != task:
+            raise CalmError(f"predictions of {other} and {task} would be one file; rename one")
     step = _step(folder, config, step)
+    files = [task for task in settings["tasks"] if task.endswith(".jsonl")]
+    scored = {"step": step, **settings, "files": [identity({"jsonl": file}) for file in files]}
     before = read_optional(evaluation_folder(folder) / "summary.json")
-    if all(
-        before.get(MADE, {}).get(key) == value for key, value in ({"step": step} | settings).items()
-    ):
+    if scored.items() <= before.get(MADE, {}).items():
         return before
 
     with _mesh(mesh) as built:
@@ -99,7 +108,7 @@ def evaluate(
             write_json(evaluation_folder(folder) / "attention.json", _attention(model, answers))
     now = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC")
     device = f"{jax.device_count()} × {jax.devices()[0].device_kind}"
-    summary = {MADE: {"step": step, **settings, "date": now, "device": device}}
+    summary = {MADE: {**scored, "date": now, "device": device}}
     summary |= {task: metrics.score(records) for task, records in answers.items()}
     write_json(evaluation_folder(folder) / "summary.json", summary)
     return summary
@@ -144,9 +153,13 @@ def _examples(model, task: str, config: Mapping[str, Any], settings: Mapping[str
     examples = data.evaluation_examples(task, SPLIT, vocabulary, settings["limit"] or 0, place)
     if not examples:
         raise CalmError(f"task {task} has no example in its {SPLIT} split")
-    for number, example in enumerate(examples, 1):
-        if not example["inputs"]:
-            raise CalmError(f"{task}: example {number} has no prompt whose answer could be scored")
+    found = len(examples)
+    examples = [example for example in examples if example["inputs"]]
+    if not examples:
+        raise CalmError(f"{task}: none of {found} examples has a prompt whose answer can be scored")
+    if len(examples) < found:
+        log.warning("%s: %d of %d have no prompt to answer", task, found - len(examples), found)
+    for example in examples:
         if example.get("is_turn"):  # what the template writes to end a turn is never decoded
             example["targets"] = vocabulary.decode(vocabulary.encode(example["targets"]))
     longest = max(len(vocabulary.encode(example["targets"])) for example in examples) + 1

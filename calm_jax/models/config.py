@@ -6,7 +6,7 @@ subclass.
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from calm_jax.errors import CalmError
@@ -231,11 +231,18 @@ class CompositionConfig:
         if self.init not in ("zero", "paper"):
             raise CalmError(f"composition.init is {self.init!r}; known are 'zero' and 'paper'")
         if self.connections is not None:
-            pairs = tuple(map(tuple, self.connections))
+            pairs = tuple(
+                tuple(pair) if isinstance(pair, Sequence) else pair for pair in self.connections
+            )
             for pair in pairs:
-                if len(pair) != 2 or not all(isinstance(layer, int) for layer in pair):
+                if not (
+                    isinstance(pair, tuple)
+                    and len(pair) == 2
+                    and all(isinstance(layer, int) for layer in pair)
+                ):
                     raise CalmError(
-                        f"composition.connections: {pair} is not an (augment layer, anchor layer)"
+                        f"composition.connections: {pair!r} is not an (augment layer, anchor "
+                        "layer); one connection is written ((3, 7),)"
                     )
             object.__setattr__(self, "connections", pairs)
             if not pairs:
@@ -287,8 +294,6 @@ class CompositionConfig:
     def from_dict(cls, values: Mapping[str, Any]) -> "CompositionConfig":
         """The inverse of `to_dict`; raises `CalmError` on unknown fields."""
         values = dict(_known_fields(cls, values, "composition"))
-        if values.get("connections") is not None:
-            values["connections"] = tuple(tuple(pair) for pair in values["connections"])
         return cls(**values)
 
 

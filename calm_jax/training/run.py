@@ -6,6 +6,7 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from calm_jax.checkpoints.files import absolute, read_json, write_json
+from calm_jax.checkpoints.kinds import kind_of
 from calm_jax.errors import CalmError
 from calm_jax.training import configuration
 
@@ -57,7 +58,7 @@ def _read_config(path: epath.Path) -> dict[str, Any]:
     """A run's config, and not another tool's: `overwrite` removes what this returns for."""
     values = read_json(path, "a run")
     if not {"kind", "train"} <= values.keys():
-        raise CalmError(f"{path.parent} is not a run: its config.json is of something else")
+        raise CalmError(f"{path.parent} is not a run but {kind_of(values)}")
     return values
 
 
@@ -68,6 +69,6 @@ def _check_same(old: dict[str, Any], new: dict[str, Any], folder: epath.Path) ->
             f"{key} was {was!r}, now {now!r}" for key, (was, now) in differences.items()
         )
         raise CalmError(
-            f"{folder} was started with another config: {listed}. Use --overwrite, or another "
-            "--workdir"
+            f"{folder} was started with another config: {listed}. Say what it was started with, to "
+            "go on; or give another --workdir, or --overwrite, which starts anew"
         )

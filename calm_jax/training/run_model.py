@@ -68,6 +68,11 @@ def describe_models(config: ConfigDict) -> Described:
     known = [(r, f.vocabulary) for r, f in zip(roles, folders, strict=False) if f.vocabulary]
     if config.vocabulary:
         known.insert(0, (f"vocabulary {config.vocabulary!r}", Vocabulary.load(config.vocabulary)))
+    elif config.kind == "composed" and folders[0].vocabulary is None:
+        raise CalmError(
+            f"the anchor {config.anchor} has no vocabulary, so what is trained could read no text; "
+            "convert it with its tokenizer files beside it, or name a vocabulary"
+        )
     if not known:
         raise CalmError("vocabulary is empty, and the model has none; name one")
     name, vocabulary = known[0]

@@ -1,5 +1,6 @@
 import copy
 import errno
+import json
 import os
 import re
 import signal
@@ -144,6 +145,28 @@ def test_strict_leaves_nothing_when_it_refuses(data, vocabulary, tmp_path):
     with pytest.raises(CalmError, match=r"1 of 1 sequences are longer than data\.length 8"):
         open_source(config, "train", Vocabulary.bytes())
     assert not list((tmp_path / "tokens").iterdir())
+
+
+@pytest.mark.parametrize("loss_on_inputs", [False, True])
+def test_answers_that_are_cut_off(data, tmp_path, caplog, loss_on_inputs):
+    file = tmp_path / "long.jsonl"
+    long, short = ({"inputs": text, "targets": "b"} for text in ("far more than eight", "a"))
+
+    def opened(*records):
+        file.write_text("".join(json.dumps(record) + "\n" for record in records))
+        entry = {"jsonl": str(file), "loss_on_inputs": loss_on_inputs}
+        config = data(entry, length=8, cache_dir=str(tmp_path))
+        return open_source(config, "train", Vocabulary.bytes())
+
+    opened(long, short)
+    told = "and of 1 nothing is left to train on" in caplog.text
+    assert f"{file}: 1 of 2 sequences are longer" in caplog.text and told != loss_on_inputs
+    if loss_on_inputs:
+        opened(long)
+        return
+    for _ in range(2):
+        with pytest.raises(CalmError, match="of none is anything left to train on"):
+            opened(long)
 
 
 def test_limit_takes_the_first_examples(data, vocabulary, examples):

@@ -18,7 +18,7 @@ from calm_jax.data.vocabulary import Vocabulary
 from calm_jax.decoding import generate
 from calm_jax.errors import CalmError
 from calm_jax.evaluation import runner
-from calm_jax.evaluation.results import read_run
+from calm_jax.evaluation.results import predictions_file, read_run
 from calm_jax.models import CompositionConfig, Decoder, DecoderConfig, compose
 from calm_jax.models.parameters import module_tree
 
@@ -214,7 +214,7 @@ def test_same_predictions_on_a_mesh(composed_run, ask):
     assert lines(folder, MATH) == one
 
 
-def test_a_file_of_json_lines_is_asked(decoder_run, tmp_path, capsys):
+def test_a_file_of_json_lines_is_asked(decoder_run, tmp_path, capsys, caplog):
     folder, decoder = decoder_run
     examples = examples_for(decoder)
     file = tmp_path / "held out.jsonl"
@@ -231,12 +231,36 @@ def test_a_file_of_json_lines_is_asked(decoder_run, tmp_path, capsys):
     assert run.scores[str(file)]["exact_match"] == pytest.approx(100 * right / len(examples))
     assert [e["prediction"] for e in run.predictions[str(file)]] == list(said_by(decoder))
     write({"text": "a whole text"})
-    with pytest.raises(CalmError, match=r"held out.jsonl: example 1 has no prompt"):
+    with pytest.raises(CalmError, match=r"held out.jsonl: none of 1 examples has a prompt"):
         runner.evaluate(folder, tasks=[str(file)], limit=1)
+    answered = [{key: example[key] for key in ("inputs", "targets")} for example in examples[:3]]
+    write(answered[0], {"text": "a whole text"}, *answered[1:])
+    assert runner.evaluate(folder, tasks=[str(file)])[str(file)]["count"] == 3
+    assert "held out.jsonl: 1 of 4 have no prompt to answer" in caplog.text
 
     config = json.loads((folder / "config.json").read_text())
     config["data"]["validation"] = [{"jsonl": str(file)}, {"task": "another"}]
     assert runner.validation_files(config) == [str(file)]
+
+
+@pytest.mark.parametrize(
+    ("task", "name"),
+    [
+        ("../validation.jsonl", "validation.jsonl"),
+        ("./data/../../held.out.jsonl", "data_.._.._held.out.jsonl"),
+        ("/data/test.jsonl", "data_test.jsonl"),
+        ("gs://bucket/test.jsonl", "gs:__bucket_test.jsonl"),
+        ("calm/kv/math", "calm_kv_math.jsonl"),
+    ],
+)
+def test_files_of_predictions_are_not_hidden(task, name):
+    assert predictions_file("run", task).name == name
+
+
+def test_predictions_are_not_mixed(decoder_run):
+    folder, _ = decoder_run
+    with pytest.raises(CalmError, match=r"of \.\./a\.jsonl and a\.jsonl would be one file"):
+        runner.evaluate(folder, tasks=["../a.jsonl", "a.jsonl"])
 
 
 def test_command(decoder_run, ask, capsys):
@@ -246,6 +270,7 @@ def test_command(decoder_run, ask, capsys):
     assert command.main(arguments) == 0
     printed = capsys.readouterr().out
     assert f"{MATH}: " in printed and " of 4 " in printed
+    assert str(predictions_file(folder, MATH)) in printed.splitlines()
     assert read_run(folder).made["limit"] == 4
     assert command.main([*arguments, f"--config.evaluate.tasks=('{MATH}',)"]) == 0
     assert read_run(folder).made["tasks"] == [MATH]

@@ -480,6 +480,18 @@ def test_vocabulary_larger_than_the_decoder(place, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+def test_an_anchor_without_a_vocabulary(place, tmp_path):
+    config = composed_config(place)
+    config.vocabulary = ""
+    config.anchor = str(tmp_path / "anchor")
+    frozen.save_frozen(frozen_model(0), tmp_path / "anchor")
+    with pytest.raises(
+        CalmError, match=r"the anchor \S+anchor has no vocabulary, so what is train"
+    ):
+        loop.train(config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
 def test_missing_frozen_folder(place, tmp_path):
     config = composed_config(place)
     config.anchor = str(tmp_path / "nowhere")

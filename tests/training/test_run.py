@@ -112,7 +112,7 @@ def test_overwrite_of_what_is_not_a_run(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
     (tmp_path / "weights.bin").write_text("years of work")
     for overwrite in (False, True):
-        with pytest.raises(CalmError, match=r"is not a run: its config\.json is of something else"):
+        with pytest.raises(CalmError, match=r"is not a run but a Hugging Face folder"):
             open_run(tmp_path, config(), overwrite=overwrite)
     assert (tmp_path / "weights.bin").exists()
 

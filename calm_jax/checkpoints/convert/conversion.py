@@ -164,7 +164,10 @@ def _vocabulary(source: Source) -> Any:
 
     place = source.place
     if place.is_dir():
-        return Vocabulary.from_model_folder(place)
+        vocabulary = Vocabulary.from_model_folder(place)
+        if vocabulary is None:
+            log.warning("%s is converted without a vocabulary: it has no tokenizer file", place)
+        return vocabulary
     beside = token_maps(place.parent)
     names = ", ".join(path.name for path in beside)
     if len(beside) > 1:

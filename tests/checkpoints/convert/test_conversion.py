@@ -126,6 +126,7 @@ def test_several_dtypes_are_kept_apart(tmp_path, caplog):
     with caplog.at_level(logging.WARNING, "absl"):
         calm_jax.convert(tmp_path / "source", tmp_path / "model")
     assert "bfloat16 (29 tensors), float32 (1 tensors): stored as float32" in caplog.text
+    assert "is converted without a vocabulary: it has no tokenizer file" in caplog.text
     calm_jax.export(tmp_path / "model", tmp_path / "exported")
     found = load_file(tmp_path / "exported" / "model.safetensors")
     assert {k: v.tobytes() for k, v in found.items()} == {
