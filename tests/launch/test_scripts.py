@@ -97,9 +97,13 @@ def test_slices_are_those_of_the_plan(script, chip):
 
 
 def readme_commands() -> list[str]:
-    """The lines of the README that call these scripts, each as one line."""
+    """The lines of the README that call these scripts, each as one line, its array put in."""
     text = (shell_scripts.ROOT / "README.md").read_text().replace("\\\n", " ")
-    return re.findall(rf"^bash launch/(?:{'|'.join(COMMANDS)}) .*$", text, re.MULTILINE)
+    (training,) = re.findall(r"^training=\((.*?)\)$", text, re.MULTILINE | re.DOTALL)
+    commands = re.findall(rf"^bash launch/(?:{'|'.join(COMMANDS)}) .*$", text, re.MULTILINE)
+    return [
+        command.replace('"${training[@]}"', training.replace("\n", " ")) for command in commands
+    ]
 
 
 @pytest.mark.parametrize("command", readme_commands())
