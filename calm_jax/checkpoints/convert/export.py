@@ -42,6 +42,9 @@ def export(source: epath.PathLike, target: epath.PathLike, *, to: str = "hugging
         raise CalmError(f"--to={to} is unknown; known are {', '.join(FORMATS)}")
     described = frozen.describe(source)
     family, values = _find_family(described)
+    vocabulary = described.vocabulary
+    if described.origin is None and vocabulary is not None:  # else it has those of its origin
+        values |= {"bos_token_id": vocabulary.start_id, "eos_token_id": vocabulary.eos_id}
     tensors = _Tensors(described, family.rules(described.config))
     with whole_folder(target) as folder:
         shards = tensors.in_shards()
@@ -60,8 +63,8 @@ def export(source: epath.PathLike, target: epath.PathLike, *, to: str = "hugging
             }
             index = {"metadata": {"total_size": total}, "weight_map": places}
             write_json(folder / "model.safetensors.index.json", index)
-        if described.vocabulary is not None:
-            described.vocabulary.save_published(folder)
+        if vocabulary is not None:
+            vocabulary.save_published(folder)
         write_json(folder / "config.json", {**values, "dtype": tensors.main_dtype})
 
 
@@ -73,6 +76,8 @@ def _find_family(described: frozen.Description) -> tuple[HuggingFaceFamily, dict
     origin = described.origin or {}
     known = [family for family in families().values() if isinstance(family, HuggingFaceFamily)]
     known.sort(key=lambda family: family.name != origin.get("family"))
+    wanted = {**described.config.to_dict(), "dtype": ""}
+    nearest: list[str] | None = None
     for family in known:
         values = family.huggingface_config(described.config)
         own = origin.get("config") or {}
@@ -83,10 +88,15 @@ def _find_family(described: frozen.Description) -> tuple[HuggingFaceFamily, dict
                 form = family.decoder_config(config, "config.json")
             except CalmError:
                 continue
-            if {**form.to_dict(), "dtype": ""} == {**described.config.to_dict(), "dtype": ""}:
+            found = {**form.to_dict(), "dtype": ""}
+            if found == wanted:
                 return family, config
+            other = [key for key in wanted if found[key] != wanted[key]]
+            if nearest is None or len(other) < len(nearest):
+                nearest, why = other, f"{family.name} has {other[0]} {found[other[0]]!r}"
     names = ", ".join(family.name for family in known)
-    raise CalmError(f"{described.folder}: none of {names} computes what this model does")
+    told = f"; the model has {nearest[0]} {wanted[nearest[0]]!r}, {why}" if nearest else ""
+    raise CalmError(f"{described.folder}: none of {names} computes what this model does{told}")
 
 
 class _Tensors:

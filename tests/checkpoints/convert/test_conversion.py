@@ -149,11 +149,14 @@ def test_exported_in_several_files(source, tmp_path, monkeypatch):
 def test_a_model_trained_here_is_exported_as_the_family_that_computes_it(tmp_path):
     import tiny_models
 
-    decoder = tiny_models.decoder(form="llama", qk_norm="rms")
-    calm_jax.save_frozen(decoder, tmp_path / "model")
+    decoder = tiny_models.decoder(form="llama", qk_norm="rms", vocab_size=300)
+    vocabulary = Vocabulary.load("bytes")
+    calm_jax.save_frozen(decoder, tmp_path / "model", vocabulary=vocabulary)
     calm_jax.export(tmp_path / "model", tmp_path / "exported")
     config = json.loads((tmp_path / "exported" / "config.json").read_text())
     assert config["architectures"] == ["Qwen3ForCausalLM"]
+    ends = {"bos_token_id": vocabulary.start_id, "eos_token_id": vocabulary.eos_id}
+    assert ends.items() <= config.items()
     calm_jax.convert(tmp_path / "exported", tmp_path / "again")
     assert stored_bytes(calm_jax.load(tmp_path / "again")) == stored_bytes(decoder)
 
@@ -162,7 +165,8 @@ def test_a_model_that_no_family_computes_is_not_exported(tmp_path):
     import tiny_models
 
     calm_jax.save_frozen(tiny_models.decoder(form="palm"), tmp_path / "model")
-    with pytest.raises(CalmError, match=r"none of llama, .* computes what this model does"):
+    message = r"does; the model has block 'parallel', llama has block 'sequential'"
+    with pytest.raises(CalmError, match=rf"none of llama, .* computes what this model {message}"):
         calm_jax.export(tmp_path / "model", tmp_path / "exported")
     assert not (tmp_path / "exported").exists()
 
