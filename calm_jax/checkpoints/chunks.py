@@ -21,7 +21,7 @@ import tensorstore as ts
 import xxhash
 from etils import epath
 
-from calm_jax.checkpoints.files import first_line, is_bucket, read_bytes
+from calm_jax.checkpoints.files import first_line, is_bucket, read_bytes, storage
 from calm_jax.checkpoints.host_arrays import all_finite, contiguous
 from calm_jax.errors import CalmError
 
@@ -224,15 +224,12 @@ class Writer:
             data = whole
         numbers = (part.start // step for part, step in zip(region, chunk, strict=True))
         file = _array_folder(self._folder, path) / ".".join(["c", *map(str, numbers)])
-        try:
-            # A chunk is the file's plain bytes: written so, they are copied once.
-            # Clients of buckets take nothing but bytes.
-            plain = data.tobytes() if is_bucket(file) else data.reshape(-1).view(np.uint8)
-            with file.open("wb") as opened:
-                for start in range(0, len(plain), _WRITE_BYTES):
-                    opened.write(plain[start : start + _WRITE_BYTES])
-        except OSError as error:
-            raise CalmError(f"cannot write {path}: {error.strerror or error}") from error
+        # A chunk is the file's plain bytes: written so, they are copied once.
+        # Clients of buckets take nothing but bytes.
+        plain = data.tobytes() if is_bucket(file) else data.reshape(-1).view(np.uint8)
+        with storage("write", path), file.open("wb") as opened:
+            for start in range(0, len(plain), _WRITE_BYTES):
+                opened.write(plain[start : start + _WRITE_BYTES])
 
     def _buffer(self, shape: tuple[int, ...]) -> np.ndarray:
         """This thread's own memory, used again for chunk after chunk: fresh pages cost time."""

@@ -11,7 +11,7 @@ from etils import epath
 from orbax.checkpoint import checkpoint_managers
 
 from calm_jax import processes
-from calm_jax.checkpoints.files import absolute, first_line
+from calm_jax.checkpoints.files import absolute, first_line, storage
 from calm_jax.errors import CalmError, RunFailed
 from calm_jax.models.parameters import Tree, check_same_tree
 
@@ -81,7 +81,7 @@ class TrainingCheckpoints:
             read_only=read_only,
             create=not read_only,
         )
-        try:
+        with storage("write", self.folder):
             self.manager = _Manager(
                 self.folder,
                 options=options,
@@ -92,8 +92,6 @@ class TrainingCheckpoints:
                     "state": ocp.JsonCheckpointHandler(),
                 },
             )
-        except OSError as error:
-            raise CalmError(f"cannot write {self.folder}: {error.strerror or error}") from error
         self.manager.failed = self._failed
 
     def __enter__(self) -> "TrainingCheckpoints":

@@ -4,7 +4,7 @@ from absl import flags
 from ml_collections import ConfigDict
 
 from calm_jax.checkpoints.files import absolute, read_json
-from calm_jax.checkpoints.kinds import kind_of
+from calm_jax.checkpoints.kinds import COMPOSED_RUN, DECODER_RUN, kind_of
 from calm_jax.cli import config
 from calm_jax.errors import CalmError
 
@@ -31,7 +31,7 @@ def _load_config(values: flags.FlagValues) -> ConfigDict:
     """What of the run's config an evaluation heeds."""
     path = absolute(values.workdir) / "config.json"
     run = read_json(path, "a run")
-    if "kind" not in run:
+    if kind_of(run) not in (DECODER_RUN, COMPOSED_RUN):
         raise CalmError(f"{path.parent} is not a run but {kind_of(run)}")
     evaluated = run["evaluate"] | {"tasks": tuple(run["evaluate"]["tasks"])}  # JSON has lists
     return ConfigDict({"evaluate": evaluated, "mesh": run["mesh"]})

@@ -63,6 +63,8 @@ def open_source(data: Mapping[str, Any], split: str, vocabulary: Vocabulary) -> 
         folder = _cached(entry, data, split, vocabulary, cache_dir)
         folders.append(folder.name)
         index = json.loads((folder / "index.json").read_text())
+        for message in _cuts(index["parts"], data, entry):
+            logging.warning("%s", message)
         for number, part in enumerate(index["parts"]):
             files = {name: folder / str(number) / f"{name}.npy" for name in DTYPES}
             arrays = {name: np.load(file, mmap_mode="r") for name, file in files.items()}
@@ -91,9 +93,11 @@ def check_entry(entry: Mapping[str, Any], split: str) -> None:
         )
 
 
-def _report_cut(
+def _cuts(
     parts: Sequence[Mapping[str, Any]], data: Mapping[str, Any], entry: Mapping[str, Any]
-) -> None:
+) -> list[str]:
+    """What to say of sequences longer than a row. Raises `CalmError` where that is refused."""
+    found = []
     for part in parts:
         if not part["cut"]:
             continue
@@ -108,7 +112,8 @@ def _report_cut(
         if lost == part["examples"]:
             raise CalmError(f"{message}; of none is anything left to train on")
         left = f", and of {lost:,} nothing is left to train on" if lost else ""
-        logging.warning("%s; they are cut%s", message, left)
+        found.append(f"{message}; they are cut{left}")
+    return found
 
 
 def identity(entry: Mapping[str, Any]) -> list[str]:
@@ -151,7 +156,6 @@ def _cached(
     fingerprint = hashlib.sha256(json.dumps(decides).encode()).hexdigest()[:24]
     folder = cache_dir / "tokens" / fingerprint
     if (folder / "index.json").is_file():
-        _report_cut(json.loads((folder / "index.json").read_text())["parts"], data, entry)
         return folder
     beside = folder.with_name(f"{fingerprint}.incomplete.{uuid.uuid4().hex}")
     try:
@@ -182,7 +186,7 @@ def _build(
         if not counts["rows"]:
             raise CalmError(f"{task.name}: the split {split!r} has no examples")
         parts.append({"name": task.name, "rate": rate, **counts})
-    _report_cut(parts, data, entry)
+    _cuts(parts, data, entry)  # nothing is kept of what is refused
     index = {"entry": dict(entry), "split": split, "length": data["length"], "parts": parts}
     (folder / "index.json").write_text(json.dumps(index, indent=2) + "\n")
 

@@ -5,7 +5,7 @@ from typing import Any
 from etils import epath
 from ml_collections import ConfigDict
 
-from calm_jax.checkpoints.files import absolute, read_json, write_json
+from calm_jax.checkpoints.files import absolute, read_json, storage, write_json
 from calm_jax.checkpoints.kinds import kind_of
 from calm_jax.errors import CalmError
 from calm_jax.training import configuration
@@ -24,15 +24,13 @@ def check_run(
     """
     folder = absolute(workdir)
     path = folder / "config.json"
-    try:
+    with storage("write", folder):
         if path.exists():
             old = _read_config(path)
             if not overwrite:
                 _check_same(old, configuration.to_dict(config), folder)
         elif folder.exists() and any(not x.name.startswith(".") for x in folder.iterdir()):
             raise CalmError(f"{folder} is neither empty nor a run: it has no config.json")
-    except OSError as error:
-        raise CalmError(f"cannot write {folder}: {error.strerror or error}") from error
     for place in (config.get("anchor"), *config.get("augments", ())):
         if overwrite and place and folder in (absolute(place), *absolute(place).parents):
             raise CalmError(f"--overwrite would remove {place} with the run {folder}")
@@ -45,12 +43,10 @@ def start_run(folder: epath.Path, config: ConfigDict, *, overwrite: bool = False
     Raises:
         CalmError: it cannot be written.
     """
-    try:
+    with storage("write", folder):
         if overwrite and (folder / "config.json").exists():
             folder.rmtree()
         folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise CalmError(f"cannot write {folder}: {error.strerror or error}") from error
     write_json(folder / "config.json", configuration.to_dict(config))
 
 

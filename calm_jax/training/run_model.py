@@ -192,6 +192,5 @@ def _composed(config: ConfigDict, mesh) -> RunModel:
     parts = Parts(composed)
     bridge, frozen = parts.of(composed)
     places, _ = parts.shardings(mesh, rules)
-    return RunModel(
-        parts, sharding.moved(bridge, places), frozen
-    )  # it was born by the default rules
+    bridge = sharding.moved(bridge, places)  # it was born by the default rules
+    return RunModel(parts, bridge, frozen)

@@ -77,7 +77,7 @@ def _find_family(described: frozen.Description) -> tuple[HuggingFaceFamily, dict
     known = [family for family in families().values() if isinstance(family, HuggingFaceFamily)]
     known.sort(key=lambda family: family.name != origin.get("family"))
     wanted = {**described.config.to_dict(), "dtype": ""}
-    nearest: list[str] | None = None
+    others: list[tuple[int, str]] = []  # how many fields differ, and the first of them in words
     for family in known:
         values = family.huggingface_config(described.config)
         own = origin.get("config") or {}
@@ -91,12 +91,13 @@ def _find_family(described: frozen.Description) -> tuple[HuggingFaceFamily, dict
             found = {**form.to_dict(), "dtype": ""}
             if found == wanted:
                 return family, config
-            other = [key for key in wanted if found[key] != wanted[key]]
-            if nearest is None or len(other) < len(nearest):
-                nearest, why = other, f"{family.name} has {other[0]} {found[other[0]]!r}"
+            unlike = [key for key in wanted if found[key] != wanted[key]]
+            key = unlike[0]
+            both = f"the model has {key} {wanted[key]!r}, {family.name} has {key} {found[key]!r}"
+            others.append((len(unlike), f"; {both}"))
     names = ", ".join(family.name for family in known)
-    told = f"; the model has {nearest[0]} {wanted[nearest[0]]!r}, {why}" if nearest else ""
-    raise CalmError(f"{described.folder}: none of {names} computes what this model does{told}")
+    _, nearest = min(others, key=lambda other: other[0], default=(0, ""))
+    raise CalmError(f"{described.folder}: none of {names} computes what this model does{nearest}")
 
 
 class _Tensors:

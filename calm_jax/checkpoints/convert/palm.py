@@ -18,7 +18,7 @@ from calm_jax.checkpoints.convert.table import Part, Rule, rule
 from calm_jax.checkpoints.convert.without_config import norm_warnings, number, shape_of
 from calm_jax.checkpoints.sources.layers import unstack
 from calm_jax.checkpoints.sources.source import Source, Tensor
-from calm_jax.checkpoints.sources.t5x import parameter_name
+from calm_jax.checkpoints.sources.t5x import parameters
 from calm_jax.errors import CalmError
 from calm_jax.models import DecoderConfig
 
@@ -59,7 +59,8 @@ class Palm(Family):
     ) -> Reading:
         where = str(source.place)
         _refuse(source)
-        tensors = _dequantised(_apart(_below_target(source.tensors), scan_axis, where), where)
+        named = parameters(source.tensors) or source.tensors  # some write T5X's whole paths
+        tensors = _dequantised(_apart(named, scan_axis, where), where)
         config = _config(tensors, where)
         given = {
             "norm_offset": norm_offset,
@@ -158,13 +159,6 @@ def _refuse(source: Source) -> None:
             "(pre_self_attention_layer_norm), which is not supported; PaLM has fused parallel "
             "layers (q_wi_fused)"
         )
-
-
-def _below_target(tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-    """The parameters, of a file that names them by T5X's whole paths."""
-    found = {parameter_name(name): tensor for name, tensor in tensors.items()}
-    found.pop(None, None)
-    return found or tensors
 
 
 def _apart(tensors: Mapping[str, Tensor], scan_axis: int, where: str) -> dict[str, Tensor]:

@@ -38,7 +38,7 @@ def find_family(source: Source, name: str = "auto") -> Family:
 
     Raises:
         CalmError: an unknown name; a source that another family recognises, or with "auto" none:
-            the message says what the source calls itself.
+            the message says what the source calls itself, and what of it nothing here computes.
     """
     if name != "auto" and name not in families():
         raise CalmError(f"--format={name} is unknown; known are auto, {', '.join(families())}")
@@ -49,15 +49,20 @@ def find_family(source: Source, name: str = "auto") -> Family:
             return family
     if name != "auto" and not (source.config or {}).get("architectures"):
         return families()[name]
+    if source.config is not None:
+        where = f"{source.place / 'config.json'} of {_architecture(source)}"
+        refuse_experts(source.config, where)
+        refuse(source.config, where, "is_encoder_decoder", False)
     raise CalmError(f"{source.place}: {_what_it_is(source)}; supported are {', '.join(families())}")
+
+
+def _architecture(source: Source) -> str:
+    return (source.config.get("architectures") or ["no architecture"])[0]
 
 
 def _what_it_is(source: Source) -> str:
     if source.config is not None:
-        where = str(source.place / "config.json")
-        said = (source.config.get("architectures") or ["no architecture"])[0]
-        refuse_experts(source.config, f"{where} of {said}")
-        refuse(source.config, f"{where} of {said}", "is_encoder_decoder", False)
+        said = _architecture(source)
         if any(said in getattr(family, "architectures", ()) for family in families().values()):
             said += f" of model_type {source.config.get('model_type')!r}"
         return f"config.json says {said}, a family that is not supported"

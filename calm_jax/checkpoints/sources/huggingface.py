@@ -16,6 +16,7 @@ from etils import epath
 from safetensors import SafetensorError, safe_open
 
 from calm_jax.checkpoints.files import first_line, is_bucket, read_field, read_json
+from calm_jax.checkpoints.kinds import BRIDGE, COMPOSED_RUN, DECODER_RUN, FROZEN, kind_of
 from calm_jax.checkpoints.sources import torch_file
 from calm_jax.checkpoints.sources.source import Source
 from calm_jax.errors import CalmError
@@ -67,14 +68,15 @@ def read(place: epath.Path) -> Source:
 
 
 def read_file(place: epath.Path) -> Source:
-    """Opens one `.safetensors` file, or `pytorch_model.bin`.
+    """Opens one `.safetensors` or `.bin` file.
 
-    With a config.json beside it stands for its folder. Raises `CalmError` as `read` does, and when
-    that folder has other weights too.
+    One that transformers reads, with a config.json beside it, stands for its folder. Raises
+    `CalmError` as `read` does, and when that folder has other weights too.
     """
     _refuse_buckets(place)
-    if not (place.parent / CONFIG).exists():
-        if place.name == PICKLED:
+    is_pickled = place.suffix == ".bin"
+    if (is_pickled and place.name != PICKLED) or not (place.parent / CONFIG).exists():
+        if is_pickled:
             return torch_file.read(place)
         return Source(place, "safetensors", _open_file(place))
     others = {file.name for file in place.parent.glob("*.safetensors")} - {place.name}
@@ -164,6 +166,11 @@ def _indexed(place: epath.Path) -> dict[str, StoredTensor]:
 
 def _read_config(place: epath.Path) -> Mapping[str, Any]:
     values = read_json(place / CONFIG, "a Hugging Face checkpoint")
+    kind = kind_of(values)
+    if kind == DECODER_RUN:
+        raise CalmError(f"{place} is {kind}; --to=huggingface writes {place / 'frozen'} as another")
+    if kind in (COMPOSED_RUN, BRIDGE, FROZEN):
+        raise CalmError(f"{place} is {kind}, not a checkpoint of another program")
     architectures = values.get("architectures") or []
     if not isinstance(architectures, list) or not all(isinstance(a, str) for a in architectures):
         raise CalmError(f"{place / CONFIG}: architectures is {architectures!r}, no list of names")

@@ -5,8 +5,7 @@ import os
 
 from etils import epath
 
-from calm_jax.checkpoints.files import absolute, read_json, storage
-from calm_jax.checkpoints.kinds import BRIDGE, COMPOSED_RUN, DECODER_RUN, FROZEN, kind_of
+from calm_jax.checkpoints.files import absolute, storage
 from calm_jax.checkpoints.sources.source import Source
 from calm_jax.errors import CalmError
 
@@ -34,10 +33,9 @@ def _reader(place: epath.Path):
         ".npz": "npz",
         ".pt": "torch_file",
         ".pth": "torch_file",
-        ".bin": "torch_file",
     }
     if not place.is_dir():
-        if place.suffix == ".safetensors" or place.name == "pytorch_model.bin":
+        if place.suffix in (".safetensors", ".bin"):
             return _load("huggingface").read_file
         if place.suffix in suffix_readers:
             return _load(suffix_readers[place.suffix]).read
@@ -48,10 +46,7 @@ def _reader(place: epath.Path):
         raise CalmError(
             f"{place} is a frozen folder already; --to=huggingface writes it as another"
         )
-    if (place / "config.json").exists():
-        _refuse_own(place)
-        return _load("huggingface").read
-    if list(place.glob("*.safetensors*")):
+    if (place / "config.json").exists() or list(place.glob("*.safetensors*")):
         return _load("huggingface").read
     t5x = _load("t5x")
     if t5x.is_t5x(place):
@@ -63,15 +58,6 @@ def _reader(place: epath.Path):
         f"{place} is no known kind of checkpoint: it has neither config.json, nor .safetensors "
         "files, nor the marks of T5X (a file named checkpoint) or Orbax (_METADATA)"
     )
-
-
-def _refuse_own(place: epath.Path) -> None:
-    """Raises `CalmError` where calm_jax itself wrote the folder."""
-    kind = kind_of(read_json(place / "config.json", "a checkpoint"))
-    if kind == DECODER_RUN:
-        raise CalmError(f"{place} is {kind}; --to=huggingface writes {place / 'frozen'} as another")
-    if kind in (COMPOSED_RUN, BRIDGE, FROZEN):
-        raise CalmError(f"{place} is {kind}, not a checkpoint of another program")
 
 
 def _load(name: str):

@@ -11,7 +11,7 @@ import os
 import posixpath
 import re
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from etils import epath
@@ -21,6 +21,8 @@ from calm_jax.checkpoints.sources import orbax_tree
 from calm_jax.checkpoints.sources.source import Source, Tensor
 from calm_jax.checkpoints.sources.tensorstore_array import open_all, zarr_spec
 from calm_jax.errors import CalmError
+
+Leaf = TypeVar("Leaf")
 
 VERSIONS = (2, 3)
 # T5X joins the paths of all three to the checkpoint's folder; a bucket in them is a dummy.
@@ -79,18 +81,24 @@ def _orbax_folder(folder: epath.Path) -> epath.Path | None:
     """The folder of Orbax's tree, if this is T5X on Orbax: its tree has a `target`."""
     for tree in (folder / "state", folder):
         if (tree / "_METADATA").is_file():
-            return tree if any(map(parameter_name, orbax_tree.array_names(tree))) else None
+            return tree if any(map(_parameter_name, orbax_tree.array_names(tree))) else None
     return None
 
 
 def _read_orbax(tree: epath.Path) -> dict[str, Tensor]:
-    return orbax_tree.open_tree(tree, parameter_name)
+    return orbax_tree.open_tree(tree, _parameter_name)
 
 
-def parameter_name(name: str) -> str | None:
+def _parameter_name(name: str) -> str | None:
     """The name of a parameter from its whole path; None of the optimizer's state."""
     found = _PARAMETERS.fullmatch(name)
     return None if found is None or any(mark in name for mark in _MARKS) else found[1]
+
+
+def parameters(leaves: Mapping[str, Leaf]) -> dict[str, Leaf]:
+    """The leaves that are parameters, by their names below `target`, of all by whole paths."""
+    named = {_parameter_name(path): leaf for path, leaf in leaves.items()}
+    return {name: leaf for name, leaf in named.items() if name is not None}
 
 
 def _read_msgpack(folder: epath.Path) -> dict[str, Tensor]:
@@ -146,9 +154,7 @@ def _parse(path: epath.Path) -> tuple[int | None, dict[str, Any]]:
             f"{path} has version {version!r} and keys {sorted(map(str, contents))}; T5X's versions "
             f"{' and '.join(map(str, VERSIONS))} are supported"
         )
-    named = {parameter_name(path_in_file): leaf for path_in_file, leaf in leaves.items()}
-    named.pop(None, None)
-    return version, named
+    return version, parameters(leaves)
 
 
 def _leaves(tree: Any, where: str, prefix: str = "") -> Iterator[tuple[str, Any]]:
