@@ -184,8 +184,15 @@ class Run:
 
     def await_step(self, step):
         """Returns when the step is logged."""
+        self._await(lambda: self._logged(step))
+
+    def await_checkpoint(self, step):
+        """Returns when the step's checkpoint is whole: it is written behind later steps."""
+        self._await((self.workdir / "checkpoints" / str(step)).exists)
+
+    def _await(self, happened):
         deadline = time.monotonic() + 300
-        while not self._logged(step):
+        while not happened():
             ended = [p.communicate()[0] for p in self.processes if p.poll() is not None]
             assert not ended, ended[0]
             assert time.monotonic() < deadline
@@ -251,7 +258,7 @@ def test_sigterm_to_one_of_two_then_four_go_on_as_one_process_would(place, alone
 
 def test_killed_process_ends_the_other_and_a_restart_goes_on(place, alone, tmp_path):
     run = Run(place, tmp_path / "run", 2, 2, "--config.train.num_steps=100000")
-    run.await_step(13)
+    run.await_checkpoint(10)
     run.processes[1].kill()
     killed = time.monotonic()
     statuses, outputs = run.end()
@@ -277,7 +284,7 @@ def test_a_process_that_cannot_save_ends_the_other_and_a_restart_goes_on(place, 
         place, tmp_path / "run", 2, 2, "--config.train.num_steps=100000", program_of_last=program
     )
     if fault == "in a background write":
-        run.await_step(13)
+        run.await_checkpoint(10)
         # As of a full disk, to this process alone.
         resource.prlimit(run.processes[1].pid, resource.RLIMIT_FSIZE, (1000, 1000))
     else:
@@ -298,7 +305,7 @@ def test_a_process_that_cannot_save_ends_the_other_and_a_restart_goes_on(place, 
 @pytest.mark.slow
 def test_lost_coordinator_ends_the_others_and_fewer_go_on(place, alone, tmp_path):
     run = Run(place, tmp_path / "run", 4, 1, "--config.train.num_steps=100000")
-    run.await_step(13)
+    run.await_checkpoint(10)
     run.processes[0].kill()
     killed = time.monotonic()
     statuses, outputs = run.end()
