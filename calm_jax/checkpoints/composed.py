@@ -21,8 +21,8 @@ from calm_jax.checkpoints.training import TrainingCheckpoints, abstract_like
 from calm_jax.checkpoints.trees import restore_tree, save_tree
 from calm_jax.errors import CalmError
 from calm_jax.models import ComposedDecoder, CompositionConfig, Decoder, compose
+from calm_jax.models.connections import plan_connections
 from calm_jax.models.parameters import Structure, Tree, module_tree
-from calm_jax.models.plan import make_plan
 from calm_jax.sharding import RULES, Rules
 
 FORMAT = "calm_jax bridge, version 1"
@@ -138,7 +138,7 @@ def load_parts(
     """
     found = [_described(place) for place in places]
     depths = [model.config.num_layers for model in found]
-    plan = make_plan(configs, depths[0], depths[1:])
+    plan = plan_connections(configs, depths[0], depths[1:])
     return [
         model
         if isinstance(model, Decoder)

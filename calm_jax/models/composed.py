@@ -18,10 +18,10 @@ from calm_jax.errors import CalmError
 from calm_jax.models.attention import SelfAttentionInputs
 from calm_jax.models.bridge import BridgeInputs, CrossAttention, heads
 from calm_jax.models.config import CompositionConfig, DecoderConfig
+from calm_jax.models.connections import Connection, ConnectionPlan, Round, plan_connections
 from calm_jax.models.decoder import Decoder, fill_inputs
 from calm_jax.models.execution import Execution
 from calm_jax.models.parameters import Structure, module_tree, stacked
-from calm_jax.models.plan import Connection, Plan, Round, make_plan
 
 # (hidden states [..., B, S, E], augment, first of their layers) -> the states to read instead.
 Perturb = Callable[[jax.Array, int, int], jax.Array]
@@ -99,7 +99,7 @@ class ComposedDecoder(nnx.Module):
         if not augments:
             raise CalmError("compose needs at least one augment")
         self.configs = tuple(configs)
-        self.plan = make_plan(
+        self.plan = plan_connections(
             configs, anchor.config.num_layers, [a.config.num_layers for a in augments]
         )
         self.head_dims = tuple(heads(config, anchor.config)[1] for config in configs)
@@ -359,7 +359,7 @@ class Bridge(nnx.Module):
 
     def __init__(
         self,
-        plan: Plan,
+        plan: ConnectionPlan,
         configs: Sequence[CompositionConfig],
         anchor: DecoderConfig,
         augments: Sequence[DecoderConfig],

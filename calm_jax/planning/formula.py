@@ -17,8 +17,8 @@ from ml_collections import ConfigDict
 from calm_jax import sharding
 from calm_jax.models.bridge import heads
 from calm_jax.models.config import DecoderConfig
+from calm_jax.models.connections import plan_connections
 from calm_jax.models.parameters import size_in_bytes
-from calm_jax.models.plan import make_plan as connect
 from calm_jax.planning import counting, plan, roofline
 from calm_jax.planning.topologies import Topology
 from calm_jax.training import memory
@@ -164,7 +164,7 @@ class Formula:
             layers = _bytes_of_layer(self.trainable["layers"], form.num_layers)
             return [sizes(form, form.num_layers, True, layers * self.cast, keys=block)]
         anchor, *augments = self.forms
-        connected = connect(
+        connected = plan_connections(
             self.compositions, anchor.num_layers, [form.num_layers for form in augments]
         )
         weights = _bytes_of_layer(self.frozen["anchor"]["layers"], anchor.num_layers)

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from calm_jax.models.bridge import heads
 from calm_jax.models.config import CompositionConfig, DecoderConfig
-from calm_jax.models.plan import make_plan
+from calm_jax.models.connections import plan_connections
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,7 +66,7 @@ def ideal_flops(
     Raises:
         CalmError: connections or heads that do not fit.
     """
-    plan = make_plan(compositions, anchor.num_layers, [form.num_layers for form in augments])
+    plan = plan_connections(compositions, anchor.num_layers, [form.num_layers for form in augments])
     tokens = batch_size * length
     first = plan.connections[0].anchor_layer
     above = (anchor.num_layers - 1 - first) * _Layer(anchor, length).forward

@@ -17,9 +17,9 @@ from calm_jax.models import ComposedDecoder, CompositionConfig, Decoder, Decoder
 from calm_jax.models.attention_choice import Need, choose
 from calm_jax.models.bridge import heads
 from calm_jax.models.composed import check_vocabularies
+from calm_jax.models.connections import plan_connections
 from calm_jax.models.execution import Execution, check_remat
 from calm_jax.models.parameters import Tree, module_tree
-from calm_jax.models.plan import make_plan
 from calm_jax.training import configuration
 from calm_jax.training.step import Parts
 
@@ -58,7 +58,9 @@ def describe_models(config: ConfigDict) -> Described:
         roles = ["anchor", *(f"augment {k}" for k in range(len(config.augments)))]
         anchor, *augments = (folder.config for folder in folders)
         compositions = composition_configs(config)
-        plan = make_plan(compositions, anchor.num_layers, [form.num_layers for form in augments])
+        plan = plan_connections(
+            compositions, anchor.num_layers, [form.num_layers for form in augments]
+        )
         for composition in compositions:
             heads(composition, anchor)
     else:

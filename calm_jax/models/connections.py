@@ -37,7 +37,7 @@ class Round:
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
+class ConnectionPlan:
     """The whole plan: `connections` in the order of their numbers, cuts, and rounds."""
 
     connections: tuple[Connection, ...]
@@ -56,9 +56,9 @@ class Plan:
         ]
 
 
-def make_plan(
+def plan_connections(
     configs: Sequence[CompositionConfig], anchor_depth: int, augment_depths: Sequence[int]
-) -> Plan:
+) -> ConnectionPlan:
     """The plan for one config an augment. Raises `CalmError` for connections that do not fit."""
     if len(configs) != len(augment_depths):
         raise CalmError(
@@ -103,7 +103,7 @@ def make_plan(
         )
         for depth, taps in zip(augment_depths, tap_layers, strict=True)
     )
-    return Plan(connections, anchor_shapes, augment_shapes, tap_layers, tuple(rounds))
+    return ConnectionPlan(connections, anchor_shapes, augment_shapes, tap_layers, tuple(rounds))
 
 
 def _resolve(

@@ -8,7 +8,7 @@ import pytest
 
 from calm_jax.errors import CalmError
 from calm_jax.models import CompositionConfig
-from calm_jax.models.plan import make_plan
+from calm_jax.models.connections import plan_connections
 from calm_jax.models.stack import cut_at
 
 
@@ -90,7 +90,7 @@ def steps(plan):
 @hypothesis.given(compositions())
 def test_every_layer_runs_once_and_every_bridge_at_its_place(composition):
     configs, anchor_depth, depths = composition
-    plan = make_plan(configs, anchor_depth, depths)
+    plan = plan_connections(configs, anchor_depth, depths)
     wanted = {
         (number, i, j)
         for number, (config, depth) in enumerate(zip(configs, depths, strict=True))
@@ -117,7 +117,7 @@ def test_every_layer_runs_once_and_every_bridge_at_its_place(composition):
 @hypothesis.given(compositions())
 def test_augments_are_cut_so_that_every_tap_ends_a_group(composition):
     configs, anchor_depth, depths = composition
-    plan = make_plan(configs, anchor_depth, depths)
+    plan = plan_connections(configs, anchor_depth, depths)
     for number, (shapes, depth) in enumerate(zip(plan.augment_shapes, depths, strict=True)):
         taps = sorted({c.layer for c in plan.connections if c.augment == number})
         assert plan.tap_layers[number] == tuple(taps)
@@ -128,11 +128,11 @@ def test_augments_are_cut_so_that_every_tap_ends_a_group(composition):
 
 
 def test_evenly_spaced_connections_are_one_scan():
-    plan = make_plan([CompositionConfig(every=2)], 14, [8])
+    plan = plan_connections([CompositionConfig(every=2)], 14, [8])
     assert plan.anchor_shapes == ((3,), (3, 3), (2,))
     assert plan.augment_shapes == (((3, 2), (2,)),)
     assert [(round_.stacked, round_.piece) for round_ in plan.rounds] == [(True, 1), (False, 2)]
-    unrolled = make_plan([CompositionConfig(every=2, scan=False)], 14, [8])
+    unrolled = plan_connections([CompositionConfig(every=2, scan=False)], 14, [8])
     assert not any(round_.stacked for round_ in unrolled.rounds)
     assert unrolled.anchor_shapes == ((3,), (3,), (3,), (3,), (2,))
 
@@ -150,19 +150,24 @@ def test_cut_at(data):
 def test_errors_say_of_which_augment_they_are():
     configs = [CompositionConfig(every=2), CompositionConfig(every=5)]
     with pytest.raises(CalmError, match=r"^augment 1: .*every=5"):
-        make_plan(configs, 8, [8, 4])
+        plan_connections(configs, 8, [8, 4])
 
 
 def test_names_are_in_the_order_of_the_numbers():
     """By anchor layer, then by augment, however they were given."""
     config = CompositionConfig(connections=((3, 2), (3, 0)))
-    assert make_plan([config], 4, [4]).names == ["3→0", "3→2"]
-    assert make_plan([config] * 2, 4, [4, 4]).names == ["0: 3→0", "1: 3→0", "0: 3→2", "1: 3→2"]
+    assert plan_connections([config], 4, [4]).names == ["3→0", "3→2"]
+    assert plan_connections([config] * 2, 4, [4, 4]).names == [
+        "0: 3→0",
+        "1: 3→0",
+        "0: 3→2",
+        "1: 3→2",
+    ]
 
 
 def test_one_config_for_each_augment():
     with pytest.raises(CalmError, match=r"2 composition configs .* 1 augments"):
-        make_plan([CompositionConfig(), CompositionConfig()], 8, [8])
+        plan_connections([CompositionConfig(), CompositionConfig()], 8, [8])
 
 
 @pytest.mark.parametrize(
@@ -173,4 +178,4 @@ def test_connection_outside_the_layers(pair, what, depth):
     config = CompositionConfig(connections=((0, 0), pair))
     layer = pair[0] if what == "augment" else pair[1]
     with pytest.raises(CalmError, match=rf"{what} layer {layer}, .* 0 to {depth - 1}"):
-        make_plan([config], 6, [4])
+        plan_connections([config], 6, [4])
