@@ -5,11 +5,11 @@ from typing import Any
 
 _HOMES = {
     "Vocabulary": "vocabulary",
-    "open_source": "cache",
+    "open_source": "opening",
     "Source": "source",
     "Stream": "stream",
     "batches_once": "stream",
-    "evaluation_examples": "examples",
+    "evaluation_examples": "opening",
 }
 
 __all__ = list(_HOMES)

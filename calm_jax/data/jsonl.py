@@ -1,4 +1,4 @@
-"""A user's own JSON lines as a Task.
+"""A user's own JSON lines as examples.
 
 Each line of the file is one of
 
@@ -11,16 +11,16 @@ the prompt. They are written by the chat template of the vocabulary, if it has o
 else `role: content` with a line break after each message, and `assistant: ` last.
 """
 
+import itertools
 import json
 import os
-import pathlib
-import re
 from collections.abc import Iterator
 from typing import Any
 
 from etils import epath
 
 from calm_jax.data import chat
+from calm_jax.data.rows import CHUNK, Sequences
 from calm_jax.data.vocabulary import Vocabulary
 from calm_jax.errors import CalmError
 
@@ -47,41 +47,23 @@ def parse(path: str | os.PathLike, vocabulary: Vocabulary | None = None) -> Iter
         raise CalmError(f"{path}: {error}") from error
 
 
-def count(path: str | os.PathLike, vocabulary: Vocabulary | None = None) -> int:
-    """Number of examples in the file, every line checked. Raises `CalmError` as `parse` does."""
-    total = sum(1 for _ in parse(path, vocabulary))
-    if not total:
-        raise CalmError(f"{path}: the file is empty")
-    return total
+def sequences(path: str | os.PathLike, vocabulary: Vocabulary, limit: int) -> Iterator[Sequences]:
+    """The ids of the file's examples, the end token behind each answer; `limit` 0 is all.
 
-
-def task(path: str | os.PathLike, vocabulary: Vocabulary) -> Any:
-    """A `seqio.Task` of the file's examples; every split is the whole file (imports TensorFlow).
-
-    Raises `CalmError` for a bad line, or for a vocabulary without an end token.
+    Raises `CalmError` as `parse` does, or for a vocabulary without an end token.
     """
-    from calm_jax.data import tasks
-
-    seqio, tf = tasks.seqio, tasks.tf
-    examples = count(path, vocabulary)
-    signature = {name: tf.TensorSpec([], tf.string) for name in ("inputs", "targets")}
-    if vocabulary.chat_template is not None:
-        signature["is_turn"] = tf.TensorSpec([], tf.bool)
-    splits = ("train", "validation", "test")
-    source = seqio.FunctionDataSource(
-        lambda split, shuffle_files, seed=None: tf.data.Dataset.from_generator(
-            lambda: parse(path, vocabulary), output_signature=signature
-        ),
-        splits=splits,
-        num_input_examples=dict.fromkeys(splits, examples),
-    )
-    name = re.sub(r"[^\w.]", "_", pathlib.Path(path).stem)  # seqio allows no other characters
-    return tasks.Task(
-        f"calm_jax/jsonl/{name}",
-        source=source,
-        output_features=tasks.output_features(vocabulary),
-        preprocessors=[tasks.tokenize],
-    )
+    if vocabulary.eos_id is None:
+        raise CalmError(f"{path}: {vocabulary} has no end token for its targets")
+    examples = itertools.islice(parse(path, vocabulary), limit or None)
+    while chunk := list(itertools.islice(examples, CHUNK)):
+        yield Sequences.of(
+            *chat.encode_examples(
+                vocabulary,
+                [example["inputs"] for example in chunk],
+                [example["targets"] for example in chunk],
+                [example.get("is_turn", False) for example in chunk],
+            )
+        )
 
 
 def _examples(line: str, vocabulary: Vocabulary | None) -> Iterator[dict]:

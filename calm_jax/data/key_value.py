@@ -29,6 +29,7 @@ import re
 from calm_jax.data.vocabulary import TokenizerVocabulary
 from calm_jax.errors import CalmError
 
+TASKS = "calm_jax.data.key_value_tasks"  # registers them with seqio
 VERSION = "1.0.0"  # of the texts: another one makes all data anew
 
 SUBS, MATH, UNKNOWN = "<subs>", "<math>", "?"
@@ -196,11 +197,14 @@ def config(name: str) -> KeyValueConfig:
     return CONFIGS[name]
 
 
-def vocabulary(name: str) -> TokenizerVocabulary:
-    """The task's own tokens: specials, markers, letters, operators, `=`, and numbers or digits."""
+def vocabulary(name: str = "") -> TokenizerVocabulary:
+    """The tokens of a config, "" for the default one.
+
+    They are specials, markers, letters, operators, `=`, and numbers or digits.
+    """
     import tokenizers
 
-    world = config(name)
+    world = config(name or DEFAULT)
     largest = world.largest_number if world.number_tokens else 9
     numbers = [str(n) for n in range(max(largest, 9) + 1)]
     tokens = [*SPECIALS, SUBS, MATH, UNKNOWN, *OPERATORS, "=", *LETTERS, *numbers]
@@ -218,3 +222,9 @@ def parse_task(task: str) -> KeyValueConfig | None:
     """The config of a task named `calm_jax/key_value/CONFIG/…`; None for any other name."""
     match = re.fullmatch(r"calm_jax/key_value/([^/]+)/[^/]+", task)
     return config(match[1]) if match else None
+
+
+def task_fingerprint(task: str) -> str | None:
+    """Names the texts of a task; None for a task that is not of this kind."""
+    world = parse_task(task)
+    return world.fingerprint if world else None

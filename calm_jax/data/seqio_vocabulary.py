@@ -1,10 +1,9 @@
 """A `Vocabulary` in the form that seqio Tasks take."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
-from calm_jax.data import chat
 from calm_jax.data.vocabulary import Vocabulary
 from calm_jax.quiet_tensorflow import import_tensorflow
 
@@ -50,17 +49,6 @@ class SeqioVocabulary(seqio.Vocabulary):
 
         ids = _ragged(tf.numpy_function(encode, [tf.reshape(s, [-1])], FLAT, stateful=False))
         return ids if s.shape.rank else ids.flat_values
-
-    def encode_examples_tf(self, batch: Mapping[str, tf.Tensor]) -> dict[str, tf.RaggedTensor]:
-        """Ids [N, ?] of texts `inputs` and `targets` [N], where `is_turn` [N] as turns of chats."""
-
-        def encode(inputs: np.ndarray, targets: np.ndarray, is_turn: np.ndarray) -> tuple:
-            pair = chat.encode_examples(self.vocabulary, _texts(inputs), _texts(targets), is_turn)
-            return *_flat(pair[0]), *_flat(pair[1])
-
-        columns = [batch[name] for name in ("inputs", "targets", "is_turn")]
-        flat = tf.numpy_function(encode, columns, FLAT * 2, stateful=False)
-        return {"inputs": _ragged(flat[:2]), "targets": _ragged(flat[2:])}
 
     def _decode_tf(self, ids: tf.Tensor) -> tf.Tensor:
         def decode(ids: np.ndarray) -> np.ndarray:

@@ -1,15 +1,7 @@
-"""seqio Tasks and Mixtures of calm_jax; importing this module imports TensorFlow.
+"""seqio Tasks, read as token ids or as texts; importing this module imports TensorFlow.
 
-For every key-value config C, with its own vocabulary:
-
-    calm_jax/key_value/C/augment, …/anchor                       splits train, validation
-    calm_jax/key_value/C/bridge_math, …/bridge_subs, …/bridge_num   splits train, validation
-    calm_jax/key_value/C/bridge       Mixture of the three, at the config's rates
-    calm_jax/key_value/C/subs, …/num, …/math, …/math_seen        split test
-    calm_jax/key_value/C/augment_first, …/augment_second         as augment, of half the keys
-    calm_jax/key_value/C/subs_first, …/subs_second, …/math_first, …/math_second   split test
-
-A Task here holds texts `inputs` (may be empty) and `targets`; the end token follows the targets.
+A `Task` holds texts `inputs` (may be empty) and `targets`; the end token follows the targets. A
+user's own seqio Task may hold ids from the start.
 """
 
 import dataclasses
@@ -20,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from calm_jax.data import key_value, key_value_builder
+from calm_jax.data.rows import CHUNK, Sequences
 from calm_jax.data.vocabulary import Vocabulary
 from calm_jax.errors import CalmError
 from calm_jax.quiet_tensorflow import import_tensorflow
@@ -36,12 +28,8 @@ def tokenize(
 ) -> tf.data.Dataset:
     """Texts to ids, with the end tokens, a thousand a call; only `output_features` remain.
 
-    seqio's own steps, a text a call, take several times as long. An example with a true
-    `is_turn` is a turn of a chat, which ends as `chat.encode_examples` says.
+    seqio's own steps, a text a call, take several times as long.
     """
-    if "is_turn" in dataset.element_spec:
-        vocabulary = output_features["targets"].vocabulary
-        return dataset.batch(TOKENIZE_BATCH).map(vocabulary.encode_examples_tf).unbatch()
 
     def encode(name: str, texts: tf.Tensor) -> tf.RaggedTensor:
         feature = output_features[name]
@@ -76,45 +64,8 @@ class Task(seqio.Task):
     def name(self) -> str:
         return self._given_name
 
-
-def register_key_value(config: key_value.KeyValueConfig) -> None:
-    """Registers the Tasks and the Mixture of a world, for a module of one's own worlds too."""
-    if key_value.CONFIGS.setdefault(config.name, config) != config:
-        raise CalmError(f"there is another key-value config named {config.name!r}")
-    builder = key_value_builder.KeyValueArithmetic
-    known = {corpus.name for corpus in builder.BUILDER_CONFIGS}
-    builder.BUILDER_CONFIGS += [
-        corpus for corpus in key_value_builder.corpus_configs(config) if corpus.name not in known
-    ]
-    folds = ("train", "validation")
-    parts = key_value.BRIDGE_PARTS
-    for corpus in ("augment", *(f"augment_{half}" for half in key_value.HALVES), "anchor"):
-        _add_key_value(config, corpus, corpus, {fold: fold for fold in folds})
-    for part in parts:
-        _add_key_value(config, f"bridge_{part}", "bridge", {f: f"{part}_{f}" for f in folds})
-    for corpus in ("evaluation", "evaluation_halves"):
-        for name in key_value.CORPORA[corpus]:
-            _add_key_value(config, name, corpus, {"test": name})
-    prefix = f"calm_jax/key_value/{config.name}/bridge"
-    seqio.MixtureRegistry.add(
-        prefix,
-        [(f"{prefix}_{part}", rate) for part, rate in zip(parts, config.bridge_rates, strict=True)],
-    )
-
-
-def _add_key_value(
-    config: key_value.KeyValueConfig, name: str, corpus: str, splits: dict[str, str]
-) -> None:
-    builder = key_value_builder.KeyValueArithmetic
-    seqio.TaskRegistry.add(
-        f"calm_jax/key_value/{config.name}/{name}",
-        source=seqio.TfdsDataSource(
-            f"{builder.name}/{config.name}_{corpus}:{builder.VERSION}", splits=splits
-        ),
-        preprocessors=[tokenize],
-        output_features=output_features(key_value.vocabulary(config.name)),
-        task_cls=Task,
-    )
+    def prepare(self, data_dir: pathlib.Path) -> None:
+        """Generates what the Task reads under `data_dir`, if it reads anything generated."""
 
 
 def find(task: str, module: str = "") -> list[tuple[seqio.Task, float]]:
@@ -138,19 +89,6 @@ def find(task: str, module: str = "") -> list[tuple[seqio.Task, float]]:
     raise CalmError(f"no task {task!r}; known are {', '.join(known)}")
 
 
-def make_ready(task: seqio.Task, data_dir: pathlib.Path) -> None:
-    """Generates the data of a key-value Task under `data_dir`; leaves other Tasks alone."""
-    config = key_value.parse_task(task.name)
-    if config is None:
-        return
-    loader = task.source.tfds_dataset
-    folder = data_dir / config.fingerprint
-    name = loader.name.partition(":")[0].removesuffix("/").rpartition("/")[2]
-    corpus = name.removeprefix(f"{config.name}_")
-    key_value_builder.prepare(config, corpus, folder)
-    loader.override_data_dir(str(folder))
-
-
 def with_vocabulary(task: seqio.Task, vocabulary: Vocabulary) -> seqio.Task:
     """The Task with its texts in `vocabulary`; features that hold ids from the start keep them."""
     features = dict(task.output_features)
@@ -163,6 +101,19 @@ def with_vocabulary(task: seqio.Task, vocabulary: Vocabulary) -> seqio.Task:
     return Task(
         task.name, source=task.source, preprocessors=task.preprocessors, output_features=features
     )
+
+
+def sequences(task: seqio.Task, split: str, limit: int) -> Iterator[Sequences]:
+    """The ids of a Task's prompts and answers, in its order; `limit` 0 is all."""
+    dataset = task.get_dataset(None, split, shuffle=False)
+    if limit:
+        dataset = dataset.take(limit)
+    names = [name for name in ("inputs", "targets") if name in dataset.element_spec]
+    dataset = dataset.map(lambda example: {name: example[name] for name in names})
+    for batch in dataset.ragged_batch(CHUNK).prefetch(1):
+        answers = batch["targets"].to_list()
+        prompts = batch["inputs"].to_list() if "inputs" in batch else [[]] * len(answers)
+        yield Sequences.of(prompts, answers)
 
 
 def text_examples(task: seqio.Task, split: str, limit: int) -> Iterator[dict[str, Any]]:
@@ -184,7 +135,3 @@ def _plain(value: Any) -> Any:
     if isinstance(value, bytes):
         return value.decode()
     return value.tolist() if isinstance(value, np.ndarray | np.generic) else value
-
-
-for _config in list(key_value.CONFIGS.values()):
-    register_key_value(_config)

@@ -16,6 +16,7 @@ from typing import Any, Self
 import numpy as np
 from etils import epath
 
+from calm_jax.data import built_in
 from calm_jax.data.published import (
     NOTHING,
     START_AND_END_NAMES,
@@ -96,10 +97,8 @@ class Vocabulary:
         spec = str(spec)
         if spec == "bytes":
             return Vocabulary.bytes()
-        if spec == "key_value" or spec.startswith("key_value/"):
-            from calm_jax.data import key_value
-
-            return key_value.vocabulary(spec.partition("/")[2] or key_value.DEFAULT)
+        if (vocabulary := built_in.vocabulary(spec)) is not None:
+            return vocabulary
         path = epath.Path(spec)
         if (path / INDEX_FILE).exists():
             return _from_folder(path)

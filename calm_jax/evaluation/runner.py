@@ -15,7 +15,7 @@ from calm_jax import data, sharding
 from calm_jax.checkpoints.any_model import load_model
 from calm_jax.checkpoints.files import absolute, read_json, write_json
 from calm_jax.checkpoints.training import TrainingCheckpoints
-from calm_jax.data.cache import identity
+from calm_jax.data.opening import identity
 from calm_jax.decoding import generate
 from calm_jax.errors import CalmError
 from calm_jax.evaluation import metrics

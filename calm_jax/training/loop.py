@@ -15,7 +15,7 @@ from calm_jax.checkpoints import frozen as frozen_folders
 from calm_jax.checkpoints.composed import check_identities
 from calm_jax.checkpoints.files import read_json, write_json
 from calm_jax.checkpoints.training import TrainingCheckpoints, abstract_like
-from calm_jax.data.cache import open_source
+from calm_jax.data.opening import open_source
 from calm_jax.data.source import Part, Source
 from calm_jax.data.stream import Stream, batches_once
 from calm_jax.data.vocabulary import Vocabulary

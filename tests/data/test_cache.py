@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from calm_jax.data import Vocabulary, cache, evaluation_examples, open_source
+from calm_jax.data.rows import RowWriter
 from calm_jax.errors import CalmError
 
 KEYS = (
@@ -191,14 +192,14 @@ def test_a_folder_that_cannot_be_written_is_named(data, vocabulary, tmp_path):
 
 
 def test_two_that_build_at_once_end_with_one_folder(data, vocabulary, monkeypatch):
-    build, config = cache._build, data("anchor", limit=30)
+    write, config = cache.write_part, data("anchor", limit=30)
 
-    def build_second(folder, *arguments):
-        monkeypatch.setattr(cache, "_build", build)
+    def write_second(*arguments):
+        monkeypatch.setattr(cache, "write_part", write)
         open_source(config, "train", vocabulary)  # the other process is done before this one is
-        build(folder, *arguments)
+        return write(*arguments)
 
-    monkeypatch.setattr(cache, "_build", build_second)
+    monkeypatch.setattr(cache, "write_part", write_second)
     source = open_source(config, "train", vocabulary)
     assert len(source)
     assert not list((cache.cache_directory(config["cache_dir"]) / "tokens").glob("*incomplete*"))
@@ -236,14 +237,15 @@ def test_a_build_that_is_killed_leaves_nothing_that_loads(data, vocabulary, tmp_
     killed = run(
         """
         import os, signal
-        from calm_jax.data import Vocabulary, cache
-        append = cache._RowWriter.append
+        from calm_jax.data import Vocabulary, open_source
+        from calm_jax.data.rows import RowWriter
+        append = RowWriter.append
         def append_and_die(self, rows):
             append(self, rows)
             self._file.flush()
             os.kill(os.getpid(), signal.SIGKILL)
-        cache._RowWriter.append = append_and_die
-        cache.open_source(config, "train", Vocabulary.bytes())
+        RowWriter.append = append_and_die
+        open_source(config, "train", Vocabulary.bytes())
         """,
         config,
     )
@@ -258,7 +260,7 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(data, tmp_path, monkeypatch)
     def full(self, rows):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(cache._RowWriter, "append", full)
+    monkeypatch.setattr(RowWriter, "append", full)
     (tmp_path / "a.jsonl").write_text('{"text": "some text"}\n')
     config = data({"jsonl": str(tmp_path / "a.jsonl")}, cache_dir=str(tmp_path))
     with pytest.raises(CalmError, match=f"cache_dir {tmp_path}: No space left on device"):

@@ -13,7 +13,7 @@ import tiny_models
 import tiny_tokenizers
 
 from calm_jax.cli import generate as command
-from calm_jax.data import cache, chat, jsonl
+from calm_jax.data import chat, jsonl, open_source
 from calm_jax.data.vocabulary import Vocabulary
 from calm_jax.decoding import generate
 from calm_jax.errors import CalmError
@@ -244,7 +244,7 @@ def test_lines_of_chats_take_the_template(form, vocabularies, chats):
 def test_chats_reach_the_rows_of_training(form, vocabularies, chats, data):
     vocabulary = vocabularies[form]
     config = data({"jsonl": str(chats)}, length=256, pack=False)
-    source = cache.open_source(config, "train", vocabulary)
+    source = open_source(config, "train", vocabulary)
     arrays = source.parts[0].arrays
     rows = [
         (row[valid == 1].tolist(), prompt[valid == 1].tolist())
@@ -268,10 +268,10 @@ def test_chats_reach_the_rows_of_training(form, vocabularies, chats, data):
 def test_another_template_is_another_cache(tmp_path, chats, data):
     folder = tiny_tokenizers.gemma(tmp_path / "g")
     config = data({"jsonl": str(chats)}, length=256)
-    first = cache.open_source(config, "train", Vocabulary.from_model_folder(folder))
-    again = cache.open_source(config, "train", Vocabulary.from_model_folder(folder))
+    first = open_source(config, "train", Vocabulary.from_model_folder(folder))
+    again = open_source(config, "train", Vocabulary.from_model_folder(folder))
     changed = tiny_tokenizers.GEMMA_CHAT.replace("'model'", "'bot'").replace("model", "bot")
-    other = cache.open_source(config, "train", with_template(folder, changed))
+    other = open_source(config, "train", with_template(folder, changed))
     assert first.fingerprint == again.fingerprint != other.fingerprint
     rows = [source.parts[0].arrays["targets"].tolist() for source in (first, other)]
     assert rows[0] != rows[1]
@@ -282,7 +282,7 @@ def test_a_chat_that_the_template_refuses_is_named_by_its_line(tmp_path, vocabul
     line = {"messages": [{"role": "user", "content": "a"}] * 2 + CHAT[1:2]}
     path.write_text(json.dumps({"text": "a"}) + "\n" + json.dumps(line) + "\n")
     with pytest.raises(CalmError, match=r"a\.jsonl:2: chat template of .*must alternate"):
-        jsonl.count(path, vocabularies["gemma"])
+        list(jsonl.parse(path, vocabularies["gemma"]))
 
 
 def model_with(vocabulary):

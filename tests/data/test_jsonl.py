@@ -31,7 +31,6 @@ def test_the_three_forms(tmp_path):
         {"inputs": first, "targets": "Hello"},
         {"inputs": f"{first}Hello\nuser: Bye\nassistant: ", "targets": "So long"},
     ]
-    assert jsonl.count(path) == 4
 
 
 BAD_LINES = {
@@ -67,7 +66,7 @@ def test_a_bad_line_is_named_and_nothing_is_written(tmp_path, data, line):
 
 
 def test_an_entry_that_is_a_path_alone_shows_both_forms():
-    from calm_jax.data.cache import check_entry
+    from calm_jax.data.opening import check_entry
 
     with pytest.raises(CalmError) as caught:
         check_entry("train.jsonl", "train")
@@ -77,11 +76,18 @@ def test_an_entry_that_is_a_path_alone_shows_both_forms():
     )
 
 
-def test_a_file_without_lines_or_that_is_not_there(tmp_path):
+def test_a_file_without_lines_or_that_is_not_there(tmp_path, data):
+    from calm_jax.data import Vocabulary, open_source
+
+    def opened(name):
+        config = data({"jsonl": str(tmp_path / name)}, cache_dir=str(tmp_path / "cache"))
+        return open_source(config, "train", Vocabulary.bytes())
+
+    write(tmp_path / "empty.jsonl")
     with pytest.raises(CalmError, match=r"empty\.jsonl: the file is empty"):
-        jsonl.count(write(tmp_path / "empty.jsonl"))
-    with pytest.raises(CalmError, match=r"missing.jsonl: .*No such file"):
-        jsonl.count(tmp_path / "missing.jsonl")
+        opened("empty.jsonl")
+    with pytest.raises(CalmError, match=r"missing\.jsonl: .*No such file"):
+        opened("missing.jsonl")
     (tmp_path / "latin.jsonl").write_bytes('{"text": "é"}\n'.encode("latin-1"))
-    with pytest.raises(CalmError, match=r"latin.jsonl: .*utf-8"):
-        jsonl.count(tmp_path / "latin.jsonl")
+    with pytest.raises(CalmError, match=r"latin\.jsonl: .*utf-8"):
+        opened("latin.jsonl")

@@ -1,0 +1,232 @@
+"""Data by name: entries of `config.data`, opened as rows to train on or texts to score on."""
+
+import hashlib
+import importlib.util
+import itertools
+import json
+import os
+import pathlib
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from absl import logging
+from etils import epath
+from ml_collections import ConfigDict
+from tqdm import tqdm
+
+from calm_jax.data import built_in, cache, jsonl
+from calm_jax.data.rows import Sequences
+from calm_jax.data.source import Part, Source
+from calm_jax.data.vocabulary import Vocabulary, check_ids
+from calm_jax.errors import CalmError
+
+ENTRY_KEYS = {"task", "jsonl", "import", "weight", "loss_on_inputs"}
+
+
+def open_source(data: Mapping[str, Any], split: str, vocabulary: Vocabulary) -> Source:
+    """The rows of `data[split]` ("train" or "validation"); builds what is not cached yet.
+
+    `data` is `config.data`: entries `{"task": name, "import": module}` or `{"jsonl": path}`, each
+    with `weight` and `loss_on_inputs`; `length`, `pack`, `strict`, `limit`, `cache_dir`. Texts are
+    tokenised with `vocabulary`. TensorFlow is imported only where a task is not cached yet.
+    Raises `CalmError` for a bad entry or line, and with `strict` for a sequence too long.
+    """
+    parts, folders = [], []
+    for entry in data[split]:
+        check_entry(entry, split)
+    for entry in map(dict, data[split]):
+        folder, index = _cached(entry, data, split, vocabulary)
+        folders.append(folder.name)
+        for message in _cuts(index["parts"], data, entry):
+            logging.warning("%s", message)
+        for number, part in enumerate(index["parts"]):
+            weight = entry.get("weight", 1.0) * part["rate"]
+            arrays = cache.read_part(folder / str(number))
+            parts.append(Part(part["name"], weight, entry.get("loss_on_inputs", False), arrays))
+    if not parts:
+        raise CalmError(f"data.{split} names no task")
+    fingerprint = hashlib.sha256(json.dumps(folders).encode()).hexdigest()
+    return Source(tuple(parts), data["length"], vocabulary.start_id, fingerprint)
+
+
+def evaluation_examples(
+    task: str | Mapping[str, Any],
+    split: str,
+    vocabulary: Vocabulary,
+    limit: int = 0,
+    cache_dir: str = "",
+) -> list[dict[str, Any]]:
+    """Texts `inputs` and `targets` of a task, with what else its examples carry; `limit` 0 is all.
+
+    `task` is a registered name, a file of JSON lines ("….jsonl"), or an entry of `config.data` as
+    `open_source` takes. Key-value examples carry `set` (subs, num, math), `operands` and `unseen`,
+    those of a file what `jsonl.parse` says. Imports TensorFlow for a registered name.
+    Raises `CalmError` as `open_source` does.
+    """
+    if isinstance(task, str):
+        task = {"jsonl" if task.endswith(".jsonl") else "task": task}
+    entry = dict(task)
+    check_entry(entry, "evaluation")
+    if "jsonl" in entry:
+        examples = jsonl.parse(entry["jsonl"], vocabulary)
+    else:
+        from calm_jax.data import tasks
+
+        found = _tasks(entry, split, vocabulary, cache.cache_directory(cache_dir))
+        examples = (e for task, _ in found for e in tasks.text_examples(task, split, limit))
+    return list(itertools.islice(examples, limit or None))
+
+
+def check_entry(entry: Mapping[str, Any], split: str) -> None:
+    """Raises `CalmError` for an entry of `data[split]` that says nothing clear."""
+    if not isinstance(entry, Mapping | ConfigDict):
+        raise CalmError(
+            f"data.{split}: {entry!r} is not an entry; write ({{'jsonl': 'file.jsonl'}},) or "
+            "({'task': 'name'},)"
+        )
+    if unknown := sorted(set(entry) - ENTRY_KEYS):
+        raise CalmError(f"data.{split}: unknown key {unknown[0]!r}; known are {sorted(ENTRY_KEYS)}")
+    if ("task" in entry) == ("jsonl" in entry):
+        raise CalmError(f"data.{split}: {entry} needs either 'task' or 'jsonl'")
+    if not isinstance(entry.get("weight", 1.0), int | float) or entry.get("weight", 1.0) <= 0:
+        name = entry.get("task", entry.get("jsonl"))
+        raise CalmError(
+            f"data.{split}: weight {entry['weight']!r} of {name} is not a number above 0"
+        )
+
+
+def _cuts(
+    parts: Sequence[Mapping[str, Any]], data: Mapping[str, Any], entry: Mapping[str, Any]
+) -> list[str]:
+    """What to say of sequences longer than a row. Raises `CalmError` where that is refused."""
+    found = []
+    for part in parts:
+        if not part["cut"]:
+            continue
+        name = entry.get("jsonl", part["name"])
+        message = (
+            f"{name}: {part['cut']:,} of {part['examples']:,} sequences are longer than "
+            f"data.length {data['length']}; the longest has {part['longest']:,} tokens"
+        )
+        if data["strict"]:
+            raise CalmError(f"{message} (data.strict)")
+        lost = 0 if entry.get("loss_on_inputs") else part["answers_lost"]
+        if lost == part["examples"]:
+            raise CalmError(f"{message}; of none is anything left to train on")
+        left = f", and of {lost:,} nothing is left to train on" if lost else ""
+        found.append(f"{message}; they are cut{left}")
+    return found
+
+
+def identity(entry: Mapping[str, Any]) -> list[str]:
+    """What decides the texts of an entry, found without importing it."""
+    if "jsonl" in entry:
+        return ["jsonl", _file_hash(entry["jsonl"])]
+    if fingerprint := built_in.task_fingerprint(entry["task"]):
+        return [entry["task"], fingerprint]
+    if module := entry.get("import"):
+        try:
+            spec = importlib.util.find_spec(module)
+        except ImportError:
+            spec = None
+        if spec is None:
+            raise CalmError(f"task {entry['task']!r}: there is no module {module!r} to import")
+        return [entry["task"], module, _file_hash(spec.origin)]
+    return [entry["task"]]
+
+
+def _file_hash(path: str) -> str:
+    try:
+        with epath.Path(path).open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        here = "" if os.path.isabs(path) else f", seen from {os.getcwd()}"
+        raise CalmError(f"{path}: {error.strerror or error}{here}") from error
+
+
+def _cached(
+    entry: Mapping[str, Any], data: Mapping[str, Any], split: str, vocabulary: Vocabulary
+) -> tuple[pathlib.Path, dict[str, Any]]:
+    cache_dir = cache.cache_directory(data["cache_dir"])
+    decides = [identity(entry), split, vocabulary.tokenization_fingerprint]
+    decides += [data["length"], data["pack"], data["limit"]]
+    if vocabulary.rows is not None and vocabulary.rows < vocabulary.size:
+        decides.append(vocabulary.rows)  # what was made for more was not checked for these
+
+    def build(folder: pathlib.Path) -> dict[str, Any]:
+        parts = []
+        opened = _open_parts(entry, split, vocabulary, cache_dir, data["limit"])
+        for number, (name, rate, chunks) in enumerate(opened):
+            chunks = _checked(chunks, name, vocabulary)
+            counts = cache.write_part(folder / str(number), chunks, data["length"], data["pack"])
+            if not counts["rows"]:
+                told = (
+                    f"the split {split!r} has no examples"
+                    if "task" in entry
+                    else "the file is empty"
+                )
+                raise CalmError(f"{entry.get('jsonl', name)}: {told}")
+            parts.append({"name": name, "rate": rate, **counts})
+        _cuts(parts, data, entry)  # nothing is kept of what is refused
+        return {"entry": dict(entry), "split": split, "length": data["length"], "parts": parts}
+
+    return cache.ready_folder(cache_dir, decides, build)
+
+
+Opened = tuple[str, float, Iterator[Sequences]]
+
+
+def _open_parts(
+    entry: Mapping[str, Any],
+    split: str,
+    vocabulary: Vocabulary,
+    cache_dir: pathlib.Path,
+    limit: int,
+) -> Iterator[Opened]:
+    """The name, the share and the sequences of each part of an entry."""
+    if "jsonl" in entry:
+        name = f"jsonl/{pathlib.PurePath(entry['jsonl']).stem}"
+        progress = tqdm(desc=f"{name} {split}", unit=" examples")
+        yield name, 1.0, _told(jsonl.sequences(entry["jsonl"], vocabulary, limit), progress)
+        return
+    from calm_jax.data import tasks
+
+    for task, rate in _tasks(entry, split, vocabulary, cache_dir):
+        total = min(filter(None, (task.num_input_examples(split), limit)), default=None)
+        progress = tqdm(total=total, desc=f"{task.name} {split}", unit=" examples")
+        yield task.name, rate, _told(tasks.sequences(task, split, limit), progress)
+
+
+def _told(chunks: Iterator[Sequences], progress: tqdm) -> Iterator[Sequences]:
+    with progress:
+        for chunk in chunks:
+            yield chunk
+            progress.update(len(chunk))
+
+
+def _checked(chunks: Iterator[Sequences], name: str, vocabulary: Vocabulary) -> Iterator[Sequences]:
+    for chunk in chunks:
+        if vocabulary.rows is not None:
+            check_ids(chunk.ids_M, vocabulary.rows, f"{name}:", vocabulary)
+        yield chunk
+
+
+def _tasks(
+    entry: Mapping[str, Any], split: str, vocabulary: Vocabulary, cache_dir: pathlib.Path
+) -> list[tuple[Any, float]]:
+    """The seqio Tasks of an entry, with their shares, ready to be read in `vocabulary`.
+
+    Imports TensorFlow. Raises `CalmError` for an unknown task or split.
+    """
+    from calm_jax.data import tasks
+
+    built_in.register_tasks()
+    found = []
+    for task, rate in tasks.find(entry["task"], entry.get("import", "")):
+        if isinstance(task, tasks.Task):
+            task.prepare(cache_dir / "tfds")
+        if split not in task.splits:
+            known = ", ".join(sorted(task.splits))
+            raise CalmError(f"task {task.name!r} has no split {split!r}; it has {known}")
+        found.append((tasks.with_vocabulary(task, vocabulary), rate))
+    return found

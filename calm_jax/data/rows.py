@@ -1,0 +1,126 @@
+"""Sequences of token ids, laid out in rows of one length."""
+
+import dataclasses
+import itertools
+import pathlib
+from collections.abc import Sequence
+from typing import Self
+
+import numpy as np
+
+from calm_jax.data.source import DTYPES
+
+# Sequences that are read, tokenised and packed together.
+CHUNK = 8192
+
+# Rows that are open at a time: a sequence goes into the first of them that has room for it, and
+# when none has, all are closed.
+OPEN_ROWS = 256
+
+
+@dataclasses.dataclass(frozen=True)
+class Sequences:
+    """N sequences of M ids altogether; each is a prompt, then what follows it.
+
+    Attributes:
+      ids_M: int32, one sequence behind the other.
+      lengths_N: number of ids of each sequence.
+      prompts_N: how many of them, from the first on, are its prompt.
+    """
+
+    ids_M: np.ndarray
+    lengths_N: np.ndarray
+    prompts_N: np.ndarray
+
+    @classmethod
+    def of(cls, prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]]) -> Self:
+        """The ids of each prompt with those of its answer behind them."""
+        prompts_N = np.fromiter(map(len, prompts), np.int64, len(prompts))
+        lengths_N = prompts_N + np.fromiter(map(len, answers), np.int64, len(answers))
+        pairs = itertools.chain.from_iterable(zip(prompts, answers, strict=True))
+        ids_M = np.fromiter(itertools.chain.from_iterable(pairs), np.int32, lengths_N.sum())
+        return cls(ids_M, lengths_N, prompts_N)
+
+    def __len__(self) -> int:
+        return len(self.lengths_N)
+
+    def cut(self, length: int) -> Self:
+        """The same sequences without what is behind their first `length` ids."""
+        kept_N = np.minimum(self.lengths_N, length)
+        ids_M = self.ids_M[_within(self.lengths_N) < np.repeat(kept_N, self.lengths_N)]
+        return type(self)(ids_M, kept_N, np.minimum(self.prompts_N, length))
+
+    def rows(self, length: int, pack: bool) -> dict[str, np.ndarray]:
+        """The sequences in rows [R, length] as `DTYPES`; none may be longer than a row.
+
+        Packed, several share a row, as grain's `FirstFitPackIterDataset` lays them out, but
+        without its milliseconds for each of them.
+        """
+        if pack:
+            row_N, start_N, segment_N = _first_fit(self.lengths_N, length)
+        else:
+            row_N, start_N, segment_N = np.arange(len(self)), 0, np.ones(len(self), np.int64)
+        within_M = _within(self.lengths_N)
+        place_M = np.repeat(row_N * length + start_N, self.lengths_N) + within_M
+        values = {
+            "targets": self.ids_M,
+            "segment_ids": np.repeat(segment_N, self.lengths_N),
+            "prompt": within_M < np.repeat(self.prompts_N, self.lengths_N),
+        }
+        count = int(row_N.max(initial=-1)) + 1
+        rows = {name: np.zeros((count, length), dtype) for name, dtype in DTYPES.items()}
+        for name, values_M in values.items():
+            rows[name].reshape(-1)[place_M] = values_M
+        return rows
+
+
+def _within(lengths_N: np.ndarray) -> np.ndarray:
+    """The place of every id in its sequence [M]."""
+    return np.arange(lengths_N.sum()) - np.repeat(np.cumsum(lengths_N) - lengths_N, lengths_N)
+
+
+def _first_fit(lengths_N: np.ndarray, length: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The row of each sequence, its first place there, and its number in the row, 1 for the first.
+
+    All [N].
+    """
+    free_R, numbers = np.full(OPEN_ROWS, length), [0] * OPEN_ROWS
+    closed, found = 0, []
+    for needed in lengths_N.tolist():
+        row = int(np.argmax(free_R >= needed))
+        free = int(free_R[row])
+        if free < needed:
+            closed += OPEN_ROWS
+            free_R[:], numbers, row, free = length, [0] * OPEN_ROWS, 0, length
+        numbers[row] += 1
+        free_R[row] = free - needed
+        found.append((closed + row, length - free, numbers[row]))
+    row_N, start_N, segment_N = np.array(found, np.int64).reshape(-1, 3).T
+    return row_N, start_N, segment_N
+
+
+class RowWriter:
+    """Appends rows [?, T] to a .npy file whose number of rows is known only at the end."""
+
+    def __init__(self, path: pathlib.Path, length: int, dtype: type):
+        self._file = open(path, "wb")  # noqa: SIM115 (`__exit__` closes it)
+        self._length, self._dtype, self._rows = length, np.dtype(dtype), 0
+        self._header()
+
+    def _header(self) -> None:
+        # numpy leaves room in the header for the first axis to grow: its length stays the same.
+        shape = (self._rows, self._length)
+        description = {"descr": self._dtype.str, "fortran_order": False, "shape": shape}
+        np.lib.format.write_array_header_1_0(self._file, description)
+
+    def append(self, rows: np.ndarray) -> None:
+        self._file.write(np.ascontiguousarray(rows, self._dtype).tobytes())
+        self._rows += len(rows)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        with self._file:
+            self._file.seek(0)
+            self._header()
