@@ -1,6 +1,6 @@
 """Gemma 2 27B reads Gemma 2 2B, on a v5e slice of 8 x 8 chips or a larger one.
 
-Anchor and augment are forms, which `calm plan` reads; set them to frozen folders to train.
+Anchor and augment are presets, sizes that `calm plan` reads; set them to frozen folders to train.
 """
 
 from calm_jax.models import CompositionConfig
@@ -10,8 +10,8 @@ from calm_jax.training.configuration import composed_run
 def get_config():
     config = composed_run(CompositionConfig(every=4))
     config.name = "gemma2_27b_2b"
-    config.anchor = "form:gemma2_27b"
-    config.augments = ("form:gemma2_2b",)
+    config.anchor = "preset:gemma2_27b"
+    config.augments = ("preset:gemma2_2b",)
     config.weight_sharding = "all"
     config.data.train = ({"jsonl": "data/train.jsonl"},)
     config.data.length = 2048

@@ -35,9 +35,9 @@ from calm_jax.checkpoints.kinds import BRIDGE, COMPOSED_RUN, DECODER_RUN, FROZEN
 from calm_jax.errors import CalmError
 from calm_jax.models import Decoder, DecoderConfig
 from calm_jax.models.parameters import Structure, Tree, insert, module_tree, path_name
-from calm_jax.models.published import is_form
 from calm_jax.models.quantized import quantized_leaves
 from calm_jax.models.stack import Shape
+from calm_jax.presets import is_preset
 from calm_jax.sharding import RULES, Rules, on_host
 
 FORMAT = "calm_jax frozen folder, version 3"
@@ -180,9 +180,9 @@ def describe(target: epath.PathLike) -> Description:
     Raises:
         CalmError: not a frozen folder, or damaged: the file or key is named.
     """
-    if is_form(target):
+    if is_preset(target):
         raise CalmError(
-            f"{target} is a form without weights, of which only `calm plan` makes use; name a "
+            f"{target} is a preset: sizes without weights, which only `calm plan` uses; name a "
             "frozen folder"
         )
     folder = absolute(target)

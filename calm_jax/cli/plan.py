@@ -1,33 +1,39 @@
 """`calm plan`: what a run needs on machines that are not there."""
 
 import shlex
+import textwrap
 
 from absl import flags
 
 from calm_jax.cli import config
+from calm_jax.presets import PRESETS
 
-USAGE = """Compiles the training step for a TPU slice without having one, and says what it needs.
+USAGE = f"""Compiles the training step for a TPU slice without having one, and says what it needs.
 
   calm plan --config=configs/gemma2_9b_2b.py --topology=v5e:4x4 --tokens=1e9
   calm plan --config=configs/gemma2_9b_2b.py --topology=v5e:16x16*2 --search --output=plans
 
-It prints memory, arithmetic, traffic and time of a step on a chip, and writes them to OUTPUT as
+It prints memory, arithmetic, traffic and time of a step on one chip, and writes them to OUTPUT as
 plan.json and plan.md. TOPOLOGY is a slice as Cloud TPU names it, `*2` after it for two of them;
-h100:8 and h200:8 are planned by formula. Anchor and augments may be forms, such as form:gemma2_9b,
-of which no weights are needed. With --search meshes, micro-batches and rematerialisation are
-searched by formula; the best two, and the config's own, are compiled."""
+h100:8 and h200:8 are planned by formula. --search ranks meshes, micro-batches and rematerialisation
+by formula, and compiles the best two and the config's own.
+
+Anchor and augments are frozen folders, or presets, which need no weights:
+--config.anchor=preset:llama3.1_8b. Presets are
+
+{textwrap.indent(textwrap.fill(", ".join(PRESETS), 98), "  ")}"""
 
 
 def _define(values: flags.FlagValues) -> None:
     flags.DEFINE_string(
-        "config", None, "Python file whose get_config() says all", flag_values=values
+        "config", None, "Python file whose get_config() returns the config", flag_values=values
     )
     flags.DEFINE_string("topology", None, "CHIP:SHAPE or CHIP:SHAPE*SLICES", flag_values=values)
     flags.DEFINE_float("tokens", None, "tokens to train on", lower_bound=1, flag_values=values)
     flags.DEFINE_float(
         "dollars_per_chip_hour", None, "price, with --tokens", lower_bound=0, flag_values=values
     )
-    flags.DEFINE_bool("search", False, "look for a faster way that fits", flag_values=values)
+    flags.DEFINE_bool("search", False, "look for the fastest way that fits", flag_values=values)
     flags.DEFINE_string("output", None, "folder for plan.json and plan.md", flag_values=values)
 
 
@@ -40,7 +46,7 @@ def main(argv: list[str]) -> int:
         required=("config", "topology"),
         load_config=lambda values: config.load_file(values.config),
     )
-    from calm_jax.planning import planner  # late: --help and a bad flag need not wait
+    from calm_jax.planning import planner  # slow to import, which --help need not wait for
 
     plan = planner.run(
         run_config,

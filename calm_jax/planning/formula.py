@@ -22,7 +22,7 @@ from calm_jax.models.parameters import size_in_bytes
 from calm_jax.planning import counting, plan, roofline
 from calm_jax.planning.topologies import Topology
 from calm_jax.training import memory
-from calm_jax.training.abstract_run import abstract_parts, forms
+from calm_jax.training.abstract_run import abstract_parts, decoder_configs
 from calm_jax.training.optimizer import make_optimizer
 from calm_jax.training.run_model import composition_configs
 from calm_jax.training.step import Shardings
@@ -72,7 +72,7 @@ class Formula:
 
     def __init__(self, config: ConfigDict, topology: Topology):
         self.topology = topology
-        self.forms = forms(config)
+        self.forms = decoder_configs(config)
         self.parts = abstract_parts(config, topology.device)
         self.trainable, self.frozen = self.parts.abstract()
         self.optimizer, _ = make_optimizer(config.optimizer, config.train.num_steps)

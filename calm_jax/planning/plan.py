@@ -12,7 +12,7 @@ from calm_jax import sharding
 from calm_jax.planning import collectives, counting, hlo, program, roofline, traffic
 from calm_jax.planning.topologies import Topology
 from calm_jax.training import memory
-from calm_jax.training.abstract_run import forms
+from calm_jax.training.abstract_run import decoder_configs
 from calm_jax.training.fitting import TooLarge
 from calm_jax.training.ideal import ideal_flops
 from calm_jax.training.run_model import composition_configs
@@ -99,7 +99,7 @@ def times(config: ConfigDict, topology: Topology, seconds: roofline.StepTime) ->
     """ "seconds", "bottleneck" and, of a composed model, "mfu_bound" of a plan."""
     bound = None
     if config.kind == "composed":
-        anchor, *augments = forms(config)
+        anchor, *augments = decoder_configs(config)
         ideal = ideal_flops(
             anchor,
             augments,

@@ -1,4 +1,4 @@
-"""A run's model as shapes: what can be checked and planned before any weight is loaded."""
+"""A run's model as shapes, which can be checked and planned before any weight is loaded."""
 
 import dataclasses
 from typing import Any
@@ -9,11 +9,10 @@ import optax
 from flax import nnx
 from ml_collections import ConfigDict
 
-from calm_jax import sharding
+from calm_jax import presets, sharding
 from calm_jax.checkpoints import frozen
 from calm_jax.models import Decoder, DecoderConfig, compose
 from calm_jax.models.parameters import Tree, path_name
-from calm_jax.models.published import form, is_form
 from calm_jax.models.quantized import SCALE
 from calm_jax.training.optimizer import make_optimizer
 from calm_jax.training.run_model import (
@@ -29,7 +28,7 @@ Mesh = jax.sharding.Mesh | jax.sharding.AbstractMesh
 
 @dataclasses.dataclass(frozen=True)
 class AbstractRun:
-    """A run's model, its optimizer, and where each of their arrays lives; no array is made."""
+    """A run's model, its optimizer, and the sharding of each of their arrays; no array is made."""
 
     parts: Parts
     optimizer: optax.GradientTransformation
@@ -37,7 +36,7 @@ class AbstractRun:
     shardings: Shardings
 
     def trees(self) -> tuple[Tree, Any, Tree]:
-        """Shapes of what is trained, of the optimizer's state, and of what is frozen."""
+        """Shapes of the trainable tree, of the optimizer's state, and of the frozen tree."""
         trainable, frozen_tree = self.parts.abstract()
         return trainable, jax.eval_shape(self.optimizer.init, trainable), frozen_tree
 
@@ -47,7 +46,7 @@ def abstract_run(config: ConfigDict, mesh: Mesh, device: jax.Device) -> Abstract
 
     Raises:
         CalmError: models or connections that do not fit, an axis of the mesh that does not divide
-            a parameter's, or what the device cannot do of `attention` and `train.remat`.
+            a parameter's, or an `attention` or `train.remat` that the device does not support.
     """
     parts = abstract_parts(config, device)
     optimizer, schedule = make_optimizer(config.optimizer, config.train.num_steps)
@@ -56,18 +55,18 @@ def abstract_run(config: ConfigDict, mesh: Mesh, device: jax.Device) -> Abstract
 
 
 def abstract_parts(config: ConfigDict, device: jax.Device) -> Parts:
-    """The model of a config as shapes, computed as the config asks and such a device allows.
+    """The model of a config as shapes, with the config's `attention` and `train.remat`.
 
     Raises:
-        CalmError: the device cannot do what `attention` or `train.remat` says.
+        CalmError: the device does not support that `attention` or `train.remat`.
     """
     if config.kind != "composed":
-        (model,) = _decoders(forms(config), jnp.float32)
+        (model,) = _decoders(decoder_configs(config), jnp.float32)
     else:
         compositions = composition_configs(config)
 
         def make():
-            anchor, *augments = _decoders(forms(config), None)
+            anchor, *augments = _decoders(decoder_configs(config), None)
             return compose(anchor, augments, compositions, rngs=nnx.Rngs(0))
 
         model = nnx.eval_shape(make)
@@ -75,32 +74,38 @@ def abstract_parts(config: ConfigDict, device: jax.Device) -> Parts:
     return Parts(model)
 
 
-def forms(config: ConfigDict) -> list[DecoderConfig]:
-    """Of a decoder, or of the anchor and every augment, as `calm train` would load them.
+def decoder_configs(config: ConfigDict) -> list[DecoderConfig]:
+    """Configs of the decoder, or of the anchor and every augment, as `calm train` would load them.
 
     Raises:
-        CalmError: a folder that is missing or damaged, or an unknown form.
+        CalmError: a folder that is missing or damaged, or an unknown preset.
     """
     if config.kind != "composed":
         source = config.decoder["from"]
         given = frozen.describe(source).config if source else decoder_config(config)
         return [dataclasses.replace(given, weights=None)]
-    places = (config.anchor, *config.augments)
+    paths = (config.anchor, *config.augments)
     return [
-        _cast(form(place) if is_form(place) else frozen.describe(place).config, dtype)
-        for place, dtype in zip(places, frozen_dtypes(config), strict=True)
+        _cast(_frozen_config(path), dtype)
+        for path, dtype in zip(paths, frozen_dtypes(config), strict=True)
     ]
 
 
+def _frozen_config(path: str) -> DecoderConfig:
+    if presets.is_preset(path):
+        return DecoderConfig.from_dict(presets.fields(path))
+    return frozen.describe(path).config
+
+
 def _decoders(configs: list[DecoderConfig], dtype) -> list[Decoder]:
-    """Decoders without values, stored as a frozen folder is loaded: in `dtype`, or their own."""
+    """Decoders as shapes, in the dtypes that loading gives: `dtype`, or their own where None."""
 
     def make(config: DecoderConfig) -> Decoder:
         decoder = Decoder(config, nnx.Rngs(0))
         nnx.update(
             decoder,
             jax.tree.map_with_path(
-                lambda path, x: x if _as_it_is(path, x) else x.astype(dtype or config.dtype),
+                lambda path, x: x if _keeps_dtype(path, x) else x.astype(dtype or config.dtype),
                 nnx.state(decoder),
             ),
         )
@@ -109,8 +114,8 @@ def _decoders(configs: list[DecoderConfig], dtype) -> list[Decoder]:
     return [nnx.eval_shape(lambda config=config: make(config)) for config in configs]
 
 
-def _as_it_is(path, x: jax.Array) -> bool:
-    """Of an int8 matrix, its integers and scales."""
+def _keeps_dtype(path, x: jax.Array) -> bool:
+    """Whether an array keeps its dtype: the integers and the scales of an int8 matrix."""
     return x.dtype == jnp.int8 or path_name(path).removesuffix("/value").endswith(SCALE)
 
 

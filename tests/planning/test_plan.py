@@ -10,19 +10,20 @@ from calm_jax import sharding
 from calm_jax.__main__ import main
 from calm_jax.chips import CHIPS
 from calm_jax.cli.config import load_file, override
-from calm_jax.models.published import FORMS
 from calm_jax.planning import formula, page, plan, planner, program, topologies
+from calm_jax.presets import PRESETS
 
 CONFIG = """
-from calm_jax.models import CompositionConfig, DecoderConfig, published
+from calm_jax.models import CompositionConfig, DecoderConfig
+from calm_jax.presets import PRESETS
 from calm_jax.training.configuration import composed_run
 
 def get_config():
-    published.FORMS["small"] = DecoderConfig.llama(
+    PRESETS["small"] = DecoderConfig.llama(
         vocab_size=1024, embed_dim=256, num_layers=4, num_heads=4, num_kv_heads=2, head_dim=64,
-        mlp_dim=512, dtype="bfloat16")
+        mlp_dim=512, dtype="bfloat16").to_dict()
     config = composed_run(CompositionConfig(every=2))
-    config.name, config.anchor, config.augments = "small", "form:small", ("form:small",)
+    config.name, config.anchor, config.augments = "small", "preset:small", ("preset:small",)
     config.data.train = ({"jsonl": "train.jsonl"},)
     config.data.length = 256
     config.mesh.fsdp = 2
@@ -37,7 +38,7 @@ def config(tmp_path):
     path = tmp_path / "config.py"
     path.write_text(CONFIG)
     yield path
-    FORMS.pop("small", None)
+    PRESETS.pop("small", None)
 
 
 needs_compiler = pytest.mark.skipif(
@@ -106,7 +107,7 @@ def test_every_mesh_fits_the_sides_of_a_slice(name):
 def test_a_gpu_is_planned_by_formula(config, capsys):
     assert main(["plan", f"--config={config}", "--topology=h200:8", "--tokens=1e9"]) == 0
     shown = capsys.readouterr().out
-    assert "form:small + form:small on h200:8" in shown and "by formula, not compiled" in shown
+    assert "preset:small + preset:small on h200:8" in shown and "by formula, not compiled" in shown
     assert "mesh data 2 × fsdp 2 × tensor 2" in shown
     assert "serves to rank ways of running: its times may be off by a factor of three" in shown
 
@@ -132,7 +133,7 @@ def test_a_step_that_does_not_fit_is_told_with_what_to_change(config, capsys, mo
         (["--topology=v5e:64x64"], "--topology=v5e:64x64: no such slice; there are v5e:1x1"),
         ([], "--topology is missing"),
         (["--topology=h200:8", "--dollars_per_chip_hour=2"], "says nothing without --tokens"),
-        (["--topology=h200:8", "--config.anchor=form:tiny"], "did you mean 'form:"),
+        (["--topology=h200:8", "--config.anchor=preset:tiny"], "did you mean 'preset:"),
         (["--topology=h200:8", "--config.anchor=nowhere"], "is not a frozen folder"),
         (["--topology=h200:8", "--config.mesh.fsdp=3"], "the 8 devices are not divisible by 6"),
         (["--topology=h200:8", "--config.train.batch_size=6"], "train.batch_size 6 is not divis"),
@@ -172,11 +173,18 @@ def test_a_missing_compiler_is_told(config, capsys, monkeypatch):
     assert "pip install calm_jax[plan]" in capsys.readouterr().err
 
 
-def test_training_does_not_take_a_form(config, tmp_path, capsys):
+def test_help_lists_the_presets(capsys):
+    with pytest.raises(SystemExit):
+        main(["plan", "--help"])
+    shown = capsys.readouterr().out.replace(",", " ").split()
+    assert {"llama3.1_8b", "qwen3_4b", "mistral_7b_v0.3", "gemma3_4b", *PRESETS} <= set(shown)
+
+
+def test_training_does_not_take_a_preset(config, tmp_path, capsys):
     arguments = [f"--config={config}", f"--workdir={tmp_path / 'run'}"]
     meshes = ["--config.mesh.fsdp=2", "--config.mesh.tensor=2"]
     assert main(["train", *arguments, *meshes]) == 2
-    assert "form:small is a form without weights" in capsys.readouterr().err
+    assert "preset:small is a preset: sizes without weights" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
 
 

@@ -6,13 +6,14 @@ import dataclasses
 import pytest
 
 from calm_jax.errors import CalmError
-from calm_jax.models import CompositionConfig, DecoderConfig, published
+from calm_jax.models import CompositionConfig, DecoderConfig
 from calm_jax.planning import formula, search, topologies
+from calm_jax.presets import PRESETS
 from calm_jax.training.configuration import composed_run, decoder_run
 from calm_jax.training.ideal import ideal_flops
 
 TOPOLOGY = topologies.find("v5e:2x2")
-FORM = DecoderConfig.llama(
+CONFIG = DecoderConfig.llama(
     vocab_size=512,
     embed_dim=64,
     num_layers=8,
@@ -25,10 +26,10 @@ FORM = DecoderConfig.llama(
 
 
 @pytest.fixture(scope="module", autouse=True)
-def known_form():
-    published.FORMS["small"] = FORM
+def known_preset():
+    PRESETS["small"] = CONFIG.to_dict()
     yield
-    del published.FORMS["small"]
+    del PRESETS["small"]
 
 
 @pytest.fixture
@@ -44,7 +45,7 @@ def found():
 def make_config():
     config = composed_run(CompositionConfig(every=2))
     config.name = "small"
-    config.anchor, config.augments = "form:small", ("form:small",)
+    config.anchor, config.augments = "preset:small", ("preset:small",)
     config.data.train = ({"jsonl": "train.jsonl"},)
     config.data.length = 64
     config.train.batch_size = 8
@@ -153,7 +154,7 @@ def test_an_end_before_compiling_when_no_formula_fits(config):
 
 def test_formulas_count_what_a_step_must_do(config):
     compositions = [CompositionConfig(every=2)]
-    expected = ideal_flops(FORM, [FORM], compositions, 8, 64)
+    expected = ideal_flops(CONFIG, [CONFIG], compositions, 8, 64)
     formulas = formula.Formula(config, TOPOLOGY)
     found = {}
     for remat in ("none", "full"):
@@ -201,13 +202,13 @@ def test_slices_exchange_the_bridge_alone(config, accumulate):
 
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_chips_exchange_the_gradients_of_a_decoder(accumulate):
-    config = decoder_run(FORM)
+    config = decoder_run(CONFIG)
     config.name, config.data.length = "small", 64
     config.train.batch_size, config.train.accumulate = 16, accumulate
     topology = topologies.find("h200:8")
-    embeddings = 2 * FORM.vocab_size * FORM.embed_dim
-    attention = 2 * (FORM.num_heads + FORM.num_kv_heads) * FORM.head_dim * FORM.embed_dim
-    layers = FORM.num_layers * (attention + 3 * FORM.mlp_dim * FORM.embed_dim)
+    embeddings = 2 * CONFIG.vocab_size * CONFIG.embed_dim
+    attention = 2 * (CONFIG.num_heads + CONFIG.num_kv_heads) * CONFIG.head_dim * CONFIG.embed_dim
+    layers = CONFIG.num_layers * (attention + 3 * CONFIG.mlp_dim * CONFIG.embed_dim)
     gradients = 2 * layers + 4 * embeddings  # bytes; norms are next to nothing
     links = {}
     for axis in ("data", "fsdp"):

@@ -1,6 +1,6 @@
-"""Published models by their config.json: how many parameters each has, and every shape.
+"""Presets: parameters as published, values as in config.json, and every shape as converted.
 
-The numbers are those of the published files, an own formula's where it says so; no weight is made.
+No weight is made.
 """
 
 import math
@@ -9,111 +9,123 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from calm_jax import Decoder
-from calm_jax.checkpoints.convert.gemma import Gemma2, Gemma3
+from calm_jax import Decoder, DecoderConfig, presets
+from calm_jax.checkpoints.convert.gemma import Gemma, Gemma2, Gemma3
+from calm_jax.checkpoints.convert.huggingface_config import SIZES
 from calm_jax.checkpoints.convert.llama import Llama, Mistral, Qwen2, Qwen3
 from calm_jax.checkpoints.convert.table import sizes
 from calm_jax.models.parameters import Structure
 
-
-def keys(vocab, width, mlp, layers, heads, kv_heads, **others):
-    return {
-        "vocab_size": vocab,
-        "hidden_size": width,
-        "intermediate_size": mlp,
-        "num_hidden_layers": layers,
-        "num_attention_heads": heads,
-        "num_key_value_heads": kv_heads,
-        **others,
-    }
-
-
-LLAMA_3 = {
-    "rope_theta": 500_000.0,
-    "rope_scaling": {
-        "rope_type": "llama3",
-        "factor": 8.0,
-        "low_freq_factor": 1.0,
-        "high_freq_factor": 4.0,
-        "original_max_position_embeddings": 8192,
-    },
+LLAMA = {"rms_norm_eps": 1e-5}
+LLAMA_3 = {**LLAMA, "rope_theta": 500_000.0}
+LLAMA_3_ROPE = {
+    "rope_type": "llama3",
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
 }
-QWEN = {"rope_theta": 1e6, "use_sliding_window": False, "max_window_layers": 28}
-# Family, config.json, number of parameters.
+LLAMA_31 = {**LLAMA_3, "rope_scaling": {**LLAMA_3_ROPE, "factor": 8.0}}
+LLAMA_32 = {
+    **LLAMA_3,
+    "rope_scaling": {**LLAMA_3_ROPE, "factor": 32.0},
+    "tie_word_embeddings": True,
+}
+QWEN = {"rope_theta": 1e6, "use_sliding_window": False, "sliding_window": 131_072}
+TIED_QWEN = {**QWEN, "tie_word_embeddings": True}
+GEMMA_2 = {"query_pre_attn_scalar": 256, "sliding_window": 4096}
+# What transformers' Gemma3TextConfig says of rotary bases where config.json does not.
+GEMMA_3 = {
+    "query_pre_attn_scalar": 256,
+    "sliding_window": 512,
+    "rope_theta": 1e6,
+    "rope_local_base_freq": 1e4,
+}
+GEMMA_3_LONG = {
+    **GEMMA_3,
+    "sliding_window": 1024,
+    "rope_scaling": {"rope_type": "linear", "factor": 8.0},
+}
+# Number of parameters, family, and what config.json says beside the sizes.
 PUBLISHED = {
-    "Llama 2 7B": (Llama(), keys(32_000, 4096, 11_008, 32, 32, 32), 6_738_415_616),
-    "Llama 2 70B": (Llama(), keys(32_000, 8192, 28_672, 80, 64, 8), 68_976_648_192),
-    "Llama 3.1 8B": (
-        Llama(),
-        keys(128_256, 4096, 14_336, 32, 32, 8, **LLAMA_3),
-        8_030_261_248,
+    "llama2_7b": (6_738_415_616, Llama(), LLAMA),
+    "llama2_13b": (13_015_864_320, Llama(), LLAMA),
+    "llama2_70b": (68_976_648_192, Llama(), LLAMA),
+    "llama3_8b": (8_030_261_248, Llama(), LLAMA_3),
+    "llama3_70b": (70_553_706_496, Llama(), LLAMA_3),
+    "llama3.1_8b": (8_030_261_248, Llama(), LLAMA_31),
+    "llama3.1_70b": (70_553_706_496, Llama(), LLAMA_31),
+    "llama3.1_405b": (405_853_388_800, Llama(), LLAMA_31),
+    "llama3.2_1b": (1_235_814_400, Llama(), LLAMA_32),
+    "llama3.2_3b": (3_212_749_824, Llama(), LLAMA_32),
+    "mistral_7b_v0.1": (7_241_732_096, Mistral(), {**LLAMA, "sliding_window": 4096}),
+    "mistral_7b_v0.3": (
+        7_248_023_552, Mistral(), {**LLAMA, "sliding_window": None, "rope_theta": 1e6},
     ),
-    "Llama 3.1 70B": (
-        Llama(),
-        keys(128_256, 8192, 28_672, 80, 64, 8, **LLAMA_3),
-        70_553_706_496,
+    "mistral_nemo_12b": (
+        12_247_782_400, Mistral(), {**LLAMA, "sliding_window": None, "rope_theta": 1e6},
     ),
-    "Llama 3.2 1B": (
-        Llama(),
-        keys(128_256, 2048, 8192, 16, 32, 8, head_dim=64, tie_word_embeddings=True, **LLAMA_3),
-        1_235_814_400,
+    "mistral_small_24b": (
+        23_572_403_200, Mistral(), {**LLAMA, "sliding_window": None, "rope_theta": 1e8},
     ),
-    "Mistral 7B v0.1": (
-        Mistral(),
-        keys(32_000, 4096, 14_336, 32, 32, 8, sliding_window=4096),
-        7_241_732_096,
-    ),
-    "Qwen2.5 7B": (
-        Qwen2(),
-        keys(152_064, 3584, 18_944, 28, 28, 4, sliding_window=131_072, **QWEN),
-        7_615_616_512,
-    ),
-    "Qwen2.5 72B": (
-        Qwen2(),
-        keys(152_064, 8192, 29_568, 80, 64, 8, sliding_window=131_072, **QWEN),
-        72_706_203_648,
-    ),
-    "Qwen3 8B": (
-        Qwen3(),
-        keys(151_936, 4096, 12_288, 36, 32, 8, head_dim=128, sliding_window=None, **QWEN),
-        8_190_735_360,
-    ),
-    "Qwen3 32B": (
-        Qwen3(),
-        keys(151_936, 5120, 25_600, 64, 64, 8, head_dim=128, sliding_window=None, **QWEN),
-        32_762_123_264,
-    ),
-    "Gemma 2 27B": (
-        Gemma2(),
-        keys(256_000, 4608, 36_864, 46, 32, 16, head_dim=128, query_pre_attn_scalar=144),
-        27_227_128_320,
-    ),
-    "Gemma 3 27B, text": (
+    "qwen2.5_0.5b": (494_032_768, Qwen2(), TIED_QWEN),
+    "qwen2.5_1.5b": (1_543_714_304, Qwen2(), TIED_QWEN),
+    "qwen2.5_3b": (3_085_938_688, Qwen2(), TIED_QWEN),
+    "qwen2.5_7b": (7_615_616_512, Qwen2(), QWEN),
+    "qwen2.5_14b": (14_770_033_664, Qwen2(), QWEN),
+    "qwen2.5_32b": (32_763_876_352, Qwen2(), QWEN),
+    "qwen2.5_72b": (72_706_203_648, Qwen2(), QWEN),
+    # Files of the tied ones hold the head as well, so more numbers than these.
+    "qwen3_0.6b": (596_049_920, Qwen3(), TIED_QWEN),
+    "qwen3_1.7b": (1_720_574_976, Qwen3(), TIED_QWEN),
+    "qwen3_4b": (4_022_468_096, Qwen3(), TIED_QWEN),
+    "qwen3_8b": (8_190_735_360, Qwen3(), QWEN),
+    "qwen3_14b": (14_768_307_200, Qwen3(), QWEN),
+    "qwen3_32b": (32_762_123_264, Qwen3(), QWEN),
+    "gemma_2b": (2_506_172_416, Gemma(), {}),
+    "gemma_7b": (8_537_680_896, Gemma(), {}),
+    "gemma2_2b": (2_614_341_888, Gemma2(), GEMMA_2),
+    "gemma2_9b": (9_241_705_984, Gemma2(), GEMMA_2),
+    "gemma2_27b": (27_227_128_320, Gemma2(), {**GEMMA_2, "query_pre_attn_scalar": 144}),
+    "gemma3_270m": (268_098_176, Gemma3(), GEMMA_3),
+    "gemma3_1b": (999_885_952, Gemma3(), GEMMA_3),
+    # Published with their eyes: one vision tower, and a projection with its norm.
+    "gemma3_4b": (4_300_079_472 - 416_866_032 - 1152 * 2561, Gemma3(), GEMMA_3_LONG),
+    "gemma3_12b": (12_187_325_040 - 416_866_032 - 1152 * 3841, Gemma3(), GEMMA_3_LONG),
+    "gemma3_27b": (
+        27_432_406_640 - 416_866_032 - 1152 * 5377,
         Gemma3(),
-        keys(
-            262_208,
-            5376,
-            21_504,
-            62,
-            32,
-            16,
-            head_dim=128,
-            query_pre_attn_scalar=168,
-            sliding_window=1024,
-            rope_scaling={"rope_type": "linear", "factor": 8.0},
-        ),
-        # By hand: embedding, final norm, and a layer's attention, MLP, four norms and two on heads.
-        262_208 * 5376
-        + 5376
-        + 62 * (2 * 5376 * 128 * (32 + 16) + 3 * 5376 * 21_504 + 4 * 5376 + 2 * 128),
+        {**GEMMA_3_LONG, "query_pre_attn_scalar": 168},
     ),
+}  # fmt: skip
+# Those of the paper, and the scale of a last norm, which PaLM's has not.
+PALM = {
+    "palm_8b": 8_632_532_992 + 4096,
+    "palm_62b": 62_496_702_464 + 8192,
+    "palm_540b": 540_358_815_744 + 18_432,
 }
+
+
+def config_of(name: str) -> DecoderConfig:
+    return DecoderConfig.from_dict(presets.fields(f"preset:{name}"))
+
+
+def test_every_preset_is_checked():
+    assert presets.PRESETS.keys() == PUBLISHED.keys() | PALM.keys()
+
+
+@pytest.mark.parametrize("name", PALM)
+def test_parameters_of_palm(name):
+    arrays = abstract_arrays(config_of(name))
+    assert sum(math.prod(shape) for shape in arrays.values()) == PALM[name]
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
-def test_parameters_and_shapes(name):
-    family, values, published = PUBLISHED[name]
-    config = family.decoder_config(values, name)
+def test_parameters_values_and_shapes(name):
+    published, family, values = PUBLISHED[name]
+    config = config_of(name)
+    values = {key: getattr(config, field) for key, field in SIZES.items()} | values
+    read = family.decoder_config(values, name)
+    assert read.to_dict() | {"dtype": "bfloat16"} == config.to_dict()
     arrays = abstract_arrays(config)
     assert sum(math.prod(shape) for shape in arrays.values()) == published
     axes = sizes(config)
