@@ -14,6 +14,7 @@ _MODULES = {
     "ComposedDecoder": "calm_jax.models",
     "Decoder": "calm_jax.models",
     "DecoderConfig": "calm_jax.models",
+    "RopeScaling": "calm_jax.models",
     "compose": "calm_jax.models",
     "load": "calm_jax.checkpoints.frozen",
     "save_frozen": "calm_jax.checkpoints.frozen",

@@ -15,7 +15,7 @@ def decoder_in_memory(family, source, dtype="float32", **options) -> Decoder:
     """The model that `family` reads from `source`."""
     reading = family.read(source, **options)
     config = dataclasses.replace(reading.config, dtype=dtype)
-    where = str(source.place)
+    where = str(source.path)
     check_names(reading.rules, reading.unused, config.num_layers, reading.tensors, where)
     check_shapes(reading.rules, config, reading.tensors, where)
     arrays: dict[str, list] = {}

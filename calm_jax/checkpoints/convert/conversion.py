@@ -64,10 +64,10 @@ def convert(
     ...         "decoder/layers_0/q_wi_fused/kernel": (16, 2, 40),
     ...         "decoder/layers_0/kv_fused/kernel": (16, 1, 16),
     ...         "decoder/layers_0/o_wo_fused/kernel": (2, 24, 16)}
-    >>> place = tempfile.mkdtemp()
-    >>> np.savez(place + "/palm.npz", **{k: np.zeros(v, np.float32) for k, v in tree.items()})
-    >>> calm_jax.convert(place + "/palm.npz", place + "/palm")
-    >>> calm_jax.load(place + "/palm").config.mlp_dim
+    >>> folder = tempfile.mkdtemp()
+    >>> np.savez(folder + "/palm.npz", **{k: np.zeros(v, np.float32) for k, v in tree.items()})
+    >>> calm_jax.convert(folder + "/palm.npz", folder + "/palm")
+    >>> calm_jax.load(folder + "/palm").config.mlp_dim
     32
     """
     if dtype is not None and dtype not in STORED_DTYPES:
@@ -81,8 +81,8 @@ def convert(
                 raise CalmError(f"{name} is no option of {family.name}; known are {known}")
         reading = family.read(opened, **family_options)
         for warning in reading.warnings:
-            log.warning("%s: %s", opened.place, warning)
-        where = str(opened.place)
+            log.warning("%s: %s", opened.path, warning)
+        where = str(opened.path)
         check_names(
             reading.rules, reading.unused, reading.config.num_layers, reading.tensors, where
         )
@@ -107,12 +107,12 @@ def convert(
 
 
 def _blocks(reading: Reading, source: Source) -> Iterator[Block]:
-    """Every tensor of the source once, taken apart."""
+    """Every tensor of the source once, split into our arrays."""
     config = reading.config
     names = [(line, n) for line in reading.rules for n in line.names(config.num_layers)]
     total = sum(_size(reading.tensors[n]) for _, n in names if n in reading.tensors)
     axes = sizes(config)
-    with tqdm.tqdm(total=total, unit="B", unit_scale=True, desc=source.place.name) as bar:
+    with tqdm.tqdm(total=total, unit="B", unit_scale=True, desc=source.path.name) as bar:
         for line in reading.rules:
             for layer, name in enumerate(line.names(config.num_layers)):
                 if name in reading.tensors:
@@ -162,17 +162,17 @@ def _vocabulary(source: Source) -> Any:
     """The vocabulary of a folder; of a lone file the only one beside it, which may be another's."""
     from calm_jax.data.vocabulary import Vocabulary, token_maps
 
-    place = source.place
-    if place.is_dir():
-        vocabulary = Vocabulary.from_model_folder(place)
+    path = source.path
+    if path.is_dir():
+        vocabulary = Vocabulary.from_model_folder(path)
         if vocabulary is None:
-            log.warning("%s is converted without a vocabulary: it has no tokenizer file", place)
+            log.warning("%s is converted without a vocabulary: it has no tokenizer file", path)
         return vocabulary
-    beside = token_maps(place.parent)
+    beside = token_maps(path.parent)
     names = ", ".join(path.name for path in beside)
     if len(beside) > 1:
-        log.warning("%s is converted without a vocabulary: beside it are %s", place, names)
+        log.warning("%s is converted without a vocabulary: beside it are %s", path, names)
     if len(beside) != 1:
         return None
-    log.warning("%s is converted with the vocabulary beside it, %s", place, names)
+    log.warning("%s is converted with the vocabulary beside it, %s", path, names)
     return Vocabulary.load(beside[0])

@@ -144,15 +144,15 @@ class _Tensors:
     def read(self, name: str) -> np.ndarray:
         """The tensor in the source's form and dtype."""
         rule, layer = self._rules[name]
-        parts = []
-        for part in rule.parts:
-            shape = self._shapes[part.target]
+        arrays = []
+        for held in rule.slices:
+            shape = self._shapes[held.target]
             region = tuple(slice(0, size) for size in shape)
             if layer is not None:
                 region = (slice(layer, layer + 1), *region[1:])
-            (array,) = self._reader.read(part.target, [region])
-            parts.append(array if layer is None else array[0])
-        tensor = np.ascontiguousarray(rule.join(parts, self._sizes)).astype(self.dtype(name))
+            (array,) = self._reader.read(held.target, [region])
+            arrays.append(array if layer is None else array[0])
+        tensor = np.ascontiguousarray(rule.join(arrays, self._sizes)).astype(self.dtype(name))
         if not all_finite(tensor):
             raise CalmError(f"{name} has values too large for {tensor.dtype.name}")
         return tensor

@@ -9,14 +9,14 @@ from typing import Any, ClassVar
 
 from calm_jax.checkpoints.convert import huggingface_config as read
 from calm_jax.checkpoints.convert.family import HuggingFaceFamily
-from calm_jax.checkpoints.convert.table import Part, Rule, Unused, rule
+from calm_jax.checkpoints.convert.table import Rule, Slice, Unused, rule
 from calm_jax.models import DecoderConfig
 
 _LAYER = "transformer.h.{layer}"
 _QUERY_KEY_VALUE = (
-    Part("layers/attention/query", "(N H) D -> D N H"),
-    Part("layers/attention/key", "(K H) D -> D K H"),
-    Part("layers/attention/value", "(K H) D -> D K H"),
+    Slice("layers/attention/query", "(N H) D -> D N H"),
+    Slice("layers/attention/key", "(K H) D -> D K H"),
+    Slice("layers/attention/value", "(K H) D -> D K H"),
 )
 # What makes the form of the 7B; transformers' FalconConfig has these values where a key is absent.
 _FORM = {

@@ -72,16 +72,19 @@ class HuggingFaceFamily(Family):
     def recognises(self, source: Source) -> bool:
         if source.kind != "huggingface" or source.config is None:
             return False
-        # Architectures are what a file says, model_type is what transformers goes by.
-        model_type = source.config.get("model_type", self.model_type)
-        return model_type in (self.model_type, *self.other_model_types) and bool(
-            set(source.config.get("architectures") or ()) & set(self.architectures)
+        architectures = source.config.get("architectures")
+        # transformers goes by model_type; architectures say which part of the model was saved, and
+        # the `save_pretrained` of a config, which knows no model, leaves them out.
+        default = self.model_type if architectures else None
+        model_type = source.config.get("model_type", default)
+        return model_type in (self.model_type, *self.other_model_types) and (
+            not architectures or bool(set(architectures) & set(self.architectures))
         )
 
     def read(self, source: Source, **options: Any) -> Reading:
         if source.config is None:
-            raise CalmError(f"{source.place}: {self.name} needs a config.json beside the tensors")
-        where = str(source.place / "config.json")
+            raise CalmError(f"{source.path}: {self.name} needs a config.json beside the tensors")
+        where = str(source.path / "config.json")
         refuse(source.config, where, "quantization_config", None)
         refuse(source.config, where, "is_causal", True, None)
         refuse_experts(source.config, where)

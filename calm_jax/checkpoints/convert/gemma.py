@@ -188,7 +188,7 @@ class Gemma3(Gemma2):
             for name, tensor in source.tensors.items()
         }
         if len(found) < len(source.tensors):
-            raise CalmError(f"{source.place} has some tensors twice: in two forms of Gemma 3")
+            raise CalmError(f"{source.path} has some tensors twice: in two forms of Gemma 3")
         return found
 
     def unused(self, config: DecoderConfig) -> tuple[Unused, ...]:

@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 
 from calm_jax.checkpoints.convert import huggingface_config as read
 from calm_jax.checkpoints.convert.family import Family, Reading
-from calm_jax.checkpoints.convert.table import Part, Rule, Unused, rule
+from calm_jax.checkpoints.convert.table import Rule, Slice, Unused, rule
 from calm_jax.checkpoints.convert.without_config import shape_of
 from calm_jax.checkpoints.sources.source import Layer, Source, Tensor
 from calm_jax.errors import CalmError
@@ -65,7 +65,7 @@ class GemmaDeepMind(Family):
         )
 
     def read(self, source: Source, **options: Any) -> Reading:
-        where = str(source.place)
+        where = str(source.path)
         tensors = _nested(source.tensors, where)
         config, warnings = _config(tensors, options, where)
         transposed = _is_transposed(tensors, config, options.get("gating"), where)
@@ -193,10 +193,10 @@ def _is_transposed(
 def _rules(config: DecoderConfig, transposed: bool, fused: bool) -> tuple[Rule, ...]:
     layer, ours = "layer_{layer}", "layers"
     attention = f"{ours}/attention"
-    key = Part(f"{attention}/key", "1 K D H -> D K H")
-    value = Part(f"{attention}/value", "1 K D H -> D K H")
+    key = Slice(f"{attention}/key", "1 K D H -> D K H")
+    value = Slice(f"{attention}/value", "1 K D H -> D K H")
     if fused:
-        query = Part(f"{attention}/query", "1 N D H -> D N H")
+        query = Slice(f"{attention}/query", "1 N D H -> D N H")
         projections = [Rule(f"{layer}/attn/qkv_einsum/w", (query, key, value))]
     else:
         projections = [
@@ -218,7 +218,7 @@ def _rules(config: DecoderConfig, transposed: bool, fused: bool) -> tuple[Rule, 
         ),
         Rule(
             f"{layer}/mlp/gating_einsum",
-            (Part(f"{ours}/mlp/gate", gating), Part(f"{ours}/mlp/up", gating)),
+            (Slice(f"{ours}/mlp/gate", gating), Slice(f"{ours}/mlp/up", gating)),
         ),
         rule(f"{layer}/mlp/linear", f"{ours}/mlp/down", "F D -> F D"),
         *(

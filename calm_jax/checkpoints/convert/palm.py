@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from calm_jax.checkpoints.convert.family import Family, Reading
-from calm_jax.checkpoints.convert.table import Part, Rule, rule
+from calm_jax.checkpoints.convert.table import Rule, Slice, rule
 from calm_jax.checkpoints.convert.without_config import norm_warnings, number, shape_of
 from calm_jax.checkpoints.sources.layers import unstack
 from calm_jax.checkpoints.sources.source import Source, Tensor
@@ -57,7 +57,7 @@ class Palm(Family):
         query_scale: float | None = None,
         logit_scale: float | None = None,
     ) -> Reading:
-        where = str(source.place)
+        where = str(source.path)
         _refuse(source)
         named = parameters(source.tensors) or source.tensors  # some write T5X's whole paths
         tensors = _dequantised(_apart(named, scan_axis, where), where)
@@ -97,25 +97,25 @@ def rules(config: DecoderConfig) -> tuple[Rule, ...]:
         Rule(
             LAYER + "q_wi_fused/kernel",
             (
-                Part("layers/attention/query", "D N H -> D N H"),
-                Part("layers/mlp/gate", "D N f -> D (N f)"),
-                Part("layers/mlp/up", "D N f -> D (N f)"),
+                Slice("layers/attention/query", "D N H -> D N H"),
+                Slice("layers/mlp/gate", "D N f -> D (N f)"),
+                Slice("layers/mlp/up", "D N f -> D (N f)"),
             ),
             axis=-1,
         ),
         Rule(
             LAYER + "kv_fused/kernel",
             (
-                Part("layers/attention/key", "D K H -> D K H"),
-                Part("layers/attention/value", "D K H -> D K H"),
+                Slice("layers/attention/key", "D K H -> D K H"),
+                Slice("layers/attention/value", "D K H -> D K H"),
             ),
             axis=-1,
         ),
         Rule(
             LAYER + "o_wo_fused/kernel",
             (
-                Part("layers/attention/output", "N H D -> N H D"),
-                Part("layers/mlp/down", "N f D -> (N f) D"),
+                Slice("layers/attention/output", "N H D -> N H D"),
+                Slice("layers/mlp/down", "N f D -> (N f) D"),
             ),
             axis=1,
         ),
@@ -150,12 +150,12 @@ def _refuse(source: Source) -> None:
     for name in sorted(source.tensors):
         if "relpos_bias" in name:
             raise CalmError(
-                f"{source.place}: tensor {name} is a relative position bias, which is not "
+                f"{source.path}: tensor {name} is a relative position bias, which is not "
                 "supported; PaLM has rotary positions"
             )
     if _is_sequential(source):
         raise CalmError(
-            f"{source.place} is the sequential decoder of t5x/examples/decoder_only "
+            f"{source.path} is the sequential decoder of t5x/examples/decoder_only "
             "(pre_self_attention_layer_norm), which is not supported; PaLM has fused parallel "
             "layers (q_wi_fused)"
         )

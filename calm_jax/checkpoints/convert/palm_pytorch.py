@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from calm_jax.checkpoints.convert.family import Family, Reading
-from calm_jax.checkpoints.convert.table import Part, Rule, Unused, rule
+from calm_jax.checkpoints.convert.table import Rule, Slice, Unused, rule
 from calm_jax.checkpoints.convert.without_config import norm_warnings, number, shape_of
 from calm_jax.checkpoints.sources.source import Source, Tensor
 from calm_jax.errors import CalmError
@@ -50,7 +50,7 @@ class PalmPytorch(Family):
         xpos_scale_base: float | None = None,
         query_scale: float | None = None,
     ) -> Reading:
-        tensors, where = source.tensors, str(source.place)
+        tensors, where = source.tensors, str(source.path)
         names, num_layers = _names(tensors)
         config = dataclasses.replace(
             _config(tensors, names, num_layers, where),
@@ -87,26 +87,26 @@ class Names:
 
 def rules(config: DecoderConfig, names: Names) -> tuple[Rule, ...]:
     """The table of a model under the given names."""
-    parts = {
-        "norm.gamma": [Part("layers/attention_norm/scale", "D -> D")],
+    slices = {
+        "norm.gamma": [Slice("layers/attention_norm/scale", "D -> D")],
         "fused_attn_ff_proj.weight": [
-            Part("layers/attention/query", "(N H) D -> D N H"),
-            Part("layers/attention/key", "(K H) D -> D K H"),
-            Part("layers/attention/value", "(K H) D -> D K H"),
-            Part("layers/mlp/up", "F D -> D F"),
-            Part("layers/mlp/gate", "F D -> D F"),
+            Slice("layers/attention/query", "(N H) D -> D N H"),
+            Slice("layers/attention/key", "(K H) D -> D K H"),
+            Slice("layers/attention/value", "(K H) D -> D K H"),
+            Slice("layers/mlp/up", "F D -> D F"),
+            Slice("layers/mlp/gate", "F D -> D F"),
         ],
-        "attn_out.weight": [Part("layers/attention/output", "D (N H) -> N H D")],
-        names.down: [Part("layers/mlp/down", "D F -> F D")],
+        "attn_out.weight": [Slice("layers/attention/output", "D (N H) -> N H D")],
+        names.down: [Slice("layers/mlp/down", "D F -> F D")],
     }
     if config.qk_norm:
-        parts["q_scale"] = [Part("layers/attention/query_norm", "H -> H")]
-        parts["k_scale"] = [Part("layers/attention/key_norm", "H -> H")]
+        slices["q_scale"] = [Slice("layers/attention/query_norm", "H -> H")]
+        slices["k_scale"] = [Slice("layers/attention/key_norm", "H -> H")]
     return (
         rule(names.embedding, "embedding", "V D -> V D"),
         *(
             Rule(names.layer + name, tuple(held), first_layer=names.first_layer)
-            for name, held in parts.items()
+            for name, held in slices.items()
         ),
         rule(names.final_norm + "gamma", "final_norm/scale", "D -> D"),
     )

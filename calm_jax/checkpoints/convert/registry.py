@@ -1,7 +1,9 @@
-"""Which families there are, and which one a source is of."""
+"""The known families, and the one that a source belongs to."""
 
 import functools
 import importlib
+from collections.abc import Mapping
+from typing import Any
 
 from calm_jax.checkpoints.convert.family import Family
 from calm_jax.checkpoints.convert.huggingface_config import refuse, refuse_experts
@@ -37,34 +39,40 @@ def find_family(source: Source, name: str = "auto") -> Family:
     """The family called `name`, or with "auto" the one that recognises the source.
 
     Raises:
-        CalmError: an unknown name; a source that another family recognises, or with "auto" none:
-            the message says what the source calls itself, and what of it nothing here computes.
+        CalmError: the name is unknown; another family recognises the source; with "auto", none
+            does: the message says what the source calls itself and which of its keys is the reason.
     """
     if name != "auto" and name not in families():
         raise CalmError(f"--format={name} is unknown; known are auto, {', '.join(families())}")
     for family in families().values():
         if family.recognises(source):
             if name not in ("auto", family.name):
-                raise CalmError(f"{source.place} is of the family {family.name}, not {name}")
+                raise CalmError(f"{source.path} is of the family {family.name}, not {name}")
             return family
-    if name != "auto" and not (source.config or {}).get("architectures"):
+    config = source.config or {}
+    if name != "auto" and not (config.get("architectures") or config.get("model_type")):
         return families()[name]
     if source.config is not None:
-        where = f"{source.place / 'config.json'} of {_architecture(source)}"
+        where = f"{source.path / 'config.json'} of {_name_in(source.config)}"
         refuse_experts(source.config, where)
         refuse(source.config, where, "is_encoder_decoder", False)
-    raise CalmError(f"{source.place}: {_what_it_is(source)}; supported are {', '.join(families())}")
+    raise CalmError(f"{source.path}: {_description(source)}; supported are {', '.join(families())}")
 
 
-def _architecture(source: Source) -> str:
-    return (source.config.get("architectures") or ["no architecture"])[0]
+def _name_in(config: Mapping[str, Any]) -> str:
+    """What a config.json calls its model: the architecture, and the model_type if that decides."""
+    architecture, *_ = config.get("architectures") or [None]
+    model_type = config.get("model_type")
+    if architecture is None:
+        return "no architecture" if model_type is None else f"model_type {model_type!r}"
+    known = any(
+        architecture in getattr(family, "architectures", ()) for family in families().values()
+    )
+    return f"{architecture} of model_type {model_type!r}" if known else architecture
 
 
-def _what_it_is(source: Source) -> str:
+def _description(source: Source) -> str:
     if source.config is not None:
-        said = _architecture(source)
-        if any(said in getattr(family, "architectures", ()) for family in families().values()):
-            said += f" of model_type {source.config.get('model_type')!r}"
-        return f"config.json says {said}, a family that is not supported"
-    names = sorted(source.tensors)
-    return f"no known family has tensors like {names[0] if names else 'none at all'}"
+        return f"config.json says {_name_in(source.config)}, a family that is not supported"
+    name = min(source.tensors, default="none at all")
+    return f"no known family has tensors like {name}"

@@ -21,7 +21,7 @@ from calm_jax.models import DecoderConfig
 
 
 @dataclasses.dataclass(frozen=True)
-class Part:
+class Slice:
     """One of our arrays within a source tensor.
 
     `target` is its path in the canonical tree, of one layer where the source is one layer's;
@@ -32,7 +32,7 @@ class Part:
     pattern: str
 
     def source_shape(self, sizes: Mapping[str, int]) -> tuple[int, ...]:
-        """The part's shape in the source."""
+        """The slice's shape in the source."""
         return tuple(
             math.prod(1 if name == "1" else sizes[name] for name in group)
             for group in _groups(self.pattern)
@@ -58,14 +58,14 @@ class Rule:
 
     Attributes:
         source: the tensor's name; "{layer}" in it stands for a layer's number.
-        parts: what it holds, side by side along `axis`.
-        absent: the value of every entry of the parts where the source lacks the tensor; None: it
+        slices: what it holds, side by side along `axis`.
+        absent: the value that fills the slices where the source lacks the tensor; None: the tensor
             must be there.
         first_layer: the source's number of the first layer.
     """
 
     source: str
-    parts: tuple[Part, ...]
+    slices: tuple[Slice, ...]
     axis: int = 0
     absent: float | None = None
     first_layer: int = 0
@@ -81,7 +81,7 @@ class Rule:
 
     def source_shape(self, sizes: Mapping[str, int]) -> tuple[int, ...]:
         """The shape that each of the source tensors must have."""
-        shapes = [list(part.source_shape(sizes)) for part in self.parts]
+        shapes = [list(one.source_shape(sizes)) for one in self.slices]
         axis = self.axis % len(shapes[0])
         whole = list(shapes[0])
         whole[axis] = sum(shape[axis] for shape in shapes)
@@ -90,21 +90,21 @@ class Rule:
     def split(
         self, tensor: np.ndarray, sizes: Mapping[str, int]
     ) -> Iterator[tuple[str, np.ndarray]]:
-        """(target, array in our form) of each part; views of `tensor` where they exist."""
+        """(target, array in our form) of each slice; views of `tensor` where they exist."""
         start = 0
         axis = self.axis % tensor.ndim
-        for part in self.parts:
-            stop = start + part.source_shape(sizes)[axis]
+        for one in self.slices:
+            stop = start + one.source_shape(sizes)[axis]
             yield (
-                part.target,
-                part.to_ours(tensor[(slice(None),) * axis + (slice(start, stop),)], sizes),
+                one.target,
+                one.to_ours(tensor[(slice(None),) * axis + (slice(start, stop),)], sizes),
             )
             start = stop
 
     def join(self, arrays: Sequence[np.ndarray], sizes: Mapping[str, int]) -> np.ndarray:
-        """The source tensor made of its parts: the inverse of `split`."""
-        parts = [part.to_source(x, sizes) for part, x in zip(self.parts, arrays, strict=True)]
-        return parts[0] if len(parts) == 1 else np.concatenate(parts, axis=self.axis)
+        """The source tensor made of its slices: the inverse of `split`."""
+        found = [one.to_source(x, sizes) for one, x in zip(self.slices, arrays, strict=True)]
+        return found[0] if len(found) == 1 else np.concatenate(found, axis=self.axis)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,8 +125,8 @@ class Unused:
 
 
 def rule(source: str, target: str, pattern: str, **fields) -> Rule:
-    """A `Rule` of one part."""
-    return Rule(source, (Part(target, pattern),), **fields)
+    """A `Rule` of one slice."""
+    return Rule(source, (Slice(target, pattern),), **fields)
 
 
 def sizes(config: DecoderConfig) -> dict[str, int]:

@@ -36,7 +36,7 @@ def verify_model(described: Description, source: Source) -> None:
     tokens_BT = fixed_prompts(described.config)
     logits_BTV = np.asarray(decoder(tokens_BT))
     if not np.isfinite(logits_BTV).all():
-        raise CalmError(f"{source.place}: converted, it computes logits that are not finite")
+        raise CalmError(f"{source.path}: converted, it computes logits that are not finite")
     del decoder
     log.info(
         "Not covered: damage of the source's weights from before the conversion, of which its "
@@ -91,19 +91,19 @@ def _compare(
     program = f"transformers {transformers.__version__}"
     try:
         model = transformers.AutoModelForCausalLM.from_pretrained(
-            str(source.place), dtype=torch.float32, attn_implementation="eager"
+            str(source.path), dtype=torch.float32, attn_implementation="eager"
         )
         with torch.no_grad():
             theirs_BTV = model(torch.from_numpy(tokens_BT.astype(np.int64))).logits.numpy()
     except Exception as error:  # whatever it does not like, of many kinds
-        raise CalmError(f"{source.place}: {program} cannot run it: {first_line(error)}") from error
+        raise CalmError(f"{source.path}: {program} cannot run it: {first_line(error)}") from error
     scale = float(np.max(np.abs(theirs_BTV)))
     difference = float(np.max(np.abs(theirs_BTV - logits_BTV))) / scale
     rounded = described.config.dtype == "bfloat16" and described.origin["dtype"] != "bfloat16"
     tolerance = ROUNDED_TOLERANCE if rounded else TOLERANCE
     if not difference <= tolerance:
         raise CalmError(
-            f"{source.place}: converted, its logits differ by {difference:.1e} of their scale from "
+            f"{source.path}: converted, its logits differ by {difference:.1e} of their scale from "
             f"those of transformers; at most {tolerance:.0e} is expected"
         )
     log.info("Logits are those of transformers, within %.1e of their scale", difference)

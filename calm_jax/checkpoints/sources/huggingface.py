@@ -30,7 +30,7 @@ _DTYPES = {
 }  # fmt: skip
 
 
-def read(place: epath.Path) -> Source:
+def read(folder: epath.Path) -> Source:
     """Opens a folder; no weight is read.
 
     Tensors are those of the shards in `model.safetensors.index.json`, of `model.safetensors`, of
@@ -40,57 +40,57 @@ def read(place: epath.Path) -> Source:
         CalmError: the folder is on a bucket; config.json is missing or damaged; index and shards
             contradict each other, or shards have a tensor twice; a file is damaged.
     """
-    _refuse_buckets(place)
-    config = _read_config(place)
-    if (place / INDEX).exists():
-        tensors = _indexed(place)
-    elif (place / SINGLE).exists():
-        tensors = _open_file(place / SINGLE)
+    _refuse_buckets(folder)
+    config = _read_config(folder)
+    if (folder / INDEX).exists():
+        tensors = _indexed(folder)
+    elif (folder / SINGLE).exists():
+        tensors = _open_file(folder / SINGLE)
     else:
         tensors = {}
-        for file in sorted(place.glob("*.safetensors")):
+        for file in sorted(folder.glob("*.safetensors")):
             for name, tensor in _open_file(file).items():
                 if name in tensors:
                     raise CalmError(f"{file}: tensor {name} is also in {tensors[name].file.name}")
                 tensors[name] = tensor
-        if not tensors and (place / PICKLED).exists():
-            tensors = torch_file.read(place / PICKLED).tensors
-        if not tensors and (place / f"{PICKLED}.index.json").exists():
+        if not tensors and (folder / PICKLED).exists():
+            tensors = torch_file.read(folder / PICKLED).tensors
+        if not tensors and (folder / f"{PICKLED}.index.json").exists():
             raise CalmError(
-                f"{place} has its tensors in several pickled files, which are not read; "
+                f"{folder} has its tensors in several pickled files, which are not read; "
                 "transformers saves them as safetensors"
             )
         if not tensors:
             raise CalmError(
-                f"{place} has a {CONFIG} and no tensors in .safetensors files or {PICKLED}"
+                f"{folder} has a {CONFIG} and no tensors in .safetensors files or {PICKLED}"
             )
-    return Source(place, "huggingface", tensors, config)
+    return Source(folder, "huggingface", tensors, config)
 
 
-def read_file(place: epath.Path) -> Source:
+def read_file(path: epath.Path) -> Source:
     """Opens one `.safetensors` or `.bin` file.
 
     One that transformers reads, with a config.json beside it, stands for its folder. Raises
     `CalmError` as `read` does, and when that folder has other weights too.
     """
-    _refuse_buckets(place)
-    is_pickled = place.suffix == ".bin"
-    if (is_pickled and place.name != PICKLED) or not (place.parent / CONFIG).exists():
+    _refuse_buckets(path)
+    is_pickled = path.suffix == ".bin"
+    if (is_pickled and path.name != PICKLED) or not (path.parent / CONFIG).exists():
         if is_pickled:
-            return torch_file.read(place)
-        return Source(place, "safetensors", _open_file(place))
-    others = {file.name for file in place.parent.glob("*.safetensors")} - {place.name}
+            return torch_file.read(path)
+        return Source(path, "safetensors", _open_file(path))
+    others = {file.name for file in path.parent.glob("*.safetensors")} - {path.name}
     if others:
         raise CalmError(
-            f"{place} is not alone: beside it are a {CONFIG} and {sorted(others)[0]}; name the "
+            f"{path} is not alone: beside it are a {CONFIG} and {sorted(others)[0]}; name the "
             "folder, or move the file to one of its own"
         )
-    return read(place.parent)
+    return read(path.parent)
 
 
-def _refuse_buckets(place: epath.Path) -> None:
-    if is_bucket(place):
-        raise CalmError(f"{place} is on a bucket; copy the checkpoint to a disk first")
+def _refuse_buckets(path: epath.Path) -> None:
+    if is_bucket(path):
+        raise CalmError(f"{path} is on a bucket; copy the checkpoint to a disk first")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,44 +134,48 @@ def _open_file(file: epath.Path) -> dict[str, StoredTensor]:
         raise CalmError(f"{file} is no whole safetensors file: {first_line(error)}") from error
 
 
-def _indexed(place: epath.Path) -> dict[str, StoredTensor]:
-    index = place / INDEX
-    places = read_field(read_json(index, "a Hugging Face checkpoint"), "weight_map", index)
-    if not isinstance(places, Mapping) or not places:
+def _indexed(folder: epath.Path) -> dict[str, StoredTensor]:
+    index = folder / INDEX
+    file_of = read_field(read_json(index, "a Hugging Face checkpoint"), "weight_map", index)
+    if not isinstance(file_of, Mapping) or not file_of:
         raise CalmError(f"{index}: weight_map is no object of tensors and their files")
-    for name, file in places.items():
+    for name, file in file_of.items():
         if not isinstance(file, str) or not re.fullmatch(r"[^/\\]+\.safetensors", file):
             raise CalmError(
                 f"{index}: tensor {name} is in {file!r}, which is no file of the folder"
             )
-        if not (place / file).exists():
+        if not (folder / file).exists():
             raise CalmError(f"{index}: tensor {name} is in {file}, which is missing")
-    files = sorted(set(places.values()))
-    if SINGLE not in files and (place / SINGLE).exists():
-        raise CalmError(f"{place} has both {SINGLE} and {INDEX} with other files; remove one")
+    files = sorted(set(file_of.values()))
+    if SINGLE not in files and (folder / SINGLE).exists():
+        raise CalmError(f"{folder} has both {SINGLE} and {INDEX} with other files; remove one")
     tensors = {}
     for file in files:
-        for name, tensor in _open_file(place / file).items():
-            if places.get(name) != file:
+        for name, tensor in _open_file(folder / file).items():
+            if file_of.get(name) != file:
                 raise CalmError(
-                    f"{place / file}: tensor {name} is not in this file, says {INDEX}, but in "
-                    f"{places.get(name, 'none')}"
+                    f"{folder / file}: tensor {name} is not in this file, says {INDEX}, but in "
+                    f"{file_of.get(name, 'none')}"
                 )
             tensors[name] = tensor
-    for name, file in places.items():
+    for name, file in file_of.items():
         if name not in tensors:
-            raise CalmError(f"{place / file}: tensor {name} is missing, which {INDEX} says is here")
+            raise CalmError(
+                f"{folder / file}: tensor {name} is missing, which {INDEX} says is here"
+            )
     return tensors
 
 
-def _read_config(place: epath.Path) -> Mapping[str, Any]:
-    values = read_json(place / CONFIG, "a Hugging Face checkpoint")
+def _read_config(folder: epath.Path) -> Mapping[str, Any]:
+    values = read_json(folder / CONFIG, "a Hugging Face checkpoint")
     kind = kind_of(values)
     if kind == DECODER_RUN:
-        raise CalmError(f"{place} is {kind}; --to=huggingface writes {place / 'frozen'} as another")
+        raise CalmError(
+            f"{folder} is {kind}; --to=huggingface writes {folder / 'frozen'} as another"
+        )
     if kind in (COMPOSED_RUN, BRIDGE, FROZEN):
-        raise CalmError(f"{place} is {kind}, not a checkpoint of another program")
+        raise CalmError(f"{folder} is {kind}, not a checkpoint of another program")
     architectures = values.get("architectures") or []
     if not isinstance(architectures, list) or not all(isinstance(a, str) for a in architectures):
-        raise CalmError(f"{place / CONFIG}: architectures is {architectures!r}, no list of names")
+        raise CalmError(f"{folder / CONFIG}: architectures is {architectures!r}, no list of names")
     return values

@@ -29,43 +29,43 @@ _DAMAGES = (
 )
 
 
-def read(place: epath.Path) -> Source:
+def read(path: epath.Path) -> Source:
     """Opens a file that `numpy.savez` wrote; of the arrays only shapes and dtypes are read.
 
     Raises:
         CalmError: it is damaged, or holds Python objects, which could run anything when read.
     """
-    with _opened(place, str(place)) as archive:
+    with _opened(path, str(path)) as archive:
         members = archive.infolist()
     tensors = {}
     for member in members:
         name = member.filename.removesuffix(".npy")
-        called = f"{place}: tensor {name}"
+        called = f"{path}: tensor {name}"
         if name in tensors:
             raise CalmError(f"{called} is there twice")
-        with _opened(place, called) as archive, archive.open(member) as data:
+        with _opened(path, called) as archive, archive.open(member) as data:
             shape, dtype = _read_header(data, called)
             found, expected = member.file_size - data.tell(), math.prod(shape) * dtype.itemsize
         if found != expected:
             raise CalmError(f"{called} of shape {shape} has {found} bytes, not {expected}")
         if dtype == np.dtype("V2"):  # numpy has no name for bfloat16 and writes it as raw bytes
             dtype = np.dtype(ml_dtypes.bfloat16)
-        tensors[name] = Member(place, member.filename, called, shape, dtype)
-    return Source(place, "npz", tensors)
+        tensors[name] = Member(path, member.filename, called, shape, dtype)
+    return Source(path, "npz", tensors)
 
 
 @dataclasses.dataclass(frozen=True)
 class Member:
     """One array of the file; every read decompresses the whole of it."""
 
-    place: epath.Path
+    path: epath.Path
     filename: str
     called: str
     shape: tuple[int, ...]
     dtype: np.dtype
 
     def __getitem__(self, index: Any) -> np.ndarray:
-        with _opened(self.place, self.called) as archive, archive.open(self.filename) as data:
+        with _opened(self.path, self.called) as archive, archive.open(self.filename) as data:
             array = npy.read_array(data, allow_pickle=False)
         return array.view(self.dtype)[index]
 
@@ -80,10 +80,10 @@ def _read_header(data: Any, called: str) -> tuple[tuple[int, ...], np.dtype]:
 
 
 @contextlib.contextmanager
-def _opened(place: epath.Path, called: str) -> Iterator[zipfile.ZipFile]:
+def _opened(path: epath.Path, called: str) -> Iterator[zipfile.ZipFile]:
     """The archive; damage found within the block becomes a `CalmError` about `called`."""
     try:
-        with place.open("rb") as file, zipfile.ZipFile(file) as archive:
+        with path.open("rb") as file, zipfile.ZipFile(file) as archive:
             yield archive
     except CalmError:
         raise

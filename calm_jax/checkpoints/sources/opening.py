@@ -10,52 +10,50 @@ from calm_jax.checkpoints.sources.source import Source
 from calm_jax.errors import CalmError
 
 
-def open_source(place: str | os.PathLike) -> Source:
+def open_source(path: str | os.PathLike) -> Source:
     """Opens a checkpoint of any kind; no weight is read.
 
     Args:
-        place: a Hugging Face folder · a T5X checkpoint (msgpack and zarr, or on Orbax) · an Orbax
+        path: a Hugging Face folder · a T5X checkpoint (msgpack and zarr, or on Orbax) · an Orbax
             tree · a .npz, .pt or .safetensors file.
 
     Raises:
         CalmError: nothing is there, it is of no known kind, or it is damaged.
     """
-    place = absolute(place)
-    with storage("read", place):
-        if not place.exists():
-            raise CalmError(f"{place} does not exist")
-        return _reader(place)(place)
+    path = absolute(path)
+    with storage("read", path):
+        if not path.exists():
+            raise CalmError(f"{path} does not exist")
+        return _reader(path)(path)
 
 
-def _reader(place: epath.Path):
-    """The function `read(place) -> Source` for a place."""
+def _reader(path: epath.Path):
+    """The function `read(path) -> Source` for a path."""
     suffix_readers = {
         ".npz": "npz",
         ".pt": "torch_file",
         ".pth": "torch_file",
     }
-    if not place.is_dir():
-        if place.suffix in (".safetensors", ".bin"):
+    if not path.is_dir():
+        if path.suffix in (".safetensors", ".bin"):
             return _load("huggingface").read_file
-        if place.suffix in suffix_readers:
-            return _load(suffix_readers[place.suffix]).read
+        if path.suffix in suffix_readers:
+            return _load(suffix_readers[path.suffix]).read
         raise CalmError(
-            f"{place} is no known kind of checkpoint; files are .npz, .pt, .pth, .bin, .safetensors"
+            f"{path} is no known kind of checkpoint; files are .npz, .pt, .pth, .bin, .safetensors"
         )
-    if (place / "chunks.json").exists():
-        raise CalmError(
-            f"{place} is a frozen folder already; --to=huggingface writes it as another"
-        )
-    if (place / "config.json").exists() or list(place.glob("*.safetensors*")):
+    if (path / "chunks.json").exists():
+        raise CalmError(f"{path} is a frozen folder already; --to=huggingface writes it as another")
+    if (path / "config.json").exists() or list(path.glob("*.safetensors*")):
         return _load("huggingface").read
     t5x = _load("t5x")
-    if t5x.is_t5x(place):
+    if t5x.is_t5x(path):
         return t5x.read
     orbax_tree = _load("orbax_tree")
-    if orbax_tree.is_orbax(place):
+    if orbax_tree.is_orbax(path):
         return orbax_tree.read
     raise CalmError(
-        f"{place} is no known kind of checkpoint: it has neither config.json, nor .safetensors "
+        f"{path} is no known kind of checkpoint: it has neither config.json, nor .safetensors "
         "files, nor the marks of T5X (a file named checkpoint) or Orbax (_METADATA)"
     )
 

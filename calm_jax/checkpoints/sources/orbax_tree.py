@@ -16,32 +16,32 @@ from calm_jax.errors import CalmError
 _UNFINISHED = ".orbax-checkpoint-tmp"
 
 
-def is_orbax(place: epath.Path) -> bool:
-    """Whether `place` is a tree, or a step or a run of a CheckpointManager that holds one."""
-    return bool(_trees(place))
+def is_orbax(folder: epath.Path) -> bool:
+    """Whether `folder` is a tree, or a step or a run of a CheckpointManager that holds one."""
+    return bool(_trees(folder))
 
 
-def read(place: epath.Path) -> Source:
+def read(folder: epath.Path) -> Source:
     """Opens a tree; names are its keys joined by "/".
 
     Args:
-        place: the tree's folder, or one of a CheckpointManager: a step, or a run of one step, with
+        folder: the tree's folder, or one of a CheckpointManager: a step, or a run of one step, with
             one item that is a tree.
 
     Raises:
         CalmError: there is no tree or more than one, or it is damaged.
     """
-    return Source(place, "orbax", open_tree(tree_folder(place)))
+    return Source(folder, "orbax", open_tree(tree_folder(folder)))
 
 
-def tree_folder(place: epath.Path) -> epath.Path:
+def tree_folder(folder: epath.Path) -> epath.Path:
     """The folder of the only tree. Raises `CalmError` when there is none or more than one."""
-    trees = _trees(place)
+    trees = _trees(folder)
     if not trees:
-        raise CalmError(f"{place} is no tree of Orbax: _METADATA is missing")
+        raise CalmError(f"{folder} is no tree of Orbax: _METADATA is missing")
     if len(trees) > 1:
-        listed = ", ".join(str(tree.relative_to(place)) for tree in trees)
-        raise CalmError(f"{place} holds several trees; name one of them: {listed}")
+        listed = ", ".join(str(tree.relative_to(folder)) for tree in trees)
+        raise CalmError(f"{folder} holds several trees; name one of them: {listed}")
     return trees[0]
 
 
@@ -77,9 +77,9 @@ def array_names(folder: epath.Path) -> dict[str, str]:
     return found
 
 
-def _trees(place: epath.Path) -> list[epath.Path]:
+def _trees(folder: epath.Path) -> list[epath.Path]:
     for depth in ("_METADATA", "*/_METADATA", "*/*/_METADATA"):
-        found = [path.parent for path in place.glob(depth) if _UNFINISHED not in str(path)]
+        found = [path.parent for path in folder.glob(depth) if _UNFINISHED not in str(path)]
         if found:
             return sorted(found)
     return []

@@ -30,13 +30,13 @@ class Source:
     """An open checkpoint.
 
     Attributes:
-        place: what the user named.
+        path: what the user named.
         kind: how it is stored.
         tensors: every array by its full name; of trees, the keys joined by "/".
         config: the checkpoint's own description (`config.json` of Hugging Face), or None.
     """
 
-    place: epath.Path
+    path: epath.Path
     kind: Kind
     tensors: Mapping[str, Tensor]
     config: Mapping[str, Any] | None = None

@@ -34,45 +34,45 @@ _PARAMETERS = re.compile(r"(?:_?optimizer/)?target/(.+)")
 _MARKS = ("__save_format_metadata__", "__version__")
 
 
-def is_t5x(place: epath.Path) -> bool:
-    """Whether `place` is a checkpoint of T5X, or a folder of such."""
-    return _is_checkpoint(place) or bool(_steps(place))
+def is_t5x(path: epath.Path) -> bool:
+    """Whether `path` is a checkpoint of T5X, or a folder of such."""
+    return _is_checkpoint(path) or bool(_steps(path))
 
 
-def read(place: epath.Path) -> Source:
+def read(path: epath.Path) -> Source:
     """Opens the parameters; names are those below `target`.
 
     Args:
-        place: a folder `checkpoint_<step>`, or one that holds a single such.
+        path: a folder `checkpoint_<step>`, or one that holds a single such.
 
     Raises:
         CalmError: there is more than one step, the form is not supported, or it is damaged.
     """
-    folder = place if _is_checkpoint(place) else _only_step(place)
+    folder = path if _is_checkpoint(path) else _only_step(path)
     tree = _orbax_folder(folder)
     tensors = _read_orbax(tree) if tree else _read_msgpack(folder)
     if not tensors:
         raise CalmError(f"{folder} has no parameters: its tree has nothing below target")
-    return Source(place, "t5x", tensors)
+    return Source(path, "t5x", tensors)
 
 
 def _is_checkpoint(folder: epath.Path) -> bool:
     return _orbax_folder(folder) is not None or (folder / "checkpoint").is_file()
 
 
-def _only_step(place: epath.Path) -> epath.Path:
-    steps = _steps(place)
+def _only_step(folder: epath.Path) -> epath.Path:
+    steps = _steps(folder)
     if not steps:
-        raise CalmError(f"{place} is no checkpoint of T5X: it has no file named checkpoint")
+        raise CalmError(f"{folder} is no checkpoint of T5X: it has no file named checkpoint")
     if len(steps) > 1:
         listed = ", ".join(step.name for step in steps)
-        raise CalmError(f"{place} holds several checkpoints; name one of them: {listed}")
+        raise CalmError(f"{folder} holds several checkpoints; name one of them: {listed}")
     return steps[0]
 
 
-def _steps(place: epath.Path) -> list[epath.Path]:
+def _steps(folder: epath.Path) -> list[epath.Path]:
     """Finished checkpoints in a folder, by step."""
-    found = [path for path in place.glob("checkpoint_*") if re.search(r"_\d+$", path.name)]
+    found = [path for path in folder.glob("checkpoint_*") if re.search(r"_\d+$", path.name)]
     found = [path for path in found if _is_checkpoint(path)]
     return sorted(found, key=lambda path: int(path.name.rpartition("_")[2]))
 

@@ -50,7 +50,7 @@ _CRC_BYTES = 2**24  # checked at a time
 _PICKLE_BYTES = 2**27  # of names and views; those of the largest models take 1 % of it
 
 
-def read(place: epath.Path) -> Source:
+def read(path: epath.Path) -> Source:
     """Opens a file; no weight is read.
 
     State dicts are flat, and so are the names here: torch's own, dots and all, without a "module."
@@ -63,25 +63,25 @@ def read(place: epath.Path) -> Source:
             has more than one or no dictionary of tensors, or needs anything else, which is named
             and was not run.
     """
-    if is_bucket(place):
-        raise CalmError(f"{place} is on a bucket; copy the checkpoint to a disk first")
+    if is_bucket(path):
+        raise CalmError(f"{path} is on a bucket; copy the checkpoint to a disk first")
     try:
-        with place.open("rb") as file:
+        with path.open("rb") as file:
             if file.read(len(_BEFORE_ZIP)) == _BEFORE_ZIP:
                 raise CalmError(
-                    f"{place} was saved by a torch before 1.6; load it with a current torch and "
+                    f"{path} was saved by a torch before 1.6; load it with a current torch and "
                     "save it again"
                 )
             with zipfile.ZipFile(file) as archive:
                 mapped = np.frombuffer(
                     mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), np.uint8
                 )
-                return Source(place, "torch", _open_tensors(archive, mapped, place))
+                return Source(path, "torch", _open_tensors(archive, mapped, path))
     except CalmError:
         raise
     except Exception as error:  # damaged pickles raise almost anything
         raise CalmError(
-            f"{place} is no whole zip file of torch.save: {first_line(error)}"
+            f"{path} is no whole zip file of torch.save: {first_line(error)}"
         ) from error
 
 
@@ -200,35 +200,31 @@ class _Unpickler(pickle._Unpickler):  # in C its memo could be made to fill the 
 
 
 def _open_tensors(
-    archive: zipfile.ZipFile, mapped: np.ndarray, place: epath.Path
+    archive: zipfile.ZipFile, mapped: np.ndarray, path: epath.Path
 ) -> dict[str, StoredTensor]:
     roots = [
         name.removesuffix("data.pkl") for name in archive.namelist() if name.endswith("/data.pkl")
     ]
     if len(roots) != 1:
-        raise CalmError(f"{place} has {len(roots)} members data.pkl, not one")
+        raise CalmError(f"{path} has {len(roots)} members data.pkl, not one")
     (root,) = roots
     if archive.getinfo(root + "data.pkl").file_size > _PICKLE_BYTES:
-        raise CalmError(
-            f"{place}: data.pkl has more than {_PICKLE_BYTES} bytes; save tensors alone"
-        )
+        raise CalmError(f"{path}: data.pkl has more than {_PICKLE_BYTES} bytes; save tensors alone")
     for member in archive.infolist():
         if member.compress_type != zipfile.ZIP_STORED:
-            raise CalmError(
-                f"{place}: {member.filename} is compressed, which torch.save never does"
-            )
+            raise CalmError(f"{path}: {member.filename} is compressed, which torch.save never does")
     if root + "byteorder" in archive.namelist():
         order = archive.read(root + "byteorder")
         if order != b"little":
-            raise CalmError(f"{place}: byteorder is {order!r}; only b'little' is read")
+            raise CalmError(f"{path}: byteorder is {order!r}; only b'little' is read")
     try:
         views = _state_dict(_Unpickler(io.BytesIO(archive.read(root + "data.pkl"))).load())
     except CalmError as error:
-        raise CalmError(f"{place}: {error}") from None
+        raise CalmError(f"{path}: {error}") from None
     storages: dict[str, StoredBytes] = {}
     tensors = {}
     for name, view in views.items():
-        called, key = f"{place}: tensor {name}", view.storage.key
+        called, key = f"{path}: tensor {name}", view.storage.key
         if key not in storages:
             storages[key] = _stored_bytes(archive, f"{root}data/{key}", mapped, called)
         array = _array(view, storages[key], called, mapped.size)

@@ -198,7 +198,7 @@ def test_every_tensor_is_read_once_and_none_is_kept(source, tmp_path, monkeypatc
             references.append(weakref.ref(array))
             return array
 
-    spied = Source(opened.place, opened.kind, {k: Spy(k) for k in opened.tensors}, opened.config)
+    spied = Source(opened.path, opened.kind, {k: Spy(k) for k in opened.tensors}, opened.config)
     monkeypatch.setattr(conversion, "open_source", lambda _: spied)
     monkeypatch.setattr(chunks, "WRITE_THREADS", 2)
     calm_jax.convert(source, tmp_path / "model")
@@ -248,7 +248,7 @@ def test_a_bucket_that_does_not_answer(source, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"kind": "decoder"}, r"is a decoder's run; --to=huggingface writes \S+/frozen as another"),
+        ({"kind": "decoder"}, r"is a decoder's run; --to=huggingface exports \S+/frozen"),
         ({"kind": "composed"}, "is a composed run, not a checkpoint of another program"),
         ({"format": "calm_jax bridge, version 9"}, "is an exported bridge, not a checkpoint"),
         ({"format": "calm_jax frozen folder, version 2"}, "is a frozen folder, not a checkpoint"),

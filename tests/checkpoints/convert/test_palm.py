@@ -116,7 +116,7 @@ def canonical(source, **options):
     """(target, layer) -> array, with every check that a conversion makes on the way."""
     assert Palm().recognises(source)
     reading = Palm().read(source, **options)
-    where = str(source.place)
+    where = str(source.path)
     check_names(reading.rules, reading.unused, reading.config.num_layers, reading.tensors, where)
     check_shapes(reading.rules, reading.config, reading.tensors, where)
     return {

@@ -411,7 +411,7 @@ def test_any_config_is_read_or_refused(family):
     @hypothesis.settings(max_examples=200)
     def check(change):
         started = time.monotonic()
-        changed = type(source)(source.place, source.kind, source.tensors, values | change)
+        changed = type(source)(source.path, source.kind, source.tensors, values | change)
         try:
             reading = families()[family].read(changed)
             layers = reading.config.num_layers

@@ -169,11 +169,11 @@ def test_a_file_alone(folder):
     place = folder / "some.safetensors"
     place.write_bytes(container(TENSORS))
     beside = open_source(place)
-    assert (beside.kind, beside.place, beside.config) == ("huggingface", folder, CONFIG)
+    assert (beside.kind, beside.path, beside.config) == ("huggingface", folder, CONFIG)
     assert_same(beside)
     (folder / "config.json").unlink()
     alone = open_source(place)
-    assert (alone.kind, alone.place, alone.config) == ("safetensors", place, None)
+    assert (alone.kind, alone.path, alone.config) == ("safetensors", place, None)
     assert_same(alone)
 
 
@@ -345,7 +345,7 @@ def test_buckets_are_said_to_be_copied_first():
 def test_a_file_that_stands_for_its_folder(folder):
     (folder / "weights.safetensors").write_bytes(container(TENSORS))
     source = read_file(folder / "weights.safetensors")
-    assert (source.place, source.config) == (folder, CONFIG)
+    assert (source.path, source.config) == (folder, CONFIG)
     (folder / "more.safetensors").write_bytes(container(TENSORS))
     with pytest.raises(CalmError, match=r"weights\.safetensors is not alone: .*more\.safetensors"):
         read_file(folder / "weights.safetensors")
