@@ -11,6 +11,9 @@ from etils import epath
 
 from calm_jax.errors import CalmError
 
+ADAPTER_CONFIG = "adapter_config.json"  # of PEFT
+_LFS_POINTER = b"version https://git-lfs.github.com/spec/"
+
 
 @contextlib.contextmanager
 def whole_folder(target: epath.PathLike) -> Iterator[epath.Path]:
@@ -68,16 +71,55 @@ def read_json(path: epath.Path, what: str) -> dict[str, Any]:
     """Reads a JSON object; its folder should be `what`, says the `CalmError` otherwise."""
     try:
         with storage("read", path, but=(FileNotFoundError, NotADirectoryError)):
-            values = json.loads(path.read_text())
+            text = path.read_text()
     except FileNotFoundError:
-        raise CalmError(f"{path.parent} is not {what}: {path.name} is missing") from None
+        raise CalmError(f"{path.parent} is not {what}: {_why_missing(path)}") from None
     except NotADirectoryError:
         raise CalmError(f"{path.parent} is not {what}: it is a file") from None
+    except UnicodeDecodeError as error:
+        raise CalmError(f"{path} is damaged: {error}") from None
+    try:
+        values = json.loads(text)
     except (ValueError, RecursionError) as error:
+        refuse_lfs_pointer(path)
         raise CalmError(f"{path} is damaged: {error}") from None
     if not isinstance(values, dict):
         raise CalmError(f"{path} is damaged: it holds no JSON object")
     return values
+
+
+def does_not_exist(path: epath.Path) -> str:
+    """Says so of a file or folder, and how to get it if the user meant a model's name on a hub."""
+    told = "it does not exist"
+    if not is_bucket(path) and path.is_relative_to(os.getcwd()):
+        name = os.path.relpath(path)
+        if name.count("/") == 1 and not path.parent.exists():
+            told += (
+                f"; if {name} is the name of a model on Hugging Face's hub, download it first: "
+                f"hf download {name} --local-dir {path.name}"
+            )
+    return told
+
+
+def refuse_lfs_pointer(path: epath.Path) -> None:
+    """Raises `CalmError` if `path` holds the pointer of Git LFS to a file instead of the file."""
+    with storage("read", path), path.open("rb") as file:
+        start = file.read(len(_LFS_POINTER))
+    if start == _LFS_POINTER:
+        raise CalmError(
+            f"{path} is a Git LFS pointer, not the file itself; download that with git lfs pull"
+        )
+
+
+def _why_missing(path: epath.Path) -> str:
+    """Why a folder has no `path`, as far as that can be told."""
+    folder = path.parent
+    with storage("read", folder):
+        if not folder.exists():
+            return does_not_exist(folder)
+        if (folder / ADAPTER_CONFIG).exists():
+            return "it is an adapter; calm convert --source=BASE --adapter=DIR merges it"
+    return f"{path.name} is missing"
 
 
 def read_bytes(path: epath.Path) -> bytes:

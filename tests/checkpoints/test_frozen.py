@@ -215,9 +215,25 @@ def test_a_float32_decoder_of_a_bfloat16_config_is_saved_in_bfloat16(tmp_path):
     assert frozen.fingerprint(loaded) == identity
 
 
+def test_the_name_of_a_model_on_a_hub(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "models").mkdir()
+    download = r"does not exist; if org/model is .* hf download org/model --local-dir model$"
+    with pytest.raises(CalmError, match=download):
+        frozen.load("org/model")
+    for path in ("models/model", "model", "org/model/deeper"):
+        with pytest.raises(CalmError, match=rf"{path} is not a frozen folder: it does not exist$"):
+            frozen.load(path)
+
+
 def test_not_a_frozen_folder(tmp_path):
-    with pytest.raises(CalmError, match=r"nothing is not a frozen folder: config\.json is missing"):
+    with pytest.raises(CalmError, match=r"nothing is not a frozen folder: it does not exist$"):
         frozen.load(tmp_path / "nothing")
+    with pytest.raises(CalmError, match=r"is not a frozen folder: config\.json is missing$"):
+        frozen.load(tmp_path)
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(CalmError, match=r"is not a frozen folder: it is an adapter; calm convert"):
+        frozen.load(tmp_path)
     (tmp_path / "file").write_text("")
     with pytest.raises(CalmError, match=r"file is not a frozen folder: it is a file"):
         frozen.load(tmp_path / "file")

@@ -76,7 +76,7 @@ def test_the_status_reaches_the_shell():
     assert run.returncode == 2
     assert run.stderr == (
         "error: /nowhere/at/all is not a run, a frozen folder or an exported bridge: "
-        "config.json is missing\n"
+        "it does not exist\n"
     )
 
 

@@ -495,6 +495,6 @@ def test_an_anchor_without_a_vocabulary(place, tmp_path):
 def test_missing_frozen_folder(place, tmp_path):
     config = composed_config(place)
     config.anchor = str(tmp_path / "nowhere")
-    with pytest.raises(CalmError, match=r"nowhere is not a frozen folder: config.json is missing"):
+    with pytest.raises(CalmError, match=r"nowhere is not a frozen folder: it does not exist"):
         loop.train(config, tmp_path / "run")
     assert not (tmp_path / "run").exists()

@@ -16,7 +16,7 @@ from calm_jax.checkpoints.convert.family import Reading
 from calm_jax.checkpoints.convert.registry import find_family
 from calm_jax.checkpoints.convert.table import check_names, check_shapes, check_unused, sizes
 from calm_jax.checkpoints.convert.verification import verify_model
-from calm_jax.checkpoints.files import whole_folder
+from calm_jax.checkpoints.files import refuse_lfs_pointer, whole_folder
 from calm_jax.checkpoints.frozen import STORED_DTYPES, Block, write_model
 from calm_jax.checkpoints.sources.opening import open_source
 from calm_jax.checkpoints.sources.source import Source
@@ -163,16 +163,17 @@ def _vocabulary(source: Source) -> Any:
     from calm_jax.data.vocabulary import Vocabulary, token_maps
 
     path = source.path
-    if path.is_dir():
-        vocabulary = Vocabulary.from_model_folder(path)
-        if vocabulary is None:
-            log.warning("%s is converted without a vocabulary: it has no tokenizer file", path)
-        return vocabulary
-    beside = token_maps(path.parent)
-    names = ", ".join(path.name for path in beside)
-    if len(beside) > 1:
+    folder = path if path.is_dir() else path.parent
+    files = token_maps(folder)
+    names = ", ".join(file.name for file in files)
+    if path != folder and len(files) > 1:
         log.warning("%s is converted without a vocabulary: beside it are %s", path, names)
-    if len(beside) != 1:
         return None
-    log.warning("%s is converted with the vocabulary beside it, %s", path, names)
-    return Vocabulary.load(beside[0])
+    for file in files:
+        refuse_lfs_pointer(file)
+    if path != folder and files:
+        log.warning("%s is converted with the vocabulary beside it, %s", path, names)
+    vocabulary = Vocabulary.from_model_folder(folder)
+    if path == folder and vocabulary is None:
+        log.warning("%s is converted without a vocabulary: it has no tokenizer file", path)
+    return vocabulary

@@ -15,7 +15,13 @@ import numpy as np
 from etils import epath
 from safetensors import SafetensorError, safe_open
 
-from calm_jax.checkpoints.files import first_line, is_bucket, read_field, read_json
+from calm_jax.checkpoints.files import (
+    first_line,
+    is_bucket,
+    read_field,
+    read_json,
+    refuse_lfs_pointer,
+)
 from calm_jax.checkpoints.kinds import BRIDGE, COMPOSED_RUN, DECODER_RUN, FROZEN, kind_of
 from calm_jax.checkpoints.sources import torch_file
 from calm_jax.checkpoints.sources.source import Source
@@ -116,6 +122,7 @@ class StoredTensor:
 
 
 def _open_file(file: epath.Path) -> dict[str, StoredTensor]:
+    refuse_lfs_pointer(file)
     try:
         with safe_open(str(file), framework="numpy"):
             pass  # raises unless the header describes the whole file
@@ -160,9 +167,7 @@ def _indexed(folder: epath.Path) -> dict[str, StoredTensor]:
             tensors[name] = tensor
     for name, file in file_of.items():
         if name not in tensors:
-            raise CalmError(
-                f"{folder / file}: tensor {name} is missing, which {INDEX} says is here"
-            )
+            raise CalmError(f"{folder / file}: tensor {name} is missing, although {INDEX} lists it")
     return tensors
 
 
@@ -170,9 +175,7 @@ def _read_config(folder: epath.Path) -> Mapping[str, Any]:
     values = read_json(folder / CONFIG, "a Hugging Face checkpoint")
     kind = kind_of(values)
     if kind == DECODER_RUN:
-        raise CalmError(
-            f"{folder} is {kind}; --to=huggingface writes {folder / 'frozen'} as another"
-        )
+        raise CalmError(f"{folder} is {kind}; --to=huggingface exports {folder / 'frozen'}")
     if kind in (COMPOSED_RUN, BRIDGE, FROZEN):
         raise CalmError(f"{folder} is {kind}, not a checkpoint of another program")
     architectures = values.get("architectures") or []

@@ -13,7 +13,7 @@ import numpy as np
 from etils import epath
 from numpy.lib import format as npy
 
-from calm_jax.checkpoints.files import first_line
+from calm_jax.checkpoints.files import first_line, refuse_lfs_pointer
 from calm_jax.checkpoints.sources.source import Source
 from calm_jax.errors import CalmError
 
@@ -35,6 +35,7 @@ def read(path: epath.Path) -> Source:
     Raises:
         CalmError: it is damaged, or holds Python objects, which could run anything when read.
     """
+    refuse_lfs_pointer(path)
     with _opened(path, str(path)) as archive:
         members = archive.infolist()
     tensors = {}

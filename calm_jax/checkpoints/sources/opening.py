@@ -5,7 +5,7 @@ import os
 
 from etils import epath
 
-from calm_jax.checkpoints.files import absolute, storage
+from calm_jax.checkpoints.files import ADAPTER_CONFIG, absolute, does_not_exist, storage
 from calm_jax.checkpoints.sources.source import Source
 from calm_jax.errors import CalmError
 
@@ -23,7 +23,7 @@ def open_source(path: str | os.PathLike) -> Source:
     path = absolute(path)
     with storage("read", path):
         if not path.exists():
-            raise CalmError(f"{path} does not exist")
+            raise CalmError(f"{path} is not a checkpoint: {does_not_exist(path)}")
         return _reader(path)(path)
 
 
@@ -44,6 +44,11 @@ def _reader(path: epath.Path):
         )
     if (path / "chunks.json").exists():
         raise CalmError(f"{path} is a frozen folder already; --to=huggingface writes it as another")
+    if (path / ADAPTER_CONFIG).exists() and not (path / "config.json").exists():
+        raise CalmError(
+            f"{path} is an adapter, not a model; give its base model as --source and this folder "
+            "as --adapter"
+        )
     if (path / "config.json").exists() or list(path.glob("*.safetensors*")):
         return _load("huggingface").read
     t5x = _load("t5x")

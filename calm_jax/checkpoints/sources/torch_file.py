@@ -23,7 +23,7 @@ import ml_dtypes
 import numpy as np
 from etils import epath
 
-from calm_jax.checkpoints.files import first_line, is_bucket
+from calm_jax.checkpoints.files import first_line, is_bucket, refuse_lfs_pointer
 from calm_jax.checkpoints.sources.source import Source
 from calm_jax.errors import CalmError
 
@@ -65,6 +65,7 @@ def read(path: epath.Path) -> Source:
     """
     if is_bucket(path):
         raise CalmError(f"{path} is on a bucket; copy the checkpoint to a disk first")
+    refuse_lfs_pointer(path)
     try:
         with path.open("rb") as file:
             if file.read(len(_BEFORE_ZIP)) == _BEFORE_ZIP:

@@ -340,7 +340,7 @@ def test_unknown_options_formats_and_dtypes(source, tmp_path):
         calm_jax.convert(source, tmp_path / "model", format="mistral")
     with pytest.raises(CalmError, match=r"--dtype=int8 is unknown; known are float32, bfloat16"):
         calm_jax.convert(source, tmp_path / "model", dtype="int8")
-    with pytest.raises(CalmError, match=r"nowhere does not exist"):
+    with pytest.raises(CalmError, match=r"nowhere is not a checkpoint: it does not exist"):
         calm_jax.convert(tmp_path / "nowhere", tmp_path / "model")
     assert nothing_in(tmp_path)
 

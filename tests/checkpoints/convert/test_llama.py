@@ -330,7 +330,7 @@ def test_a_head_beside_a_tied_one_must_be_the_embedding():
         ({"quantization_config": {"quant_method": "fp8"}}, "config.json: quantization_config is"),
         ({"architectures": ["MixtralForCausalLM"]}, "config.json says MixtralForCausalLM"),
         ({"architectures": ["Qwen3MoeForCausalLM"]}, "config.json says Qwen3MoeForCausalLM"),
-        ({"architectures": None}, "config.json says no architecture"),
+        ({"architectures": None, "model_type": None}, "config.json says no architecture"),
     ],
 )
 def test_other_models_end_with_their_name(tmp_path, change, message):

@@ -4,6 +4,7 @@ Every case is the config.json of a committed model with something in it changed,
 road of `calm_jax.convert`. What it should say follows from the format, not from the families' code.
 """
 
+import dataclasses
 import json
 import pathlib
 import time
@@ -354,10 +355,21 @@ def test_the_family_is_named(refused):
     assert message.endswith("(family qwen2)")
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_without_architectures_model_type_decides(family):
+    """A config's own `save_pretrained` writes none, and transformers does not ask for them."""
+    source = open_source(GOLDEN / family)
+    config = {key: value for key, value in source.config.items() if key != "architectures"}
+    for change in ({}, {"architectures": None}, {"architectures": []}):
+        assert find_family(dataclasses.replace(source, config=config | change)).name == family
+
+
 def test_no_architecture(refused):
     for value in (GONE, None, []):
-        message = refused("llama", {"architectures": value})
+        message = refused("llama", {"architectures": value, "model_type": GONE})
         assert "config.json says no architecture, a family that is not supported" in message
+        message = refused("llama", {"architectures": value, "model_type": "mixtral"})
+        assert "config.json says model_type 'mixtral', a family that is not supported" in message
     for value in ("LlamaForCausalLM", [3], {"LlamaForCausalLM": 1}, 3):
         assert f"config.json: architectures is {value!r}" in refused(
             "llama", {"architectures": value}

@@ -200,7 +200,6 @@ WHOLE = container(TENSORS)
         "more than the header says": WHOLE + b"0",
         "a long header": (2**40).to_bytes(8, "little") + WHOLE[8:],
         "no JSON": WHOLE.replace(b'{"__', b'["__', 1),
-        "a pointer of git-lfs": b"version https://git-lfs.github.com/spec/v1\nsize 3\n",
         "offsets past the end": container(TENSORS, {"c": {"data_offsets": [102, 1134]}}),
         "offsets that overlap": container(TENSORS, {"b": {"data_offsets": [90, 96]}}),
         "a shape of another size": container(TENSORS, {"a": {"shape": [4, 7]}}),
@@ -331,7 +330,7 @@ def test_a_folder_without_tensors(folder):
     with pytest.raises(CalmError, match=r"in several pickled files, which are not read"):
         read(folder)
     (folder / "model.safetensors").mkdir()
-    with pytest.raises(CalmError, match=r"model\.safetensors is no whole safetensors file"):
+    with pytest.raises(CalmError, match=r"cannot read .*/model\.safetensors: Is a directory"):
         read(folder)
 
 
