@@ -24,13 +24,15 @@ def main(argv: list[str]) -> int:
     """Runs the command; `argv` is what follows its name."""
     values, _ = config.parse(argv, USAGE, _define, required=("experiment",))
 
-    from calm_jax.checkpoints.files import absolute
+    from calm_jax.checkpoints.files import absolute, read_json
+    from calm_jax.checkpoints.kinds import kind_of
     from calm_jax.evaluation.report import write_report
 
     folder = absolute(values.experiment)
     if (folder / "config.json").exists():
+        kind = kind_of(read_json(folder / "config.json", "a run"))
         raise CalmError(
-            f"--experiment={values.experiment} is itself a run; name the folder that holds the "
+            f"--experiment={values.experiment} is itself {kind}; name the folder that holds the "
             f"runs, such as {folder.parent}"
         )
     print(write_report(values.experiment, values.output))

@@ -50,22 +50,27 @@ def best_constant(targets: Iterable[str]) -> tuple[str, float]:
 
 
 def score(predictions: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
-    """`{"exact_match", "count", "interval": [low, high]}` of records that hold a bool "correct".
+    """`{"exact_match", "count", "empty", "interval": [low, high]}` of predictions.
+
+    Args:
+        predictions: records with a bool "correct" and the text "prediction".
 
     Raises `CalmError` without records.
     """
-    marks = [bool(prediction["correct"]) for prediction in predictions]
-    if not marks:
+    records = list(predictions)
+    if not records:
         raise CalmError("a score needs at least one prediction")
-    interval = wilson_interval(sum(marks), len(marks))
+    right, count = sum(bool(record["correct"]) for record in records), len(records)
     return {
-        "exact_match": 100 * sum(marks) / len(marks),
-        "count": len(marks),
-        "interval": list(interval),
+        "exact_match": 100 * right / count,
+        "count": count,
+        "empty": sum(not record["prediction"].strip() for record in records),
+        "interval": list(wilson_interval(right, count)),
     }
 
 
 def in_words(score: Mapping[str, Any]) -> str:
     """A result of `score` as one line."""
     low, high = score["interval"]
-    return f"{score['exact_match']:.1f}% of {score['count']:,} (95% interval {low:.1f}–{high:.1f})"
+    words = f"{score['exact_match']:.1f}% of {score['count']:,} (95% interval {low:.1f}–{high:.1f})"
+    return words + (f"; {score['empty']:,} answers are empty" if score.get("empty") else "")

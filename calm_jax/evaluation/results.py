@@ -3,16 +3,17 @@
 import dataclasses
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from etils import epath
 
 from calm_jax.checkpoints.files import absolute, read_json, write_text
+from calm_jax.checkpoints.kinds import COMPOSED_RUN, DECODER_RUN, kind_of
 from calm_jax.errors import CalmError
 
-# Key of summary.json that says what was scored and how; no task bears such a name.
-MADE = "_run"
+# Keys of summary.json besides the tasks: what was scored and how, and the scores of the parts.
+MADE, PARTS = "_run", "_parts"
 # The runs of the key-value experiment come first, in the order of the paper's Table 1.
 _FIRST = ("augment", "anchor", "composed")
 
@@ -21,9 +22,20 @@ def evaluation_folder(workdir: epath.PathLike) -> epath.Path:
     return epath.Path(workdir) / "evaluation"
 
 
-def predictions_file(workdir: epath.PathLike, task: str) -> epath.Path:
+def predictions_file(evaluation: epath.PathLike, task: str) -> epath.Path:
+    """The file of a task's predictions in the folder of an evaluation."""
     name = task.removesuffix(".jsonl").replace("/", "_").lstrip("._")  # no hidden file
-    return evaluation_folder(workdir) / f"{name}.jsonl"
+    return epath.Path(evaluation) / f"{name}.jsonl"
+
+
+def part_names(augments: int) -> list[str]:
+    """What the parts of a composed model are called: "anchor", then "augment 0" and so on."""
+    return ["anchor", *(f"augment {number}" for number in range(augments))]
+
+
+def part_folder(evaluation: epath.Path, part: str) -> epath.Path:
+    """Where the predictions of a part are; of the composed model, "", the evaluation itself."""
+    return evaluation / part.replace(" ", "_") if part else evaluation
 
 
 def write_json_lines(path: epath.PathLike, records: Iterable[Mapping[str, Any]]) -> None:
@@ -59,11 +71,13 @@ class Run:
     name: str
     config: dict[str, Any]
     metrics: list[dict[str, Any]]
+    commands: list[str]  # the command lines of `calm train` that made it
     costs: dict[str, Any]
     scores: dict[str, dict[str, Any]]  # by task: summary.json without its account
     made: dict[str, Any]  # summary.json's account of what was scored, when and with what
     predictions: dict[str, list[dict[str, Any]]]  # by task
     attention: dict[str, Any]
+    parts: tuple["Run", ...] = ()  # the anchor and the augments alone, where they were scored
 
     @property
     def composed(self) -> bool:
@@ -95,33 +109,67 @@ class Run:
 def read_run(workdir: epath.PathLike) -> Run:
     """Reads a run directory. Raises `CalmError` without a config.json, or on unreadable JSON."""
     workdir = absolute(workdir)
-    summary = read_optional(evaluation_folder(workdir) / "summary.json")
-    made = summary.pop(MADE, {})
+    evaluation = evaluation_folder(workdir)
+    config = read_json(workdir / "config.json", "a run")
+    summary = read_optional(evaluation / "summary.json")
     return Run(
         name=workdir.name,
-        config=read_json(workdir / "config.json", "a run"),
+        config=config,
         metrics=read_json_lines(workdir / "metrics.jsonl"),
+        commands=read_optional(workdir / "commands.json").get("commands", []),
         costs=read_optional(workdir / "costs.json"),
-        scores=summary,
-        made=made,
-        predictions={task: read_json_lines(predictions_file(workdir, task)) for task in summary},
-        attention=read_optional(evaluation_folder(workdir) / "attention.json"),
+        **_evaluated(evaluation, summary),
+        attention=read_optional(evaluation / "attention.json"),
+        parts=tuple(_read_parts(workdir.name, config, evaluation, summary)),
     )
+
+
+def _read_parts(
+    run: str, config: Mapping[str, Any], evaluation: epath.Path, summary: Mapping[str, Any]
+) -> Iterator[Run]:
+    """The parts of a composed run that were scored with it, or else in their own folders."""
+    places = [config[key] for key in ("anchor",) if key in config] + [*config.get("augments", ())]
+    for name, place in zip(part_names(len(places) - 1), places, strict=False):
+        folder, scores = part_folder(evaluation, name), summary.get(PARTS, {}).get(name)
+        if scores is None:
+            folder = evaluation_folder(absolute(place))
+            scores = read_optional(folder / "summary.json")
+        found = _evaluated(folder, scores)
+        found["scores"] = {task: x for task, x in found["scores"].items() if task in summary}
+        if found["scores"]:
+            short = name.removesuffix(" 0") if len(places) == 2 else name
+            label = f"{run}: {short} alone"
+            yield Run(label, {}, [], [], {}, **found, attention={})
+
+
+def _evaluated(folder: epath.Path, summary: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of a `Run` that an evaluation fills."""
+    scores = {task: score for task, score in summary.items() if task not in (MADE, PARTS)}
+    return {
+        "scores": scores,
+        "made": summary.get(MADE, {}),
+        "predictions": {task: read_json_lines(predictions_file(folder, task)) for task in scores},
+    }
 
 
 def read_runs(experiment: epath.PathLike) -> list[Run]:
     """The runs directly under a folder: augment, anchor, composed, then others by name.
 
-    Raises `CalmError` where there is none.
+    Other folders, such as frozen ones, are left out. Raises `CalmError` where there is no run.
     """
     experiment = absolute(experiment)
     if not experiment.exists():
         raise CalmError(f"experiment {experiment} does not exist")
-    found = [path for path in experiment.iterdir() if (path / "config.json").exists()]
+    kinds = {
+        path: kind_of(read_json(path / "config.json", "a run"))
+        for path in sorted(experiment.iterdir())
+        if (path / "config.json").exists()
+    }
+    found = [path for path, kind in kinds.items() if kind in (DECODER_RUN, COMPOSED_RUN)]
     if not found:
-        raise CalmError(
-            f"experiment {experiment} holds no run, that is, no folder with a config.json"
-        )
+        others = [f"{path.name} is {kind}" for path, kind in kinds.items()]
+        told = ", ".join(others[:3]) or "no folder in it has a config.json"
+        raise CalmError(f"{experiment}: no runs here; {told}")
     rank = {name: index for index, name in enumerate(_FIRST)}
     found.sort(key=lambda path: (rank.get(path.name, len(rank)), path.name))
     return [read_run(path) for path in found]

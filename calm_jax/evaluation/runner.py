@@ -1,4 +1,4 @@
-"""Scoring a run: every example of its tasks is answered, compared and written down."""
+"""Scoring a model: every example of its tasks is answered, compared and written down."""
 
 import contextlib
 import datetime
@@ -14,14 +14,19 @@ from tqdm import tqdm
 from calm_jax import data, sharding
 from calm_jax.checkpoints.any_model import load_model
 from calm_jax.checkpoints.files import absolute, read_json, write_json
+from calm_jax.checkpoints.kinds import COMPOSED_RUN, DECODER_RUN, kind_of
 from calm_jax.checkpoints.training import TrainingCheckpoints
 from calm_jax.data.opening import identity
+from calm_jax.data.vocabulary import Vocabulary
 from calm_jax.decoding import generate
 from calm_jax.errors import CalmError
 from calm_jax.evaluation import metrics
 from calm_jax.evaluation.results import (
     MADE,
+    PARTS,
     evaluation_folder,
+    part_folder,
+    part_names,
     predictions_file,
     read_optional,
     write_json_lines,
@@ -30,13 +35,14 @@ from calm_jax.models import ComposedDecoder
 
 SPLIT = "test"
 BATCH_SIZE = 128
+DEFAULTS = {"tasks": (), "limit": 0, "max_new_tokens": 32}  # of a model that is not a run
 log = logging.getLogger("absl")
-ATTENTION_TOKENS = 32  # of the expression whose attention is kept: more are not legible
+ATTENTION_TOKENS = 32  # of the prompt whose attention is kept: more are not legible
 Records = list[dict[str, Any]]
 
 
 def evaluate(
-    workdir: epath.PathLike,
+    model: epath.PathLike,
     *,
     step: int | None = None,
     tasks: Sequence[str] | None = None,
@@ -44,90 +50,125 @@ def evaluate(
     max_new_tokens: int | None = None,
     mesh: Mapping[str, int] | None = None,
     batch_size: int = BATCH_SIZE,
+    parts: bool = False,
+    output: epath.PathLike | None = None,
+    command: str = "",
 ) -> dict[str, Any]:
-    """Scores a run by exact match and writes `evaluation/` in its directory.
+    """Scores a model by exact match and writes every prediction.
 
-    There come to lie: every prediction of a task with its metadata (`TASK.jsonl`, with `_` for the
-    `/` in its name), `attention.json` of a composed model (one expression), and last
-    `summary.json`. Where that stands already for the same checkpoint, settings and files of JSON
-    lines, nothing is done.
+    `output` then holds each task's predictions with their metadata (`TASK.jsonl`, with `_` for the
+    `/` in its name), `attention.json` of a composed model (one prompt), the predictions of the
+    parts in folders of their own, and last `summary.json`. Where that already describes the same
+    checkpoint, settings and files of JSON lines, nothing is done.
 
     Args:
-        workdir: a run's directory.
+        model: the directory of a run, a frozen folder or an exported bridge.
         step: which checkpoint of a composed run; default: the best by validation. A decoder's run
             has one finished model, its frozen folder.
-        tasks: names of Tasks with a test split, or files of JSON lines; default: the config's
+        tasks: names of Tasks with a test split, or files of JSON lines; default: the run's
             `evaluate.tasks`, or, where that is empty, the files of its validation data.
-        limit: examples of each task at most, 0 for all; default: `evaluate.limit`.
-        max_new_tokens: length of an answer at most; default: `evaluate.max_new_tokens`.
+        limit: examples of each task at most, 0 for all; default: the run's `evaluate.limit`, or 0.
+        max_new_tokens: length of an answer at most, in tokens; default: the run's
+            `evaluate.max_new_tokens`, or 32.
         mesh: sizes of the mesh axes, as in a run's config; default: the first device alone.
         batch_size: prompts answered at once.
+        parts: also scores the anchor and each augment of a composed model alone.
+        output: where the results go; default: `evaluation/` in the model's folder.
+        command: the command line that asks for it, kept in summary.json for the report.
 
     Returns:
-        `{task: {"exact_match": percent, "count": n, "interval": [low, high]}}`, and under "_run"
-        what was scored, when and on what.
+        `{task: {"exact_match": percent, "count": n, "empty": n, "interval": [low, high]}}`; under
+        "_run" what was scored, when and on what; under "_parts" the same scores of each part.
 
     Raises:
-        CalmError: no run, no finished model, an unknown step or task, a task without examples, or a
-            directory that cannot be written.
+        CalmError: no model, an unknown step or task, a task without examples, parts of a model that
+            has none, or a folder that cannot be written.
     """
-    folder = absolute(workdir)
-    config = read_json(folder / "config.json", "a run")
+    folder = absolute(model)
+    config = read_json(folder / "config.json", "a run, a frozen folder or an exported bridge")
     given = {"tasks": tasks, "limit": limit, "max_new_tokens": max_new_tokens}
-    settings = {
-        key: config.get("evaluate", {}).get(key) if value is None else value
-        for key, value in given.items()
-    }
+    of_run = DEFAULTS | config.get("evaluate", {})
+    settings = {key: of_run[key] if value is None else value for key, value in given.items()}
     settings["tasks"] = list(settings["tasks"] or validation_files(config))
     if not settings["tasks"]:
-        raise CalmError(f"{folder}: evaluate.tasks is empty; name a task, or a file of JSON lines")
+        raise CalmError(f"{folder}: there is nothing to score; name a task or a file by --tasks")
+    output = absolute(output) if output else evaluation_folder(folder)
     named: dict[epath.Path, str] = {}
     for task in settings["tasks"]:
-        other = named.setdefault(predictions_file(folder, task), task)
+        other = named.setdefault(predictions_file(output, task), task)
         if other != task:
             raise CalmError(f"predictions of {other} and {task} would be one file; rename one")
     step = _step(folder, config, step)
     files = [task for task in settings["tasks"] if task.endswith(".jsonl")]
-    scored = {"step": step, **settings, "files": [identity({"jsonl": file}) for file in files]}
-    before = read_optional(evaluation_folder(folder) / "summary.json")
-    if scored.items() <= before.get(MADE, {}).items():
+    scored = {
+        "step": step,
+        "fingerprint": config.get("fingerprint"),
+        **settings,
+        "files": [identity({"jsonl": file}) for file in files],
+    }
+    before = read_optional(output / "summary.json")
+    is_same = scored.items() <= before.get(MADE, {}).items()
+    if is_same and (PARTS in before or not parts):
         return before
 
     with _mesh(mesh) as built:
-        model = load_model(folder, step=step if config["kind"] == "composed" else None, mesh=built)
-        examples = {task: _examples(model, task, config, settings) for task in settings["tasks"]}
+        loaded = load_model(
+            folder, step=step if kind_of(config) == COMPOSED_RUN else None, mesh=built
+        )
+        is_composed = isinstance(loaded, ComposedDecoder)
+        if parts and not is_composed:
+            raise CalmError(f"{folder} is one model: it has no parts to score")
+        models = {"": loaded}
+        if parts:
+            names = part_names(len(loaded.augments))
+            models |= zip(names, (loaded.anchor, *loaded.augments), strict=True)
+        examples = {task: _examples(loaded, task, config, settings) for task in settings["tasks"]}
         answers = {
-            task: _answers(model, task, asked, settings["max_new_tokens"], batch_size)
-            for task, asked in examples.items()
+            name: {
+                task: _answers(one, loaded.vocabulary, (name, task), asked, settings, batch_size)
+                for task, asked in examples.items()
+            }
+            for name, one in models.items()
         }
-        # Until the new one stands, no summary speaks of predictions that are not its own.
-        (evaluation_folder(folder) / "summary.json").unlink(missing_ok=True)
-        for task, records in answers.items():
-            write_json_lines(predictions_file(folder, task), records)
-        if isinstance(model, ComposedDecoder):
-            write_json(evaluation_folder(folder) / "attention.json", _attention(model, answers))
+        # Until the new summary is written, none describes predictions that are not its own.
+        (output / "summary.json").unlink(missing_ok=True)
+        for name, of_model in answers.items():
+            for task, records in of_model.items():
+                write_json_lines(predictions_file(part_folder(output, name), task), records)
+        if is_composed:
+            write_json(output / "attention.json", _attention(loaded, answers[""]))
+    scores = {
+        name: {task: metrics.score(records) for task, records in of_model.items()}
+        for name, of_model in answers.items()
+    }
     now = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC")
     device = f"{jax.device_count()} × {jax.devices()[0].device_kind}"
-    summary = {MADE: {**scored, "date": now, "device": device}}
-    summary |= {task: metrics.score(records) for task, records in answers.items()}
-    write_json(evaluation_folder(folder) / "summary.json", summary)
+    summary = {MADE: {**scored, "date": now, "device": device, "command": command}}
+    summary |= scores.pop("") | ({PARTS: scores} if parts else {})
+    write_json(output / "summary.json", summary)
     return summary
 
 
 def validation_files(config: Mapping[str, Any]) -> list[str]:
+    """The files of JSON lines that a run validates on."""
     entries = config.get("data", {}).get("validation", ())
     return [entry["jsonl"] for entry in entries if "jsonl" in entry]
 
 
-def _step(folder: epath.Path, config: Mapping[str, Any], step: int | None) -> int:
-    """The checkpoint to score."""
+def _step(folder: epath.Path, config: Mapping[str, Any], step: int | None) -> int | None:
+    """The checkpoint of a run to score; None of a model that is no run."""
+    kind = kind_of(config)
+    if kind not in (DECODER_RUN, COMPOSED_RUN):
+        if step is not None:
+            raise CalmError(f"--step={step}: {folder} is {kind}, which has no checkpoints")
+        return None
     if not (folder / "checkpoints").exists():
         raise CalmError(f"{folder} has no checkpoint yet")
     with TrainingCheckpoints(folder / "checkpoints", read_only=True) as checkpoints:
         best = checkpoints.best
     if best is None:
         raise CalmError(f"{folder} has no checkpoint yet")
-    if config["kind"] == "decoder" and step not in (None, best):
+    if kind == DECODER_RUN and step not in (None, best):
         raise CalmError(
             f"--step={step}: a decoder's run is scored by its frozen folder, step {best}"
         )
@@ -145,12 +186,12 @@ def _mesh(shape: Mapping[str, int] | None) -> Iterator[jax.sharding.Mesh | None]
 
 
 def _examples(model, task: str, config: Mapping[str, Any], settings: Mapping[str, Any]) -> Records:
-    """The examples of a task, once it is sure that all of them can be answered right."""
-    vocabulary, room = model.vocabulary, settings["max_new_tokens"] or 0
+    """The examples of a task, after a check that every answer has room to be right."""
+    vocabulary, room = model.vocabulary, settings["max_new_tokens"]
     if vocabulary is None:
         raise CalmError(f"the model has no vocabulary to write {task} in")
     place = config.get("data", {}).get("cache_dir", "")
-    examples = data.evaluation_examples(task, SPLIT, vocabulary, settings["limit"] or 0, place)
+    examples = data.evaluation_examples(task, SPLIT, vocabulary, settings["limit"], place)
     if not examples:
         raise CalmError(f"task {task} has no example in its {SPLIT} split")
     found = len(examples)
@@ -165,24 +206,31 @@ def _examples(model, task: str, config: Mapping[str, Any], settings: Mapping[str
     longest = max(len(vocabulary.encode(example["targets"])) for example in examples) + 1
     if longest > room:
         raise CalmError(
-            f"evaluate.max_new_tokens is {room}, but an answer of {task} with its end token has "
-            f"{longest}"
+            f"--max_new_tokens is {room}, but an answer of {task} with its end token has {longest}"
         )
     return examples
 
 
-def _answers(model, task: str, examples: Records, max_new_tokens: int, batch_size: int) -> Records:
-    """The examples, in their order, with "prediction" and "correct"."""
-    vocabulary = model.vocabulary
+def _answers(
+    model,
+    vocabulary: Vocabulary,
+    name: tuple[str, str],
+    examples: Records,
+    settings: Mapping[str, Any],
+    batch_size: int,
+) -> Records:
+    """The examples, in their order, with "prediction" and "correct"; `name` is shown meanwhile."""
+    if model.vocabulary is None:  # an augment may have none, and then reads by the anchor's
+        model.vocabulary = vocabulary
     lengths = [len(vocabulary.encode(example["inputs"])) for example in examples]
     # Like lengths together, and the last batch filled up: few shapes, so few compilations.
     order = np.argsort(lengths, kind="stable")
     predictions: dict[int, str] = {}
-    with tqdm(total=len(examples), desc=task, unit="example") as progress:
+    with tqdm(total=len(examples), desc=" ".join(filter(None, name)), unit="example") as progress:
         for start in range(0, len(order), batch_size):
             rows = order[start : start + batch_size]
             prompts = [examples[row]["inputs"] for row in np.resize(rows, batch_size)]
-            tokens_BN = generate(model, prompts, max_new_tokens=max_new_tokens)
+            tokens_BN = generate(model, prompts, max_new_tokens=settings["max_new_tokens"])
             for row, tokens_N in zip(rows, tokens_BN[: len(rows)], strict=True):
                 predictions[row] = vocabulary.decode(tokens_N)
             progress.update(len(rows))
@@ -204,13 +252,12 @@ def _attention(model: ComposedDecoder, answers: Mapping[str, Records]) -> dict[s
     records = [record for of_task in answers.values() for record in of_task]
     example = min(records, key=lambda record: (not record["correct"], record.get("set") != "math"))
     vocabulary = model.vocabulary
-    ids = [vocabulary.start_id, *vocabulary.encode(example["inputs"])][:ATTENTION_TOKENS]
+    ids = vocabulary.encode_sequence(example["inputs"])[:ATTENTION_TOKENS]
     tokens_1T = np.array([ids], np.int32)
     maps = model.attention_maps(tokens_1T, prompt_mask_BT=np.ones_like(tokens_1T))
-    names = vocabulary.tokens()
     return {
         "inputs": example["inputs"],
-        "tokens": [names[token] for token in ids],
+        "tokens": _texts(vocabulary, ids),
         "connections": [
             {
                 "augment": found["augment"],
@@ -221,3 +268,17 @@ def _attention(model: ComposedDecoder, answers: Mapping[str, Records]) -> dict[s
             for found in maps
         ],
     }
+
+
+def _texts(vocabulary: Vocabulary, ids: Sequence[int]) -> list[str]:
+    """What each token adds to the text; the name of one that adds no whole character."""
+    names, texts = vocabulary.tokens(), []
+    start, before = 0, ""
+    for end, token in enumerate(ids, start=1):
+        text = vocabulary.decode(ids[start:end])
+        added = text.removeprefix(before)
+        texts.append(names[token] if not added or "\ufffd" in added else added)
+        before = text
+        if token in vocabulary.eos_ids:  # decoding would stop at it: what follows starts anew
+            start, before = end, ""
+    return texts

@@ -6,6 +6,7 @@ import math
 import time
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
@@ -20,6 +21,7 @@ from calm_jax.data.source import Part, Source
 from calm_jax.data.stream import Stream, batches_once
 from calm_jax.data.vocabulary import Vocabulary
 from calm_jax.errors import CalmError, Preempted
+from calm_jax.models.parameters import Tree
 from calm_jax.training import agreement, configuration
 from calm_jax.training.abstract_run import AbstractRun, abstract_run
 from calm_jax.training.clock import EveryMinutes
@@ -240,6 +242,8 @@ class _Session:
             tensorboard=train.tensorboard,
         )
         eval_step = make_eval_step(self.parts, self.shardings, loss_chunk=train.loss_chunk)
+        if first == 0 and self.parts.composed and "validation" in self.sources:
+            progress.anchor(self._anchor_scores(eval_step))
         batches = self.stream.iterate(first)
         preemption.start(first)
         by_clock = EveryMinutes(train.save_minutes, first)
@@ -268,8 +272,9 @@ class _Session:
                 if validate or save:
                     _report(progress, *unseen)  # a step that is not finite is never saved
                     unseen = None
-                    scores = self._validate(eval_step, done) if validate else None
+                    scores = None
                     if validate:
+                        scores = self._validate(eval_step, self.model.trainable, f"step {done}")
                         progress.validation(done, scores)
                     # The best is kept, whichever steps are saved besides.
                     best = scores is not None and scores["loss"] < self.best_loss
@@ -284,36 +289,55 @@ class _Session:
                         "command goes on"
                     )
 
-    def _validate(self, eval_step, done: int) -> dict[str, float]:
-        """Scores of the whole validation data, and exactness of each of its sets."""
+    def _anchor_scores(self, eval_step) -> dict[str, float]:
+        """Validation scores of the anchor alone.
+
+        A bridge of zeros adds exactly nothing to the anchor, however the real one begins, and the
+        program that scores the pair serves.
+        """
+        zeros = jax.jit(
+            lambda tree: jax.tree.map(jnp.zeros_like, tree), out_shardings=self.shardings.trainable
+        )
+        scores = self._validate(eval_step, zeros(self.model.trainable), "the anchor alone")
+        return {key: score for key, score in scores.items() if not key.startswith("connection/")}
+
+    def _validate(self, eval_step, trainable: Tree, what: str) -> dict[str, float]:
+        """Scores on all validation data; of several sets, the exactness of each one too.
+
+        Plain text has no answers, so a set of it has no exactness. Raises `CalmError`, naming
+        `what`, where the loss is not finite.
+        """
         parts = self.sources["validation"].parts
         short = [part.name.rpartition("/")[2] for part in parts]
         names = short if len(set(short)) == len(short) else [part.name for part in parts]
-        sums = [self._sums(eval_step, part) for part in parts]
-        totals = means(jax.tree.map(lambda *x: np.sum(x, axis=0), *sums))
-        scores = {key: float(value) for key, value in totals.items()}
+        sums = [self._sums(eval_step, trainable, part) for part in parts]
+        totals = jax.tree.map(lambda *x: np.sum(x, axis=0), *sums)
+        scores = {key: float(value) for key, value in means(totals).items()}
         if not math.isfinite(scores["loss"]):
-            raise CalmError(
-                f"step {done}: the validation's loss is {scores['loss']}; nothing was saved"
-            )
+            raise CalmError(f"{what}: the validation loss is {scores['loss']}; nothing was saved")
+        if not totals["sequences"]:
+            del scores["exact"]
         exact = {
-            f"exact/{name}": float(means(s)["exact"]) for name, s in zip(names, sums, strict=True)
+            f"exact/{name}": float(means(of_set)["exact"])
+            for name, of_set in zip(names, sums, strict=True)
+            if len(sums) > 1 and of_set["sequences"]
         }
         return exact | scores
 
-    def _sums(self, eval_step, part: Part) -> dict[str, np.ndarray]:
+    def _sums(self, eval_step, trainable: Tree, part: Part) -> dict[str, np.ndarray]:
         """Sums over all rows of one set, in batches of a micro-batch's size."""
         source = dataclasses.replace(self.sources["validation"], parts=(part,))
         rows = self.config.train.batch_size // self.config.train.accumulate
         sums = [
             jax.device_get(
-                eval_step(
-                    self.model.trainable, self.model.frozen, sharding.put_batch(batch, self.mesh)
-                )
+                eval_step(trainable, self.model.frozen, sharding.put_batch(batch, self.mesh))
             )
             for batch in batches_once(source, rows, **self.share)
         ]
-        return jax.tree.map(lambda *x: np.sum(x, axis=0), *sums)
+        totals = jax.tree.map(lambda *x: np.sum(x, axis=0), *sums)
+        if not part.arrays["prompt"].any():
+            totals |= {"exact": np.float32(0), "sequences": np.float32(0)}
+        return totals
 
     def _save(self, done: int, index: int, scores: dict[str, float] | None) -> None:
         state = {

@@ -77,17 +77,24 @@ class Progress:
             self._screen.show(self._line(step, metrics["loss"]))
             self._shown = _Interval(step)
 
+    def anchor(self, metrics: Mapping[str, float]) -> None:
+        """The validation scores of the anchor alone, before step 1."""
+        self._scores("anchor", 0, metrics, "the anchor alone, before step 1")
+
     def validation(self, step: int, metrics: Mapping[str, float]) -> None:
-        """The scores after a step. The time since that step counts towards no step's."""
+        """The validation scores after a step. The time since that step counts towards no step."""
+        self._scores("validation", step, metrics, f"validation after step {step:,}")
+
+    def _scores(self, split: str, step: int, metrics: Mapping[str, float], what: str) -> None:
         if not self.active:
             return
-        self._write("validation", step, dict(metrics))
-        scores = " · ".join(
+        self._write(split, step, dict(metrics))
+        told = " · ".join(
             f"{name} {value:.4g}"
             for name, value in metrics.items()
             if name.startswith(("loss", "accuracy", "exact"))
         )
-        self._screen.keep(f"validation after step {step:,}: {scores}")
+        self._screen.keep(f"{what}: {told}")
         self._shown, self._logged = _Interval(step), _Interval(step)
 
     def close(self) -> None:

@@ -117,14 +117,16 @@ def test_flags_of_a_process_that_contradict_each_other(config, tmp_path, capsys,
 
 def test_a_report_of_a_run_names_the_folder_above(tmp_path, capsys):
     (tmp_path / "asis").mkdir()
-    (tmp_path / "asis/config.json").write_text("{}")
+    (tmp_path / "asis/config.json").write_text('{"kind": "composed"}')
     assert main(["report", f"--experiment={tmp_path / 'asis'}"]) == 2
-    message = f"{tmp_path}/asis is itself a run; name the folder that holds the runs, such as "
+    message = (
+        f"{tmp_path}/asis is itself a composed run; name the folder that holds the runs, such as "
+    )
     assert capsys.readouterr().err == f"error: --experiment={message}{tmp_path}\n"
 
 
 def test_evaluate_refuses_several_processes(tmp_path, monkeypatch, capsys):
-    run = {"kind": "composed", "evaluate": {"tasks": []}, "mesh": {}}
+    run = {"kind": "composed", "evaluate": {"tasks": []}, "mesh": {"data": -1}}
     (tmp_path / "config.json").write_text(json.dumps(run))
     for name, value in {
         "SLURM_JOB_ID": "7",

@@ -66,10 +66,10 @@ def test_exact_match_ignores_only_space_around():
 
 
 def test_score_counts_what_is_marked_correct():
-    found = metrics.score(
-        [{"correct": True}, {"correct": False}, {"correct": True}, {"correct": True}]
-    )
-    assert (found["exact_match"], found["count"]) == (75.0, 4)
+    said = [(True, "1"), (False, " "), (True, "2"), (True, "")]
+    found = metrics.score({"correct": right, "prediction": text} for right, text in said)
+    assert (found["exact_match"], found["count"], found["empty"]) == (75.0, 4, 2)
+    assert metrics.in_words(found).endswith("; 2 answers are empty")
     assert found["interval"] == list(metrics.wilson_interval(3, 4))
 
 

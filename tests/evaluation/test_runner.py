@@ -7,6 +7,10 @@ import jax
 import numpy as np
 import pytest
 from flax import nnx
+from tokenizers import Tokenizer
+from tokenizers.decoders import ByteLevel as ByteLevelDecoder
+from tokenizers.models import BPE
+from tokenizers.pre_tokenizers import ByteLevel
 
 from calm_jax import data
 from calm_jax.checkpoints.composed import identities
@@ -179,8 +183,8 @@ def test_attention_of_one_expression(composed_run, ask):
     ask(composed)
     runner.evaluate(folder, batch_size=6)
     kept = json.loads((folder / "evaluation" / "attention.json").read_text())
-    ids = [VOCABULARY.start_id, *VOCABULARY.encode(kept["inputs"])]
-    assert kept["tokens"] == [VOCABULARY.tokens()[token] for token in ids]
+    ids = VOCABULARY.encode_sequence(kept["inputs"])
+    assert kept["tokens"] == [VOCABULARY.tokens()[token] for token in ids]  # each is its own text
     assert [(c["from"], c["to"]) for c in kept["connections"]] == [(0, 0), (1, 1)]
     maps = composed.attention_maps(np.array([ids], np.int32))
     for found, expected in zip(kept["connections"], maps, strict=True):
@@ -188,6 +192,84 @@ def test_attention_of_one_expression(composed_run, ask):
         np.testing.assert_allclose(weights, np.asarray(expected["weights"])[0].mean(0), atol=1e-4)
         np.testing.assert_allclose(weights.sum(-1), 1, atol=1e-2)
         assert not np.triu(weights, 1).any()
+
+
+def test_tokens_of_an_attention_map_are_text(tmp_path):
+    """In the byte alphabet of GPT-2 "Ġ" is a space and "Ã©" the two bytes of "é"."""
+    alphabet = ["Ġ", "t", "h", "e", "Ã", "©", "Ġt", "he", "Ġthe"]
+    model = BPE({name: i for i, name in enumerate(alphabet)},
+                [("Ġ", "t"), ("h", "e"), ("Ġt", "he")])  # fmt: skip
+    tokenizer = Tokenizer(model)
+    tokenizer.pre_tokenizer, tokenizer.decoder = ByteLevel(False), ByteLevelDecoder()
+    tokenizer.add_special_tokens(["<s>", "</s>"])
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    vocabulary = Vocabulary.load(tmp_path / "tokenizer.json")
+    ids = [vocabulary.token_id("<s>"), *vocabulary.encode("the the</s> theé")]
+    assert runner._texts(vocabulary, ids) == (["<s>", "t", "he", " the", "</s>", " the", "Ã", "é"])
+
+
+def test_parts_are_scored_on_what_the_pair_is_scored_on(composed_run, ask, capsys):
+    folder, composed = composed_run
+    examples = ask(composed.anchor)
+    assert command.main([f"--workdir={folder}", "--parts", f"--tasks={MATH}"]) == 0
+    printed = capsys.readouterr().out.splitlines()
+    parts = {"": composed, "anchor": composed.anchor, "augment 0": composed.augments[0]}
+    scores = {}
+    for name, model in parts.items():
+        right = [said == e["targets"] for said, e in zip(said_by(model), examples, strict=True)]
+        where = f"{MATH}, {name} alone: " if name else f"{MATH}: "
+        (line,) = [line for line in printed if line.startswith(where)]
+        assert line.startswith(f"{where}{100 * sum(right) / len(right):.1f}% of 6 (")
+        scores[name] = 100 * sum(right) / len(right)
+    assert scores["anchor"] > 0
+    run = read_run(folder)
+    assert [part.name for part in run.parts] == [
+        "composed: anchor alone",
+        "composed: augment alone",
+    ]
+    for part, name in zip(run.parts, ("anchor", "augment 0"), strict=True):
+        assert part.scores[MATH]["exact_match"] == pytest.approx(scores[name])
+        assert tuple(e["prediction"] for e in part.predictions[MATH]) == said_by(parts[name])
+    # Scored without its parts it stays as it is; with other settings they go.
+    assert runner.evaluate(folder, tasks=[MATH])["_parts"].keys() == {"anchor", "augment 0"}
+    assert "_parts" not in runner.evaluate(folder, tasks=[MATH], limit=2)
+    assert not read_run(folder).parts
+
+
+def test_frozen_folder_is_scored(decoder_run, ask, tmp_path, capsys):
+    folder, decoder = decoder_run
+    examples = ask(decoder)
+    frozen = folder / "frozen"
+    flags = [f"--model={frozen}", f"--tasks={MATH}", f"--max_new_tokens={ANSWER}"]
+    assert command.main([*flags, "--limit=4", f"--output={tmp_path / 'scores'}"]) == 0
+    printed = capsys.readouterr().out.splitlines()
+    right = sum(x == e["targets"] for x, e in zip(said_by(decoder)[:4], examples, strict=False))
+    assert printed[0].startswith(f"{MATH}: {100 * right / 4:.1f}% of 4 (")
+    written = json.loads((tmp_path / "scores" / "summary.json").read_text())
+    assert written["_run"]["command"].startswith("calm evaluate --model=")
+    assert not (frozen / "evaluation").exists()
+    assert command.main(flags) == 0  # into the folder, which stays a frozen folder
+    assert len(lines(frozen, MATH)) == len(PROMPTS)
+    load(frozen)
+    (frozen / "evaluation" / "summary.json").unlink()
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ([], "give either --workdir, a run, or --model"),
+        (["--workdir=RUN", "--model=RUN"], "give either --workdir, a run, or --model"),
+        (["--workdir=RUN/frozen"], "is not a run but a frozen folder; give it as --model"),
+        (["--model=RUN"], "is not a frozen folder or an exported bridge but a decoder's run"),
+        (["--model=RUN/frozen"], "there is nothing to score; name a task or a file by --tasks"),
+        (["--model=RUN/frozen", f"--tasks={MATH}", "--step=3"], "which has no checkpoints"),
+        (["--model=RUN/frozen", f"--tasks={MATH}", "--parts"], "has no parts to score"),
+        (["--workdir=RUN", "--limit=-1"], "limit"),
+    ],
+)
+def test_flags_that_do_not_fit(decoder_run, flags, message):
+    with pytest.raises(CalmError, match=message):
+        command.main([flag.replace("RUN", str(decoder_run[0])) for flag in flags])
 
 
 def test_done_once_for_the_same_settings(decoder_run, ask, monkeypatch):
@@ -254,7 +336,7 @@ def test_a_file_of_json_lines_is_asked(decoder_run, tmp_path, capsys, caplog):
     ],
 )
 def test_files_of_predictions_are_not_hidden(task, name):
-    assert predictions_file("run", task).name == name
+    assert predictions_file("evaluation", task).name == name
 
 
 def test_predictions_are_not_mixed(decoder_run):
@@ -270,7 +352,7 @@ def test_command(decoder_run, ask, capsys):
     assert command.main(arguments) == 0
     printed = capsys.readouterr().out
     assert f"{MATH}: " in printed and " of 4 " in printed
-    assert str(predictions_file(folder, MATH)) in printed.splitlines()
+    assert str(predictions_file(folder / "evaluation", MATH)) in printed.splitlines()
     assert read_run(folder).made["limit"] == 4
     assert command.main([*arguments, f"--config.evaluate.tasks=('{MATH}',)"]) == 0
     assert read_run(folder).made["tasks"] == [MATH]
@@ -294,15 +376,15 @@ def test_nothing_is_left_behind_by_an_error(decoder_run, ask, monkeypatch):
 def test_bad_input(decoder_run, composed_run, ask, tmp_path):
     folder, decoder = decoder_run
     ask(decoder)
-    with pytest.raises(CalmError, match=r"is not a run: config.json is missing"):
+    with pytest.raises(CalmError, match=r"is not a run, .*: config.json is missing"):
         runner.evaluate(tmp_path)
     with pytest.raises(CalmError, match=r"--step=3: .* step 7"):
         runner.evaluate(folder, step=3)
     with pytest.raises(CalmError, match=r"no checkpoint of step 4; it has \[5\]"):
         runner.evaluate(composed_run[0], step=4)
-    with pytest.raises(CalmError, match=r"max_new_tokens is 2, but an answer of .* has 4"):
+    with pytest.raises(CalmError, match=r"--max_new_tokens is 2, but an answer of .* has 4"):
         runner.evaluate(folder, max_new_tokens=2, limit=1)
-    with pytest.raises(CalmError, match=r"evaluate\.tasks is empty"):
+    with pytest.raises(CalmError, match=r"there is nothing to score; name .* by --tasks"):
         runner.evaluate(folder, tasks=())
     write_config(tmp_path, "decoder")
     with pytest.raises(CalmError, match="has no checkpoint yet"):

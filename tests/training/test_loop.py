@@ -206,7 +206,9 @@ def test_composed_run_learns_and_leaves_what_it_should(composed_run, place):
 
 def test_step_0_of_a_composed_run_is_the_anchor(composed_run, place):
     """The first loss of the run is that of the anchor alone on the first batch."""
-    anchor, batch = frozen.load(place / "anchor"), composed_run.batches[1]
+    data, vocabulary = composed_run.config.data, Vocabulary.load("bytes")
+    batch = Stream(loop.open_source(data, "train", vocabulary), batch_size=8, seed=0)[0]
+    anchor = frozen.load(place / "anchor")
     keys = ("input_tokens", "positions", "segment_ids")
     logits = np.asarray(anchor(*(batch[f"decoder_{key}"] for key in keys)), np.float64)
     log_total = np.log(np.sum(np.exp(logits), axis=-1, keepdims=True))
@@ -221,13 +223,10 @@ def test_training_leaves_frozen_folders_as_they_were(composed_run, place):
         assert stored_bytes(frozen.load(place / name)) == stored_bytes(frozen_model(seed))
 
 
-def test_validation_scores_every_row_once(decoder_run, place):
-    """Against the mean over rows one by one, by the decoder restored from the best checkpoint."""
-    best = min(records(decoder_run.path, "validation").values(), key=lambda line: line["loss"])
-    if best["step"] != STEPS:
-        pytest.fail("the last step was not the best one; choose another learning rate")
-    decoder = frozen.load(decoder_run.path / "frozen")
-    source = loop.open_source(decoder_run.config.data, "validation", Vocabulary.load("bytes"))
+def validation_scores(decoder, config):
+    """Loss, accuracy and number of tokens of a decoder over the validation rows, one by one."""
+    source = loop.open_source(config.data, "validation", Vocabulary.load("bytes"))
+    assert len(source) % 8  # so that the last batch of a run has rows of padding
     loss = weight = right = 0.0
     for batch in batches_once(source, 1):
         keys = ("input_tokens", "positions", "segment_ids")
@@ -238,10 +237,44 @@ def test_validation_scores_every_row_once(decoder_run, place):
             loss += log_total[t] - logits[t, targets[t]]
             right += logits[t].argmax() == targets[t]
             weight += 1
-    assert len(source) % 8  # so that the last batch had rows of padding
-    assert best["loss"] == pytest.approx(loss / weight, rel=1e-5)
-    assert best["accuracy"] == pytest.approx(right / weight, rel=1e-5)
-    assert best["tokens"] == weight
+    return pytest.approx({"loss": loss / weight, "accuracy": right / weight, "tokens": weight},
+                         rel=1e-5)  # fmt: skip
+
+
+def test_validation_scores_every_row_once(decoder_run):
+    best = min(records(decoder_run.path, "validation").values(), key=lambda line: line["loss"])
+    if best["step"] != STEPS:
+        pytest.fail("the last step was not the best one; choose another learning rate")
+    decoder = frozen.load(decoder_run.path / "frozen")
+    scores = {key: best[key] for key in ("loss", "accuracy", "tokens")}
+    assert scores == validation_scores(decoder, decoder_run.config)
+
+
+def test_the_anchor_is_scored_before_step_1(composed_run, place, tmp_path, capsys):
+    """Also where the bridge starts at random, so that the pair of step 0 is not the anchor."""
+    (at_zero,) = records(composed_run.path, "anchor").values()
+    config = changed(composed_run.config, train={"num_steps": 1}, composition={"init": "paper"})
+    (at_random,) = records(loop.train(config, tmp_path / "run"), "anchor").values()
+    assert at_random == at_zero and at_zero["step"] == 0
+    anchor = frozen.load(place / "anchor")
+    scores = {key: at_zero[key] for key in ("loss", "accuracy", "tokens")}
+    assert scores == validation_scores(anchor, config)
+    line = next(x for x in capsys.readouterr().out.splitlines() if "before step 1" in x)
+    assert line.startswith(f"the anchor alone, before step 1: loss {at_zero['loss']:.4g} · ")
+    assert line.count("exact") == 1
+
+
+def test_plain_text_has_no_exactness(decoder_run, tmp_path):
+    path = tmp_path / "text.jsonl"
+    path.write_text('{"text": "abcd"}\n' * 4)
+    config = decoder_run.config.copy_and_resolve_references()
+    config.data.validation = ({"jsonl": str(path)},)
+    config.train.num_steps = 1
+    (text,) = records(loop.train(config, tmp_path / "text"), "validation").values()
+    assert {"loss", "accuracy"} <= text.keys() and not any("exact" in key for key in text)
+    config.data.validation += config.data.train
+    (both,) = records(loop.train(config, tmp_path / "both"), "validation").values()
+    assert [key for key in both if "exact/" in key] == ["exact/data"] and both["exact"] == 0
 
 
 def test_decoder_run_ends_with_its_best_checkpoint_frozen(decoder_run):
