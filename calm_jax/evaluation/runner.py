@@ -271,14 +271,14 @@ def _attention(model: ComposedDecoder, answers: Mapping[str, Records]) -> dict[s
 
 
 def _texts(vocabulary: Vocabulary, ids: Sequence[int]) -> list[str]:
-    """What each token adds to the text; the name of one that adds no whole character."""
+    """What each token adds to the text: "�" is a part of a character; special tokens are named."""
     names, texts = vocabulary.tokens(), []
     start, before = 0, ""
     for end, token in enumerate(ids, start=1):
         text = vocabulary.decode(ids[start:end])
         added = text.removeprefix(before)
-        texts.append(names[token] if not added or "\ufffd" in added else added)
-        before = text
+        texts.append("\ufffd" if "\ufffd" in added else added or names[token])
+        before = text.rstrip("\ufffd")
         if token in vocabulary.eos_ids:  # decoding would stop at it: what follows starts anew
             start, before = end, ""
     return texts

@@ -228,7 +228,7 @@ def test_damaged_line_is_named(experiment, name):
 def test_no_experiment(tmp_path):
     with pytest.raises(CalmError, match="does not exist"):
         write_report(tmp_path / "nowhere")
-    with pytest.raises(CalmError, match="no runs here; no folder in it has a config.json"):
+    with pytest.raises(CalmError, match=r"no runs here; no folder in it has a config\.json"):
         write_report(tmp_path)
     (tmp_path / "gemma").mkdir()
     (tmp_path / "gemma/config.json").write_text('{"format": "calm_jax frozen folder, version 3"}')
