@@ -31,6 +31,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     if argv is None:
         _show_own_logs()
     arguments = list(sys.argv[1:] if argv is None else argv)
+    for argument in arguments:
+        if any(
+            "\ud800" <= letter <= "\udfff" for letter in argument
+        ):  # Python's mark of other bytes
+            return _fail(f"the argument {argument!r} is not UTF-8 text")
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(_usage())
         return 0

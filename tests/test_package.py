@@ -23,7 +23,7 @@ FLOORS = [
     {"checkpoints", "decoding"},
     {"models", "data"},
     {"sharding", "processes"},
-    {"errors", "chips", "presets", "quiet_tensorflow"},
+    {"errors", "chips", "presets", "quiet_tensorflow", "text_files"},
 ]
 
 

@@ -10,6 +10,7 @@ from typing import Any
 from etils import epath
 
 from calm_jax.errors import CalmError
+from calm_jax.text_files import parse_json
 
 ADAPTER_CONFIG = "adapter_config.json"  # of PEFT
 _LFS_POINTER = b"version https://git-lfs.github.com/spec/"
@@ -71,18 +72,16 @@ def read_json(path: epath.Path, what: str) -> dict[str, Any]:
     """Reads a JSON object; its folder should be `what`, says the `CalmError` otherwise."""
     try:
         with storage("read", path, but=(FileNotFoundError, NotADirectoryError)):
-            text = path.read_text()
+            text = path.read_bytes()
     except FileNotFoundError:
         raise CalmError(f"{path.parent} is not {what}: {_why_missing(path)}") from None
     except NotADirectoryError:
         raise CalmError(f"{path.parent} is not {what}: it is a file") from None
-    except UnicodeDecodeError as error:
-        raise CalmError(f"{path} is damaged: {error}") from None
     try:
-        values = json.loads(text)
-    except (ValueError, RecursionError) as error:
+        values = parse_json(text, path)
+    except CalmError:
         refuse_lfs_pointer(path)
-        raise CalmError(f"{path} is damaged: {error}") from None
+        raise
     if not isinstance(values, dict):
         raise CalmError(f"{path} is damaged: it holds no JSON object")
     return values

@@ -3,10 +3,10 @@
 from typing import Any
 
 from absl import flags
-from etils import epath
 
 from calm_jax.cli import config
 from calm_jax.errors import CalmError
+from calm_jax.text_files import read_lines
 
 USAGE = """Prints what a model answers to each prompt.
 
@@ -38,7 +38,7 @@ def main(argv: list[str]) -> int:
     values, _ = config.parse(argv, USAGE, _define, required=("workdir",))
     prompts = list(values.prompt)
     if values.prompts_file is not None:
-        prompts += _read_lines(values.prompts_file)
+        prompts += read_lines(values.prompts_file)
     if not prompts:
         raise CalmError("no prompt: give --prompt or --prompts_file")
     if values.system is not None and not values.chat:
@@ -63,13 +63,3 @@ def _chats(vocabulary: Any, prompts: list[str], system: str | None, workdir: str
         raise CalmError(f"--chat: the vocabulary of {workdir} has no chat template")
     before = [] if system is None else [{"role": "system", "content": system}]
     return [vocabulary.chat([*before, {"role": "user", "content": text}]) for text in prompts]
-
-
-def _read_lines(path: str) -> list[str]:
-    try:
-        text = epath.Path(path).read_text()
-    except OSError as error:
-        raise CalmError(f"--prompts_file={path}: {error.strerror or error}") from None
-    except UnicodeDecodeError as error:
-        raise CalmError(f"--prompts_file={path} is not UTF-8 text: {error}") from None
-    return text.splitlines()

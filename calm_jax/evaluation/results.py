@@ -11,6 +11,7 @@ from etils import epath
 from calm_jax.checkpoints.files import absolute, read_json, write_text
 from calm_jax.checkpoints.kinds import COMPOSED_RUN, DECODER_RUN, kind_of
 from calm_jax.errors import CalmError
+from calm_jax.text_files import parse_json
 
 # Keys of summary.json besides the tasks: what was scored and how, and the scores of the parts.
 MADE, PARTS = "_run", "_parts"
@@ -49,14 +50,8 @@ def read_json_lines(path: epath.Path) -> list[dict[str, Any]]:
     """
     if not path.exists():
         return []
-    *lines, _ = path.read_bytes().decode().split("\n")
-    records = []
-    for number, line in enumerate(lines, start=1):
-        try:
-            records.append(json.loads(line))
-        except ValueError as error:
-            raise CalmError(f"{path}:{number} is not JSON: {error}") from error
-    return records
+    *lines, _ = path.read_bytes().split(b"\n")
+    return [parse_json(line, path, number) for number, line in enumerate(lines, start=1)]
 
 
 def read_optional(path: epath.Path) -> dict[str, Any]:

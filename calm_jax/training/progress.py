@@ -233,13 +233,13 @@ def _lines_up_to(path: epath.Path, step: int) -> list[str]:
     if not path.exists():
         return []
     kept = []
-    for line in path.read_text().splitlines(keepends=True):
+    for line in path.read_text().split("\n"):
         try:
             record = json.loads(line)
         except ValueError:  # the process was stopped while it wrote this line
             continue
         if record["step"] <= step:
-            kept.append(line.rstrip("\n") + "\n")
+            kept.append(line + "\n")
     return kept
 
 

@@ -160,7 +160,8 @@ def test_generate_prints_prompts_and_answers(frozen, tmp_path, capsys):
     ("arguments", "message"),
     [
         ([], "no prompt: give --prompt or --prompts_file"),
-        (["--prompts_file=/nowhere/prompts"], "--prompts_file=/nowhere/prompts: No such file"),
+        (["--prompts_file=/nowhere/prompts"], "/nowhere/prompts: No such file"),
+        (["--prompt=a\udcff"], r"argument '--prompt=a\udcff' is not UTF-8 text"),
         (["--prompt=a", "--step=3"], "it has no step 3 to choose"),
         (["--prompt=a", "--max_new_tokens=0"], "max_new_tokens is 0"),
     ],

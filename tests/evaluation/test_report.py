@@ -131,7 +131,7 @@ def test_every_chart_is_described(experiment):
 
 
 def test_hostile_text_stays_text(experiment):
-    hostile = '</code><script>alert("x")</script>\u0000\u202e&amp;\ud800'
+    hostile = '</code><script>alert("x")</script>\u0000\u202e&amp;'
     for model in ("augment", "anchor", "composed"):
         path = experiment / model / "evaluation" / "calm_jax_key_value_demo_math.jsonl"
         records = predictions(experiment, model, "math")
@@ -148,7 +148,7 @@ def test_hostile_text_stays_text(experiment):
     attention.write_text(json.dumps(kept))
     page = read_page(experiment)
     assert "script" not in page.tags
-    assert r'</code><script>alert("x")</script>\x00\u202e&amp;\ud800' in page.text
+    assert r'</code><script>alert("x")</script>\x00\u202e&amp;' in page.text
 
 
 @pytest.mark.parametrize(
@@ -220,7 +220,7 @@ def test_damaged_line_is_named(experiment, name):
     path = experiment / "augment" / name
     lines = path.read_text().splitlines(keepends=True)
     path.write_text("".join([*lines[:2], "{broken\n", *lines[2:]]))
-    with pytest.raises(CalmError, match=rf"{path}:3 "):
+    with pytest.raises(CalmError, match=rf"{path}:3: "):
         write_report(experiment)
     assert not (experiment / "report.html").exists()
 

@@ -121,7 +121,7 @@ def test_damaged_config(tmp_path):
     open_run(tmp_path, config())
     path = tmp_path / "config.json"
     path.write_text(path.read_text()[:50])
-    with pytest.raises(CalmError, match=r"config\.json is damaged"):
+    with pytest.raises(CalmError, match=r"config\.json:\d+: not JSON"):
         open_run(tmp_path, config())
 
 

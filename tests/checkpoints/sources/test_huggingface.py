@@ -279,7 +279,7 @@ def test_tensors_twice(folder):
     ("text", "message"),
     [
         ("[]", "index.json is damaged"),
-        ("{", "index.json is damaged"),
+        ("{", "index.json:1: not JSON"),
         ("{}", "index.json is damaged: it has no 'weight_map'"),
         ('{"weight_map": []}', "weight_map is no object"),
         ('{"weight_map": {}}', "weight_map is no object"),
@@ -295,7 +295,7 @@ def test_damaged_indexes(folder, text, message):
     ("text", "message"),
     [
         (None, "is not a Hugging Face checkpoint: config.json is missing"),
-        ("{", "config.json is damaged"),
+        ("{", "config.json:1: not JSON"),
         ("[]", "config.json is damaged: it holds no JSON object"),
         ('{"architectures": "Llama"}', "config.json: architectures is 'Llama'"),
         ('{"architectures": [3]}', r"config.json: architectures is \[3\]"),

@@ -135,7 +135,7 @@ def test_missing_array(tmp_path):
 @pytest.mark.parametrize(
     "text, message",
     [
-        ("{", "_METADATA is damaged"),
+        ("{", "_METADATA:1: not JSON"),
         ("{}", "_METADATA is damaged: it has no 'tree_metadata'"),
         (
             json.dumps({"tree_metadata": {"a": {}}}),
@@ -151,7 +151,7 @@ def test_damaged_metadata(tmp_path, text, message):
 
 
 @pytest.mark.parametrize("ocdbt", [False, True])
-@pytest.mark.parametrize("key", ["../x", "a/../../x", "", "/", "/etc", "a//b", "\x00", "\ud800"])
+@pytest.mark.parametrize("key", ["../x", "a/../../x", "", "/", "/etc", "a//b", "\x00"])
 def test_keys_that_are_no_names(tmp_path, key, ocdbt):
     place = pytree(use_ocdbt=ocdbt)(tmp_path / "tree")
     values = json.loads((place / "_METADATA").read_text())
