@@ -1,9 +1,9 @@
-"""Frozen folders: one trained decoder on disk, whole or absent, every byte of it checked.
+"""Frozen folders: one trained decoder on disk, complete or absent, with every byte checked.
 
 folder/
-  config.json    form of the decoder, fingerprint, origin, checksum of itself; written last
-  chunks.json    a hash of every chunk of the weights, cut as version 3 cuts them (`chunks.Layout`)
-  weights/       an Orbax checkpoint; layers stacked [L, ...], names as in the modules
+  config.json    the decoder's config, fingerprint, origin, and a checksum of the file; written last
+  chunks.json    a hash of every chunk of the weights (`chunks.Digests`)
+  weights/       an Orbax checkpoint: layers stacked [L, ...], names as in the modules
   vocabulary/    what `Vocabulary.save` wrote, if the decoder has one
 """
 
@@ -20,7 +20,8 @@ import numpy as np
 from etils import epath
 from flax import nnx
 
-from calm_jax.checkpoints.chunks import Digests, Layout, Reader, Writer
+from calm_jax.checkpoints.chunk_layout import Layout
+from calm_jax.checkpoints.chunks import Digests, Reader, Writer
 from calm_jax.checkpoints.files import (
     absolute,
     read_bytes,
@@ -47,9 +48,13 @@ DTYPES = (*STORED_DTYPES, "int8")
 
 @dataclasses.dataclass(frozen=True)
 class Block:
-    """One array of a model, or one layer of an array that stacks them (`layer` is its number).
+    """One array of a model, or one layer of an array that stacks layers.
 
-    `path` is that on disk; `name` is what messages call it.
+    Attributes:
+        path: of the array on disk.
+        layer: the number of the layer; None: the whole array.
+        array: the values.
+        name: what messages call it; "": its path.
     """
 
     path: str
@@ -59,7 +64,7 @@ class Block:
 
 
 def save_frozen(decoder: Decoder, target: epath.PathLike, *, vocabulary: Any = None) -> str:
-    """Writes a decoder as a frozen folder, its weights in the config's dtype.
+    """Writes a decoder as a frozen folder, with weights in the config's dtype.
 
     Args:
         decoder: the model.
@@ -67,12 +72,12 @@ def save_frozen(decoder: Decoder, target: epath.PathLike, *, vocabulary: Any = N
         vocabulary: a `calm_jax.data.vocabulary.Vocabulary`; default: the decoder's own.
 
     Returns:
-        the fingerprint of form and weights.
+        the fingerprint of config and weights.
 
     Raises:
         CalmError: `target` exists or cannot be written, or a weight is NaN or infinite.
 
-    An example stands at `load`.
+    See `load` for an example.
     """
     vocabulary = decoder.vocabulary if vocabulary is None else vocabulary
     with whole_folder(target) as folder:
@@ -80,7 +85,7 @@ def save_frozen(decoder: Decoder, target: epath.PathLike, *, vocabulary: Any = N
 
 
 def gather_weights(decoder: Decoder) -> None:
-    """The part of the other processes while one saves a decoder that several hold."""
+    """Called by the other processes while one process saves a decoder that all of them hold."""
     for _ in _blocks(decoder):
         pass
 
@@ -97,12 +102,16 @@ def write_model(
     """Fills a new folder with the blocks of a whole model, each written as it comes.
 
     Args:
-        origin: where the model came from; JSON values that `describe` gives back.
-        check: called with the model, of which only config.json is not written yet: where it raises,
-            nobody takes the folder for a model.
+        folder: the folder, which is empty.
+        config: of the model; its dtype is that of the weights on disk.
+        blocks: every array of the model, each whole or layer by layer.
+        vocabulary: a `calm_jax.data.vocabulary.Vocabulary`.
+        origin: where the model came from; JSON values that `describe` returns.
+        check: called when all but config.json is written. If it raises, the folder stays without
+            the file that makes it a model.
 
     Returns:
-        the fingerprint of form and weights.
+        the fingerprint of config and weights.
 
     Raises:
         CalmError: as `save_frozen`.
@@ -134,18 +143,18 @@ def write_model(
 def load(
     target: epath.PathLike, *, mesh: jax.sharding.Mesh | None = None, dtype: str | None = None
 ) -> Decoder:
-    """Loads a frozen folder straight onto the mesh: each device reads its own part.
+    """Loads a frozen folder straight onto the mesh: each device reads its own slice.
 
     Args:
         target: a folder made by `convert` or `save_frozen`.
         mesh: where the weights go; default: the first device.
-        dtype: "float32" or "bfloat16", of weights and compute; "int8": matrices in int8 with a
-            float32 scale for each output channel, the rest and the compute as stored; default: as
-            stored.
+        dtype: "float32" or "bfloat16", for weights and computation; "int8": matrices in int8 with a
+            float32 scale per output channel, everything else in the stored dtype; default: the
+            stored dtype.
 
     Raises:
-        CalmError: not a frozen folder, damaged in any bit that matters, or of another form than its
-            config says.
+        CalmError: not a frozen folder, damaged in any bit that matters, or with arrays that its
+            config does not describe.
 
     >>> import tempfile
     >>> from flax import nnx
@@ -164,21 +173,21 @@ def load(
 
 @dataclasses.dataclass(frozen=True)
 class Description:
-    """All of a frozen folder but its weights."""
+    """Everything in a frozen folder except its weights."""
 
     folder: epath.Path
     config: DecoderConfig
-    fingerprint: str  # of form and weights
+    fingerprint: str  # of config and weights
     chunks: str  # SHA-256 of chunks.json
     vocabulary: Any
     origin: Mapping[str, Any] | None
 
 
 def describe(target: epath.PathLike) -> Description:
-    """Reads everything of a frozen folder but the weights.
+    """Reads everything in a frozen folder except the weights.
 
     Raises:
-        CalmError: not a frozen folder, or damaged: the file or key is named.
+        CalmError: not a frozen folder, or damaged; the message names the file or key.
     """
     if is_preset(target):
         raise CalmError(
@@ -205,7 +214,9 @@ def describe(target: epath.PathLike) -> Description:
     vocabulary = None
     for file in (folder / "vocabulary").iterdir() if (folder / "vocabulary").exists() else ():
         if f"vocabulary/{file.name}" not in values["files"]:
-            raise CalmError(f"{file} is not part of the model, says {path.name}; remove it")
+            raise CalmError(
+                f"{file} is not part of the model: {path.name} does not list it. Remove it"
+            )
     if read_field(values, "vocabulary", path) is not None:
         from calm_jax.data.vocabulary import Vocabulary
 
@@ -219,21 +230,23 @@ def describe(target: epath.PathLike) -> Description:
 
 
 def _other_kind(folder: epath.Path, values: Mapping[str, Any]) -> str:
-    """What a folder is whose config.json is not that of a frozen folder of this version."""
+    """The message for a folder that is not a frozen folder of this version."""
     kind = kind_of(values)
     refused = f"{folder} is {kind}, not a frozen folder"
     if kind in (COMPOSED_RUN, BRIDGE):
-        return f"{refused}: load_composed reads it; it is neither composed again nor exported"
+        return f"{refused}: load_composed reads it; it can be neither composed again nor exported"
     if kind == DECODER_RUN:
         return f"{refused}; that is {folder / 'frozen'}"
     if kind == FROZEN:
-        form = values["format"]
-        return f"{folder / 'config.json'}: format is {form!r}, this version reads {FORMAT!r}"
-    return f"{refused}; make one of it first: calm convert --source={folder} --target=DIR"
+        return (
+            f"{folder / 'config.json'}: format is {values['format']!r}, this version reads "
+            f"{FORMAT!r}; convert the model again"
+        )
+    return f"{refused}; make one from it first: calm convert --source={folder} --target=DIR"
 
 
 def _description(folder: epath.Path, values: Mapping[str, Any], vocabulary: Any) -> Description:
-    """From what stands in config.json."""
+    """The description that the values of config.json give."""
     path = folder / "config.json"
     return Description(
         folder,
@@ -289,30 +302,30 @@ def _places(structure: Structure, mesh: jax.sharding.Mesh | None, rules: Rules) 
 
 
 def loaded_fingerprint(described: Description, dtype: str | None) -> str:
-    """The fingerprint of a model loaded with `dtype`: a bridge fits no weights cast otherwise."""
+    """The fingerprint of a model loaded with `dtype`: a bridge fits its weights in one dtype."""
     if dtype in (None, described.config.dtype):
         return described.fingerprint
     return f"{described.fingerprint} as {dtype}"
 
 
 def model_fingerprint(decoder: Decoder) -> str:
-    """The fingerprint of what the decoder was loaded from, or else of what would be saved."""
+    """The fingerprint that the decoder was loaded with; of a new decoder, that of its weights."""
     if decoder.fingerprint is None:
         return fingerprint(decoder)
     return decoder.fingerprint
 
 
 def fingerprint(decoder: Decoder) -> str:
-    """Of a decoder's form and weights in the config's dtype; the same on every mesh.
+    """A hash of a decoder's config and weights in the config's dtype; the same on every mesh.
 
-    It is that of the folder which `save_frozen` would write: a hash of the form and of the hashes
-    of all chunks. How version 3 of the format cuts arrays into chunks is therefore part of it.
+    It is the fingerprint of the folder that `save_frozen` would write, made from the hashes of all
+    chunks. How the format cuts arrays into chunks is therefore part of it.
     """
     layout = layout_of(decoder.config)
     digests = Digests(layout)
     for block in _blocks(decoder):
-        for region, data in layout.cut(block.path, block.array, block.layer):
-            digests.add(block.path, region, data)
+        for index, data in layout.cut(block.path, block.array, block.layer):
+            digests.add(block.path, index, data)
     return _identity(decoder.config, digests.sha256())
 
 
@@ -359,7 +372,7 @@ def _blocks(decoder: Decoder) -> Iterator[Block]:
 
 
 def _identity(config: DecoderConfig, chunks: str) -> str:
-    """The same weights in another form compute something else."""
+    """A model's fingerprint: the same weights under another config compute something else."""
     return _checksum({"decoder": config.to_dict(), "chunks": chunks})
 
 

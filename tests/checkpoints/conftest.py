@@ -4,7 +4,7 @@ import contextlib
 
 import pytest
 
-from calm_jax.checkpoints import chunks, frozen
+from calm_jax.checkpoints import chunk_layout, frozen
 
 
 @pytest.fixture
@@ -14,7 +14,7 @@ def chunks_of(monkeypatch):
     @contextlib.contextmanager
     def limit(size: int):
         with monkeypatch.context() as patch:
-            patch.setattr(chunks, "CHUNK_BYTES", size)
+            patch.setattr(chunk_layout, "CHUNK_BYTES", size)
             frozen.layout_of.cache_clear()
             yield
         frozen.layout_of.cache_clear()

@@ -5,7 +5,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from calm_jax.checkpoints.chunks import CHUNK_BYTES, Digests, Layout, Reader, Writer
+from calm_jax.checkpoints.chunk_layout import CHUNK_BYTES, Layout
+from calm_jax.checkpoints.chunks import Digests, Reader, Writer
 
 # Of Gemma 2 2B and Llama 3 8B in bfloat16: the longest side is halved, the first of several, until
 # a chunk has at most 8 MiB.
@@ -31,8 +32,8 @@ def test_the_list_of_hashes_of_this_version_of_the_format():
     digests = Digests(layout)
     arrays = {"layers/a": np.arange(6, dtype=np.float32).reshape(2, 3), "b": np.ones(4, np.float32)}
     for path, array in arrays.items():
-        for region, data in layout.cut(path, array, None):
-            digests.add(path, region, data)
+        for index, data in layout.cut(path, array, None):
+            digests.add(path, index, data)
     pinned = "f466e376e0b1340b1aaf994439556148c7a2ca80088d246566e2f91d90e957fc"
     assert digests.sha256() == pinned
 
@@ -50,14 +51,14 @@ def test_slices_and_the_chunks_that_they_touch(tmp_path_factory, drawn):
     shape, regions, size = drawn
     array = np.arange(np.prod(shape, dtype=int), dtype=np.float32).reshape(shape)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("calm_jax.checkpoints.chunks.CHUNK_BYTES", size)
+        patch.setattr("calm_jax.checkpoints.chunk_layout.CHUNK_BYTES", size)
         layout = Layout({"a": shape}, set(), "float32")
     touched = layout.touched("a", regions)
     # Counted the long way: every entry of the slices is in one of the chunks, none is in vain.
     wanted, read = np.zeros(shape, bool), np.zeros(shape, int)
     for region in regions:
         wanted[region] = True
-    for chunk in touched:
+    for chunk in (layout.region("a", index) for index in touched):
         read[chunk] += 1
         assert wanted[chunk].any()
     assert np.array_equal(read[wanted], np.ones(wanted.sum()))

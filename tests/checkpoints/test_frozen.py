@@ -266,7 +266,9 @@ def test_one_bit_of_one_weight(damaged):
     data = bytearray(path.read_bytes())
     data[5] ^= 4
     path.write_bytes(data)
-    with pytest.raises(CalmError, match=r"layers/attention/value: chunk 0 is damaged: its hash"):
+    with pytest.raises(
+        CalmError, match=r"layers/attention/value: chunk c\.0\.0\.0\.0 is damaged: its h"
+    ):
         frozen.load(damaged)
 
 
@@ -275,7 +277,7 @@ def test_chunks_in_each_other_s_place(damaged):
     first, second = one.read_bytes(), other.read_bytes()
     one.write_bytes(second)
     other.write_bytes(first)
-    with pytest.raises(CalmError, match=r"layers/mlp/up: chunk \d is damaged"):
+    with pytest.raises(CalmError, match=r"layers/mlp/up: chunk c\.\d\.0\.0 is damaged"):
         frozen.load(damaged)
 
 
