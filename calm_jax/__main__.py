@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 from absl import logging as absl_logging
 
+from calm_jax import __version__
 from calm_jax.errors import Preempted, outcome
 
 PACKAGE = str(pathlib.Path(__file__).parent)
@@ -39,6 +40,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(_usage())
         return 0
+    if arguments[0] == "--version":
+        print(f"calm_jax {__version__}")
+        return 0
     name = arguments[0]
     if name not in COMMANDS:
         nearest = difflib.get_close_matches(name, COMMANDS, n=1)
@@ -58,7 +62,13 @@ def _usage() -> str:
     width = max(map(len, COMMANDS))
     lines = [f"  {name:{width}}  {line}" for name, line in COMMANDS.items()]
     return "\n".join(
-        ["Usage: calm COMMAND --flag=value …", "", *lines, "", "calm COMMAND --help says more."]
+        [
+            "Usage: calm COMMAND --flag=value …",
+            "",
+            *lines,
+            "",
+            "calm COMMAND --help says more; calm --version names the version.",
+        ]
     )
 
 

@@ -78,8 +78,9 @@ class TrainingCheckpoints:
             preservation_policy=policy,
             best_fn=lambda metrics: metrics[METRIC],
             best_mode="min",
-            read_only=read_only,
+            # Orbax's own `read_only` does no more than this, but logs two warnings.
             create=not read_only,
+            enable_async_checkpointing=not read_only,
         )
         with storage("write", self.folder):
             self.manager = _Manager(

@@ -12,7 +12,7 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from calm_jax.errors import CalmError
-from calm_jax.training.configuration import flatten, to_dict, unknown_key
+from calm_jax.training.config_keys import flatten, to_dict, unknown_key
 
 OVERRIDE = re.compile(r"--?(?:no)?config\.([^=]+)")
 

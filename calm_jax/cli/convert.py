@@ -8,6 +8,7 @@ from absl import flags
 
 from calm_jax.cli import config
 from calm_jax.errors import CalmError
+from calm_jax.quiet import quiet_libtpu
 
 USAGE = """Turns a published checkpoint into a frozen folder, or a frozen folder into one.
 
@@ -51,10 +52,12 @@ def _define(values: flags.FlagValues) -> None:
 
 def main(argv: list[str]) -> int:
     """Runs the command; `argv` is what follows its name."""
+    values, _ = config.parse(argv, USAGE + _families(), _define, required=("source", "target"))
+
     from calm_jax.checkpoints.convert.conversion import convert
     from calm_jax.checkpoints.convert.export import export
 
-    values, _ = config.parse(argv, USAGE + _families(), _define, required=("source", "target"))
+    quiet_libtpu()
     if values.to is None:
         options = _options(values.option)
         convert(

@@ -10,6 +10,7 @@ from calm_jax.checkpoints.files import absolute, read_json
 from calm_jax.checkpoints.kinds import BRIDGE, COMPOSED_RUN, DECODER_RUN, FROZEN, kind_of
 from calm_jax.cli import config
 from calm_jax.errors import CalmError
+from calm_jax.quiet import quiet_libtpu
 
 USAGE = """Scores a model by exact match and writes every prediction.
 
@@ -54,7 +55,8 @@ def _load_config(values: flags.FlagValues) -> ConfigDict:
     """The keys of a run's config that an evaluation uses; of a model without a run, defaults."""
     if bool(values.workdir) == bool(values.model):
         raise CalmError("give either --workdir, a run, or --model, a frozen folder or a bridge")
-    from calm_jax.training.configuration import composed_run, to_dict
+    from calm_jax.training.config_keys import to_dict
+    from calm_jax.training.configuration import composed_run
 
     folder = absolute(values.workdir or values.model)
     found = read_json(folder / "config.json", "a run, a frozen folder or an exported bridge")
@@ -82,6 +84,7 @@ def main(argv: list[str]) -> int:
     from calm_jax.evaluation import metrics, results, runner
     from calm_jax.processes import refuse_several
 
+    quiet_libtpu()
     refuse_several("calm evaluate")
     folder = absolute(values.workdir or values.model)
     output = absolute(values.output) if values.output else results.evaluation_folder(folder)

@@ -6,6 +6,7 @@ from absl import flags
 
 from calm_jax.cli import config
 from calm_jax.errors import CalmError
+from calm_jax.quiet import quiet_libtpu
 from calm_jax.text_files import read_lines
 
 USAGE = """Prints what a model answers to each prompt.
@@ -47,6 +48,7 @@ def main(argv: list[str]) -> int:
     from calm_jax.checkpoints.any_model import load_model
     from calm_jax.decoding import generate
 
+    quiet_libtpu()
     model = load_model(values.workdir, step=values.step)
     texts = prompts
     if values.chat:

@@ -3,6 +3,7 @@
 from absl import flags
 
 from calm_jax.cli import config
+from calm_jax.quiet import quiet_libtpu
 
 USAGE = """Trains what the config says, and goes on where an earlier call stopped.
 
@@ -57,6 +58,7 @@ def main(argv: list[str]) -> int:
     from calm_jax.training.loop import train
     from calm_jax.training.preemption import Preemption
 
+    quiet_libtpu()
     place = (values.coordinator, values.process_count, values.process_index)
     with Preemption() as preemption, joined(*place, timeout=values.coordinator_seconds):
         train(run_config, values.workdir, overwrite=values.overwrite, preemption=preemption)

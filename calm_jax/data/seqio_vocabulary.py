@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from calm_jax.data.vocabulary import Vocabulary
-from calm_jax.quiet_tensorflow import import_tensorflow
+from calm_jax.quiet import import_tensorflow
 
 tf = import_tensorflow()
 import seqio  # noqa: E402 - imports TensorFlow, and so after it

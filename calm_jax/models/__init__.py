@@ -1,8 +1,14 @@
-"""Decoders, bridges and composed models."""
+"""Decoders, bridges and composed models.
 
-from calm_jax.models.composed import ComposedDecoder, compose
+The modules load when they are first used: whoever needs a config alone does not wait for Flax.
+"""
+
+import importlib
+from typing import Any
+
 from calm_jax.models.config import CompositionConfig, DecoderConfig, RopeScaling
-from calm_jax.models.decoder import Decoder
+
+_MODULES = {"ComposedDecoder": "composed", "compose": "composed", "Decoder": "decoder"}
 
 __all__ = [
     "ComposedDecoder",
@@ -12,3 +18,9 @@ __all__ = [
     "RopeScaling",
     "compose",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module 'calm_jax.models' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"calm_jax.models.{_MODULES[name]}"), name)

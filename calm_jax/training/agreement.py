@@ -14,7 +14,7 @@ import calm_jax
 from calm_jax.checkpoints.files import absolute
 from calm_jax.data.source import Source
 from calm_jax.errors import CalmError
-from calm_jax.training import configuration
+from calm_jax.training import config_keys
 from calm_jax.training.run_model import Described
 
 # What another process wrote may stay unseen until a file system forgets that it was absent.
@@ -30,7 +30,7 @@ def intention(config: ConfigDict, workdir: epath.PathLike, overwrite: bool) -> d
     root = pathlib.Path(calm_jax.__file__).parent
     for file in sorted(root.rglob("*.py")):
         code.update(f"{file.relative_to(root)}\n".encode() + file.read_bytes())
-    keys = configuration.flatten(configuration.to_dict(config))
+    keys = config_keys.flatten(config_keys.to_dict(config))
     return {
         "calm_jax": f"{calm_jax.__version__}, code {code.hexdigest()[:16]}",
         "jax": jax.__version__,

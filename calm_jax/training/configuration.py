@@ -4,11 +4,10 @@ A config file returns `decoder_run(...)` or `composed_run(...)` with some keys s
 """
 
 import dataclasses
-import difflib
 import math
 import types
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -21,6 +20,7 @@ from calm_jax.models.attention_choice import BACKENDS
 from calm_jax.models.config import CompositionConfig, DecoderConfig
 from calm_jax.models.execution import REMAT
 from calm_jax.sharding import WEIGHT_RULES
+from calm_jax.training.config_keys import flatten, to_dict, unknown_key
 
 
 def decoder_run(form: DecoderConfig | None = None) -> ConfigDict:
@@ -311,30 +311,6 @@ def _check_ranges(values: Mapping[str, Any]) -> None:
             raise CalmError(f"{key} is {value}; it must be at least {_LEAST[key]}")
         if key in _MOST and value > _MOST[key]:
             raise CalmError(f"{key} is {value}; it must be at most {_MOST[key]}")
-
-
-def unknown_key(key: str, known: Iterable[str]) -> CalmError:
-    """The error for a key that does not exist, with the nearest that does."""
-    nearest = difflib.get_close_matches(key, known, n=1, cutoff=0)
-    return CalmError(f"unknown config key {key!r}; did you mean {nearest[0]!r}?")
-
-
-def to_dict(config: Any) -> Any:
-    """Plain values, as JSON gives them back: sections are dicts, tuples lists."""
-    if isinstance(config, Mapping | ConfigDict):
-        return {key: to_dict(value) for key, value in config.items()}
-    if isinstance(config, tuple | list):
-        return [to_dict(value) for value in config]
-    return config
-
-
-def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Values by dotted key."""
-    result = {}
-    for key, value in values.items():
-        nested = isinstance(value, Mapping | ConfigDict) and value
-        result |= flatten(value, f"{prefix}{key}.") if nested else {prefix + key: value}
-    return result
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:

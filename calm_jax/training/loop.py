@@ -22,7 +22,7 @@ from calm_jax.data.stream import Stream, batches_once
 from calm_jax.data.vocabulary import Vocabulary
 from calm_jax.errors import CalmError, Preempted
 from calm_jax.models.parameters import Tree
-from calm_jax.training import agreement, configuration
+from calm_jax.training import agreement, config_keys, configuration
 from calm_jax.training.abstract_run import AbstractRun, abstract_run
 from calm_jax.training.clock import EveryMinutes
 from calm_jax.training.costs import jaxpr_flops, tree_costs
@@ -342,7 +342,7 @@ class _Session:
     def _save(self, done: int, index: int, scores: dict[str, float] | None) -> None:
         state = {
             "batch_index": index,
-            "config": configuration.to_dict(self.config),
+            "config": config_keys.to_dict(self.config),
             "frozen": self.described.identities,
             "data": {split: source.fingerprint for split, source in self.sources.items()},
             "composition": [config.to_dict() for config in composition_configs(self.config)]

@@ -14,7 +14,7 @@ from etils import epath
 
 from calm_jax.checkpoints.files import is_bucket
 from calm_jax.errors import CalmError
-from calm_jax.quiet_tensorflow import import_tensorflow
+from calm_jax.quiet import import_tensorflow
 
 TERMINAL_SECONDS = 0.2  # between two states of the line that a terminal shows
 LOG_SECONDS = 5.0  # between two lines elsewhere

@@ -8,7 +8,7 @@ from ml_collections import ConfigDict
 from calm_jax.checkpoints.files import absolute, read_json, storage, write_json
 from calm_jax.checkpoints.kinds import kind_of
 from calm_jax.errors import CalmError
-from calm_jax.training import configuration
+from calm_jax.training import config_keys, configuration
 
 
 def check_run(
@@ -28,7 +28,7 @@ def check_run(
         if path.exists():
             old = _read_config(path)
             if not overwrite:
-                _check_same(old, configuration.to_dict(config), folder)
+                _check_same(old, config_keys.to_dict(config), folder)
         elif folder.exists() and any(not x.name.startswith(".") for x in folder.iterdir()):
             raise CalmError(f"{folder} is neither empty nor a run: it has no config.json")
     for place in (config.get("anchor"), *config.get("augments", ())):
@@ -47,7 +47,7 @@ def start_run(folder: epath.Path, config: ConfigDict, *, overwrite: bool = False
         if overwrite and (folder / "config.json").exists():
             folder.rmtree()
         folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / "config.json", configuration.to_dict(config))
+    write_json(folder / "config.json", config_keys.to_dict(config))
 
 
 def _read_config(path: epath.Path) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from calm_jax.models.composed import check_vocabularies
 from calm_jax.models.connections import plan_connections
 from calm_jax.models.execution import Execution, check_remat
 from calm_jax.models.parameters import Tree, module_tree
-from calm_jax.training import configuration
+from calm_jax.training import config_keys
 from calm_jax.training.step import Parts
 
 
@@ -148,7 +148,7 @@ def init_decoder(config: ConfigDict, shardings: Tree) -> Tree:
 
 def decoder_config(config: ConfigDict) -> DecoderConfig:
     """The form of the decoder that a run trains from the start."""
-    fields = configuration.to_dict(config.decoder)
+    fields = config_keys.to_dict(config.decoder)
     fields.pop("from")
     return DecoderConfig.from_dict(fields)
 
@@ -157,7 +157,7 @@ def composition_configs(config: ConfigDict) -> list[CompositionConfig]:
     """One config an augment; a single one in the run's config is that of every augment."""
     given = config.composition
     given = given if isinstance(given, tuple | list) else [given] * len(config.augments)
-    return [CompositionConfig.from_dict(configuration.to_dict(fields)) for fields in given]
+    return [CompositionConfig.from_dict(config_keys.to_dict(fields)) for fields in given]
 
 
 def frozen_dtypes(config: ConfigDict) -> list[str | None]:

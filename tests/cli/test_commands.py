@@ -1,6 +1,8 @@
 """The commands as a person calls them."""
 
+import importlib.util
 import json
+import os
 import subprocess
 import sys
 
@@ -11,6 +13,7 @@ import tiny_models
 import calm_jax
 from calm_jax.__main__ import COMMANDS, main
 from calm_jax.data.vocabulary import Vocabulary
+from calm_jax.quiet import quiet_libtpu
 from calm_jax.training import loop
 from calm_jax.training.preemption import Preemption
 
@@ -51,6 +54,56 @@ def test_help_of_every_command_holds_an_example(name, capsys):
         main([name, "--help"])
     assert ended.value.code == 0
     assert f"\n  calm {name} --" in capsys.readouterr().out
+
+
+def test_version(capsys):
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"calm_jax {calm_jax.__version__}\n"
+
+
+def test_help_does_not_wait_for_jax():
+    program = """
+import contextlib, os, sys
+from calm_jax.__main__ import COMMANDS, main
+with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+    for name in sorted(COMMANDS, key="convert".__eq__):
+        light = set(sys.modules)
+        with contextlib.suppress(SystemExit):
+            main([name, "--help"])
+print(*{name for name in light if "." not in name}, "|", *sys.modules)
+"""
+    run = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    )
+    before_convert, after = (set(part.split()) for part in run.stdout.split("|"))
+    assert "calm_jax" in before_convert
+    assert not {"jax", "flax", "orbax", "tensorflow"} & before_convert
+    # It lists the options of every family, whose modules need some of JAX.
+    assert not {"flax", "orbax", "tensorflow"} & after
+
+
+@pytest.mark.parametrize("chips", [False, True])
+def test_libtpu_is_told_what_it_complains_of_where_there_is_no_tpu(monkeypatch, chips):
+    for name in ("TPU_SKIP_MDS_QUERY", "TPU_ACCELERATOR_TYPE", "TPU_WORKER_HOSTNAMES"):
+        monkeypatch.setenv(name, "")  # so that it is undone, whatever it was
+        monkeypatch.delenv(name)
+    if not chips:
+        monkeypatch.setenv("TPU_SKIP_MDS_QUERY", "1")  # as JAX sets it when it finds no chip
+    quiet_libtpu()
+    assert ("TPU_ACCELERATOR_TYPE" in os.environ) is not chips
+    assert ("TPU_WORKER_HOSTNAMES" in os.environ) is not chips
+
+
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")
+def test_nothing_is_printed_of_a_tpu_that_is_not_there(frozen):
+    arguments = [f"--workdir={frozen}", "--prompt=a", "--max_new_tokens=1"]
+    run = subprocess.run(
+        [sys.executable, "-m", "calm_jax", "generate", *arguments],
+        capture_output=True,
+        text=True,
+        env={name: value for name, value in os.environ.items() if name != "JAX_PLATFORMS"},
+    )
+    assert (run.returncode, run.stderr) == (0, "")
 
 
 def test_bad_input_is_one_line_and_status_2(config, tmp_path, capsys):

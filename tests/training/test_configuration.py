@@ -8,7 +8,8 @@ from ml_collections import ConfigDict
 from calm_jax.errors import CalmError
 from calm_jax.models import CompositionConfig, DecoderConfig, RopeScaling
 from calm_jax.training import configuration
-from calm_jax.training.configuration import composed_run, decoder_run, differences, flatten, to_dict
+from calm_jax.training.config_keys import flatten, to_dict
+from calm_jax.training.configuration import composed_run, decoder_run, differences
 
 SIZES = {
     "vocab_size": 32,

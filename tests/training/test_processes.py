@@ -24,7 +24,7 @@ from calm_jax.checkpoints.training import TrainingCheckpoints
 from calm_jax.data.vocabulary import Vocabulary
 from calm_jax.errors import CalmError
 from calm_jax.models import CompositionConfig, DecoderConfig
-from calm_jax.training import configuration, loop
+from calm_jax.training import config_keys, configuration, loop
 
 STEPS = 40
 VOCAB = 264  # of bytes, padded
@@ -95,7 +95,7 @@ def place(tmp_path_factory):
         config.train.update(num_steps=STEPS, batch_size=8, log_every=1, tensorboard=False)
         config.train.update(save_every=10, validate_every=20)
         config.cache_compiled = str(folder / "xla")
-        values = json.dumps(configuration.to_dict(config))
+        values = json.dumps(config_keys.to_dict(config))
         (folder / f"{name}.json").write_text(values)
         (folder / f"{name}.py").write_text(
             "import json\nfrom ml_collections import ConfigDict\n\n\n"

@@ -1,4 +1,4 @@
-"""TensorFlow, imported so that it leaves the accelerators and the screen alone."""
+"""Libraries started so that they leave the screen, and each other's devices, alone."""
 
 import contextlib
 import os
@@ -18,7 +18,7 @@ def import_tensorflow() -> ModuleType:
     """
     # Its kernels complain, for every data set, of the integers that texts are made of.
     os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
-    with _hidden_notes():
+    with hidden_notes():
         import tensorflow
 
         for kind in ("GPU", "TPU"):
@@ -26,11 +26,23 @@ def import_tensorflow() -> ModuleType:
     return tensorflow
 
 
+def quiet_libtpu() -> None:
+    """Keeps libtpu silent on a machine without a TPU, to be called before JAX looks for devices.
+
+    Where it is installed, it would print five lines about the TPU that it cannot describe.
+    """
+    import jax  # noqa: F401 (it looks for TPU chips and notes here that there is none)
+
+    if os.environ.get("TPU_SKIP_MDS_QUERY") == "1":
+        os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-1")
+        os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+
+
 @contextlib.contextmanager
-def _hidden_notes() -> Iterator[None]:
+def hidden_notes() -> Iterator[None]:
     """Hides what is written to the process' standard error, unless the block fails.
 
-    TensorFlow's libraries write there directly, before any setting of its log level counts.
+    Native libraries write there directly, before any setting of their log level counts.
     """
     sys.stderr.flush()
     with tempfile.TemporaryFile() as notes:
