@@ -26,7 +26,7 @@ from pair import (
 
 from calm_jax.errors import CalmError
 from calm_jax.models.execution import REMAT, check_remat
-from calm_jax.training.costs import jaxpr_flops
+from calm_jax.training.flops import jaxpr_flops
 
 POLICIES = flags.DEFINE_list("policies", list(REMAT), "which, the first being compared with")
 

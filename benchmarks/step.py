@@ -4,7 +4,7 @@
                             [--packed] [--loss_chunk=256] [--steps=5] [--output=FILE.json]
 
 The step is the real one, on random models and a random batch. The ideal is counted from the forms
-of the models alone (`calm_jax.training.ideal`). MFU is the ideal's FLOPs in the seconds measured,
+of the models alone (`calm_jax.planning.ideal`). MFU is the ideal's FLOPs in the seconds measured,
 over the published dense peak of the device; where none is published, as for a CPU, the rate of one
 large product of matrices stands for it.
 """
@@ -31,7 +31,7 @@ from pair import (
 from calm_jax.chips import chip_of
 from calm_jax.models.parameters import count
 from calm_jax.sharding import make_mesh
-from calm_jax.training.costs import jaxpr_flops
+from calm_jax.training.flops import jaxpr_flops
 
 PACKED = flags.DEFINE_boolean("packed", False, "two sequences a row, which not every backend takes")
 

@@ -1,51 +1,48 @@
-"""What can be counted in a traced step, whatever the mesh: FLOPs, and what it keeps."""
+"""What is counted in the traced step, for any mesh: its FLOPs, and what it keeps."""
 
 import math
 from typing import Any
 
 import jax
-from jax.interpreters import partial_eval
 from ml_collections import ConfigDict
 
 from calm_jax import sharding
 from calm_jax.planning import program
-from calm_jax.training.costs import jaxpr_flops
+from calm_jax.training.flops import jaxpr_flops, without_unused
 
-_ALONE = jax.sharding.AbstractMesh((1,) * len(sharding.MESH_AXES), sharding.MESH_AXES)
+_ONE_DEVICE = jax.sharding.AbstractMesh((1,) * len(sharding.MESH_AXES), sharding.MESH_AXES)
 
 
 def flops(config: ConfigDict) -> int:
-    """FLOPs of all products of matrices in one step, attention at its full square.
+    """FLOPs of all matrix products in one step, attention at its full square.
 
-    They are counted with XLA's attention: what is inside a kernel cannot be.
+    Counted with the attention backend "xla": the inside of a kernel cannot be counted.
     """
-    return jaxpr_flops(_jaxpr(config, "xla"))
+    return jaxpr_flops(_traced(config, "xla"))
 
 
 def kept_bytes(config: ConfigDict) -> int:
-    """Bytes on the devices that the layers of a step hand on to its backward pass, all together.
+    """Bytes, over all devices, that a step's layers keep for its backward pass.
 
-    Micro-batches are left out. Kernels of attention keep what "chunked" does: all but the weights.
+    The step is traced in one micro-batch. An attention kernel keeps what "chunked" does: everything
+    but the attention weights.
     """
-    return _kept_by_loops(_jaxpr(config, "xla" if config.attention == "xla" else "chunked"))
+    jaxpr = _traced(config, "xla" if config.attention == "xla" else "chunked")
+    return _kept_by_loops(without_unused(jaxpr))
 
 
-def alone(config: ConfigDict, attention: str = "xla") -> ConfigDict:
-    """The config as it can be traced without devices, in one micro-batch."""
+def _traced(config: ConfigDict, attention: str) -> Any:
     changed = ConfigDict(config)
     changed.train = ConfigDict({**config.train, "accumulate": 1})
     changed.attention = attention
-    return changed
-
-
-def _jaxpr(config: ConfigDict, attention: str) -> Any:
-    jaxpr = program.trace(alone(config, attention), _ALONE).traced.jaxpr.jaxpr
-    return partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))[0]
+    return program.trace(changed, _ONE_DEVICE).traced.jaxpr.jaxpr
 
 
 def _kept_by_loops(jaxpr: Any) -> int:
-    """What loops over layers give beside the residual stream; those that run in reverse are left
-    out, being of the backward pass itself."""
+    """Bytes that scans over layers return beside the residual stream.
+
+    Scans that run in reverse are left out: they are the backward pass itself.
+    """
     total = 0
     for equation in jaxpr.eqns:
         params = equation.params

@@ -21,8 +21,8 @@ from calm_jax.models.connections import plan_connections
 from calm_jax.models.parameters import size_in_bytes
 from calm_jax.planning import counting, plan, roofline
 from calm_jax.planning.topologies import Topology
-from calm_jax.training import memory
 from calm_jax.training.abstract_run import abstract_parts, decoder_configs
+from calm_jax.training.costs import shard_bytes, tree_shards
 from calm_jax.training.optimizer import make_optimizer
 from calm_jax.training.run_model import composition_configs
 from calm_jax.training.step import Shardings
@@ -147,12 +147,12 @@ class Formula:
         """Rows of all trees, bytes of what is trained and of its gradients, on one chip."""
         rules = sharding.WEIGHT_RULES[weight_sharding]
         places = Shardings.of(self.parts, self.optimizer, mesh, rules)
-        rows = memory.tree_rows(self.parts, places, self.trainable, self.opt_state, self.frozen)
-        trained = memory.bytes_of_one_chip(self.trainable, places.trainable)
+        rows = tree_shards(self.parts, places, self.trainable, self.opt_state, self.frozen)
+        trained = shard_bytes(self.trainable, places.trainable)
         layers, where = self.trainable, places.trainable
         if not self.parts.composed:  # gradients of embeddings are float32, of layers as these cast
             layers, where = layers["layers"], where["layers"]
-        return rows, trained, trained - (1 - self.cast) * memory.bytes_of_one_chip(layers, where)
+        return rows, trained, trained - (1 - self.cast) * shard_bytes(layers, where)
 
     def _groups(self, config: ConfigDict, rows: float, tensor: int) -> list[_Layers]:
         T = config.data.length

@@ -10,11 +10,11 @@ from ml_collections import ConfigDict
 import calm_jax
 from calm_jax import sharding
 from calm_jax.planning import collectives, counting, hlo, program, roofline, traffic
+from calm_jax.planning.ideal import ideal_flops
 from calm_jax.planning.topologies import Topology
-from calm_jax.training import memory
 from calm_jax.training.abstract_run import decoder_configs
+from calm_jax.training.costs import tree_shards
 from calm_jax.training.fitting import TooLarge
-from calm_jax.training.ideal import ideal_flops
 from calm_jax.training.run_model import composition_configs
 
 Plan = dict[str, Any]
@@ -27,7 +27,7 @@ def make_plan(config: ConfigDict, topology: Topology) -> Plan:
         JSON values: "config", "topology", "chips", "mesh", "batch_size", "length"; "memory" in
         bytes of one chip; "flops" of one chip and step; "collectives"; "seconds" of a step;
         "mfu_bound", the part of the peak that a step's indispensable arithmetic
-        (`calm_jax.training.ideal`) can come to. Where the step does not fit, "memory" and "flops"
+        (`calm_jax.planning.ideal`) can come to. Where the step does not fit, "memory" and "flops"
         alone.
 
     Raises:
@@ -42,7 +42,7 @@ def make_plan(config: ConfigDict, topology: Topology) -> Plan:
         **what(config, topology, dict(traced.mesh.shape)),
         "compiled": True,
         "memory": {
-            "trees": memory.tree_rows(traced.parts, traced.shardings, trainable, opt_state, frozen),
+            "trees": tree_shards(traced.parts, traced.shardings, trainable, opt_state, frozen),
             "available": topology.chip.hbm_bytes,
         },
         "flops": counting.flops(config) / chips,

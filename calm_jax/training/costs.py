@@ -1,4 +1,4 @@
-"""What a run costs, known before its first step: parameters, bytes, compiled memory, FLOPs."""
+"""What each tree of a run costs, known before its first step: parameters, bytes and FLOPs."""
 
 import math
 from collections.abc import Callable
@@ -6,50 +6,53 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.interpreters import partial_eval
 
 from calm_jax.models import ComposedDecoder
 from calm_jax.models.parameters import Tree, count, size_in_bytes
-from calm_jax.training.step import Parts
+from calm_jax.training.flops import matmul_flops
+from calm_jax.training.step import Parts, Shardings
 
 
-def matmul_flops(function: Callable, *arguments) -> int:
-    """FLOPs of all matrix products in one call of `function`, loops counted as often as they run.
-
-    XLA's own count takes the body of a loop once, so the traced program is counted instead; two
-    FLOPs a multiply-add, attention at its full square.
-    """
-    return jaxpr_flops(jax.make_jaxpr(function)(*arguments).jaxpr)
-
-
-def tree_costs(parts: Parts, trainable: Tree, frozen: Tree, opt_state: Any) -> list[dict[str, Any]]:
+def tree_costs(parts: Parts, trainable: Tree, opt_state: Any, frozen: Tree) -> list[dict[str, Any]]:
     """For each tree: name, parameters, bytes, whether it is trained, forward FLOPs a token."""
     flops = _forward_flops(parts)
-    if not parts.composed:
-        trees = [("decoder", trainable, True)]
-    else:
-        augments = [(f"augment {k}", tree, False) for k, tree in enumerate(frozen["augments"])]
-        trees = [("anchor", frozen["anchor"], False), *augments, ("bridge", trainable, True)]
-    rows = [
+    return [
         {
             "name": name,
             "parameters": count(tree),
             "bytes": size_in_bytes(tree),
-            "trained": trained,
-            "flops_per_token": flops[name],
+            "trained": tree is trainable,
+            "flops_per_token": flops.get(name),
         }
-        for name, tree, trained in trees
+        for name, tree in _by_name(parts, trainable, opt_state, frozen).items()
     ]
-    rows.append(
-        {
-            "name": "optimizer",
-            "parameters": count(opt_state),
-            "bytes": size_in_bytes(opt_state),
-            "trained": False,
-            "flops_per_token": None,
-        }
+
+
+def tree_shards(
+    parts: Parts, shardings: Shardings, trainable: Tree, opt_state: Any, frozen: Tree
+) -> list[dict[str, Any]]:
+    """For each tree: name, parameters, and the bytes that one device holds of it."""
+    trees = _by_name(parts, trainable, opt_state, frozen)
+    split = _by_name(parts, shardings.trainable, shardings.opt_state, shardings.frozen)
+    return [
+        {"name": name, "parameters": count(tree), "bytes": shard_bytes(tree, split[name])}
+        for name, tree in trees.items()
+    ]
+
+
+def shard_bytes(tree: Any, shardings: Any) -> int:
+    """Bytes of a tree of arrays or shapes that one device holds, without padding of layouts."""
+    return sum(
+        math.prod(sharding.shard_shape(leaf.shape)) * jnp.dtype(leaf.dtype).itemsize
+        for leaf, sharding in zip(jax.tree.leaves(tree), jax.tree.leaves(shardings), strict=True)
     )
-    return rows
+
+
+def _by_name(parts: Parts, trainable: Any, opt_state: Any, frozen: Any) -> dict[str, Any]:
+    if not parts.composed:
+        return {"decoder": trainable, "optimizer": opt_state}
+    augments = {f"augment {k}": tree for k, tree in enumerate(frozen["augments"])}
+    return {"anchor": frozen["anchor"], **augments, "bridge": trainable, "optimizer": opt_state}
 
 
 def _forward_flops(parts: Parts, length: int = 32) -> dict[str, float]:
@@ -83,47 +86,3 @@ def _forward_flops(parts: Parts, length: int = 32) -> dict[str, float]:
         )
     result["bridge"] = flops(whole) - sum(result.values())
     return result
-
-
-def jaxpr_flops(jaxpr) -> int:
-    """`matmul_flops` of a program that is traced already.
-
-    What nothing depends on is not counted, as no compiler keeps it: gradients of a backward pass of
-    one's own that nobody asked for.
-    """
-    return _flops(partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))[0])
-
-
-def _flops(jaxpr) -> int:
-    return sum(_equation_flops(equation) for equation in jaxpr.eqns)
-
-
-def _equation_flops(equation) -> int:
-    name, params = equation.primitive.name, equation.params
-    if name == "dot_general":
-        (contracted, _), _ = params["dimension_numbers"]
-        inner = math.prod(equation.invars[0].aval.shape[axis] for axis in contracted)
-        return 2 * inner * math.prod(equation.outvars[0].aval.shape)
-    inside = [
-        getattr(value, "jaxpr", value)
-        for param in params.values()
-        for value in (param if isinstance(param, tuple | list) else [param])
-        if hasattr(getattr(value, "jaxpr", value), "eqns")
-    ]
-    if name == "cond":
-        return max(_flops(branch) for branch in inside)
-    if name.startswith("dot_product_attention"):  # cuDNN's, which has no inside
-        q_BTNH, k_BSKH = (variable.aval.shape for variable in equation.invars[:2])
-        return (8 if "bwd" in name else 4) * math.prod(q_BTNH) * k_BSKH[1]
-    return _times(name, params) * sum(_flops(jaxpr) for jaxpr in inside)
-
-
-def _times(name: str, params: dict[str, Any]) -> int:
-    """How often, over all devices, what is inside an equation runs."""
-    if name == "scan":
-        return params["length"]
-    if name == "shard_map":
-        return math.prod(params["mesh"].shape[axis] for axis in params["newly_manual_axes"])
-    if name == "pallas_call":
-        return math.prod(params["grid_mapping"].grid)
-    return 1

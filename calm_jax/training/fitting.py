@@ -7,8 +7,8 @@ import jax
 
 from calm_jax.chips import GIB, chip_of
 from calm_jax.errors import CalmError
-from calm_jax.training import memory
 from calm_jax.training.abstract_run import AbstractRun
+from calm_jax.training.costs import tree_shards
 
 ADVICE = (
     "raise train.accumulate, set train.remat=full, or give mesh.fsdp and mesh.tensor more devices; "
@@ -44,7 +44,7 @@ def memory_of(device: jax.Device) -> int | None:
 
 def check_held(run: AbstractRun, device: jax.Device) -> None:
     """Raises `TooLarge` when a run's trees alone do not fit on devices such as `device`."""
-    rows = memory.tree_rows(run.parts, run.shardings, *run.trees())
+    rows = tree_shards(run.parts, run.shardings, *run.trees())
     held, available = sum(row["bytes"] for row in rows), memory_of(device)
     if available is not None and held > available:
         raise TooLarge(held, device)

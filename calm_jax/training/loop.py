@@ -25,8 +25,9 @@ from calm_jax.models.parameters import Tree
 from calm_jax.training import agreement, config_keys, configuration
 from calm_jax.training.abstract_run import AbstractRun, abstract_run
 from calm_jax.training.clock import EveryMinutes
-from calm_jax.training.costs import jaxpr_flops, tree_costs
+from calm_jax.training.costs import tree_costs
 from calm_jax.training.fitting import check_held, compile_to_fit
+from calm_jax.training.flops import jaxpr_flops
 from calm_jax.training.loss import means
 from calm_jax.training.preemption import Preemption
 from calm_jax.training.profiler import Profiler
@@ -217,7 +218,7 @@ class _Session:
         memory = compiled.memory_analysis()
         costs = {
             "trees": tree_costs(
-                self.parts, self.model.trainable, self.model.frozen, self.opt_state
+                self.parts, self.model.trainable, self.opt_state, self.model.frozen
             ),
             "connections": self.described.connections,
             "flops_per_step": jaxpr_flops(traced.jaxpr.jaxpr),

@@ -6,8 +6,8 @@ import pytest
 import random_models
 
 from calm_jax.models import CompositionConfig
-from calm_jax.training.costs import matmul_flops
-from calm_jax.training.ideal import ideal_flops
+from calm_jax.planning.ideal import ideal_flops
+from calm_jax.training.flops import matmul_flops
 from calm_jax.training.loss import loss_sums
 from calm_jax.training.step import BATCH_KEYS, Parts
 

@@ -1,7 +1,7 @@
-"""The arithmetic that a training step of a bridge cannot do without, by the models' forms alone.
+"""The FLOPs that a training step of a bridge cannot do without, from the models' configs alone.
 
-Products of matrices only, two FLOPs a multiply-add, attention at its full square. Nothing is traced
-or compiled here, so what is can be held against it.
+Matrix products only, two FLOPs a multiply-add, attention at its full square. MFU is defined by this
+number. Nothing is traced, so it is an independent check of what `calm_jax.training.flops` counts.
 """
 
 import dataclasses
@@ -23,7 +23,7 @@ class IdealFlops:
             first connected one.
         bridge_forward: every connection.
         bridge_backward: gradients of parameters and of activations.
-        recomputed: what full rematerialisation adds: one more forward pass of the layers above the
+        recomputed: what full rematerialisation adds: a second forward pass of the layers above the
             first connected one, and of the bridge.
     """
 
@@ -66,11 +66,10 @@ def ideal_flops(
     Raises:
         CalmError: connections or heads that do not fit.
     """
-    plan = plan_connections(compositions, anchor.num_layers, [form.num_layers for form in augments])
+    plan = plan_connections(compositions, anchor.num_layers, [a.num_layers for a in augments])
     tokens = batch_size * length
     first = plan.connections[0].anchor_layer
-    above = (anchor.num_layers - 1 - first) * _Layer(anchor, length).forward
-    above_backward = (anchor.num_layers - 1 - first) * _Layer(anchor, length).backward
+    layer, layers_above = _Layer(anchor, length), anchor.num_layers - 1 - first
     head = 2 * anchor.embed_dim * anchor.vocab_size
     bridges = [
         _Bridge(
@@ -86,24 +85,24 @@ def ideal_flops(
     return IdealFlops(
         augments=tokens
         * sum(
-            (taps[-1] + 1) * _Layer(form, length).forward
-            for form, taps in zip(augments, plan.tap_layers, strict=True)
+            (taps[-1] + 1) * _Layer(augment, length).forward
+            for augment, taps in zip(augments, plan.tap_layers, strict=True)
         ),
-        anchor_forward=tokens * (anchor.num_layers * _Layer(anchor, length).forward + head),
-        anchor_backward=tokens * (above_backward + head),
+        anchor_forward=tokens * (anchor.num_layers * layer.forward + head),
+        anchor_backward=tokens * (layers_above * layer.backward + head),
         bridge_forward=tokens * bridge_forward,
         bridge_backward=tokens * sum(bridge.backward for bridge in bridges),
-        recomputed=tokens * (above + bridge_forward),
+        recomputed=tokens * (layers_above * layer.forward + bridge_forward),
     )
 
 
 class _Layer:
     """FLOPs a token of one layer; `backward` is of its activations alone."""
 
-    def __init__(self, form: DecoderConfig, length: int):
-        D, N, K, H = form.embed_dim, form.num_heads, form.num_kv_heads, form.head_dim
+    def __init__(self, config: DecoderConfig, length: int):
+        D, N, K, H = config.embed_dim, config.num_heads, config.num_kv_heads, config.head_dim
         projections = 2 * D * (N + 2 * K) * H + 2 * N * H * D
-        mlp = (3 if form.gated_mlp else 2) * 2 * D * form.mlp_dim
+        mlp = (3 if config.gated_mlp else 2) * 2 * D * config.mlp_dim
         attention = _attention(N, H, length)
         self.forward = projections + mlp + attention
         self.backward = projections + mlp + 2 * attention
@@ -112,8 +111,9 @@ class _Layer:
 class _Bridge:
     """FLOPs a token of one connection.
 
-    `is_first`: nothing below it learns, so the stream that it reads needs no gradient; nor does a
-    tap ever. A norm in between needs that of its own result.
+    A tap needs no gradient. Neither does the residual stream at the first connected layer
+    (`is_first`), since nothing below it is trained. A norm on either needs the gradient of its
+    result, for its scale.
     """
 
     def __init__(
@@ -140,5 +140,5 @@ class _Bridge:
 
 
 def _attention(num_heads: int, head_dim: int, length: int) -> int:
-    """Logits and their product with the values, for one query; backward it is twice that."""
+    """FLOPs of one query's logits and of its sum of values; the backward pass takes twice that."""
     return 2 * 2 * length * num_heads * head_dim
