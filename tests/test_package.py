@@ -23,7 +23,7 @@ FLOORS = [
     {"checkpoints", "decoding"},
     {"models", "data"},
     {"sharding", "processes"},
-    {"errors", "chips", "presets", "quiet", "text_files"},
+    {"errors", "chips", "presets", "units", "quiet", "text_files"},
 ]
 
 

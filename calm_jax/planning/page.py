@@ -1,21 +1,21 @@
-"""A plan as text: tables in Markdown, that a terminal shows as well."""
+"""A plan as text: tables in Markdown, aligned so that a terminal shows them too."""
 
 from collections.abc import Sequence
 from typing import Any
 
-from calm_jax.chips import GIB
+from calm_jax import units
 from calm_jax.planning.plan import Plan
 
 _NAMES = {
-    "compute": "products of matrices",
+    "compute": "matrix products",
     "memory": "chip's memory",
     "links": "links between chips",
     "network": "network between slices",
 }
 
 _BY_FORMULA = (
-    "What is by formula serves to rank ways of running: its times may be off by a factor of three. "
-    "A compiled plan is the figure."
+    "Formulas serve to rank ways of running: their times may be off by a factor of three. Rely on "
+    "compiled plans alone."
 )
 
 
@@ -66,59 +66,61 @@ def _head(plan: Plan) -> str:
 def _memory(plan: Plan) -> str:
     memory = plan["memory"]
     rows = [
-        (tree["name"], f"{tree['parameters'] / 1e9:,.3f} G", _gib(tree["bytes"]))
+        (tree["name"], units.count(tree["parameters"]), units.size(tree["bytes"]))
         for tree in memory["trees"]
     ]
     if "temporaries" in memory:
-        rows.append(("arguments of the step", "", _gib(memory["arguments"])))
+        rows.append(("arguments of the step", "", units.size(memory["arguments"])))
         rest = memory["peak_of_step"] - memory["arguments"]
-        rows.append(("activations, gradients, buffers", "", _gib(rest)))
-        rows.append(("peak of the step", "", _gib(memory["peak_of_step"])))
-        rows.append(("loaded, but not for the step", "", _gib(memory["unused"])))
+        rows.append(("activations, gradients, buffers", "", units.size(rest)))
+        rows.append(("peak of the step", "", units.size(memory["peak_of_step"])))
+        rows.append(("loaded, but unused by the step", "", units.size(memory["unused"])))
     needed = memory["peak"]
     if not plan["compiled"]:
         rest = needed - sum(tree["bytes"] for tree in memory["trees"])
-        rows.append(("activations, gradients, buffers", "", _gib(rest)))
-    rows.append(("needed", "", _gib(needed) if needed else "more"))
-    rows.append(("a chip has", "", _gib(memory["available"])))
+        rows.append(("activations, gradients, buffers", "", units.size(rest)))
+    rows.append(("needed", "", units.size(needed) if needed else "more"))
+    rows.append(("a chip has", "", units.size(memory["available"])))
     if needed:
-        rows.append(("left over", "", _gib(memory["available"] - needed)))
+        rows.append(("left over", "", units.size(memory["available"] - needed)))
     if memory.get("host"):
-        rows.append(("beside it, on the host", "", _gib(memory["host"])))
+        rows.append(("offloaded to the host", "", units.size(memory["host"])))
     verdict = "" if memory["fits"] else "\n\n**It does not fit.**"
-    return table(("memory of a chip", "parameters", "GiB"), rows) + verdict
+    return table(("memory of a chip", "parameters", "size"), rows) + verdict
 
 
 def _collectives(plan: Plan) -> str:
+    smallest = sum(row["bytes"] for row in plan["collectives"]) / 1000
     rows = [
-        (row["kind"], " × ".join(row["axes"]), f"{row['runs']:,}", _gib(row["bytes"]))
+        (row["kind"], " × ".join(row["axes"]), f"{row['runs']:,}", units.size(row["bytes"]))
         for row in plan["collectives"]
-        if row["bytes"] >= GIB / 100
+        if row["bytes"] >= smallest
     ]
-    return table(("sent by a chip in a step", "along", "runs", "GiB"), rows)
+    return table(("sent by a chip in a step", "along", "runs", "size"), rows)
 
 
 def _seconds(plan: Plan) -> str:
     seconds = plan["seconds"]
-    rows = [(_NAMES[key], f"{seconds[key]:.3f}") for key in _NAMES if seconds[key]]
-    rows.append(("a step, all at the same time", f"{seconds['bound']:.3f}"))
-    rows.append(("a step, one after the other", f"{seconds['serial']:.3f}"))
-    lines = [table(("time of a step", "seconds"), rows)]
-    summary = f"{plan['flops'] / 1e12:,.1f} TFLOP a chip and step"
+    rows = [(_NAMES[key], units.seconds(seconds[key])) for key in _NAMES if seconds[key]]
+    rows.append(("a step, all at the same time", units.seconds(seconds["bound"])))
+    rows.append(("a step, one after the other", units.seconds(seconds["serial"])))
+    lines = [table(("spent on", "time"), rows)]
+    summary = f"{units.flops(plan['flops'])} per chip and step"
     if plan["mfu_bound"] is not None:
         least = plan["mfu_bound"] * seconds["bound"] / seconds["serial"]
         summary += (
             f"; MFU between {100 * least:.0f} % (one after the other) and "
             f"{100 * plan['mfu_bound']:.0f} %"
         )
-    lines.append(f"{summary}; bounded by the {_NAMES[plan['bottleneck']]}.")
+    lines.append(f"{summary}; bounded by {_NAMES[plan['bottleneck']]}.")
     return "\n\n".join(lines)
 
 
 def _training(cost: dict[str, Any]) -> str:
+    times = " to ".join(units.seconds(3600 * hours) for hours in cost["hours"])
     line = (
-        f"Training on {cost['tokens'] / 1e9:g} G tokens: {cost['steps']:,} steps, "
-        f"{_range(cost['hours'])} hours, {_range(cost['chip_hours'])} chip hours"
+        f"Training on {units.count(cost['tokens'])} tokens: {cost['steps']:,} steps, {times}, "
+        f"{_range(cost['chip_hours'])} chip hours"
     )
     return line + (f", {_range(cost['dollars'])} dollars." if "dollars" in cost else ".")
 
@@ -130,17 +132,13 @@ def _candidates(plan: Plan) -> str:
             each["accumulate"],
             each["remat"],
             each["weight_sharding"],
-            _gib(each["peak"]) if each["peak"] else "more",
-            f"{each['seconds']:.3f}" if each["seconds"] else "",
+            units.size(each["peak"]) if each["peak"] else "more",
+            units.seconds(each["seconds"]) if each["seconds"] else "",
             "compiled" if each["compiled"] else "formula",
         )
         for each in plan["candidates"]
     ]
-    return table(("mesh", "accumulate", "remat", "weights", "GiB", "seconds", "by"), rows)
-
-
-def _gib(number: float) -> str:
-    return f"{number / GIB:,.2f}"
+    return table(("mesh", "accumulate", "remat", "weights", "size", "time", "by"), rows)
 
 
 def _range(values: Sequence[float]) -> str:

@@ -9,6 +9,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from calm_jax import units
 from calm_jax.errors import CalmError
 from calm_jax.models.execution import REMAT
 from calm_jax.planning import plan
@@ -152,7 +153,6 @@ def _nothing_fits(found: list[tuple[ConfigDict, plan.Plan]], topology: Topology)
         return f"no mesh of the {topology.chips} chips of {topology.name} divides models and batch"
     least = min(guess["memory"]["peak"] for _, guess in found)
     return (
-        f"no way of running the step fits on {topology.name}: by formula it needs "
-        f"{least / 2**30:.1f} GiB a chip at least, and there are "
-        f"{topology.chip.hbm_bytes / 2**30:.1f}"
+        f"no way of running the step fits on {topology.name}: by formula a chip needs at "
+        f"least {units.size(least)} and has {units.size(topology.chip.hbm_bytes)}"
     )

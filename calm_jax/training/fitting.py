@@ -1,49 +1,50 @@
-"""Whether a compiled step fits into a device's memory: asked before it runs for the first time."""
+"""Whether a compiled step fits into a device's memory, checked before it first runs."""
 
 import re
 from typing import Any
 
 import jax
 
-from calm_jax.chips import GIB, chip_of
+from calm_jax import units
+from calm_jax.chips import chip_of
 from calm_jax.errors import CalmError
 from calm_jax.training.abstract_run import AbstractRun
 from calm_jax.training.costs import tree_shards
 
 ADVICE = (
     "raise train.accumulate, set train.remat=full, or give mesh.fsdp and mesh.tensor more devices; "
-    "`calm plan --search` finds out which"
+    "`calm plan --search` finds the fastest that fits"
 )
-_TOLD = re.compile(r"\(([\d.]+)([KMGT]?)\) exceeds available")
+_NEEDED = re.compile(r"\(([\d.]+)([KMGT]?)\) exceeds available")
 
 
 class TooLarge(CalmError):
-    """A step that does not fit; `needed` is in bytes, None where the compiler does not say."""
+    """A step that does not fit; `needed` is in bytes, or None if the compiler does not say."""
 
     def __init__(self, needed: int | None, device: jax.Device):
         self.needed = needed
         available = memory_of(device)
-        much = f"{needed / GIB:.1f} GiB" if needed else "more memory"
-        there = f" {available / GIB:.1f} GiB for it" if available else " less"
+        much = units.size(needed) if needed else "more memory"
+        there = units.size(available) if available else "less"
         super().__init__(
-            f"a step needs {much} on each device, but {device.device_kind} has{there}; {ADVICE}"
+            f"a step needs {much} on each device, but {device.device_kind} has {there}; {ADVICE}"
         )
 
 
 def memory_of(device: jax.Device) -> int | None:
-    """Bytes that a program can have on a device, or None where that is not known."""
+    """Bytes that a program can use on a device, or None where that is not known."""
     if device.platform == "cpu":
         return None
     chip = chip_of(device.device_kind)
     try:
-        told = (device.memory_stats() or {}).get("bytes_limit")
-    except jax.errors.JaxRuntimeError:  # it is not of this process, or not there at all
-        told = None
-    return told or (chip.hbm_bytes if chip else None)
+        limit = (device.memory_stats() or {}).get("bytes_limit")
+    except jax.errors.JaxRuntimeError:  # a device of another process, or one compiled for only
+        limit = None
+    return limit or (chip.hbm_bytes if chip else None)
 
 
 def check_held(run: AbstractRun, device: jax.Device) -> None:
-    """Raises `TooLarge` when a run's trees alone do not fit on devices such as `device`."""
+    """Raises `TooLarge` when a run's trees alone do not fit on devices like `device`."""
     rows = tree_shards(run.parts, run.shardings, *run.trees())
     held, available = sum(row["bytes"] for row in rows), memory_of(device)
     if available is not None and held > available:
@@ -51,10 +52,10 @@ def check_held(run: AbstractRun, device: jax.Device) -> None:
 
 
 def compile_to_fit(lowered: jax.stages.Lowered, device: jax.Device) -> jax.stages.Compiled:
-    """Compiles a step for devices such as `device`.
+    """Compiles a step for devices like `device`.
 
     Raises:
-        TooLarge: it does not fit, as the compiler finds out or as its result says.
+        TooLarge: the compiler finds no way to fit it, or what it made needs too much memory.
     """
     compiled = compile_lowered(lowered, device)
     needed = getattr(compiled.memory_analysis(), "peak_memory_in_bytes", 0)
@@ -67,12 +68,12 @@ def compile_to_fit(lowered: jax.stages.Lowered, device: jax.Device) -> jax.stage
 def compile_lowered(
     lowered: jax.stages.Lowered, device: jax.Device, options: dict[str, Any] | None = None
 ) -> jax.stages.Compiled:
-    """Compiles. Raises `TooLarge` where the compiler itself finds no way to fit the step."""
+    """Compiles. Raises `TooLarge` if the compiler itself finds no way to fit the step."""
     try:
         return lowered.compile(options)
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        found = _TOLD.search(str(error))
+        found = _NEEDED.search(str(error))
         needed = int(float(found[1]) * 1024 ** " KMGT".index(found[2] or " ")) if found else None
         raise TooLarge(needed, device) from None

@@ -12,6 +12,7 @@ import jax
 from absl import logging
 from etils import epath
 
+from calm_jax import units
 from calm_jax.checkpoints.files import is_bucket
 from calm_jax.errors import CalmError
 from calm_jax.quiet import import_tensorflow
@@ -266,7 +267,7 @@ def costs_table(costs: Mapping[str, Any]) -> str:
     for tree in costs["trees"]:
         note = "trained" if tree["trained"] else "frozen"
         note = "state" if tree["name"] == "optimizer" else note
-        rows.append((tree["name"], f"{tree['parameters']:,}", size(tree["bytes"]), note))
+        rows.append((tree["name"], f"{tree['parameters']:,}", units.size(tree["bytes"]), note))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = [
         f"{name:{widths[0]}}  {parameters:>{widths[1]}}  {bytes_:>{widths[2]}}  {note}".rstrip()
@@ -278,21 +279,12 @@ def costs_table(costs: Mapping[str, Any]) -> str:
     return "\n".join(
         [
             *lines,
-            f"a step: {size(costs['memory_bytes'])} of memory a device, compiled; "
-            f"{_with_prefix(costs['flops_per_step'])}FLOP",
+            f"a step: {units.size(costs['memory_bytes'])} of memory a device, compiled; "
+            f"{units.flops(costs['flops_per_step'])}",
             f"mesh: {mesh}; global batch: {costs['global_batch']:,} rows, "
             f"{costs['tokens_per_step']:,} tokens",
         ]
     )
-
-
-def size(number: float) -> str:
-    """Bytes in binary units: 1536 is 1.5 KiB."""
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if number < 1024:
-            return f"{number:.0f} B" if unit == "B" else f"{number:.1f} {unit}"
-        number /= 1024
-    return f"{number:.1f} TiB"
 
 
 def duration(seconds: float) -> str:
@@ -302,11 +294,3 @@ def duration(seconds: float) -> str:
     if hours:
         return f"{hours} h {minutes} min"
     return f"{minutes} min {seconds} s" if minutes else f"{seconds} s"
-
-
-def _with_prefix(number: float) -> str:
-    for prefix in ("", "k", "M", "G", "T", "P"):
-        if number < 1000:
-            return f"{number:.3g} {prefix}"
-        number /= 1000
-    return f"{number:.3g} E"

@@ -77,7 +77,7 @@ def test_a_step_compiled_for_a_slice(topology, config, tmp_path, capsys):
     assert found["training"]["dollars"] == [2 * least, 2 * most]
     shown = capsys.readouterr().out
     assert shown in (tmp_path / "plan.md").read_text()
-    assert "| anchor " in shown and "Training on 1 G tokens" in shown
+    assert "| anchor " in shown and "Training on 1 B tokens" in shown
 
 
 @needs_compiler
@@ -109,7 +109,7 @@ def test_a_gpu_is_planned_by_formula(config, capsys):
     shown = capsys.readouterr().out
     assert "preset:small + preset:small on h200:8" in shown and "by formula, not compiled" in shown
     assert "mesh data 2 × fsdp 2 × tensor 2" in shown
-    assert "serves to rank ways of running: its times may be off by a factor of three" in shown
+    assert "serve to rank ways of running: their times may be off by a factor of three" in shown
 
 
 @pytest.mark.parametrize("setting", ["train.remat=offload", "attention=cudnn"])

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from calm_jax import units
 from calm_jax.chips import CHIPS
 from calm_jax.training import fitting
 
@@ -41,8 +42,8 @@ def test_a_step_that_is_too_large_is_told(where, available):
         fitting.compile_to_fit(lowered(available + 2**30), where)
     said = str(told.value)
     assert told.value.needed == available + 2**30
-    assert f"needs {(available + 2**30) / 2**30:.1f} GiB on each device" in said
-    assert f"{where.device_kind} has {available / 2**30:.1f} GiB" in said
+    assert f"needs {units.size(available + 2**30)} on each device" in said
+    assert f"{where.device_kind} has {units.size(available)}" in said
     assert "train.accumulate" in said and "\n" not in said
 
 

@@ -518,7 +518,7 @@ def test_bad_input_ends_before_a_run_is_begun(place, tmp_path, monkeypatch):
     refused(r"splash.*cpu", attention="splash")
     refused(r"heads of size 2 is not divisible by .* tensor = 8", mesh={"data": 1, "tensor": 8})
     monkeypatch.setattr(fitting, "memory_of", lambda device: 1000)
-    refused(r"a step needs .* on each device, but cpu has 0.0 GiB")
+    refused(r"a step needs .* on each device, but cpu has 0.977 KiB")
 
 
 def test_overwriting_keeps_the_old_run_where_the_new_one_is_refused(composed_run, tmp_path):
