@@ -20,7 +20,8 @@ INSTALL = [
     "flax>=0.12.9; python_version >= '3.12'",
     # The oldest that the tests have run with.
     "grain>=0.2.18",
-    # Chat templates are strangers' programs, and older versions let them out of the sandbox.
+    # Chat templates are strangers' programs, and older versions let them out of the sandbox. The
+    # report's page is made of its templates too.
     "jinja2>=3.1.6",
     # The oldest that the tests have run with.
     "jax>=0.10.2",
@@ -71,7 +72,7 @@ setup(
     # The oldest Python that the jax above runs on.
     python_requires=">=3.11",
     packages=find_packages(include=["calm_jax", "calm_jax.*"]),
-    package_data={"calm_jax": ["py.typed"]},
+    package_data={"calm_jax": ["py.typed", "evaluation/templates/*"]},
     install_requires=INSTALL,
     extras_require=EXTRAS,
     entry_points={"console_scripts": ["calm = calm_jax.__main__:main"]},

@@ -1,5 +1,7 @@
 """`calm train`: a decoder, or the bridge of a composed model."""
 
+import shlex
+
 from absl import flags
 
 from calm_jax.cli import config
@@ -60,6 +62,13 @@ def main(argv: list[str]) -> int:
 
     quiet_libtpu()
     place = (values.coordinator, values.process_count, values.process_index)
+    command = shlex.join(["calm", "train", *argv])
     with Preemption() as preemption, joined(*place, timeout=values.coordinator_seconds):
-        train(run_config, values.workdir, overwrite=values.overwrite, preemption=preemption)
+        train(
+            run_config,
+            values.workdir,
+            overwrite=values.overwrite,
+            preemption=preemption,
+            command=command,
+        )
     return 0

@@ -7,9 +7,9 @@ from etils import epath
 
 from calm_jax.checkpoints.files import absolute, write_json, write_text
 from calm_jax.evaluation import score_sections, setting, training_sections
-from calm_jax.evaluation.page import Element, document, element, visible
+from calm_jax.evaluation.page import render
 from calm_jax.evaluation.results import Run, read_runs
-from calm_jax.evaluation.table1 import Table1, as_text, percent, table1
+from calm_jax.evaluation.table1 import MODELS, PAPER, SETS, Table1, as_text, table1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,50 +48,31 @@ def write_report(experiment: epath.PathLike, output: epath.PathLike | None = Non
 
 
 def build_page(runs: Sequence[Run], scores: Table1 | None, experiment: str) -> str:
-    """The page as text. `experiment` is the folder as it stands in the commands it shows."""
-    key_value = any(run.records(set=name) for run in runs for name in ("subs", "num", "math"))
-    title = "Two frozen models, one trained bridge" if scores else "Experiment report"
-    parts: list[Element] = [
-        element(
-            "header",
-            element("p", "calm_jax · " + visible(epath.Path(experiment).name), class_="kicker"),
-            element("h1", title),
-            element("p", _summary(runs, scores), class_="lede"),
-        )
-    ]
-    if scores:
-        parts += [score_sections.headline(scores), score_sections.table_1(scores)]
-    else:
-        parts.append(score_sections.all_scores(runs))
-    if key_value:
-        parts += [setting.differences(runs), score_sections.breakdown(runs)]
-    parts.append(training_sections.curves(runs))
-    if any(run.composed for run in runs):
-        parts += [training_sections.usage(runs), training_sections.attention(runs)]
-    parts += [score_sections.examples(runs), setting.costs(runs), setting.making(experiment, runs)]
-    return document(f"{title} · calm_jax", *parts)
-
-
-def _summary(runs: Sequence[Run], scores: Table1 | None) -> str:
-    """Two sentences: what was composed, and what came of it."""
-    if scores is None:
-        names = ", ".join(visible(run.name) for run in runs)
-        return f"What the runs of this experiment score, and how they came to it: {names}."
-    by_name = {run.name: run for run in runs}
-    augment = _sized(setting.parameters(by_name["augment"], "decoder"))
-    anchor = _sized(setting.parameters(by_name["anchor"], "decoder"))
-    bridge = setting.parameters(by_name["composed"], "bridge")
-    bridge = f" ({bridge} parameters)" if bridge else ""
-    math = {name: percent(row["math"]["exact_match"]) for name, row in scores.scores.items()}
-    return (
-        f"A model that knows which number each key stands for (the augment{augment}) and a model "
-        f"that can calculate (the anchor{anchor}) were joined without changing either: only a "
-        f"bridge between their hidden states{bridge} was trained. Composed, they answer "
-        f"{math['composed']}% of expressions over keys the bridge never saw; the augment alone "
-        f"answers {math['augment']}%, the anchor alone {math['anchor']}%, and the best constant "
-        f"answer is right in {percent(scores.constants['math'][1])}%."
+    """The page as text. `experiment` is the folder as it is written in the commands shown."""
+    is_key_value = any(run.records(set=name) for run in runs for name in SETS)
+    return render(
+        title="Two frozen models, one trained bridge" if scores else "Experiment report",
+        experiment=experiment,
+        kicker=epath.Path(experiment).name,
+        runs=runs,
+        by_name={run.name: run for run in runs},
+        scores=scores,
+        sets=SETS,
+        models=MODELS,
+        paper=PAPER,
+        ladders=score_sections.ladders(scores) if scores else [],
+        kept=score_sections.kept,
+        tasks=score_sections.scores_by_task(runs),
+        is_key_value=is_key_value,
+        world=setting.world(runs),
+        world_models=setting.models(runs),
+        breakdown=score_sections.breakdown(runs) if is_key_value else [],
+        losses=training_sections.losses(runs),
+        accuracies=training_sections.accuracies(runs),
+        usage=training_sections.usage(runs),
+        attention=training_sections.attention(runs),
+        examples=score_sections.examples(runs),
+        parameters=setting.parameters,
+        median_speed=setting.median_speed,
+        made=setting.made(runs),
     )
-
-
-def _sized(amount: str | None) -> str:
-    return f", {amount} parameters" if amount else ""

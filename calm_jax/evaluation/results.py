@@ -8,7 +8,7 @@ from typing import Any
 
 from etils import epath
 
-from calm_jax.checkpoints.files import absolute, read_json, write_text
+from calm_jax.checkpoints.files import absolute, is_bucket, read_json, write_text
 from calm_jax.checkpoints.kinds import COMPOSED_RUN, DECODER_RUN, kind_of
 from calm_jax.errors import CalmError
 from calm_jax.text_files import parse_json
@@ -126,10 +126,10 @@ def _read_parts(
     places = [config[key] for key in ("anchor",) if key in config] + [*config.get("augments", ())]
     for name, place in zip(part_names(len(places) - 1), places, strict=False):
         folder, scores = part_folder(evaluation, name), summary.get(PARTS, {}).get(name)
-        if scores is None:
+        if scores is None and not is_bucket(place):  # a page needs no network
             folder = evaluation_folder(absolute(place))
             scores = read_optional(folder / "summary.json")
-        found = _evaluated(folder, scores)
+        found = _evaluated(folder, scores or {})
         found["scores"] = {task: x for task, x in found["scores"].items() if task in summary}
         if found["scores"]:
             short = name.removesuffix(" 0") if len(places) == 2 else name

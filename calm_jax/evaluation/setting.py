@@ -1,178 +1,106 @@
-"""What was built: beside the paper's setting, what it costs, and how to make it again."""
+"""What was built: the setting beside the paper's, what it costs, and the commands that made it."""
 
 import datetime
 import importlib.metadata
 import platform
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from calm_jax.data.key_value import HALVES, KeyValueConfig, parse_task
-from calm_jax.evaluation.page import Element, element, missing, section, table, visible
+from calm_jax.data.key_value import HALVES, parse_task
+from calm_jax.evaluation.page import amount
 from calm_jax.evaluation.results import Run, compositions
 from calm_jax.models import CompositionConfig
 
-_AUGMENT = (
-    "trained from scratch on substitution and on expressions in which each key is followed by its "
-    "value"
-)
+_MODELS = {
+    "augment": (
+        "Augment",
+        "PaLM2-XXS, pretrained, then trained on substitution",
+        "trained from scratch on substitution and on expressions in which each key is followed by "
+        "its value",
+    ),
+    "anchor": (
+        "Anchor",
+        "PaLM2-XS, pretrained",
+        "trained from scratch on plain numbers among random letters",
+    ),
+}
 _PAPER_BRIDGE = (
     "every 4th augment layer; no norm, gate or position in the cross-attention, initial values not "
     "stated"
 )
-_FLOPS = ("k", "M", "G", "T", "P", "E")
 _PACKAGES = ("calm_jax", "jax", "flax", "optax", "orbax-checkpoint", "seqio", "grain")
 
 
-def trees(run: Run) -> dict[str, dict[str, Any]]:
-    """The entries of costs.json by the tree's name."""
-    return {tree["name"]: tree for tree in run.costs.get("trees", ())}
-
-
 def parameters(run: Run, name: str) -> str | None:
-    tree = trees(run).get(name)
-    return None if tree is None else amount(tree["parameters"])
+    """The number of parameters of a tree in costs.json, as text; None where it is not known."""
+    found = [tree for tree in run.costs.get("trees", ()) if tree["name"] == name]
+    return amount(found[0]["parameters"]) if found else None
 
 
-def differences(runs: Sequence[Run]) -> Element:
-    """The paper's setting beside that of the runs, from their configs."""
-    heading = "How this differs from the paper's setting"
-    world = next((found for run in runs for found in _worlds(run)), None)
-    if world is None:
-        return section(heading, missing("The runs' configs name no key-value task."))
-    low, high = world.values
-    numbers = "one token a number" if world.number_tokens else "one token a digit"
-    unique = "unique" if world.unique_values else "shared by several keys"
-    math, subs, num = (f"{100 * rate:g}%" for rate in world.bridge_rates)
-    mixture = (
-        f"{world.bridge_examples:,}: {math} MATH, {subs} SUBS, {num} NUM; beside its keys an "
-        f"expression has plain numbers ({100 * world.bridge_plain:g}% of the operands), and "
-        f"{100 * world.bridge_single:g}% have one operand"
+def world(runs: Sequence[Run]) -> dict[str, Any] | None:
+    """The key-value setting that the runs' data names, with its ranges as text; None without."""
+    found = next(
+        (parsed for run in runs for parsed in map(parse_task, _tasks(run)) if parsed), None
     )
-    rows = [
-        ("Keys", "25,000 strings of 2–6 characters",
-         f"{world.keys:,} strings of {_range(world.key_length)} letters, one token a letter"),
-        ("Values", "unique integers from 1 to 25,000",
-         f"integers from {low:,} to {high:,}, {unique}; {numbers}"),
-        ("Operands", "3–6 keys", f"{_range(world.operands)} keys"),
-        ("Operators", "+ − ×", " ".join({"-": "−", "*": "×"}.get(o, o) for o in world.operators)),
-        ("Keys in the bridge's training", "20%",
-         f"{100 * world.bridge_keys:g}% ({round(world.bridge_keys * world.keys):,} keys)"),
-        ("The bridge's training examples", "number not stated",
-         mixture),
-        ("Telling the tasks apart", "prompts not printed", "the prompt's first token is a marker"),
-        ("Expressions scored in a set", "not stated", f"{world.evaluation_examples:,} at most"),
-    ]  # fmt: skip
-    models = {
-        "augment": ("Augment", "PaLM2-XXS, pretrained, then trained on substitution",
-                    _AUGMENT),
-        "anchor": ("Anchor", "PaLM2-XS, pretrained",
-                   "trained from scratch on plain numbers among random letters"),
-    }  # fmt: skip
+    return found and {
+        "setting": found,
+        "key_length": _range(found.key_length),
+        "operands": _range(found.operands),
+        "operators": " ".join({"-": "−", "*": "×"}.get(sign, sign) for sign in found.operators),
+        "rates": [f"{100 * rate:g}%" for rate in found.bridge_rates],
+    }
+
+
+def models(runs: Sequence[Run]) -> list[tuple[str, str, str]]:
+    """Each model of the key-value experiment: what it is, in the paper, and here."""
+    rows = []
     for run in runs:
         corpus, _, half = _corpus(run).partition("_")
-        if corpus in models:
-            label, paper, ours = models[corpus]
+        if corpus in _MODELS:
+            label, paper, ours = _MODELS[corpus]
             if half in HALVES:
                 label, ours = f"{label}, {half}", f"{ours}, of the {half} half of the keys"
-            rows.append((label, paper, f"{_form(run)}{ours}"))
+            rows.append((label, paper, f"{_decoder(run)}{ours}"))
         if run.composed:
-            label = "Bridge" if run.name == "composed" else f"Bridge of {visible(run.name)}"
+            label = "Bridge" if run.name == "composed" else f"Bridge of {run.name}"
             rows.append((label, _PAPER_BRIDGE, _bridge(run)))
-    return section(heading, table(("", "Paper", "Here"), rows))
+    return rows
 
 
-def costs(runs: Sequence[Run]) -> Element:
-    """Parameters and bytes of each tree, then what a step of each run costs."""
-    rows, steps = [], []
-    for run in runs:
-        for name, tree in trees(run).items():
-            state = "trained" if tree["trained"] else "frozen"
-            flops = tree["flops_per_token"]
-            rows.append(
-                (
-                    visible(run.name),
-                    visible(name),
-                    "" if name == "optimizer" else state,
-                    f"{tree['parameters']:,}",
-                    size(tree["bytes"]),
-                    "–" if flops is None else amount(flops, _FLOPS),
-                )
-            )
-        if run.costs:
-            _, speeds = run.curve("train", "tokens_per_second")
-            speed = f"{sorted(speeds)[len(speeds) // 2]:,.0f}" if speeds else "not logged"
-            steps.append(
-                (
-                    visible(run.name),
-                    f"{run.config.get('train', {}).get('num_steps', 0):,}",
-                    f"{run.costs['global_batch']:,}",
-                    f"{run.costs['tokens_per_step']:,}",
-                    amount(run.costs["flops_per_step"], _FLOPS),
-                    size(run.costs["memory_bytes"]),
-                    speed,
-                )
-            )
-    if not rows:
-        return section("Sizes and costs", missing("No run has written its costs yet."))
-    header = ("Run", "Steps", "Sequences a step", "Tokens a step", "FLOPs a step",
-              "Memory of a step", "Tokens a second")  # fmt: skip
-    return section(
-        "Sizes and costs",
-        table(("Run", "Tree", "", "Parameters", "Bytes", "Forward FLOPs a token"), rows, numbers=3),
-        table(header, steps, numbers=6),
-        element(
-            "p",
-            "FLOPs are those of the matrix products, memory that of the compiled training step; "
-            "the speed is the median over the run.",
-            class_="note",
-        ),
-    )
+def median_speed(run: Run) -> float | None:
+    """Tokens a second, the median over the run."""
+    _, speeds = run.curve("train", "tokens_per_second")
+    return sorted(speeds)[len(speeds) // 2] if speeds else None
 
 
-def making(experiment: str, runs: Sequence[Run]) -> Element:
-    """The commands, the time, the machine and the versions."""
-    lines = []
-    for run in runs:
-        name, _, of = (run.config.get("name") or "…").partition(":")
-        file = f"configs/{name}.py" + (f":{of}" if of else "")
-        lines.append(f"calm train --config={file} --workdir={experiment}/{run.name}")
-        if run.composed:
-            lines[-1] += f" --config.anchor={run.config['anchor']}"
-            lines[-1] += f' --config.augments="{tuple(run.config["augments"])}"'
-        if run.made:
-            lines.append(f"calm evaluate --workdir={experiment}/{run.name}")
-    lines.append(f"calm report --experiment={experiment}")
-    facts = [
-        (
-            visible(run.name),
-            f"{run.made['step']:,}",
-            visible(run.made["date"]),
-            visible(run.made["device"]),
-        )
-        for run in runs
-        if run.made
+def made(runs: Sequence[Run]) -> dict[str, Any]:
+    """The commands that made the runs, their whole configs, and the versions of the packages."""
+    commands = [
+        command for run in runs for command in (*run.commands, run.made.get("command")) if command
     ]
-    versions = ", ".join(f"{name} {version}" for name, version in installed().items())
-    today = datetime.datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z")
-    return section(
-        "How this was made",
-        element("pre", "\n".join(lines)),
-        element(
-            "p",
-            "Other keys that were set on the command line stand, with all others, in the "
-            "config.json of each run.",
-            class_="note",
-        ),
-        table(("Run", "Scored at step", "Scored on", "Device"), facts)
-        if facts
-        else missing("No run has been evaluated yet."),
-        element("p", f"Page written {today} with {versions}.", class_="note"),
-    )
+    return {
+        "commands": commands,
+        "unrecorded": [run.name for run in runs if not run.commands],
+        "configs": [(run, list(_keys(run.config))) for run in runs],
+        "data": [(run, _data(run, "train"), _data(run, "validation")) for run in runs],
+        "versions": ", ".join(f"{name} {version}" for name, version in installed().items()),
+        "today": datetime.datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z"),
+    }
 
 
-def _worlds(run: Run) -> list[KeyValueConfig]:
-    """The key-value settings that the run's training data names."""
-    return [world for world in map(parse_task, _tasks(run)) if world]
+def _keys(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+    """Every key of a config, dotted, with its value as JSON has it."""
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _keys(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, repr(value)
+
+
+def _data(run: Run, split: str) -> str:
+    """The tasks and files of a split."""
+    entries = run.config.get("data", {}).get(split) or ()
+    return ", ".join(str(entry.get("task") or entry.get("jsonl")) for entry in entries)
 
 
 def _corpus(run: Run) -> str:
@@ -189,7 +117,7 @@ def _range(low_high: Sequence[int]) -> str:
     return str(low) if low == high else f"{low}–{high}"
 
 
-def _form(run: Run) -> str:
+def _decoder(run: Run) -> str:
     """`4 layers, width 64, 230 k parameters; ` as far as the run says."""
     decoder = run.config.get("decoder", {})
     facts = [f"{decoder[key]} layers" for key in ("num_layers",) if key in decoder]
@@ -237,19 +165,3 @@ def installed() -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             continue  # a run's page can be made where training's packages are absent
     return versions
-
-
-def amount(number: float, units: Sequence[str] = ("k", "M", "B", "T")) -> str:
-    """A number of three digits and its unit, in steps of a thousand: 1.23 M."""
-    power = 0
-    while abs(number) >= 999.5 and power < len(units):
-        number, power = number / 1000, power + 1
-    return f"{number:.3g} {units[power - 1]}" if power else f"{number:g}"
-
-
-def size(number: float) -> str:
-    """Bytes in binary units."""
-    for unit, name in ((2**40, "TiB"), (2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB")):
-        if number >= unit:
-            return f"{number / unit:.3g} {name}"
-    return f"{number:g} B"

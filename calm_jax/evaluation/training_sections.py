@@ -1,64 +1,57 @@
-"""The page's sections on training and the bridge. Missing data makes one line, never an error."""
+"""What the page's sections on training and the bridge show; the templates say how."""
 
 from collections.abc import Sequence
+from typing import Any
 
-from calm_jax.evaluation import charts
-from calm_jax.evaluation.charts import Series
-from calm_jax.evaluation.page import (
-    Element,
-    cut,
-    element,
-    figure,
-    missing,
-    panels,
-    run_colour,
-    section,
-    visible,
-)
+from calm_jax.evaluation.charts import LineChart, Series, line_chart
+from calm_jax.evaluation.page import cut, run_colour, shade
 from calm_jax.evaluation.results import Run
 
-_HEATMAPS = 9  # of one run at most
+HEATMAPS = 9  # of one run at most
+_LABEL = 12  # characters of a token or of a set's name
 
 
-def curves(runs: Sequence[Run]) -> Element:
-    """Loss, then accuracy, of each run over its steps."""
-    losses, accuracies = [], []
+def losses(runs: Sequence[Run]) -> list[dict[str, Any]]:
+    """Each run's loss over its steps, with the anchor's where it is known.
+
+    `anchor` is the anchor's validation loss, `best` the pair's least one and `step` its step.
+    """
+    figures = []
     for run in runs:
-        shade = run_colour(run)
-        loss = [
-            Series(*run.curve("train", "loss"), shade, "faint"),
-            Series(*run.curve("validation", "loss"), shade, "dots"),
-        ]
-        accuracy = [
-            Series(*_in_percent(*run.curve("train", "accuracy")), shade, "faint"),
-            Series(*_in_percent(*run.curve("validation", "accuracy")), shade, "dashed"),
+        colour = run_colour(run)
+        train, validation = run.curve("train", "loss"), run.curve("validation", "loss")
+        lines = [Series(*train, colour, "faint"), Series(*validation, colour, "dots")]
+        anchor = run.curve("anchor", "loss")[1]
+        steps = train[0] + validation[0]
+        if anchor and steps:
+            ends = (min(steps), max(steps))
+            lines.append(Series(ends, anchor * 2, "var(--anchor)", "dashed", "anchor"))
+        chart = line_chart(f"Loss of {run.name} over training steps", lines, log=True)
+        found = {"run": run, "chart": chart, "anchor": anchor[0] if anchor else None}
+        if anchor and validation[0]:
+            found["best"], found["step"] = min(zip(*reversed(validation), strict=True))
+        figures.append(found)
+    return [figure for figure in figures if figure["chart"]]
+
+
+def accuracies(runs: Sequence[Run]) -> list[dict[str, Any]]:
+    """Each run's accuracy over its steps, in percent."""
+    figures = []
+    for run in runs:
+        colour = run_colour(run)
+        lines = [
+            Series(*_in_percent(run.curve("train", "accuracy")), colour, "faint"),
+            Series(*_in_percent(run.curve("validation", "accuracy")), colour, "dashed"),
             *_whole_answers(run),
         ]
-        if any(line.xs for line in loss):
-            chart = charts.line_chart(f"Loss of {run.name} over training steps", loss, log=True)
-            losses.append(figure(f"{visible(run.name)}: loss", chart))
-        if any(line.xs for line in accuracy):
-            about = f"Accuracy of {run.name} over training steps, in percent"
-            chart = charts.line_chart(about, accuracy, percent=True)
-            accuracies.append(figure(f"{visible(run.name)}: accuracy", chart))
-    if not losses and not accuracies:
-        return section("Training", missing("No run has logged a training step yet."))
-    marks = charts.legend(
-        ("faint", None, "training batches"),
-        ("dots", None, "validation: loss; accuracy of whole answers"),
-        ("dashed", None, "validation: accuracy of tokens"),
-    )
-    between = element("div", class_="rule") if losses and accuracies else None
-    return section(
-        "Training", marks, panels(losses) if losses else None, between,
-        panels(accuracies) if accuracies else None,
-    )  # fmt: skip
+        about = f"Accuracy of {run.name} over training steps, in percent"
+        figures.append({"run": run, "chart": line_chart(about, lines, percent=True)})
+    return [figure for figure in figures if figure["chart"]]
 
 
-def usage(runs: Sequence[Run]) -> Element:
+def usage(runs: Sequence[Run]) -> list[tuple[Run, LineChart]]:
     """How large each connection's part is beside the anchor's hidden state, over training."""
-    heading = "How much each connection is used"
-    figures = []
+    charts = []
     for run in runs:
         keys = _metrics(run, "connection/")
         names = run.costs.get("connections", ())
@@ -68,70 +61,42 @@ def usage(runs: Sequence[Run]) -> Element:
             if not steps:
                 steps, values = run.curve("validation", key)
             label = names[index] if len(names) == len(keys) else key.removeprefix("connection/")
-            lines.append(Series(steps, values, _shade(index, len(keys)), "line", label))
-        if any(line.xs for line in lines):
-            about = (
-                f"Relative size of each connection's contribution in {run.name} over training steps"
-            )
-            figures.append(figure(visible(run.name), charts.line_chart(about, lines)))
-    if not figures:
-        return section(heading, missing("No composed run has logged its connections yet."))
-    text = (
-        "The size of what f_cross adds, relative to the anchor's hidden state that it is added to, "
-        "‖f_cross‖ / ‖H‖. A line is named by its connection: augment layer → anchor layer, counted "
-        "from 0; of several augments, the augment's number stands before it."
-    )
-    words = element("p", text, class_="note")
-    return section(heading, element("div", *figures, words, class_="beside"))
+            lines.append(Series(steps, values, shade(index, len(keys)), "line", label))
+        about = f"Relative size of each connection's contribution in {run.name} over training steps"
+        charts.append((run, line_chart(about, lines)))
+    return [(run, chart) for run, chart in charts if chart]
 
 
-def attention(runs: Sequence[Run]) -> Element:
-    """One heatmap a connection for one expression."""
-    heading = "What f_cross looks at"
-    parts: list[Element] = []
+def attention(runs: Sequence[Run]) -> list[dict[str, Any]]:
+    """The heatmaps of each composed run: for one prompt, one for each connection."""
+    found = []
     for run in runs:
         if not run.attention:
             continue
-        tokens = [visible(token) for token in run.attention["tokens"]]
-        several = len({c["augment"] for c in run.attention["connections"]}) > 1
-        shown = run.attention["connections"][:_HEATMAPS]
-        figures = []
-        for connection in shown:
+        kept = run.attention["connections"]
+        several = len({connection["augment"] for connection in kept}) > 1
+        maps = []
+        for connection in kept[:HEATMAPS]:
             name = f"augment layer {connection['from']} → anchor layer {connection['to']}"
             name = f"augment {connection['augment']}: {name}" if several else name.capitalize()
-            about = f"Attention from anchor positions (rows) to augment positions (columns), {name}"
-            figures.append(figure(name, charts.heatmap(about, tokens, connection["weights"])))
-        parts += [
-            element(
-                "p",
-                f"{visible(run.name)} reads ",
-                element("code", cut(visible(run.attention["inputs"]), 160)),
-                ". Each row is a position of the anchor, each column a position of the augment it "
-                "may look at: itself and those before it. Weights are means over heads.",
-                class_="note",
-            ),
-            element("p", "Weight ", charts.heat_key(), class_="legend"),
-            panels(figures, wide=len(tokens) > 16 or len(figures) in (2, 4)),
-        ]
-        if len(shown) < len(run.attention["connections"]):
-            total = len(run.attention["connections"])
-            parts.append(missing(f"Shown are the first {len(shown)} of {total} connections."))
-    if not parts:
-        return section(heading, missing("No attention map has been written yet."))
-    return section(heading, *parts)
+            maps.append({"name": name, "weights": connection["weights"]})
+        tokens = run.attention["tokens"]
+        labels = [cut(token.strip() or "␣", _LABEL) for token in tokens]
+        found.append({"run": run, "inputs": run.attention["inputs"], "tokens": tokens,
+                      "labels": labels, "maps": maps, "total": len(kept)})  # fmt: skip
+    return found
 
 
 def _whole_answers(run: Run) -> list[Series]:
-    """Exactness in validation: a line a set, named, where there are several sets."""
+    """Exactness in validation: a line for each set, named, where there are several sets."""
     keys = _metrics(run, "exact/")
     if len(keys) < 2:
-        steps, values = run.curve("validation", "exact")
-        return [Series(*_in_percent(steps, values), run_colour(run), "dots")]
+        return [Series(*_in_percent(run.curve("validation", "exact")), run_colour(run), "dots")]
     lines = []
     for index, key in enumerate(keys):
-        label = cut(visible(key.removeprefix("exact/").rpartition("_")[2]), 12)
-        points = _in_percent(*run.curve("validation", key))
-        lines.append(Series(*points, _shade(index, len(keys)), "dots", label))
+        label = cut(key.removeprefix("exact/").rpartition("_")[2], _LABEL)
+        points = _in_percent(run.curve("validation", key))
+        lines.append(Series(*points, shade(index, len(keys)), "dots", label))
     return lines
 
 
@@ -141,14 +106,5 @@ def _metrics(run: Run, prefix: str) -> list[str]:
     return sorted(names, key=lambda name: (len(name), name) if name[-1].isdigit() else (0, name))
 
 
-def _in_percent(steps: list[float], values: list[float]) -> tuple[list[float], list[float]]:
-    return steps, [100 * value for value in values]
-
-
-def _shade(index: int, count: int) -> str:
-    """From green over blue to amber, so that neighbours of a few lines stay apart."""
-    stops = ((11, 116, 100), (43, 95, 158), (180, 83, 9))
-    place = 0.0 if count < 2 else index / (count - 1) * (len(stops) - 1)
-    below = min(int(place), len(stops) - 2)
-    mix = zip(stops[below], stops[below + 1], strict=True)
-    return "#" + "".join(f"{round(a + (b - a) * (place - below)):02x}" for a, b in mix)
+def _in_percent(curve: tuple[list[float], list[float]]) -> tuple[list[float], list[float]]:
+    return curve[0], [100 * value for value in curve[1]]

@@ -49,6 +49,7 @@ def train(
     *,
     overwrite: bool = False,
     preemption: Preemption | None = None,
+    command: str = "",
 ) -> epath.Path:
     """Trains what the config says, in `workdir`; goes on where an earlier call stopped.
 
@@ -57,6 +58,7 @@ def train(
 
     Args:
         preemption: what may ask the run to stop early; its context must be entered.
+        command: the command line that asks for it, kept in commands.json for the report.
 
     Returns:
         the run's directory.
@@ -78,7 +80,7 @@ def train(
     abstract = abstract_run(config, mesh, device)
     check_held(abstract, device)
     if processes.is_first():
-        start_run(run, config, overwrite=overwrite)
+        start_run(run, config, overwrite=overwrite, command=command)
     processes.barrier()
     agreement.check_visible(run / "config.json")
     cache_programs(config.cache_compiled)
@@ -243,7 +245,7 @@ class _Session:
             tensorboard=train.tensorboard,
         )
         eval_step = make_eval_step(self.parts, self.shardings, loss_chunk=train.loss_chunk)
-        if first == 0 and self.parts.composed and "validation" in self.sources:
+        if first == 0 and self.config.kind == "composed" and "validation" in self.sources:
             progress.anchor(self._anchor_scores(eval_step))
         batches = self.stream.iterate(first)
         preemption.start(first)

@@ -37,8 +37,12 @@ def check_run(
     return folder
 
 
-def start_run(folder: epath.Path, config: ConfigDict, *, overwrite: bool = False) -> None:
+def start_run(
+    folder: epath.Path, config: ConfigDict, *, overwrite: bool = False, command: str = ""
+) -> None:
     """Makes a checked run's directory, anew with `overwrite`, and writes its config.
+
+    `command` is added to commands.json: every command line that has trained the run, in order.
 
     Raises:
         CalmError: it cannot be written.
@@ -48,6 +52,10 @@ def start_run(folder: epath.Path, config: ConfigDict, *, overwrite: bool = False
             folder.rmtree()
         folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "config.json", config_keys.to_dict(config))
+    path = folder / "commands.json"
+    commands = read_json(path, "a run")["commands"] if path.exists() else []
+    if command and command not in commands[-1:]:
+        write_json(path, {"commands": [*commands, command]})
 
 
 def _read_config(path: epath.Path) -> dict[str, Any]:

@@ -41,7 +41,8 @@ def question(task: str, seed: random.Random) -> dict:
 
 
 def write_predictions(run: Path, model: str, count: int) -> None:
-    summary = {"_run": {"step": STEPS[model], "date": "2025-01-31 12:00 UTC", "device": "cpu x 2"}}
+    summary = {"_run": {"step": STEPS[model], "date": "2025-01-31 12:00 UTC", "device": "cpu x 2",
+                        "command": f"calm evaluate --workdir=runs/kv/{model}"}}  # fmt: skip
     (run / "evaluation").mkdir()
     for task, skill in SKILL[model].items():
         examples, luck = random.Random(f"questions {task}"), random.Random(f"{model} {task}")
@@ -61,6 +62,8 @@ def write_predictions(run: Path, model: str, count: int) -> None:
 
 def write_metrics(run: Path, model: str) -> None:
     noise, lines = random.Random(model), []
+    if model == "composed":
+        lines.append({"step": 0, "split": "anchor", "loss": 1.75, "accuracy": 0.4, "exact": 0.05})
     for step in range(0, STEPS[model] + 1, 10):
         done = step / STEPS[model]
         loss = 3.5 * math.exp(-7 * done) + 0.02
@@ -127,7 +130,11 @@ def write_run(run: Path, model: str, count: int) -> None:
     config = {
         "name": {"composed": "kv_compose"}.get(model, f"kv_{model}"),
         "kind": "composed" if composed else "decoder",
-        "data": {"train": [{"task": f"calm_jax/key_value/demo/{model}", "weight": 1.0}]},
+        "data": {
+            "train": [{"task": f"calm_jax/key_value/demo/{model}", "weight": 1.0}],
+            "validation": [{"jsonl": "held_out.jsonl"}],
+            "length": 48,
+        },
         "train": {"num_steps": STEPS[model], "batch_size": 128},
     }
     if composed:
@@ -136,6 +143,8 @@ def write_run(run: Path, model: str, count: int) -> None:
     else:
         config["decoder"] = {"num_layers": 4, "embed_dim": 128 if model == "anchor" else 64}
     (run / "config.json").write_text(json.dumps(config))
+    command = f"calm train --config=configs/{config['name']}.py --workdir=runs/kv/{model}"
+    (run / "commands.json").write_text(json.dumps({"commands": [command]}))
     write_metrics(run, model)
     write_costs(run, model)
     write_predictions(run, model, count)

@@ -1,7 +1,9 @@
 """The page of synthetic runs: what it says, what it needs, what it survives."""
 
+import html as html_module
 import html.parser
 import json
+import re
 import shutil
 
 import pytest
@@ -9,7 +11,9 @@ import pytest
 from calm_jax.cli import report as command
 from calm_jax.errors import CalmError
 from calm_jax.evaluation import results
+from calm_jax.evaluation.page import _environment
 from calm_jax.evaluation.report import write_report
+from calm_jax.evaluation.score_sections import Bar, Figure, Group
 from calm_jax.evaluation.table1 import table1
 
 VOID = {"meta", "br", "hr", "img", "link", "input"}
@@ -100,7 +104,7 @@ def test_page_tells_several_augments_apart(experiment):
     assert [text.count(f">{name}</text>") for name in names] == [1, 1, 1]
     page = Page(text)
     for said in ("augment 0: connections 3→1, 3→0", "augment 1: connections 2→1; norms before it, "
-                 "a gate", "--config=configs/kv_two_augments.py:compose", "Augment, second",
+                 "a gate", "Augment, second",
                  "of the second half of the keys"):  # fmt: skip
         assert said in page.text
 
@@ -124,9 +128,8 @@ def test_page_needs_no_network_and_no_script(experiment):
 
 def test_every_chart_is_described(experiment):
     text = write_report(experiment).page.read_text()
-    assert text.count("<svg") == text.count('role="img" aria-label="') + text.count(
-        'aria-hidden="true"'
-    )
+    charts = text.count("<svg") + text.count('class="bars"') + text.count('class="heatmap"')
+    assert charts == text.count('role="img" aria-label="') + text.count('aria-hidden="true"')
     assert text.count('role="img"') >= 12
 
 
@@ -249,3 +252,123 @@ def test_command_prints_table1_and_writes_where_told(experiment, tmp_path, capsy
     printed = capsys.readouterr().out
     assert "Best constant answer" in printed and "84.3" in printed and str(place) in printed
     assert place.exists() and (experiment / "table1.json").exists()
+
+
+def parts_scored(experiment, folder, **shares) -> None:
+    """A run called mine, scored on a file of 10 examples, and its parts in `folder` of each."""
+    run = experiment / "mine"
+    shutil.copytree(experiment / "composed", run)
+    shutil.rmtree(run / "evaluation")
+    for name in ("augment", "anchor", "composed"):
+        shutil.rmtree(experiment / name)
+    config = json.loads((run / "config.json").read_text())
+    config |= {name: str(experiment / "models" / name) for name in ("anchor",)}
+    config["augments"] = [str(experiment / "models" / "augment")]
+    (run / "config.json").write_text(json.dumps(config))
+
+    def scored(share: int, place) -> dict:
+        records = [{"inputs": f"{n}", "targets": "yes", "prediction": "yes" if n < share else "",
+                    "correct": n < share} for n in range(10)]  # fmt: skip
+        place.mkdir(parents=True, exist_ok=True)
+        (place / "test.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
+        return {"test.jsonl": {"exact_match": 10.0 * share, "count": 10, "empty": 10 - share,
+                               "interval": [0.0, 100.0]}}  # fmt: skip
+
+    summary = scored(7, run / "evaluation") | {"_run": {"step": 5, "date": "", "device": ""}}
+    parts = {}
+    for name, share in shares.items():
+        if folder == "run":
+            part = {"augment": "augment 0"}.get(name, name)
+            parts[part] = scored(share, run / "evaluation" / part.replace(" ", "_"))
+        else:
+            place = experiment / "models" / name / "evaluation"
+            found = scored(share, place) | {"another": {"exact_match": 0.0}}
+            (place / "another.jsonl").write_text("")
+            (place / "summary.json").write_text(json.dumps(found))
+    (run / "evaluation" / "summary.json").write_text(json.dumps(summary | {"_parts": parts}))
+
+
+@pytest.mark.parametrize("folder", ["run", "models"])
+def test_parts_stand_beside_the_pair(experiment, folder):
+    """Scored with the pair, or alone in their own folders."""
+    parts_scored(experiment, folder, anchor=3, augment=1)
+    text = write_report(experiment).page.read_text()
+    rows = {row[0]: row[1:] for row in table_rows(text) if "test.jsonl" in row[1:2]}
+    assert rows["mine"] == ["test.jsonl", "70.0", "0.0–100.0", "100.0", "3", "10"]
+    assert rows["mine: anchor alone"] == ["test.jsonl", "30.0", "0.0–100.0", "100.0", "7", "10"]
+    assert rows["mine: augment alone"][1] == "10.0" and "another" not in text
+    assert "<em>empty</em>" in text
+    described = re.search(r'class="bars" role="img" aria-label="([^"]*)"', text)[1]
+    assert " ".join(described.split()) == (
+        "test.jsonl: mine: anchor alone 30.0%, mine: augment alone 10.0%, mine 70.0%, "
+        "best constant answer 100.0%,"
+    )
+
+
+def table_rows(text: str) -> list[list[str]]:
+    """The text of the cells of every row of the page's tables."""
+    rows = re.findall(r"<tr[^>]*>(.*?)</tr>", text, re.DOTALL)
+    cells = [re.findall(r"<t[hd][^>]*>(.*?)</t[hd]>", row, re.DOTALL) for row in rows]
+    return [[re.sub(r"<[^>]*>", "", cell).strip() for cell in row] for row in cells]
+
+
+def test_the_anchors_validation_loss_is_told(experiment):
+    text = write_report(experiment).page.read_text()
+    assert "Validation loss of the anchor alone: 1.75; of the pair at its best: " in text
+    assert text.count(">anchor</text>") == 1
+
+
+def test_how_this_was_made_is_what_was_run(experiment):
+    path = experiment / "composed" / "commands.json"
+    start = "calm train --config=mine.py --workdir='a b'"
+    commands = [f"{start} --config.data.length=32", f"{start} --config.train.num_steps=9"]
+    path.write_text(json.dumps({"commands": commands}))
+    text = html_module.unescape(write_report(experiment).page.read_text())
+    shown = text[text.index("<pre>") : text.index("</pre>")].splitlines()[1:]
+    assert shown == [
+        "calm train --config=configs/kv_augment.py --workdir=runs/kv/augment",
+        "calm evaluate --workdir=runs/kv/augment",
+        "calm train --config=configs/kv_anchor.py --workdir=runs/kv/anchor",
+        "calm evaluate --workdir=runs/kv/anchor",
+        *commands,
+        "calm evaluate --workdir=runs/kv/composed",
+        f"calm report --experiment={experiment}",
+    ]
+    trained = [row for row in table_rows(text) if "held_out.jsonl" in row]
+    assert trained[2] == ["composed", "calm_jax/key_value/demo/composed", "held_out.jsonl", "2500",
+                          "128", "48"]  # fmt: skip
+    assert "data.length = 48\n" in text and "train.num_steps = 2500\n" in text
+    path.unlink()
+    assert "The commands that trained composed were not recorded" in read_page(experiment).text
+
+
+def test_every_key_of_a_table_is_told_on_a_phone(experiment):
+    """There the header is hidden: each cell names its column."""
+    text = write_report(experiment).page.read_text()
+    for table in re.findall(r'<table class="stack">.*?</table>', text, re.DOTALL):
+        head, body = table.split("</thead>")
+        names = [html_module.unescape(x) for x in re.findall(r"<th[^>]*>(.*?)</th>", head)]
+        for row in re.findall(r"<tr[^>]*>(.*?)</tr>", body, re.DOTALL):
+            labels = re.findall(r'data-label="([^"]*)"', row)
+            assert [html_module.unescape(label) for label in labels] == names[1:]
+
+
+def test_bars_and_whiskers_are_as_wide_as_their_shares():
+    bars = [Bar("part", 37.5, "var(--anchor)", (30.0, 45.25), 84.3), Bar("whole", 100.0, "red")]
+    text = macro("bars", Figure("A title", [Group(bars)]))
+    assert re.findall(r'class="bar" style="width: ([\d.]+)%', text) == ["37.5", "100"]
+    assert 'class="whisker" style="left: 30%; right: 54.75%"' in text
+    assert re.findall(r'class="paper" style="left: ([\d.]+)%', text) == ["84.3"]
+    assert re.findall(r"<b>(.*?)</b>", text) == ["37.5", "100.0"]
+
+
+def test_heatmap_darkens_with_weight_and_hides_nothing_large():
+    text = macro("heatmap", "", ["a", "b"], ["a", "b"], [[1.0, 0.0], [0.3, 0.7]])
+    titles = re.findall(r'title="(.*?)"', text)
+    assert titles == ["a looks at a: 1.00", "b looks at a: 0.30", "b looks at b: 0.70"]
+    whole, less, more = map(int, re.findall(r"--w: (\d+)%", text))
+    assert whole == 100 > more > less > 30 and text.count("<i") == 4
+
+
+def macro(name: str, *arguments) -> str:
+    return getattr(_environment().get_template("macros.html").module, name)(*arguments)
