@@ -5,16 +5,15 @@ Every text that a template writes is escaped, and its control characters are mad
 
 import pathlib
 import zlib
-from collections.abc import Sequence
 from typing import Any
 
 import jinja2
 
+from calm_jax import units
 from calm_jax.evaluation.results import Run
 from calm_jax.evaluation.table1 import interval, percent
 
 _OTHER_COLOURS = 6  # --other-0 and so on in style.css
-_FLOPS = ("k", "M", "G", "T", "P", "E")
 
 
 def render(**values: Any) -> str:
@@ -53,22 +52,6 @@ def cut(text: str, length: int) -> str:
     return text if len(text) <= length else text[: length - 1] + "…"
 
 
-def amount(number: float, units: Sequence[str] = ("k", "M", "B", "T")) -> str:
-    """A number of three digits and its unit, in steps of a thousand: 1.23 M."""
-    power = 0
-    while abs(number) >= 999.5 and power < len(units):
-        number, power = number / 1000, power + 1
-    return f"{number:.3g} {units[power - 1]}" if power else f"{number:g}"
-
-
-def size(number: float) -> str:
-    """Bytes in binary units."""
-    for unit, name in ((2**40, "TiB"), (2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB")):
-        if number >= unit:
-            return f"{number / unit:.3g} {name}"
-    return f"{number:g} B"
-
-
 def _finalize(value: Any) -> Any:
     """Text made visible; what a macro has written (it has `__html__`) is left as it is."""
     is_text = isinstance(value, str) and not hasattr(value, "__html__")
@@ -86,14 +69,13 @@ def _environment() -> jinja2.Environment:
         finalize=_finalize,
     )
     environment.filters |= {
-        "amount": amount,
-        "bytes": size,
         "cut": cut,
-        "flops": lambda number: amount(number, _FLOPS),
+        "flops": units.flops,
         "grouped": lambda number: f"{number:,}",
         "interval": interval,
         "percent": percent,
         "place": lambda number: f"{number:.4g}",
+        "size": units.size,
     }
     environment.globals |= {"run_colour": run_colour}
     return environment

@@ -6,8 +6,8 @@ import platform
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from calm_jax import units
 from calm_jax.data.key_value import HALVES, parse_task
-from calm_jax.evaluation.page import amount
 from calm_jax.evaluation.results import Run, compositions
 from calm_jax.models import CompositionConfig
 
@@ -34,7 +34,7 @@ _PACKAGES = ("calm_jax", "jax", "flax", "optax", "orbax-checkpoint", "seqio", "g
 def parameters(run: Run, name: str) -> str | None:
     """The number of parameters of a tree in costs.json, as text; None where it is not known."""
     found = [tree for tree in run.costs.get("trees", ()) if tree["name"] == name]
-    return amount(found[0]["parameters"]) if found else None
+    return units.count(found[0]["parameters"]) if found else None
 
 
 def world(runs: Sequence[Run]) -> dict[str, Any] | None:

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import shlex
 import subprocess
 import sys
 
@@ -137,9 +138,11 @@ def test_train_hands_config_and_flags_to_the_loop(config, tmp_path, monkeypatch)
     calls = []
     monkeypatch.setattr(loop, "train", lambda *args, **options: calls.append((args, options)))
     arguments = ["train", f"--config={config}", f"--workdir={tmp_path}"]
-    assert main([*arguments, "--config.optimizer.name=adafactor", "--overwrite"]) == 0
+    arguments += ["--config.optimizer.name=adafactor", "--overwrite"]
+    assert main(arguments) == 0
     ((given, workdir), options) = calls[0]
     assert isinstance(options.pop("preemption"), Preemption)
+    assert shlex.split(options.pop("command")) == ["calm", *arguments]
     assert (given.optimizer.name, workdir, options) == (
         "adafactor",
         str(tmp_path),
