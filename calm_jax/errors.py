@@ -4,22 +4,27 @@ import os
 
 
 class CalmError(ValueError):
-    """Bad input: one clear line for the person who gave it."""
+    """Bad input: one line that says what is wrong and what to do."""
 
     status = 2
 
 
 class RunFailed(CalmError):
-    """What other input would not mend: the same command goes on once the cause is gone."""
+    """A failure that other input would not prevent: once its cause is gone, rerun the command."""
 
     status = 1
 
 
 class Preempted(BaseException):
-    """A run was told to stop, and has saved what it had: the same command goes on.
+    """A run was told to stop and has saved its state: the same command continues it.
 
-    Raised by a handler of signals, amid any code: like `KeyboardInterrupt`, no `Exception`.
+    A signal handler raises it in the middle of any code, so like `KeyboardInterrupt` it is no
+    `Exception`.
     """
+
+    def __init__(self, line: str, status: int = os.EX_TEMPFAIL):
+        super().__init__(line)
+        self.status = status
 
 
 def outcome(error: BaseException) -> tuple[int, str | None]:
@@ -27,7 +32,7 @@ def outcome(error: BaseException) -> tuple[int, str | None]:
     if isinstance(error, CalmError):
         return error.status, f"error: {error}"
     if isinstance(error, Preempted):
-        return os.EX_TEMPFAIL, str(error)
+        return error.status, str(error)
     if isinstance(error, KeyboardInterrupt):
         return 130, "interrupted"
     return 1, None

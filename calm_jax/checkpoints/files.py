@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import tempfile
 import uuid
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -43,6 +44,19 @@ def whole_folder(target: epath.PathLike) -> Iterator[epath.Path]:
         with contextlib.suppress(Exception):  # it is the first error that counts
             beside.rmtree()
         raise
+
+
+def check_writable(folder: epath.PathLike) -> None:
+    """Raises `CalmError` unless files can be written in a folder, which need not exist yet.
+
+    Writes nothing that can be seen. A bucket is not asked: it tells at the first write.
+    """
+    folder = absolute(folder)
+    if is_bucket(folder):
+        return
+    with storage("write", folder):
+        existing = next(path for path in (folder, *folder.parents) if path.exists())
+        tempfile.TemporaryFile(dir=existing).close()
 
 
 def write_text(path: epath.PathLike, text: str) -> None:

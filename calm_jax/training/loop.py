@@ -14,18 +14,19 @@ from ml_collections import ConfigDict
 from calm_jax import processes, sharding
 from calm_jax.checkpoints import frozen as frozen_folders
 from calm_jax.checkpoints.composed import check_identities
-from calm_jax.checkpoints.files import read_json, write_json
+from calm_jax.checkpoints.files import write_json
 from calm_jax.checkpoints.training import TrainingCheckpoints, abstract_like
 from calm_jax.data.opening import open_source
 from calm_jax.data.source import Part, Source
 from calm_jax.data.stream import Stream, batches_once
 from calm_jax.data.vocabulary import Vocabulary
-from calm_jax.errors import CalmError, Preempted
+from calm_jax.errors import CalmError
 from calm_jax.models.parameters import Tree
 from calm_jax.training import agreement, config_keys, configuration
 from calm_jax.training.abstract_run import AbstractRun, abstract_run
 from calm_jax.training.clock import EveryMinutes
 from calm_jax.training.costs import tree_costs
+from calm_jax.training.finish import closing_lines, frozen_step, is_finished
 from calm_jax.training.fitting import check_held, compile_to_fit
 from calm_jax.training.flops import jaxpr_flops
 from calm_jax.training.loss import means
@@ -51,22 +52,22 @@ def train(
     preemption: Preemption | None = None,
     command: str = "",
 ) -> epath.Path:
-    """Trains what the config says, in `workdir`; goes on where an earlier call stopped.
+    """Trains what the config says in `workdir`, or continues where an earlier call stopped.
 
     A decoder's run ends with its best checkpoint as a frozen folder, `workdir/frozen`. Of several
-    processes (`calm_jax.processes.joined`) all call this; `workdir` is on a file system they share.
+    processes (`calm_jax.processes.joined`) all call this, with a `workdir` that they share.
 
     Args:
-        preemption: what may ask the run to stop early; its context must be entered.
+        preemption: may ask the run to stop early; its context must be entered.
         command: the command line that asks for it, kept in commands.json for the report.
 
     Returns:
         the run's directory.
 
     Raises:
-        CalmError: bad input, before anything is written or any weight loaded; or numbers that are
-            not finite: the step is named, and not saved; or processes that differ.
-        Preempted: asked to stop, after the step that is then saved.
+        CalmError: bad input, before anything is written or any weight loaded; processes that
+            differ; or a loss that is not finite: its step is named and not saved.
+        Preempted: the run was asked to stop; it has saved its last step.
     """
     configuration.validate(config)
     processes.agree(agreement.intention(config, workdir, overwrite))
@@ -90,10 +91,12 @@ def train(
         )
         if checkpoints.latest is not None:
             _check_resumed(run, checkpoints, described, sources)
-        if not _finished(run, config, checkpoints):
+        if not is_finished(run, config, checkpoints):
             stack.enter_context(jax.set_mesh(mesh))
             session = _Session(config, run, abstract, mesh, checkpoints, described, sources)
             session.run_all(preemption or Preemption())
+            checkpoints.wait()
+        processes.say(closing_lines(run, config, checkpoints))
     return run
 
 
@@ -121,23 +124,6 @@ def cache_programs(place: str = "") -> None:
     place = place or epath.Path("~/.cache/calm_jax/xla").expanduser()
     jax.config.update("jax_compilation_cache_dir", str(place))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
-
-
-def _finished(run: epath.Path, config: ConfigDict, checkpoints: TrainingCheckpoints) -> bool:
-    latest, wanted = checkpoints.latest, config.train.num_steps
-    done = latest is not None and latest >= wanted
-    if done and config.kind == "decoder":
-        done = _frozen_step(run) == checkpoints.best
-    if done:
-        processes.say(f"{run} has finished: {latest:,} steps of {wanted:,}")
-    return done
-
-
-def _frozen_step(run: epath.Path) -> int | None:
-    """The checkpoint that a decoder's run has as its frozen folder."""
-    path = run / "frozen_step.json"
-    whole = path.exists() and (run / "frozen").exists()
-    return read_json(path, "a run")["step"] if whole else None
 
 
 class _Session:
@@ -196,7 +182,7 @@ class _Session:
             abstract_like(jax.eval_shape(self.optimizer.init, abstract), self.shardings.opt_state),
         )
         self.model.trainable, self.opt_state = restored.trainable, restored.opt_state
-        processes.say(f"{self.run} goes on after step {latest:,}")
+        processes.say(f"{self.run} continues after step {latest:,}")
         return restored.state["batch_index"] + 1
 
     def _compile(self):
@@ -287,9 +273,9 @@ class _Session:
                         by_clock.restart(done)
                 if stop and not last:
                     self.checkpoints.wait()
-                    raise Preempted(
+                    raise preemption.stopped(
                         f"{self.run} stopped after step {done:,}, which is saved; the same "
-                        "command goes on"
+                        "command continues it"
                     )
 
     def _anchor_scores(self, eval_step) -> dict[str, float]:
@@ -359,7 +345,7 @@ class _Session:
         """The best checkpoint as a frozen folder, in place of an earlier one."""
         self.checkpoints.wait()
         step = self.checkpoints.best
-        if _frozen_step(self.run) == step:
+        if frozen_step(self.run) == step:
             return
         abstract, _ = self.parts.abstract()
         best = self.checkpoints.restore(step, abstract_like(abstract, self.shardings.trainable))

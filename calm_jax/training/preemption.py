@@ -1,5 +1,6 @@
-"""SIGTERM as a wish to stop: the step is finished and saved first, by all processes the same."""
+"""SIGTERM and Ctrl-C as a request to stop: all processes finish the same step and save it."""
 
+import os
 import signal
 from types import FrameType
 from typing import Self
@@ -7,39 +8,50 @@ from typing import Self
 from calm_jax.errors import Preempted
 from calm_jax.processes import Appointment
 
-BEFORE = "stopped before the first step; the same command begins again"
+STATUS = {signal.SIGTERM: os.EX_TEMPFAIL, signal.SIGINT: 130}  # exit status after each signal
+BEFORE = "stopped before the first step; the same command starts again"
+TOLD = b"\nstopping: this step is finished and saved first; a second signal ends at once\n"
 
 
 class Preemption:
-    """Listens for SIGTERM while it is a context. A second one ends the process at once.
+    """Listens for SIGTERM and Ctrl-C while it is a context. The second one ends the process.
 
-    Before the first step there is nothing to save: SIGTERM then raises `Preempted`.
+    Before the first step there is nothing to save: the first signal then raises `Preempted`.
     """
 
     def __init__(self):
         self._appointment: Appointment | None = None
-        self._early = False
+        self._status = 0  # of the signal that was received before the first step
 
     def __enter__(self) -> Self:
-        self._previous = signal.signal(signal.SIGTERM, self._received)
+        # A shell's background job ignores Ctrl-C, and so it must stay.
+        heeded = [n for n in STATUS if signal.getsignal(n) is not signal.SIG_IGN]
+        self._previous = {number: signal.signal(number, self._received) for number in heeded}
         return self
 
     def __exit__(self, *_) -> None:
-        signal.signal(signal.SIGTERM, self._previous)
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
 
     def start(self, done: int) -> None:
-        """From here on a run is asked to stop, after `done` steps or more."""
-        if self._early:  # raised where Python drops every exception, as in a destructor
-            raise Preempted(BEFORE)
+        """From now on a signal stops the run after the step under way; `done` steps are behind."""
+        if self._status:  # Python drops what a handler raises in a destructor
+            raise Preempted(BEFORE, self._status)
         self._appointment = Appointment(done)
 
     def is_due(self, done: int) -> bool:
-        """Whether to stop after the step just dispatched, the same in all processes."""
+        """Whether to stop after the step just dispatched; all processes get the same answer."""
         return self._appointment is not None and self._appointment.is_due(done)
 
+    def stopped(self, line: str) -> Preempted:
+        """The exception that ends the run once everything is saved."""
+        return Preempted(line, self._status or os.EX_TEMPFAIL)
+
     def _received(self, number: int, frame: FrameType | None) -> None:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        for heeded in self._previous:
+            signal.signal(heeded, signal.SIG_DFL)
+        self._status = STATUS[number]
         if self._appointment is None:
-            self._early = True
-            raise Preempted(BEFORE)
+            raise Preempted(BEFORE, self._status)
+        os.write(2, TOLD)  # a handler must not use Python's buffered streams
         self._appointment.ask()

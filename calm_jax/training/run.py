@@ -1,11 +1,11 @@
-"""A run's directory: started once, resumed ever after, and never mixed with another run."""
+"""A run's directory: started once, then resumed, and never mixed with another run."""
 
 from typing import Any
 
 from etils import epath
 from ml_collections import ConfigDict
 
-from calm_jax.checkpoints.files import absolute, read_json, storage, write_json
+from calm_jax.checkpoints.files import absolute, check_writable, read_json, storage, write_json
 from calm_jax.checkpoints.kinds import kind_of
 from calm_jax.errors import CalmError
 from calm_jax.training import config_keys, configuration
@@ -14,13 +14,13 @@ from calm_jax.training import config_keys, configuration
 def check_run(
     workdir: epath.PathLike, config: ConfigDict, *, overwrite: bool = False
 ) -> epath.Path:
-    """Checks that a run of this config may start, or go on, in a directory; writes nothing.
+    """Checks that a run of this config may start or continue in a directory; writes nothing.
 
     Mesh, number of steps, logging and saving may differ from those it was started with.
 
     Raises:
-        CalmError: the directory holds something else, or was started with another config: every
-            differing key is named with both values.
+        CalmError: the directory cannot be written, holds something else, or was started with
+            another config: every differing key is named with both values.
     """
     folder = absolute(workdir)
     path = folder / "config.json"
@@ -31,16 +31,17 @@ def check_run(
                 _check_same(old, config_keys.to_dict(config), folder)
         elif folder.exists() and any(not x.name.startswith(".") for x in folder.iterdir()):
             raise CalmError(f"{folder} is neither empty nor a run: it has no config.json")
-    for place in (config.get("anchor"), *config.get("augments", ())):
-        if overwrite and place and folder in (absolute(place), *absolute(place).parents):
-            raise CalmError(f"--overwrite would remove {place} with the run {folder}")
+    for model in (config.get("anchor"), *config.get("augments", ())):
+        if overwrite and model and folder in (absolute(model), *absolute(model).parents):
+            raise CalmError(f"--overwrite would remove {model} with the run {folder}")
+    check_writable(folder)
     return folder
 
 
 def start_run(
     folder: epath.Path, config: ConfigDict, *, overwrite: bool = False, command: str = ""
 ) -> None:
-    """Makes a checked run's directory, anew with `overwrite`, and writes its config.
+    """Makes a checked run's directory and writes its config; `overwrite` removes an earlier run.
 
     `command` is added to commands.json: every command line that has trained the run, in order.
 
@@ -59,7 +60,7 @@ def start_run(
 
 
 def _read_config(path: epath.Path) -> dict[str, Any]:
-    """A run's config, and not another tool's: `overwrite` removes what this returns for."""
+    """The config of a run, not of another tool: `overwrite` removes the folder it describes."""
     values = read_json(path, "a run")
     if not {"kind", "train"} <= values.keys():
         raise CalmError(f"{path.parent} is not a run but {kind_of(values)}")
@@ -73,6 +74,6 @@ def _check_same(old: dict[str, Any], new: dict[str, Any], folder: epath.Path) ->
             f"{key} was {was!r}, now {now!r}" for key, (was, now) in differences.items()
         )
         raise CalmError(
-            f"{folder} was started with another config: {listed}. Say what it was started with, to "
-            "go on; or give another --workdir, or --overwrite, which starts anew"
+            f"{folder} was started with another config: {listed}. To continue it, give the values "
+            "it was started with; otherwise give another --workdir, or --overwrite to start anew"
         )

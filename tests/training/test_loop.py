@@ -335,6 +335,25 @@ def test_checkpoints_hold_no_frozen_weight(composed_run):
         assert value.tobytes() not in frozen_values
 
 
+def test_the_last_lines_say_what_is_best_and_what_to_do_next(composed_run, decoder_run, capsys):
+    for run, kept, next_command in (
+        (composed_run, "checkpoints/{best}", "calm evaluate --workdir={run} --parts"),
+        (decoder_run, "frozen", "calm evaluate --workdir={run}"),
+    ):
+        scores = records(run.path, "validation").values()
+        best = min(scores, key=lambda line: line["loss"])
+        loop.train(run.config, run.workdir)
+        kept, next_command = (
+            x.format(best=best["step"], run=run.path) for x in (kept, next_command)
+        )
+        assert (Path(run.path) / kept).exists()
+        assert capsys.readouterr().out.splitlines()[-2:] == [
+            f"{run.path} has finished {STEPS} steps; the best is step {best['step']} (validation "
+            f"loss {best['loss']:.4g}), in {run.path}/{kept}",
+            f"next: {next_command}",
+        ]
+
+
 def test_finished_run_is_left_alone(composed_run, monkeypatch):
     monkeypatch.setattr(loop, "_Session", lambda *_: pytest.fail("nothing is left to do"))
     before = (composed_run.path / "metrics.jsonl").read_bytes()

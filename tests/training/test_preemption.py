@@ -1,4 +1,4 @@
-"""SIGTERM in a lone process, which is this one."""
+"""SIGTERM and Ctrl-C in a lone process, which is this one."""
 
 import json
 import os
@@ -11,7 +11,7 @@ import tiny_models  # noqa: F401 (compiles without optimisation)
 from calm_jax import sharding
 from calm_jax.__main__ import main
 from calm_jax.checkpoints.training import TrainingCheckpoints
-from calm_jax.errors import Preempted
+from calm_jax.errors import Preempted, outcome
 from calm_jax.models import DecoderConfig
 from calm_jax.training import configuration, loop
 from calm_jax.training.preemption import Preemption
@@ -41,30 +41,42 @@ def losses(run):
     return {line["step"]: line["loss"] for line in lines if line["split"] == "train"}
 
 
-def terminated_at(number, monkeypatch):
-    """Sends SIGTERM before the batch `number` is put on the mesh; batch 0 is also compiled for."""
+def signalled_at(number, monkeypatch, sent=signal.SIGTERM):
+    """Sends a signal before the batch `number` is put on the mesh; batch 0 is also compiled for."""
     put_batch, calls = sharding.put_batch, []
 
     def put(*arguments):
         calls.append(arguments)
         if len(calls) == number + 1:
-            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), sent)
         return put_batch(*arguments)
 
     monkeypatch.setattr(sharding, "put_batch", put)
 
 
-def test_the_step_is_finished_and_saved_and_the_run_goes_on(config, tmp_path, monkeypatch):
-    was = signal.getsignal(signal.SIGTERM)
-    terminated_at(3, monkeypatch)
+@pytest.fixture
+def handlers():
+    """Those of the signals before the test; the tests' own runner may ignore Ctrl-C."""
+    was = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    signal.signal(signal.SIGINT, was)
+
+
+@pytest.mark.parametrize(("sent", "status"), [(signal.SIGTERM, 75), (signal.SIGINT, 130)])
+def test_the_step_is_finished_and_saved_and_the_run_continues(
+    config, tmp_path, monkeypatch, capfd, handlers, sent, status
+):
+    signalled_at(3, monkeypatch, sent)
     stopped = pytest.raises(Preempted, match=r"run stopped after step 3, which is saved")
-    with stopped, Preemption() as preemption:
+    with stopped as caught, Preemption() as preemption:
         try:
             loop.train(config, tmp_path / "run", preemption=preemption)
         finally:
-            # A second SIGTERM would have ended the process.
-            assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
-    assert signal.getsignal(signal.SIGTERM) is was
+            # A second signal of either kind would have ended the process.
+            assert {signal.getsignal(number) for number in handlers} == {signal.SIG_DFL}
+    assert {number: signal.getsignal(number) for number in handlers} == handlers
+    assert outcome(caught.value) == (status, str(caught.value))
+    assert capfd.readouterr().err.count("a second signal ends at once") == 1
     with TrainingCheckpoints(tmp_path / "run" / "checkpoints", read_only=True) as checkpoints:
         assert list(checkpoints.manager.all_steps()) == [3]
     assert list(losses(tmp_path / "run")) == [1, 2, 3]
@@ -75,10 +87,12 @@ def test_the_step_is_finished_and_saved_and_the_run_goes_on(config, tmp_path, mo
     assert losses(tmp_path / "run") == losses(tmp_path / "other")
 
 
-def test_before_the_first_step_nothing_is_saved(config, tmp_path, monkeypatch):
-    terminated_at(0, monkeypatch)
-    with pytest.raises(Preempted, match="before the first step"), Preemption() as preemption:
+def test_before_the_first_step_nothing_is_saved(config, tmp_path, monkeypatch, handlers):
+    signalled_at(0, monkeypatch, signal.SIGINT)
+    early = pytest.raises(Preempted, match="before the first step")
+    with early as caught, Preemption() as preemption:
         loop.train(config, tmp_path / "run", preemption=preemption)
+    assert caught.value.status == 130
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
@@ -108,6 +122,14 @@ def test_in_a_destructor_which_drops_exceptions():
     with pytest.raises(Preempted, match="before the first step"), Preemption() as preemption:
         Terminates()
         preemption.start(0)
+
+
+def test_a_background_job_goes_on_ignoring_ctrl_c(handlers):
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    with Preemption() as preemption:
+        os.kill(os.getpid(), signal.SIGINT)
+        preemption.start(0)
+        assert not preemption.is_due(1)
 
 
 def test_exit_status(monkeypatch, capsys):

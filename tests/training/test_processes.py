@@ -246,7 +246,7 @@ def test_sigterm_to_one_of_two_then_four_go_on_as_one_process_would(place, alone
         assert f"stopped after step {stopped}, which is saved" in last_line(output)
 
     outputs = Run(place, tmp_path / "run", 4, 1, "--config.mesh.tensor=2").finish()
-    assert f"goes on after step {stopped}" in outputs[0]
+    assert f"continues after step {stopped}" in outputs[0]
     # Only the first process speaks.
     assert all("step" not in output for output in outputs[1:])
     assert_same_losses(run.workdir, alone)
@@ -415,5 +415,5 @@ def test_sigterm_while_connecting(place, tmp_path):
             statuses, outputs = run.end()
     assert time.monotonic() - sent < 10
     assert statuses == [os.EX_TEMPFAIL]
-    assert outputs == ["stopped before the first step; the same command begins again\n"]
+    assert outputs == ["stopped before the first step; the same command starts again\n"]
     assert not run.workdir.exists()

@@ -133,7 +133,9 @@ def test_a_file_in_the_way(tmp_path, inside):
         open_run(place, config())
 
 
-def test_a_read_only_place(tmp_path):
+def test_a_place_that_cannot_be_written_is_found_before_anything_is_loaded(tmp_path):
     """/proc refuses even the superuser."""
     with pytest.raises(CalmError, match=r"cannot write /proc/run"):
-        open_run("/proc/run", config())
+        check_run("/proc/run", config())
+    check_run(tmp_path / "deep" / "run", config())
+    assert not list(tmp_path.iterdir())
