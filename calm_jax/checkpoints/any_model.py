@@ -1,5 +1,7 @@
 """A model from whatever kind of folder holds one."""
 
+from collections.abc import Sequence
+
 import jax
 from etils import epath
 
@@ -11,24 +13,35 @@ from calm_jax.models import ComposedDecoder, Decoder
 
 
 def load_model(
-    place: epath.PathLike, *, step: int | None = None, mesh: jax.sharding.Mesh | None = None
+    path: epath.PathLike,
+    *,
+    step: int | None = None,
+    mesh: jax.sharding.Mesh | None = None,
+    anchor: epath.PathLike | None = None,
+    augments: Sequence[epath.PathLike] | None = None,
 ) -> Decoder | ComposedDecoder:
     """Loads a run's directory, a frozen folder or an exported bridge.
 
     Args:
-        place: the folder. Of a decoder's run, its finished model.
+        path: the folder. The model of a decoder's run is its finished one.
         step: which checkpoint of a composed run; default: the best by validation.
-        mesh: where everything goes; default: the first device.
+        mesh: the devices that hold the weights; default: the first device.
+        anchor, augments: folders of a composed model's frozen models; default: those recorded.
 
     Raises:
-        CalmError: no such folder, a damaged one, a decoder's run that has not finished, or `step`
-            of anything but a composed run.
+        CalmError: no such folder, a damaged one, a decoder's run that has not finished; `step` of
+            anything but a composed run; frozen models that are not those of the training, or that
+            are given for a lone decoder.
     """
-    folder = absolute(place)
+    folder = absolute(path)
     config = read_json(folder / "config.json", "a run, a frozen folder or an exported bridge")
     kind = kind_of(config)
     if kind in (COMPOSED_RUN, BRIDGE):
-        return composed.load_composed(folder, step=step, mesh=mesh)
+        return composed.load_composed(
+            folder, step=step, mesh=mesh, anchor=anchor, augments=augments
+        )
+    if anchor is not None or augments is not None:
+        raise CalmError(f"{folder} is {kind}: it has no anchor and augments to give")
     if step is not None:
         raise CalmError(f"{folder} holds one finished decoder: it has no step {step} to choose")
     if kind == DECODER_RUN:

@@ -193,18 +193,13 @@ def _other_kind(folder: epath.Path, values: Mapping[str, Any]) -> str:
 
 def _frozen_parts(values, anchor, augments, mesh, where: str) -> ComposedDecoder:
     """The composed model with a bridge of no meaning yet, its frozen models checked."""
-    places = [entry["place"] for entry in values["frozen"]]
-    given = [anchor, *(augments if augments is not None else [None] * (len(places) - 1))]
-    if len(given) != len(places):
-        raise CalmError(
-            f"{where} was trained with {len(places) - 1} augments, not {len(given) - 1}"
-        )
-    for entry, model in zip(values["frozen"], given, strict=True):
-        if model is None and entry["place"] is None:
-            raise CalmError(f"{where}: the {entry['role']} was never on disk; give it")
+    count = len(values["frozen"]) - 1
+    given = [anchor, *(augments if augments is not None else [None] * count)]
+    if len(given) - 1 != count:
+        raise CalmError(f"{where} was trained with {count} augments, not {len(given) - 1}")
     found = [
-        _described(place if model is None else model)
-        for place, model in zip(places, given, strict=True)
+        _recorded(entry, where) if model is None else _described(model)
+        for entry, model in zip(values["frozen"], given, strict=True)
     ]
     dtypes = [entry.get("dtype") for entry in values["frozen"]]
     # First of all: connections do not fit another model, and that would be said of them.
@@ -212,6 +207,18 @@ def _frozen_parts(values, anchor, augments, mesh, where: str) -> ComposedDecoder
     configs = [CompositionConfig.from_dict(config) for config in values["composition"]]
     models = load_parts(found, dtypes, configs, mesh)
     return compose(models[0], models[1:], configs, rngs=nnx.Rngs(0))
+
+
+def _recorded(entry: Mapping[str, Any], where: str) -> frozen.Description:
+    """The frozen model in the folder that `where` was trained with."""
+    role = entry["role"]
+    flag = "--anchor (anchor=)" if role == "anchor" else "--augments (augments=)"
+    if entry["place"] is None:
+        raise CalmError(f"{where}: the {role} was never on disk; give it by {flag}")
+    try:
+        return frozen.describe(entry["place"])
+    except CalmError as error:
+        raise CalmError(f"{where}: the {role}: {error}; if it has moved, give {flag}") from error
 
 
 def _short(fingerprint: str) -> str:

@@ -179,9 +179,9 @@ def _describe(values: flags.FlagValues, load_config) -> str:
         default = values[name].default
         shown = "" if default in (None, False, []) else f" (default: {default})"
         lines.append(f"  --{name}: {values[name].help}{shown}")
-    if load_config is not None:
-        lines.append("  --config.KEY=VALUE: set one key of the config, as often as needed")
-        if "config" in values and values.config is not None:
+    if "config" in values and load_config is not None:
+        lines.append("  --config.KEY=VALUE: set one key of the config; repeatable")
+        if values.config is not None:
             lines += ["", f"Keys of {values.config}, with their values:"]
             config = flatten(to_dict(load_config(values)))
             lines += [f"  --config.{key}={value!r}" for key, value in config.items()]

@@ -1,6 +1,5 @@
 """`calm evaluate`: score a model on tasks."""
 
-import re
 import shlex
 
 from absl import flags
@@ -8,7 +7,7 @@ from ml_collections import ConfigDict
 
 from calm_jax.checkpoints.files import absolute, read_json
 from calm_jax.checkpoints.kinds import BRIDGE, COMPOSED_RUN, DECODER_RUN, FROZEN, kind_of
-from calm_jax.cli import config
+from calm_jax.cli import config, models
 from calm_jax.errors import CalmError
 from calm_jax.quiet import quiet_libtpu
 
@@ -21,7 +20,8 @@ USAGE = """Scores a model by exact match and writes every prediction.
 WORKDIR is a run of `calm train`. Tasks and lengths are those of its config unless flags say
 otherwise: evaluate.tasks (where it is empty, the files of data.validation), evaluate.limit and
 evaluate.max_new_tokens. --parts scores the anchor and each augment alone as well, so that the pair
-can be compared with them. MODEL is a frozen folder or an exported bridge.
+can be compared with them. MODEL is a frozen folder or an exported bridge. Where the frozen models
+of a bridge have moved since it was trained, --anchor and --augments say where they are.
 
 Results go to the folder `evaluation` in WORKDIR or MODEL, in place of earlier ones. Nothing is done
 where the same checkpoint has been scored with the same settings before. --mesh.fsdp=4 and the like
@@ -33,9 +33,7 @@ SECTIONS = ("evaluate", "mesh")
 def _define(values: flags.FlagValues) -> None:
     flags.DEFINE_string("workdir", None, "directory of a run", flag_values=values)
     flags.DEFINE_string("model", None, "frozen folder or exported bridge", flag_values=values)
-    flags.DEFINE_integer(
-        "step", None, "checkpoint of a composed run, otherwise its best", flag_values=values
-    )
+    models.define(values)
     flags.DEFINE_list(
         "tasks", None, "Tasks or files of JSON lines, separated by commas", flag_values=values
     )
@@ -78,7 +76,7 @@ def _load_config(values: flags.FlagValues) -> ConfigDict:
 
 def main(argv: list[str]) -> int:
     """Runs the command; `argv` is what follows its name."""
-    given = [re.sub(r"^--?mesh\.", "--config.mesh.", argument) for argument in argv]
+    given = models.mesh_as_config(argv)
     values, settings = config.parse(given, USAGE, _define, load_config=_load_config)
 
     from calm_jax.evaluation import metrics, results, runner
@@ -91,6 +89,7 @@ def main(argv: list[str]) -> int:
     summary = runner.evaluate(
         folder,
         step=values.step,
+        **models.moved(values),
         tasks=settings.evaluate.tasks,
         limit=settings.evaluate.limit,
         max_new_tokens=settings.evaluate.max_new_tokens,

@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from calm_jax import data, sharding
 from calm_jax.checkpoints.any_model import load_model
-from calm_jax.checkpoints.files import absolute, read_json, write_json
+from calm_jax.checkpoints.files import absolute, check_writable, read_json, write_json
 from calm_jax.checkpoints.kinds import COMPOSED_RUN, DECODER_RUN, kind_of
 from calm_jax.checkpoints.training import TrainingCheckpoints
 from calm_jax.data.opening import identity
@@ -45,6 +45,8 @@ def evaluate(
     model: epath.PathLike,
     *,
     step: int | None = None,
+    anchor: epath.PathLike | None = None,
+    augments: Sequence[epath.PathLike] | None = None,
     tasks: Sequence[str] | None = None,
     limit: int | None = None,
     max_new_tokens: int | None = None,
@@ -65,6 +67,7 @@ def evaluate(
         model: the directory of a run, a frozen folder or an exported bridge.
         step: which checkpoint of a composed run; default: the best by validation. A decoder's run
             has one finished model, its frozen folder.
+        anchor, augments: folders of the frozen models, where these have moved.
         tasks: names of Tasks with a test split, or files of JSON lines; default: the run's
             `evaluate.tasks`, or, where that is empty, the files of its validation data.
         limit: examples of each task at most, 0 for all; default: the run's `evaluate.limit`, or 0.
@@ -110,10 +113,15 @@ def evaluate(
     is_same = scored.items() <= before.get(MADE, {}).items()
     if is_same and (PARTS in before or not parts):
         return before
+    check_writable(output)
 
     with _mesh(mesh) as built:
         loaded = load_model(
-            folder, step=step if kind_of(config) == COMPOSED_RUN else None, mesh=built
+            folder,
+            step=step if kind_of(config) == COMPOSED_RUN else None,
+            mesh=built,
+            anchor=anchor,
+            augments=augments,
         )
         is_composed = isinstance(loaded, ComposedDecoder)
         if parts and not is_composed:

@@ -4,14 +4,17 @@ import importlib.util
 import json
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 
 import numpy as np
 import pytest
 import tiny_models
+from flax import nnx
 
 import calm_jax
+from calm_jax import sharding
 from calm_jax.__main__ import COMMANDS, main
 from calm_jax.data.vocabulary import Vocabulary
 from calm_jax.quiet import quiet_libtpu
@@ -210,6 +213,49 @@ def test_generate_prints_prompts_and_answers(frozen, tmp_path, capsys):
         for prompt, answer in zip(prompts, np.asarray(answers).tolist(), strict=True)
     ]
     assert capsys.readouterr().out == "".join(f"{line}\n" for line in expected)
+
+
+def test_generate_with_a_bridge_whose_models_moved(frozen, tmp_path, capsys):
+    models = [shutil.copytree(frozen, tmp_path / name) for name in ("anchor", "augment")]
+    composed = calm_jax.compose(*map(calm_jax.load, models), rngs=nnx.Rngs(0))
+    calm_jax.export_bridge(composed, tmp_path / "bridge")
+    for model in models:
+        model.rename(tmp_path / f"new {model.name}")
+    arguments = ["generate", f"--workdir={tmp_path / 'bridge'}", "--prompt=a", "--max_new_tokens=2"]
+    assert main(arguments) == 2
+    assert "if it has moved, give --anchor" in capsys.readouterr().err
+    arguments += [f"--anchor={tmp_path}/new anchor", f"--augments={tmp_path}/new augment"]
+    assert main(arguments) == 0
+    assert capsys.readouterr().out.startswith("a")
+    assert main(["generate", f"--workdir={frozen}", "--prompt=a", f"--anchor={frozen}"]) == 2
+    assert "it has no anchor and augments to give" in capsys.readouterr().err
+
+
+def test_generate_on_a_mesh(frozen, capsys, monkeypatch):
+    meshes, make_mesh = [], sharding.make_mesh
+    monkeypatch.setattr(
+        sharding, "make_mesh", lambda shape: meshes.append(shape) or make_mesh(shape)
+    )
+    arguments = [
+        "generate",
+        f"--workdir={frozen}",
+        "--prompt=a",
+        "--prompt=b",
+        "--max_new_tokens=2",
+    ]
+    assert main(arguments) == 0
+    expected = capsys.readouterr().out
+    assert main([*arguments, "--mesh.fsdp=4"]) == 0
+    assert capsys.readouterr().out == expected
+    assert meshes == [{"slices": 0, "data": -1, "fsdp": 4, "tensor": 1}]
+    assert main([*arguments, "--mesh.tensr=4"]) == 2
+    assert "'mesh.tensr'; did you mean 'mesh.tensor'?" in capsys.readouterr().err
+
+
+def test_an_empty_answer_is_told(frozen, capsys, monkeypatch):
+    monkeypatch.setattr("calm_jax.decoding.generate", lambda *_, **__: np.zeros((1, 0), int))
+    assert main(["generate", f"--workdir={frozen}", "--prompt=one"]) == 0
+    assert capsys.readouterr() == ("one\n", "the answer to 'one' is empty\n")
 
 
 @pytest.mark.parametrize(
