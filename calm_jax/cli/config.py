@@ -5,6 +5,7 @@ import importlib.util
 import keyword
 import pathlib
 import re
+import shlex
 import traceback
 from collections.abc import Callable, Iterable, Sequence
 
@@ -61,6 +62,18 @@ def parse(
     if load_config is None:
         return values, None
     return values, override(load_config(values), rest)
+
+
+def command_line(command: str, argv: Sequence[str]) -> str:
+    """What a shell reads as the arguments, with as few quotes as can be."""
+    return " ".join(["calm", command, *map(_quoted, argv)])
+
+
+def _quoted(argument: str) -> str:
+    flag, equals, value = argument.partition("=")
+    if shlex.quote(argument) == argument or not equals or set('"\\$`!') & set(argument):
+        return shlex.quote(argument)
+    return f'{shlex.quote(flag)}="{value}"'
 
 
 def override(config: ConfigDict, arguments: Sequence[str]) -> ConfigDict:

@@ -1,7 +1,5 @@
 """`calm evaluate`: score a model on tasks."""
 
-import shlex
-
 from absl import flags
 from ml_collections import ConfigDict
 
@@ -96,7 +94,7 @@ def main(argv: list[str]) -> int:
         mesh=settings.mesh.to_dict(),
         parts=values.parts,
         output=output,
-        command=shlex.join(["calm", "evaluate", *argv]),
+        command=config.command_line("evaluate", argv),
     )
     parts = summary.get(results.PARTS, {})
     for task, score in summary.items():

@@ -1,7 +1,5 @@
 """`calm train`: a decoder, or the bridge of a composed model."""
 
-import shlex
-
 from absl import flags
 
 from calm_jax.cli import config
@@ -66,7 +64,7 @@ def main(argv: list[str]) -> int:
 
     quiet_libtpu()
     place = (values.coordinator, values.process_count, values.process_index)
-    command = shlex.join(["calm", "train", *argv])
+    command = config.command_line("train", argv)
     with Preemption() as preemption, joined(*place, timeout=values.coordinator_seconds):
         train(
             run_config,

@@ -4,6 +4,7 @@ Every text that a template writes is escaped, and its control characters are mad
 """
 
 import pathlib
+import re
 import zlib
 from typing import Any
 
@@ -13,8 +14,6 @@ from calm_jax import units
 from calm_jax.evaluation.results import Run
 from calm_jax.evaluation.table1 import interval, percent
 
-_OTHER_COLOURS = 6  # --other-0 and so on in style.css
-
 
 def render(**values: Any) -> str:
     """The whole page as text."""
@@ -22,12 +21,11 @@ def render(**values: Any) -> str:
 
 
 def run_colour(run: Run) -> str:
-    """The CSS colour of a run: of a model's role where its name tells one, else by its name."""
-    alone = {": anchor alone": "anchor", ": augment alone": "augment"}
-    role = next((role for end, role in alone.items() if run.name.endswith(end)), run.name)
-    if role in ("augment", "anchor", "composed"):
-        return f"var(--{role})"
-    return f"var(--other-{zlib.crc32(run.name.encode()) % _OTHER_COLOURS})"
+    """The CSS colour of a run: that of its role where it has one, else one of six by its name."""
+    if run.composed or run.name in ("augment", "anchor"):
+        return f"var(--{'composed' if run.composed else run.name})"
+    role = re.search(r": (anchor|augment)( \d+)? alone$", run.name)
+    return f"var(--{role[1] if role else f'other-{zlib.crc32(run.name.encode()) % 6}'})"
 
 
 def shade(index: int, count: int) -> str:

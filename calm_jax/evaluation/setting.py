@@ -136,7 +136,7 @@ def _bridge(run: Run) -> str:
         places = (
             ("connections " + ", ".join(f"{i}→{j}" for i, j in pairs))
             if pairs
-            else f"every {config.every}th augment layer"
+            else f"every {_ordinal(config.every)}augment layer"
         )
         parts.append(f"augment {augment}: {places}" if len(sections) > 1 else places)
         extras = [
@@ -154,6 +154,11 @@ def _bridge(run: Run) -> str:
         parts.append(", ".join([*extras, start]))
     count = parameters(run, "bridge")
     return "; ".join(parts) + (f"; {count} parameters" if count else "")
+
+
+def _ordinal(number: int) -> str:
+    """`4th `; nothing for 1."""
+    return {1: "", 2: "2nd ", 3: "3rd "}.get(number, f"{number}th ")
 
 
 def installed() -> dict[str, str]:

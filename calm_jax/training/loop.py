@@ -311,7 +311,7 @@ class _Session:
             for name, of_set in zip(names, sums, strict=True)
             if len(sums) > 1 and of_set["sequences"]
         }
-        return exact | scores
+        return scores | exact
 
     def _sums(self, eval_step, trainable: Tree, part: Part) -> dict[str, np.ndarray]:
         """Sums over all rows of one set, in batches of a micro-batch's size."""
