@@ -170,5 +170,5 @@ def test_a_shell_reads_a_recorded_command_as_it_was_given(arguments):
 def test_a_recorded_command_is_legible():
     arguments = ["--config.augments=('models/a',)", "--config.name=a b", "--workdir=runs/a"]
     assert config.command_line("train", arguments) == (
-        'calm train --config.augments="(\'models/a\',)" --config.name="two words" --workdir=runs/a'
+        'calm train --config.augments="(\'models/a\',)" --config.name="a b" --workdir=runs/a'
     )
