@@ -1,4 +1,4 @@
-"""What one accelerator of each kind can do."""
+"""What one accelerator of each kind can do, as its makers document it."""
 
 import dataclasses
 
@@ -7,16 +7,16 @@ GIB = 2**30
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """One accelerator, as it is documented. All bandwidths are in bytes per second.
+    """One accelerator. All bandwidths are in bytes per second.
 
     Attributes:
-        hbm_bytes: memory that a program can have, a little less than the chip has.
-        flops: peak, bfloat16, dense, per second.
+        hbm_bytes: memory that a program can use, a little less than the chip has.
+        flops: peak FLOPs per second, dense, in bfloat16.
         hbm_bandwidth: to and from the chip's memory.
         link_bandwidth: of one link to a neighbour, in one direction.
-        network_bandwidth: of the data-centre network, the chip's share of its host's.
-        torus: number of chips along a side from which its two ends are joined; 0: the chips are
-            joined by a switch.
+        network_bandwidth: the chip's share of its host's link to the data-centre network.
+        torus: chips along a side from which on its two ends are joined; 0: a switch joins all
+            chips.
     """
 
     name: str
@@ -29,12 +29,12 @@ class Chip:
     torus: int
 
 
-# https://cloud.google.com/tpu/docs/{v5e,v5p,v6e}: peak, memory, "bidirectional ICI bandwidth per
-# chip" (halved, over four ports or six), data-centre network of a pod over its chips. The memory
-# that programs can have is what the compiler reports. Ends are joined on a side of a whole pod's
-# length (v5e, v6e) or of whole cubes of four (v5p).
-# H100 and H200: the data sheets of the SXM modules, NVLink as one link, one 400 Gb/s card a GPU;
-# memory that XLA may take of them: 90 % (its option for preallocation is more careful still).
+# TPUs: https://cloud.google.com/tpu/docs/{v5e,v5p,v6e}. A link has half of the "bidirectional ICI
+# bandwidth per chip", divided by its four or six ports; the network is a pod's divided by its
+# chips. The usable memory is what the compiler reports. The ends of a side are joined if it is as
+# long as a whole pod (v5e, v6e), or made of whole cubes of four (v5p).
+# GPUs: the data sheets of the SXM modules, with NVLink as one link, one 400 Gb/s card for each GPU,
+# and 90 % of the memory as usable (XLA's own preallocation takes 75 %).
 CHIPS = {
     chip.name: chip
     for chip in (

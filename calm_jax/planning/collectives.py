@@ -1,4 +1,4 @@
-"""What the chips of a mesh send to each other in one step: kind, mesh axes, bytes."""
+"""What the chips of a mesh send each other in one step: kind, mesh axes, bytes."""
 
 import collections
 import dataclasses
@@ -16,14 +16,14 @@ KINDS = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective
 
 @dataclasses.dataclass(frozen=True)
 class Collective:
-    """One instruction in which chips exchange data.
+    """One instruction by which chips exchange data.
 
     Attributes:
         kind: one of `KINDS`.
-        axes: mesh axes along which its groups of chips lie.
-        group: positions in the mesh of the chips of the first group.
-        times: runs a step.
-        bytes: sent by each chip in all runs, by the best algorithm on a ring.
+        axes: mesh axes along which the members of a group differ.
+        group: positions in the mesh of the first group's chips.
+        times: how often it runs in a step.
+        bytes: what each chip sends in all runs together, by the best algorithm on a ring.
     """
 
     name: str
@@ -35,7 +35,7 @@ class Collective:
 
 
 def find(module: Module, mesh: jax.sharding.Mesh) -> list[Collective]:
-    """Every collective of a program compiled for a mesh; those of one chip alone left out."""
+    """Every collective of a program compiled for a mesh, except those within one chip."""
     found = []
     for instruction, times, computation, _ in module.executed():
         if instruction.opcode == "send":
@@ -47,7 +47,7 @@ def find(module: Module, mesh: jax.sharding.Mesh) -> list[Collective]:
             continue
         inside = module.computations[computation]
         if "chain_id=" in instruction.attributes and not _starts(inside):
-            continue  # one that runs beside several fusions stands in each of them
+            continue  # it overlaps several fusions, and is written in each of them
         if kind == "all-reduce" and computation.startswith("all-reduce-scatter"):
             kind = "reduce-scatter"
         groups = _groups(instruction, mesh)
@@ -63,7 +63,7 @@ def find(module: Module, mesh: jax.sharding.Mesh) -> list[Collective]:
 
 
 def totals(found: Sequence[Collective]) -> list[dict]:
-    """Bytes that each chip sends in a step and number of runs, by kind and axes, largest first."""
+    """Runs, and bytes that each chip sends in a step, by kind and axes; most bytes first."""
     table = collections.defaultdict(lambda: [0, 0.0])
     for collective in found:
         row = table[collective.kind, collective.axes]
@@ -77,19 +77,19 @@ def totals(found: Sequence[Collective]) -> list[dict]:
 
 
 def _starts(computation: dict[str, Instruction]) -> bool:
-    """Whether a fusion starts an exchange that others go on with, rather than being one of them."""
+    """Whether a fusion is the one that starts an exchange which further fusions continue."""
     return any("AsyncCollectiveStart" in x.attributes for x in computation.values())
 
 
 def _between_slices(
     send: Instruction, times: int, operand_bytes: int, mesh: jax.sharding.Mesh
 ) -> list[Collective]:
-    """What goes over the network: to the host, which exchanges it with those of other slices."""
-    told = re.search(r'_xla_megascale_transfer_type="(\w+)"', send.attributes)
+    """What a chip sends to its host, which exchanges it with the hosts of other slices."""
+    found = re.search(r'_xla_megascale_transfer_type="(\w+)"', send.attributes)
     slices = mesh.shape["slices"]
-    if not told or slices == 1:
+    if not found or slices == 1:
         return []
-    kind = told[1].lower().replace("_", "-")
+    kind = found[1].lower().replace("_", "-")
     kind = kind if kind in KINDS else "collective-permute"
     group = tuple(range(0, mesh.size, mesh.size // slices))
     sent = _sent(kind, operand_bytes, slices)
@@ -97,7 +97,7 @@ def _between_slices(
 
 
 def _sent(kind: str, operand_bytes: int, size: int) -> float:
-    """Bytes that each of `size` chips sends, given those of its operand."""
+    """Bytes that each of `size` chips sends, given the bytes of its operand."""
     return (
         operand_bytes
         * {
@@ -111,7 +111,7 @@ def _sent(kind: str, operand_bytes: int, size: int) -> float:
 
 
 def _groups(instruction: Instruction, mesh: jax.sharding.Mesh) -> list[list[int]]:
-    """Positions in the mesh; of a permutation, its pairs."""
+    """Groups of positions in the mesh; for a permutation, its pairs."""
     text = instruction.attributes
     pairs = re.search(r"source_target_pairs=\{(\{.*?\})\}", text)
     if pairs:
@@ -121,11 +121,12 @@ def _groups(instruction: Instruction, mesh: jax.sharding.Mesh) -> list[list[int]
 
 
 def replica_groups(text: str, size: int) -> list[list[int]]:
-    """The groups of an instruction's attributes, in any of XLA's three notations.
+    """The groups in an instruction's attributes; without any, all `size` chips are one group.
 
-    `{{0,2},{1,3}}`; `[2,2]<=[2,2]T(1,0)`, numbers counted in one shape, transposed and cut into
-    rows; `mesh['a'=2,'b'=4] {'b'}`, an own mesh and the axes of it that a group lies along, each
-    perhaps in part: `'b':(1)2` are 2 steps of `b`, the part after 1. Without groups all are one.
+    XLA has three notations. `{{0,2},{1,3}}` lists them. `[2,2]<=[2,2]T(1,0)` numbers the chips in
+    one shape, transposes it and cuts it into rows. `mesh['a'=2,'b'=4] {'b'}` names a mesh of its
+    own and the axes that a group spans, whole or in part: `'b':(1)2` is the part of `b` of size 2
+    that follows a part of size 1.
     """
     listed = re.search(r"replica_groups=\{(\{.*?\})\}", text)
     if listed:
@@ -160,9 +161,9 @@ def _of_named_axes(axes: str, order_shape: str | None, order: str | None, used: 
         numbers = numbers.reshape([int(x) for x in order_shape.split(",")])
         numbers = numbers.transpose([int(x) for x in order.split(",")]) if order else numbers
     numbers = numbers.reshape([size for size, _ in flat])
-    inside = [place for place, (_, taken) in enumerate(flat) if taken]
-    outside = [place for place, (_, taken) in enumerate(flat) if not taken]
-    length = math.prod(flat[place][0] for place in inside)
+    inside = [axis for axis, (_, taken) in enumerate(flat) if taken]
+    outside = [axis for axis, (_, taken) in enumerate(flat) if not taken]
+    length = math.prod(flat[axis][0] for axis in inside)
     return numbers.transpose([*outside, *inside]).reshape(-1, length).tolist()
 
 
@@ -171,8 +172,8 @@ def _axes(groups: Sequence[Sequence[int]], mesh: jax.sharding.Mesh) -> tuple[str
     shape = tuple(mesh.shape.values())
     moved = set()
     for group in groups:
-        places = np.stack(np.unravel_index(group, shape))
-        moved |= set(np.flatnonzero((places != places[:, :1]).any(axis=1)).tolist())
+        positions = np.stack(np.unravel_index(group, shape))
+        moved |= set(np.flatnonzero((positions != positions[:, :1]).any(axis=1)).tolist())
     return tuple(name for number, name in enumerate(mesh.shape) if number in moved)
 
 

@@ -1,8 +1,8 @@
-"""What a step needs by arithmetic alone: good to rank ways of running it, not to swear by.
+"""What a step needs by arithmetic alone: good enough to rank ways of running it.
 
-Products of matrices are counted in the traced step, and so is what it keeps for its backward pass;
-trees in their shardings. The rest are sizes of the largest arrays: what one layer holds while it
-runs, weights as they are gathered; and the same again for traffic.
+FLOPs, and what is kept for the backward pass, are counted in the traced step; sizes of trees come
+from their shardings. Everything else is estimated from the sizes of the largest arrays: gathered
+weights, the residual stream, the products inside a layer, attention logits.
 """
 
 import dataclasses
@@ -19,7 +19,8 @@ from calm_jax.models.bridge import heads
 from calm_jax.models.config import DecoderConfig
 from calm_jax.models.connections import plan_connections
 from calm_jax.models.parameters import size_in_bytes
-from calm_jax.planning import counting, plan, roofline
+from calm_jax.planning import compiled_plan, counting, roofline
+from calm_jax.planning.compiled_plan import Plan
 from calm_jax.planning.topologies import Topology
 from calm_jax.training.abstract_run import abstract_parts, decoder_configs
 from calm_jax.training.costs import shard_bytes, tree_shards
@@ -27,21 +28,21 @@ from calm_jax.training.optimizer import make_optimizer
 from calm_jax.training.run_model import composition_configs
 from calm_jax.training.step import Shardings
 
-_BLOCK = 512  # queries that meet all keys at once, but for the attention backend "xla"
+_BLOCK = 512  # keys whose logits exist at once, unless the attention backend is "xla"
 
 
 @dataclasses.dataclass(frozen=True)
 class _Layers:
-    """Layers of one form that run one after the other, on one chip and for one micro-batch.
+    """Equal layers that run one after the other, on one chip and for one micro-batch.
 
     Attributes:
-        number: of them.
-        learns: a gradient flows through them.
+        number: how many layers there are.
+        learns: whether a gradient flows through them.
         weights: bytes of one layer, gathered.
-        stream: bytes of the residual stream, whole along its length.
-        inner: bytes of the products that a layer makes.
-        logits: bytes of attention logits that exist at once, float32.
-        exchanges: of the whole stream along `tensor`, in one pass over a layer.
+        stream: bytes of the residual stream over the whole length.
+        inner: bytes of the products that one layer computes.
+        logits: bytes of the attention logits that exist at once, in float32.
+        exchanges: how often one pass over a layer exchanges the stream along `tensor`.
     """
 
     number: int
@@ -54,7 +55,7 @@ class _Layers:
 
     @property
     def working(self) -> float:
-        """Bytes of a layer while it runs: weights of it and of the next, streams, products."""
+        """Bytes while a layer runs: its weights and the next one's, streams, products."""
         runs = 2 if self.learns else 1
         return 2 * self.weights + runs * (2 * self.stream + self.inner + self.logits)
 
@@ -67,27 +68,27 @@ class _Layers:
 class Formula:
     """The formulas for one config's models, on any mesh of one topology.
 
-    Raises `CalmError` where its devices cannot do what `attention` or `train.remat` says.
+    Raises `CalmError` if its devices do not support the config's `attention` or `train.remat`.
     """
 
     def __init__(self, config: ConfigDict, topology: Topology):
         self.topology = topology
-        self.forms = decoder_configs(config)
+        self.configs = decoder_configs(config)
         self.parts = abstract_parts(config, topology.device)
         self.trainable, self.frozen = self.parts.abstract()
         self.optimizer, _ = make_optimizer(config.optimizer, config.train.num_steps)
         self.opt_state = jax.eval_shape(self.optimizer.init, self.trainable)
         self.compositions = composition_configs(config) if self.parts.composed else []
-        # Trained layers are float32, and cast before they are gathered.
-        self.cast = jnp.dtype(self.forms[0].dtype).itemsize / 4
+        # Trained layers are float32, and are cast before they are gathered.
+        self.cast = jnp.dtype(self.configs[0].dtype).itemsize / 4
         self._counted: dict[tuple[str, int, int], tuple[int, int]] = {}
         self._trees = functools.cache(self._count_trees)
 
-    def plan(self, config: ConfigDict, mesh: jax.sharding.AbstractMesh) -> plan.Plan:
-        """As `calm_jax.planning.plan.make_plan`, without its collectives.
+    def plan(self, config: ConfigDict, mesh: jax.sharding.AbstractMesh) -> Plan:
+        """As `calm_jax.planning.compiled_plan.make_plan`, without its collectives.
 
         Raises:
-            CalmError: a mesh that does not divide heads, widths or the batch.
+            CalmError: the mesh does not divide heads, widths or the batch.
         """
         train, chip = config.train, self.topology.chip
         sharding.check_batch(train.batch_size, train.accumulate, mesh)
@@ -114,8 +115,8 @@ class Formula:
             exchanged += runs * group.exchanges * group.stream * (tensor - 1) / tensor
             moved += runs * (2 * group.weights + 4 * group.stream + 4 * group.inner + group.logits)
         moved += 3 * train.accumulate * head + 6 * trained + kept
-        # Gradients are summed for every micro-batch: scattered as weights are split, then over the
-        # chips of a slice that hold the same weights, then between slices, each chip its share.
+        # Every micro-batch sums its gradients: scattered as the weights are split, then over the
+        # chips of a slice that hold the same weights, then each chip's share between slices.
         slices = mesh.shape["slices"]
         replicas = batch_ways // slices // shards
         gradients *= train.accumulate
@@ -130,7 +131,7 @@ class Formula:
         flops = flops / self.topology.chips
         seconds = roofline.step_time(self.topology, flops, moved, links, network)
         return {
-            **plan.what(config, self.topology, dict(mesh.shape)),
+            **compiled_plan.description(config, self.topology, dict(mesh.shape)),
             "compiled": False,
             "memory": {
                 "trees": trees,
@@ -139,20 +140,20 @@ class Formula:
                 "fits": peak <= chip.hbm_bytes,
             },
             "flops": flops,
-        } | plan.times(config, self.topology, seconds)
+        } | compiled_plan.times(config, self.topology, seconds)
 
     def _count_trees(
         self, mesh: jax.sharding.AbstractMesh, weight_sharding: str
     ) -> tuple[list[dict[str, Any]], int, float]:
-        """Rows of all trees, bytes of what is trained and of its gradients, on one chip."""
+        """Rows of all trees; bytes of the trained tree and of its gradients, on one chip."""
         rules = sharding.WEIGHT_RULES[weight_sharding]
-        places = Shardings.of(self.parts, self.optimizer, mesh, rules)
-        rows = tree_shards(self.parts, places, self.trainable, self.opt_state, self.frozen)
-        trained = shard_bytes(self.trainable, places.trainable)
-        layers, where = self.trainable, places.trainable
-        if not self.parts.composed:  # gradients of embeddings are float32, of layers as these cast
-            layers, where = layers["layers"], where["layers"]
-        return rows, trained, trained - (1 - self.cast) * shard_bytes(layers, where)
+        shardings = Shardings.of(self.parts, self.optimizer, mesh, rules)
+        rows = tree_shards(self.parts, shardings, self.trainable, self.opt_state, self.frozen)
+        trained = shard_bytes(self.trainable, shardings.trainable)
+        layers, split = self.trainable, shardings.trainable
+        if not self.parts.composed:  # an embedding's gradient is float32, a layer's is cast
+            layers, split = layers["layers"], split["layers"]
+        return rows, trained, trained - (1 - self.cast) * shard_bytes(layers, split)
 
     def _groups(self, config: ConfigDict, rows: float, tensor: int) -> list[_Layers]:
         T = config.data.length
@@ -160,12 +161,12 @@ class Formula:
         sizes = functools.partial(_layers, tokens=rows * T, tensor=tensor)
         block = T if backend == "xla" else min(T, _BLOCK)
         if not self.parts.composed:
-            (form,) = self.forms
-            layers = _bytes_of_layer(self.trainable["layers"], form.num_layers)
-            return [sizes(form, form.num_layers, True, layers * self.cast, keys=block)]
-        anchor, *augments = self.forms
+            (decoder,) = self.configs
+            weights = _bytes_of_layer(self.trainable["layers"], decoder.num_layers)
+            return [sizes(decoder, decoder.num_layers, True, weights * self.cast, keys=block)]
+        anchor, *augments = self.configs
         connected = plan_connections(
-            self.compositions, anchor.num_layers, [form.num_layers for form in augments]
+            self.compositions, anchor.num_layers, [augment.num_layers for augment in augments]
         )
         weights = _bytes_of_layer(self.frozen["anchor"]["layers"], anchor.num_layers)
         below = connected.connections[0].anchor_layer + 1
@@ -173,11 +174,11 @@ class Formula:
             sizes(anchor, below, False, weights, keys=block),
             sizes(anchor, anchor.num_layers - below, True, weights, keys=block),
         ]
-        for tree, form, taps in zip(
+        for tree, augment, taps in zip(
             self.frozen["augments"], augments, connected.tap_layers, strict=True
         ):
-            weights = _bytes_of_layer(tree["layers"], form.num_layers)
-            groups.append(sizes(form, taps[-1] + 1, False, weights, keys=block))
+            weights = _bytes_of_layer(tree["layers"], augment.num_layers)
+            groups.append(sizes(augment, taps[-1] + 1, False, weights, keys=block))
         number = len(connected.connections)
         weights = _bytes_of_layer(self.trainable, number) * self.cast
         N, H = heads(self.compositions[0], anchor)
@@ -193,11 +194,11 @@ class Formula:
         return [*groups, sizes(crossing, number, True, weights, keys=block)]
 
     def _head_bytes(self, config: ConfigDict, rows: float, tensor: int) -> float:
-        """Logits of a chunk and their gradient, and the embedding, gathered."""
-        form, T = self.forms[0], config.data.length
+        """Bytes of a chunk's logits, of their gradient, and of the gathered embedding."""
+        decoder, T = self.configs[0], config.data.length
         positions = min(config.train.loss_chunk or T, T)
-        logits = rows * positions * form.vocab_size / tensor * 4
-        return 2.5 * logits + form.vocab_size / tensor * form.embed_dim * 2
+        logits = rows * positions * decoder.vocab_size / tensor * 4
+        return 2.5 * logits + decoder.vocab_size / tensor * decoder.embed_dim * 2
 
     def _bandwidth(self, ways: int) -> float:
         """Bytes per second to a group of chips: along one side of the slice, or along two."""
@@ -216,7 +217,7 @@ class Formula:
 
 
 def _layers(
-    form: DecoderConfig,
+    config: DecoderConfig,
     number: int,
     learns: bool,
     weights: float,
@@ -225,18 +226,18 @@ def _layers(
     tensor: int,
     keys: int,
 ) -> _Layers:
-    kv_ways = tensor if form.num_kv_heads % tensor == 0 else 1
-    features = 2 * form.num_heads * form.head_dim / tensor
-    features += 2 * form.num_kv_heads * form.head_dim / kv_ways
-    features += (3 if form.gated_mlp else 2) * form.mlp_dim / tensor
+    kv_ways = tensor if config.num_kv_heads % tensor == 0 else 1
+    features = 2 * config.num_heads * config.head_dim / tensor
+    features += 2 * config.num_kv_heads * config.head_dim / kv_ways
+    features += (3 if config.gated_mlp else 2) * config.mlp_dim / tensor
     return _Layers(
         number=number,
         learns=learns,
         weights=weights / tensor,
-        stream=2 * tokens * form.embed_dim,
+        stream=2 * tokens * config.embed_dim,
         inner=2 * tokens * features,
-        logits=4 * tokens * form.num_heads / tensor * keys,
-        exchanges=2 if form.block == "parallel" else 4,
+        logits=4 * tokens * config.num_heads / tensor * keys,
+        exchanges=2 if config.block == "parallel" else 4,
     )
 
 
@@ -245,7 +246,7 @@ def _bytes_of_layer(tree: Any, number: int) -> float:
 
 
 def abstract_mesh(sizes: Mapping[str, int]) -> jax.sharding.AbstractMesh:
-    """A mesh without devices, with the sizes of all its axes."""
+    """A mesh without devices, of the given size along every axis."""
     return jax.sharding.AbstractMesh(
         tuple(sizes[axis] for axis in sharding.MESH_AXES), sharding.MESH_AXES
     )

@@ -1,6 +1,6 @@
 """The text of a compiled program as instructions, each with how often it runs.
 
-XLA's own figures take the body of a loop once; here it counts as often as the loop turns.
+XLA's own figures count the body of a loop once; here it counts as often as the loop runs.
 """
 
 import dataclasses
@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterator
 
 BITS = {"pred": 8, "c64": 64, "c128": 128, "token": 0, "opaque": 0}
-# These move nothing: they name, group or reserve what is there, or their bodies are counted.
+# These move no data: they name, group or reserve arrays, or their bodies are counted instead.
 FREE = frozenset(
     {
         "add-dependency",
@@ -37,7 +37,7 @@ _OPERAND = re.compile(r"%([\w.$-]+)")
 
 @dataclasses.dataclass(frozen=True)
 class Array:
-    """One array of an instruction's result; `fast`: it is not in the chip's main memory."""
+    """One array of an instruction's result; `fast`: in a memory faster than the main one."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -68,7 +68,7 @@ class Instruction:
 
     @functools.cached_property
     def arrays(self) -> tuple[Array, ...]:
-        """The arrays of the result, those of nested tuples too."""
+        """The arrays of the result, including those in nested tuples."""
         return tuple(
             Array(
                 dtype,
@@ -90,7 +90,7 @@ class Instruction:
 
 @dataclasses.dataclass(frozen=True)
 class Module:
-    """A whole program: instructions by computation, in order, and the entry's name."""
+    """A whole program: its instructions in order, by computation, and the entry's name."""
 
     computations: dict[str, dict[str, Instruction]]
     entry: str
@@ -102,8 +102,8 @@ class Module:
         """Every instruction that runs; of a conditional, those of the branch that makes most bytes.
 
         Yields:
-            the instruction; how often it runs in a step; the computation that it stands in; and the
-            one that launches it, which differs where it is part of a fusion.
+            the instruction; how often it runs in a step; the computation that contains it; and the
+            computation that launches it, which differs if it is part of a fusion.
         """
         yield from self._walk(self.entry, 1, self.entry)
 
@@ -127,7 +127,7 @@ class Module:
                 yield from self._walk(instruction.called("calls"), times, launcher)
 
     def trips(self, loop: Instruction, computation: str) -> int:
-        """How often a loop turns: as its text says, else by its condition, `i < limit`."""
+        """How often a loop runs: as its text says, else by its condition `i < limit`."""
         known = re.search(r'known_trip_count"?\s*[:=]\s*\{"?n"?\s*[:=]\s*"?(\d+)', loop.attributes)
         if known:
             return int(known[1])
@@ -150,11 +150,13 @@ class Module:
             values = [self._value(name, condition, loop, computation) for name in compare.operands]
         start, limit = values if "direction=LT" in compare.attributes else reversed(values)
         if compare.opcode != "compare" or limit is None:
-            raise ValueError(f"the loop {loop.name} turns as often as nobody can say")
+            raise ValueError(
+                f"the loop {loop.name} has a number of runs that its text does not tell"
+            )
         return limit - (start or 0)
 
     def _value(self, name: str, condition: str, loop: Instruction, outside: str) -> int | None:
-        """A scalar of a loop's condition: a constant, or one that the loop starts with."""
+        """A scalar of a loop's condition: a constant, or an initial value of the loop."""
         instruction = self.computations[condition][name]
         if instruction.opcode == "get-tuple-element":
             index = int(re.search(r"index=(\d+)", instruction.attributes)[1])
@@ -200,13 +202,13 @@ def _instruction(line: str, found: re.Match) -> Instruction:
 
 
 def _balanced(line: str, opening: int) -> int:
-    """The place after the parenthesis that closes the one at `opening`."""
+    """The index after the parenthesis that closes the one at `opening`."""
     depth = 0
-    for place in range(opening, len(line)):
-        depth += {"(": 1, ")": -1}.get(line[place], 0)
+    for index in range(opening, len(line)):
+        depth += {"(": 1, ")": -1}.get(line[index], 0)
         if depth == 0:
-            return place + 1
-    raise ValueError(f"no end of the parenthesis in {line[:120]}")
+            return index + 1
+    raise ValueError(f"a parenthesis is not closed in {line[:120]}")
 
 
 def _bytes_made(executed: list[tuple[Instruction, int, str, str]]) -> int:

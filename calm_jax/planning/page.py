@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from calm_jax import units
-from calm_jax.planning.plan import Plan
+from calm_jax.planning.compiled_plan import Plan
 
 _NAMES = {
     "compute": "matrix products",
@@ -20,7 +20,7 @@ _BY_FORMULA = (
 
 
 def text(plan: Plan) -> str:
-    """Every table of one plan."""
+    """All tables and sentences of one plan."""
     sections = [_head(plan), _memory(plan)]
     if "seconds" in plan:
         if plan.get("collectives"):

@@ -1,4 +1,4 @@
-"""`calm plan` as a function: checks, plans, prints and saves."""
+"""`calm plan` as a function: checks the input, plans, prints and saves."""
 
 import tempfile
 
@@ -7,7 +7,8 @@ from ml_collections import ConfigDict
 
 from calm_jax.checkpoints.files import absolute, is_bucket, write_json, write_text
 from calm_jax.errors import CalmError
-from calm_jax.planning import formula, page, plan, program, search, topologies
+from calm_jax.planning import compiled_plan, formula, page, program, search, topologies
+from calm_jax.planning.compiled_plan import Plan
 from calm_jax.training import configuration
 
 
@@ -20,34 +21,34 @@ def run(
     search: bool = False,
     output: epath.PathLike | None = None,
     command: str = "",
-) -> plan.Plan:
-    """Plans a run, prints the plan, and saves it where an output folder is given.
+) -> Plan:
+    """Plans a run, prints the plan, and saves it in `output` if given.
 
     Raises:
-        CalmError: bad input, no compiler for the topology, or an output that cannot be written.
+        CalmError: bad input, no compiler for the topology, or a folder that cannot be written.
     """
-    place = topologies.find(topology)
+    found = topologies.find(topology)
     if dollars_per_chip_hour is not None and tokens is None:
-        raise CalmError("--dollars_per_chip_hour says nothing without --tokens")
+        raise CalmError("--dollars_per_chip_hour needs --tokens")
     configuration.validate(config)
     if output is not None:
         _check_writable(absolute(output))
     program.use_no_device()
-    made = _plan(config, place, search)
-    if tokens is not None and "seconds" in made:
-        made["training"] = plan.training(made, tokens, dollars_per_chip_hour)
-    made["command"] = command
-    shown = page.text(made)
+    plan = _plan(config, found, search)
+    if tokens is not None and "seconds" in plan:
+        plan["training"] = compiled_plan.training_cost(plan, tokens, dollars_per_chip_hour)
+    plan["command"] = command
+    shown = page.text(plan)
     print(shown, end="", flush=True)
     if output is not None:
         folder = absolute(output)
-        write_json(folder / "plan.json", made)
+        write_json(folder / "plan.json", plan)
         write_text(folder / "plan.md", f"    {command}\n\n{shown}")
-    return made
+    return plan
 
 
 def _check_writable(folder: epath.Path) -> None:
-    """Raises `CalmError` before minutes of compiling rather than after them; makes nothing."""
+    """Raises `CalmError` now rather than after minutes of compiling; leaves no file behind."""
     if is_bucket(folder):
         return
     nearest = next(path for path in (folder, *folder.parents) if path.exists())
@@ -59,13 +60,13 @@ def _check_writable(folder: epath.Path) -> None:
         ) from None
 
 
-def _plan(config: ConfigDict, place: topologies.Topology, searched: bool) -> plan.Plan:
+def _plan(config: ConfigDict, topology: topologies.Topology, searched: bool) -> Plan:
     if searched:
-        return search.cheapest(config, place)
-    if place.compiled:
-        made = plan.make_plan(config, place)
+        return search.cheapest(config, topology)
+    if topology.compiled:
+        plan = compiled_plan.make_plan(config, topology)
     else:
-        made = formula.Formula(config, place).plan(config, formula.mesh_of(config, place))
-    if made["memory"]["fits"]:
-        return made
-    return made | {"advice": search.advice_by_formula(config, place)}
+        plan = formula.Formula(config, topology).plan(config, formula.mesh_of(config, topology))
+    if plan["memory"]["fits"]:
+        return plan
+    return plan | {"advice": search.advice_by_formula(config, topology)}

@@ -1,6 +1,6 @@
-"""The real training step of a config, compiled for devices that need not be there.
+"""The training step of a config, compiled for devices that need not be at hand.
 
-Models are shapes alone; no weight is read or made.
+Models are shapes only; no weight is read or made.
 """
 
 import contextlib
@@ -28,7 +28,7 @@ Mesh = jax.sharding.Mesh | jax.sharding.AbstractMesh
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """A traced step: what it is called with, where that lives, and its equations."""
+    """A traced step, with the shapes and shardings of its arguments."""
 
     mesh: Mesh
     parts: Parts
@@ -38,9 +38,9 @@ class Program:
 
 
 def use_no_device() -> None:
-    """Keeps this process from any accelerator; to be called before anything runs."""
-    os.environ["TPU_SKIP_MDS_QUERY"] = "1"  # else it asks the network what machine this is
-    os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "true"  # the lock is of a device; none is used
+    """Keeps this process off any accelerator. Call it before JAX runs anything."""
+    os.environ["TPU_SKIP_MDS_QUERY"] = "1"  # otherwise it asks the network what machine this is
+    os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "true"  # its lock guards a device, and none is used
     os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
     os.environ.setdefault("TPU_STDERR_LOG_LEVEL", "3")
     jax.config.update("jax_platforms", "cpu")
@@ -69,7 +69,7 @@ def trace(config: ConfigDict, mesh: Mesh) -> Program:
     """Traces the step for a config, on a mesh of devices or an abstract one.
 
     Raises:
-        CalmError: bad input, as `calm train` would find it: forms, connections, mesh, batch.
+        CalmError: models, connections, a mesh or a batch that `calm train` refuses as well.
     """
     sharding.check_batch(config.train.batch_size, config.train.accumulate, mesh)
     abstract = isinstance(mesh, jax.sharding.AbstractMesh)
@@ -102,10 +102,10 @@ def trace(config: ConfigDict, mesh: Mesh) -> Program:
 def compile_program(program: Program) -> tuple[jax.stages.Compiled, str]:
     """The compiled step, and its text.
 
-    The compiler writes the text: what it makes for some chips is more than JAX can read back.
+    The compiler itself writes the text, because JAX cannot read back every program.
 
     Raises:
-        TooLarge: the compiler finds no way to fit it in memory.
+        TooLarge: the compiler finds no way to fit the step in memory.
     """
     device = program.mesh.devices.flat[0]
     with tempfile.TemporaryDirectory() as folder, jax.set_mesh(program.mesh), _silent_stderr():
@@ -117,7 +117,7 @@ def compile_program(program: Program) -> tuple[jax.stages.Compiled, str]:
 
 @contextlib.contextmanager
 def _silent_stderr():
-    """Without the compiler's warnings that this machine has no TPU."""
+    """Hides the compiler's warnings that this machine has no TPU."""
     kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, 2)
     try:

@@ -1,9 +1,9 @@
-"""How long a step takes if every part of the chip does its best.
+"""How long a step takes if every part of the chip runs at its peak.
 
-The longest of four times is what a step takes in which all parts work at the same time; their sum,
-in which nothing runs beside anything else. A real one is mostly between. The longest is no strict
-bound: attention is counted at its full square, of which a causal kernel skips about half, and a
-conditional always as the branch that makes most bytes.
+If all four parts overlap, a step takes the longest of their times; if none do, it takes their sum.
+A real step is mostly in between. The longest is not a strict lower bound: attention is counted at
+its full square, of which a causal kernel skips about half, and a conditional always counts as the
+branch that makes most bytes.
 """
 
 import dataclasses
@@ -16,10 +16,10 @@ from calm_jax.planning.topologies import Topology
 
 @dataclasses.dataclass(frozen=True)
 class StepTime:
-    """Seconds of one step by what they are spent on.
+    """Seconds that each part of a chip needs for one step.
 
     Attributes:
-        compute: products of matrices, at the chip's peak.
+        compute: matrix products, at the chip's peak.
         memory: to and from the chip's memory.
         links: between neighbouring chips.
         network: between slices.
@@ -32,12 +32,12 @@ class StepTime:
 
     @property
     def bound(self) -> float:
-        """All four at the same time."""
+        """If all four overlap."""
         return max(self.parts.values())
 
     @property
     def serial(self) -> float:
-        """One after the other."""
+        """If none overlap."""
         return sum(self.parts.values())
 
     @property
@@ -52,12 +52,12 @@ class StepTime:
 def step_time(
     topology: Topology, flops: float, moved: float, links: float, network: float
 ) -> StepTime:
-    """The times of one chip's work.
+    """The step's times on one chip.
 
     Args:
         flops: of one chip.
         moved: bytes to and from its memory.
-        links, network: seconds, as of `communication`.
+        links, network: seconds, from `communication`.
     """
     chip = topology.chip
     return StepTime(flops / chip.flops, moved / chip.hbm_bandwidth, links, network)
@@ -66,14 +66,15 @@ def step_time(
 def communication(
     collectives: Sequence[Collective], devices: Sequence[Any], topology: Topology
 ) -> tuple[float, float]:
-    """Seconds that collectives keep the links and the network busy, one after the other.
+    """Seconds that the links, and the network, are busy with collectives that do not overlap.
 
     Args:
-        devices: in the mesh's order, each with `coords` and, of several slices, `slice_index`.
+        devices: in the mesh's order, each with `coords` and, if there are several slices,
+            `slice_index`.
     """
     links = network = 0.0
     for collective in collectives:
-        members = [devices[place] for place in collective.group]
+        members = [devices[position] for position in collective.group]
         seconds = collective.bytes / _bandwidth(collective, members, topology)
         if _crosses_slices(members):
             network += seconds
@@ -89,14 +90,14 @@ def _bandwidth(collective: Collective, members: Sequence[Any], topology: Topolog
         return chip.network_bandwidth
     if collective.kind == "collective-permute":
         return chip.link_bandwidth
-    extents = [len(set(places)) for places in zip(*(m.coords for m in members), strict=True)]
-    # Along part of a side no ring closes.
+    extents = [len(set(values)) for values in zip(*(m.coords for m in members), strict=True)]
+    # Part of a side is not a ring.
     bandwidth = sum(
         topology.side_bandwidth(side) if extent == topology.shape[side] else chip.link_bandwidth
         for side, extent in enumerate(extents)
         if extent > 1
     )
-    # On a ring of n what goes to everybody else travels n / 4 links on average.
+    # On a ring of n chips, data for another chip travels n / 4 links on average.
     hops = max(1.0, len(members) / 4) if collective.kind == "all-to-all" else 1.0
     return bandwidth / hops
 

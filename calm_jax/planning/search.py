@@ -1,6 +1,6 @@
-"""The cheapest way of running a config's step that fits: searched by formula, then compiled.
+"""The fastest way of running a config's step that fits: ranked by formula, then compiled.
 
-The config's own way is compiled too, so a search tells none that is known to be slower.
+The config's own way is compiled too, so that a search never recommends a slower one.
 """
 
 import itertools
@@ -12,26 +12,27 @@ from ml_collections import ConfigDict
 from calm_jax import units
 from calm_jax.errors import CalmError
 from calm_jax.models.execution import REMAT
-from calm_jax.planning import plan
+from calm_jax.planning import compiled_plan
+from calm_jax.planning.compiled_plan import Plan
 from calm_jax.planning.formula import Formula, abstract_mesh
 from calm_jax.planning.topologies import Topology
 
-COMPILED = 2  # of the candidates
-TRIED = 4  # at most, where formulas were too hopeful
+COMPILED = 2  # candidates that fit when compiled
+TRIED = 4  # candidates compiled at most, where formulas were too hopeful
 
 
-def candidates(config: ConfigDict, topology: Topology) -> list[tuple[ConfigDict, plan.Plan]]:
+def candidates(config: ConfigDict, topology: Topology) -> list[tuple[ConfigDict, Plan]]:
     """Every way of running the step of a config, with its plan by formula; the fastest first.
 
-    Ways differ in mesh, micro-batches and rematerialisation; the batch, and so what is learnt, is
-    that of the config. Those that offload come last: no formula knows the links to the host.
+    Ways differ in mesh, micro-batches and rematerialisation. All have the config's batch, so they
+    learn the same. Those that offload come last: no formula models the links to the host.
     """
     formula = Formula(config, topology)
     found = []
     for way in _ways(config, topology):
         try:
             found.append((way, formula.plan(way, abstract_mesh(way.mesh))))
-        except CalmError:  # it divides no heads, no width or not the batch
+        except CalmError:  # the mesh does not divide heads, widths or the batch
             continue
 
     def rank(pair):
@@ -44,16 +45,17 @@ def candidates(config: ConfigDict, topology: Topology) -> list[tuple[ConfigDict,
 def cheapest(
     config: ConfigDict,
     topology: Topology,
-    compile_plan: Callable[[ConfigDict, Topology], plan.Plan] = plan.make_plan,
-) -> plan.Plan:
+    compile_plan: Callable[[ConfigDict, Topology], Plan] = compiled_plan.make_plan,
+) -> Plan:
     """The plan of the fastest way that fits: the config's own, or one of the best by formula.
 
     Returns:
-        the plan, compiled where the topology can be; "candidates" are the config's own way and the
-        best by formula, with what the compiler found; "advice" says how to run it so.
+        the plan, compiled if the topology can be compiled for. Its "candidates" are the config's
+        own way and the best by formula, with the compiler's figures where compiled; its "advice"
+        has the flags to run it.
 
     Raises:
-        CalmError: no way fits by formula, or none that was compiled does.
+        CalmError: no way fits by formula, or none of those compiled fits.
     """
     found = candidates(config, topology)
     fitting = [pair for pair in found if pair[1]["memory"]["fits"]]
@@ -63,8 +65,8 @@ def cheapest(
     if not topology.compiled:
         return plans[0] | {"candidates": _rows(plans), "advice": advice(plans[0])}
     own = _own(config, topology, compile_plan)
-    good: list[plan.Plan] = []
-    tried, hopeful = 0, {}  # by how much formulas fell short, for each way of rematerialising
+    good: list[Plan] = []
+    tried, hopeful = 0, {}  # compiled peak / peak by formula, by rematerialisation
     for number, (way, guess) in enumerate(fitting):
         needed = guess["memory"]["peak"] * hopeful.get(way.train.remat, 1.0)
         if tried == TRIED or len(good) == COMPILED:
@@ -85,15 +87,15 @@ def cheapest(
     good = [each for each in own if each["memory"]["fits"]] + good
     if not good:
         raise CalmError(
-            f"{tried} ways that fit {topology.name} by formula were compiled, and none does; take "
-            "a larger slice"
+            f"{tried} ways that fit {topology.name} by formula were compiled, and none fits; "
+            "take a larger slice"
         )
     best = min(good, key=lambda each: each["seconds"]["serial"])
     return best | {"candidates": _rows(plans), "advice": advice(best)}
 
 
-def _own(config: ConfigDict, topology: Topology, compile_plan) -> list[plan.Plan]:
-    """The plan of the config as it is; none where its mesh is of other chips."""
+def _own(config: ConfigDict, topology: Topology, compile_plan) -> list[Plan]:
+    """The plan of the config as it is; none if its mesh does not match the topology."""
     try:
         return [compile_plan(config, topology)]
     except CalmError:
@@ -101,20 +103,20 @@ def _own(config: ConfigDict, topology: Topology, compile_plan) -> list[plan.Plan
 
 
 def advice_by_formula(config: ConfigDict, topology: Topology) -> str:
-    """What to change where a config's own way does not fit; nothing is compiled."""
+    """What to change where a config's own way does not fit, by formula alone."""
     found = candidates(config, topology)
     fitting = [guess for _, guess in found if guess["memory"]["fits"]]
     return advice(fitting[0]) if fitting else _nothing_fits(found, topology)
 
 
-def advice(best: plan.Plan) -> str:
-    """The flags that make a run as a plan says."""
+def advice(best: Plan) -> str:
+    """A sentence with the flags that run a step as planned."""
     keys = {f"mesh.{axis}": ways for axis, ways in best["mesh"].items() if axis != "slices"}
     keys |= {"train.accumulate": best["accumulate"], "train.remat": best["remat"]}
     keys |= {"weight_sharding": best["weight_sharding"]}
     flags = " ".join(f"--config.{key}={value}" for key, value in keys.items())
     how = "compiled" if best["compiled"] else "by formula"
-    return f"The cheapest that fits, {how}: {flags}"
+    return f"The fastest that fits, {how}: {flags}"
 
 
 def _ways(config: ConfigDict, topology: Topology) -> Iterator[ConfigDict]:
@@ -128,7 +130,7 @@ def _ways(config: ConfigDict, topology: Topology) -> Iterator[ConfigDict]:
             way = ConfigDict(config)
             way.mesh = ConfigDict({"slices": topology.slices, **mesh})
             way.train = ConfigDict({**config.train, "accumulate": accumulate, "remat": remat})
-            # Over "all" is what a mesh does whose `data` is 1.
+            # A mesh whose `data` is 1 covers "all".
             way.weight_sharding = "fsdp"
             yield way
 
@@ -137,7 +139,7 @@ def _divisors(number: int) -> list[int]:
     return [d for d in range(1, number + 1) if number % d == 0]
 
 
-def _rows(plans: list[plan.Plan]) -> list[dict[str, Any]]:
+def _rows(plans: list[Plan]) -> list[dict[str, Any]]:
     return [
         {key: each[key] for key in ("mesh", "accumulate", "remat", "weight_sharding", "compiled")}
         | {
@@ -148,9 +150,9 @@ def _rows(plans: list[plan.Plan]) -> list[dict[str, Any]]:
     ]
 
 
-def _nothing_fits(found: list[tuple[ConfigDict, plan.Plan]], topology: Topology) -> str:
+def _nothing_fits(found: list[tuple[ConfigDict, Plan]], topology: Topology) -> str:
     if not found:
-        return f"no mesh of the {topology.chips} chips of {topology.name} divides models and batch"
+        return f"{topology.name}: no mesh of its {topology.chips} chips divides models and batch"
     least = min(guess["memory"]["peak"] for _, guess in found)
     return (
         f"no way of running the step fits on {topology.name}: by formula a chip needs at "

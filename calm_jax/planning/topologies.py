@@ -1,6 +1,6 @@
-"""Slices of TPUs and nodes of GPUs that can be had, by name.
+"""Slices of TPUs and nodes of GPUs that cloud providers offer, by name.
 
-The compiler takes topologies that nobody offers, so the shapes here are those of the documents.
+The compiler accepts shapes that nobody offers; those listed here are the documented ones.
 """
 
 import dataclasses
@@ -51,12 +51,12 @@ class Topology:
 
     @property
     def compiled(self) -> bool:
-        """Whether the compiler for it runs without it; otherwise only formulas speak."""
+        """Whether it can be compiled for without being at hand; otherwise plans are by formula."""
         return self.chip.torus > 0
 
     @property
     def device(self) -> types.SimpleNamespace:
-        """What a `jax.Device` of it says of itself, as far as anybody asks before it computes."""
+        """A stand-in for one of its `jax.Device`s, with the attributes that planning reads."""
         memories = [types.SimpleNamespace(kind=kind) for kind in ("device", "pinned_host")]
         return types.SimpleNamespace(
             platform="tpu" if self.compiled else "gpu",
@@ -66,10 +66,10 @@ class Topology:
         )
 
     def side_bandwidth(self, side: int) -> float:
-        """Bytes per second that leave a chip along one side of its slice, in all directions.
+        """Bytes per second that a chip sends along one side of its slice.
 
-        On a ring both links carry their share; where the ends are not joined, the last chip has
-        one link, and all the others wait for it.
+        On a ring both of its links share the load. Where the ends are not joined, the last chip
+        has one link, and all others wait for it.
         """
         chip = self.chip
         if not chip.torus:
@@ -87,7 +87,7 @@ def find(name: str) -> Topology:
     """The topology "CHIP:SHAPE" or "CHIP:SHAPE*SLICES", such as "v5e:16x16*4".
 
     Raises:
-        CalmError: no such slice is offered; the nearest that are, are named.
+        CalmError: no such slice is offered; the message names the nearest ones.
 
     >>> find("v5e:16x16*4").chips
     1024
@@ -97,7 +97,7 @@ def find(name: str) -> Topology:
     if shape not in SHAPES.get(chip, ()):
         near = [f"{chip}:{known}" for known in SHAPES.get(chip, ())]
         near = near or difflib.get_close_matches(base, names(), n=4, cutoff=0.3) or names()
-        raise CalmError(f"--topology={name}: no such slice; there are {', '.join(near)}")
+        raise CalmError(f"--topology={name}: there is no such slice; there are {', '.join(near)}")
     if star and not (count.isdecimal() and int(count) > 0):
         raise CalmError(f"--topology={name}: {count!r} is not a number of slices")
     sides = tuple(int(side) for side in shape.split("x"))

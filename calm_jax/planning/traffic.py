@@ -9,10 +9,10 @@ _SLICES = ("dynamic-slice", "slice", "gather")
 
 
 def bytes_moved(module: Module) -> int:
-    """Reads and writes of all instructions; what stays in a chip's fast memory is not counted.
+    """Bytes read and written by all instructions, except in a chip's fast memory.
 
-    Of an operand that is only sliced, the slice counts; of one that is updated in place, the
-    update.
+    Of an operand that is only sliced, the slice counts; of an array that is updated in place, the
+    update counts.
     """
     return sum(
         times * _moved(instruction, module, computation)
@@ -33,7 +33,7 @@ def _moved(instruction: Instruction, module: Module, computation: str) -> int:
     if opcode == "copy-start":
         return _slow(result[:2])
     if opcode == "slice-start":
-        moved = result[1]  # the result stands after the operand, which is not read as a whole
+        moved = result[1]  # the slice; result[0] is the operand, which is not read as a whole
         return moved.bytes * (_is_slow(operands[0]) + (not moved.fast))
     if opcode.endswith("-start"):
         return _slow(result)
@@ -57,24 +57,24 @@ def _of_fusion(fusion: Instruction, operands: list[Instruction], module: Module)
 
 
 def _read(fusion: Instruction, number: int, module: Module) -> int:
-    """Bytes that a fusion, and what is fused inside it, reads of one of its operands."""
+    """Bytes that a fusion, with the fusions inside it, reads of one of its operands."""
     inside = module.computations[fusion.called("calls")]
     (parameter,) = (
         x for x in inside.values() if x.opcode == "parameter" and int(x.argument) == number
     )
     total = 0
-    for use, place in _uses(parameter, inside):
+    for use, position in _uses(parameter, inside):
         if use.opcode == "fusion":
-            total += _read(use, place, module)
-        elif use.opcode in _SLICES and place == 0:
+            total += _read(use, position, module)
+        elif use.opcode in _SLICES and position == 0:
             total += use.bytes
-        elif use.opcode != "dynamic-update-slice" or place > 0:
+        elif use.opcode != "dynamic-update-slice" or position > 0:
             total += parameter.bytes
     return total
 
 
 def _written(fusion: Instruction, number: int, module: Module) -> int:
-    """Bytes that a fusion writes of one of its outputs: of one updated in place, the update."""
+    """Bytes that a fusion writes of one of its outputs; of one updated in place, the update."""
     inside = module.computations[fusion.called("calls")]
     root = module.root(fusion.called("calls"))
     made = _through_bitcasts(
@@ -88,15 +88,15 @@ def _written(fusion: Instruction, number: int, module: Module) -> int:
 def _uses(
     instruction: Instruction, inside: dict[str, Instruction]
 ) -> Iterator[tuple[Instruction, int]]:
-    """What reads it, seen through what moves nothing, and as which operand."""
+    """The instructions that read it, directly or through bitcasts, and as which operand."""
     for user in inside.values():
-        for place, name in enumerate(user.operands):
+        for position, name in enumerate(user.operands):
             if name != instruction.name:
                 continue
             if user.opcode == "bitcast":
                 yield from _uses(user, inside)
             else:
-                yield user, place
+                yield user, position
 
 
 def _through_bitcasts(instruction: Instruction, inside: dict[str, Instruction]) -> Instruction:
@@ -106,7 +106,7 @@ def _through_bitcasts(instruction: Instruction, inside: dict[str, Instruction]) 
 
 
 def _passed_through(fusion: Instruction) -> dict[int, int]:
-    """Operands that come out again as they are, and as which output."""
+    """Numbers of the operands that are returned unchanged, each with its output's number."""
     listed = re.search(r"output_to_operand_aliasing=\{(.*?)\}, [a-z]", fusion.attributes)
     pairs = re.findall(r"\{(\d*)\}: \((\d+)", listed[1]) if listed else []
     return {int(operand): int(output or 0) for output, operand in pairs}

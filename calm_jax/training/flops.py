@@ -26,7 +26,7 @@ def jaxpr_flops(jaxpr: Any) -> int:
 def without_unused(jaxpr: Any) -> Any:
     """The program without the equations that no output depends on, which no compiler keeps.
 
-    A custom backward pass, for one, computes gradients that nobody may have asked for.
+    A custom backward pass, for example, may compute gradients that are not used.
     """
     return partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))[0]
 

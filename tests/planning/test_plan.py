@@ -10,7 +10,7 @@ from calm_jax import sharding
 from calm_jax.__main__ import main
 from calm_jax.chips import CHIPS
 from calm_jax.cli.config import load_file, override
-from calm_jax.planning import formula, page, plan, planner, program, topologies
+from calm_jax.planning import compiled_plan, formula, page, planner, program, topologies
 from calm_jax.presets import PRESETS
 
 CONFIG = """
@@ -86,7 +86,7 @@ def test_formulas_exchange_the_gradients_that_the_compiled_step_does(config):
     found.mesh = {"data": 4, "fsdp": 1, "tensor": 1}
     topology = topologies.find("v5e:2x2")
     guessed = formula.Formula(found, topology).plan(found, formula.mesh_of(found, topology))
-    compiled = plan.make_plan(found, topology)
+    compiled = compiled_plan.make_plan(found, topology)
     links = guessed["seconds"]["links"]
     assert 0 < links == pytest.approx(compiled["seconds"]["links"], rel=0.02)
 
@@ -124,15 +124,21 @@ def test_a_step_that_does_not_fit_is_told_with_what_to_change(config, capsys, mo
     assert main(["plan", f"--config={config}", "--topology=h200:8"]) == 1
     shown = capsys.readouterr().out
     assert "**It does not fit.**" in shown
-    assert "The cheapest that fits, by formula: --config.mesh.data=" in shown
+    assert "The fastest that fits, by formula: --config.mesh.data=" in shown
 
 
 @pytest.mark.parametrize(
     "arguments, said",
     [
-        (["--topology=v5e:64x64"], "--topology=v5e:64x64: no such slice; there are v5e:1x1"),
+        (
+            ["--topology=v5e:64x64"],
+            "--topology=v5e:64x64: there is no such slice; there are v5e:1x1",
+        ),
         ([], "--topology is missing"),
-        (["--topology=h200:8", "--dollars_per_chip_hour=2"], "says nothing without --tokens"),
+        (
+            ["--topology=h200:8", "--dollars_per_chip_hour=2"],
+            "--dollars_per_chip_hour needs --tokens",
+        ),
         (["--topology=h200:8", "--config.anchor=preset:tiny"], "did you mean 'preset:"),
         (["--topology=h200:8", "--config.anchor=nowhere"], "is not a frozen folder"),
         (["--topology=h200:8", "--config.mesh.fsdp=3"], "the 8 devices are not divisible by 6"),
@@ -205,7 +211,7 @@ def test_cost_of_tokens_counts_whole_steps():
         "chips": 4,
         "seconds": {"bound": 1.0, "serial": 3.0},
     }
-    cost = plan.training(made, 801, 1.5)
+    cost = compiled_plan.training_cost(made, 801, 1.5)
     assert cost["steps"] == 2
     assert cost["hours"] == [2 / 3600, 6 / 3600]
     assert cost["dollars"] == pytest.approx([1.5 * 8 / 3600, 1.5 * 24 / 3600])

@@ -1,4 +1,4 @@
-"""One plan: what the training step of a config needs on a topology, read off the compiled step."""
+"""What the training step of a config needs on a topology, read off the compiled step."""
 
 import importlib.metadata
 import math
@@ -24,11 +24,10 @@ def make_plan(config: ConfigDict, topology: Topology) -> Plan:
     """Compiles the step of a config for a topology and says what it needs.
 
     Returns:
-        JSON values: "config", "topology", "chips", "mesh", "batch_size", "length"; "memory" in
-        bytes of one chip; "flops" of one chip and step; "collectives"; "seconds" of a step;
-        "mfu_bound", the part of the peak that a step's indispensable arithmetic
-        (`calm_jax.planning.ideal`) can come to. Where the step does not fit, "memory" and "flops"
-        alone.
+        a dictionary for JSON: "config", "topology", "chips", "mesh", "batch_size", "length";
+        "memory" in bytes of one chip; "flops" of one chip and step; "collectives"; "seconds" of a
+        step; "mfu_bound", the highest MFU that these seconds allow. If the step does not fit,
+        nothing after "flops".
 
     Raises:
         CalmError: bad input, or no compiler for the topology.
@@ -39,7 +38,7 @@ def make_plan(config: ConfigDict, topology: Topology) -> Plan:
     started = time.monotonic()
     trainable, opt_state, frozen, *_ = traced.arguments
     plan = {
-        **what(config, topology, dict(traced.mesh.shape)),
+        **description(config, topology, dict(traced.mesh.shape)),
         "compiled": True,
         "memory": {
             "trees": tree_shards(traced.parts, traced.shardings, trainable, opt_state, frozen),
@@ -55,7 +54,7 @@ def make_plan(config: ConfigDict, topology: Topology) -> Plan:
         return plan
     plan["compile_seconds"] = round(time.monotonic() - started, 1)
     stats = compiled.memory_analysis()
-    # The compiler drops what the step has no use for: an augment's layers above its last tap.
+    # The compiler drops what the step does not use, such as layers above an augment's last tap.
     held = sum(tree["bytes"] for tree in plan["memory"]["trees"])
     unused = max(0, held - stats.argument_size_in_bytes)
     peak = stats.peak_memory_in_bytes + unused
@@ -77,8 +76,8 @@ def make_plan(config: ConfigDict, topology: Topology) -> Plan:
     return plan | {"collectives": collectives.totals(found)} | times(config, topology, seconds)
 
 
-def what(config: ConfigDict, topology: Topology, mesh: dict[str, int]) -> Plan:
-    """What a plan is of."""
+def description(config: ConfigDict, topology: Topology, mesh: dict[str, int]) -> Plan:
+    """The entries of a plan that say what was planned."""
     train = config.train
     return {
         "config": config.name,
@@ -96,7 +95,7 @@ def what(config: ConfigDict, topology: Topology, mesh: dict[str, int]) -> Plan:
 
 
 def times(config: ConfigDict, topology: Topology, seconds: roofline.StepTime) -> Plan:
-    """ "seconds", "bottleneck" and, of a composed model, "mfu_bound" of a plan."""
+    """The entries "seconds", "bottleneck" and, for a composed model, "mfu_bound" of a plan."""
     bound = None
     if config.kind == "composed":
         anchor, *augments = decoder_configs(config)
@@ -115,11 +114,13 @@ def times(config: ConfigDict, topology: Topology, seconds: roofline.StepTime) ->
     }
 
 
-def training(plan: Plan, tokens: float, dollars_per_chip_hour: float | None = None) -> Plan:
-    """What training on that many tokens takes, from the bound and from the serial time of a step.
+def training_cost(
+    plan: Plan, tokens: float, dollars_per_chip_hour: float | None = None
+) -> dict[str, Any]:
+    """What training on that many tokens takes, at least and at most.
 
     Returns:
-        "tokens", "steps", "hours" and "chip_hours" as [least, most], and "dollars" if priced.
+        "tokens" and "steps"; as [least, most] "hours", "chip_hours" and, if priced, "dollars".
     """
     steps = math.ceil(tokens / (plan["batch_size"] * plan["length"]))
     hours = [steps * plan["seconds"][key] / 3600 for key in ("bound", "serial")]
