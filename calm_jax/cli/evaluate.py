@@ -98,7 +98,7 @@ def main(argv: list[str]) -> int:
     )
     parts = summary.get(results.PARTS, {})
     for task, score in summary.items():
-        if task in (results.MADE, results.PARTS):
+        if task in (results.SCORED, results.PARTS):
             continue
         print(f"{task}: {metrics.in_words(score)}")
         for part, scores in parts.items():

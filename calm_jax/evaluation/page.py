@@ -17,7 +17,7 @@ from calm_jax.evaluation.table1 import interval, percent
 
 def render(**values: Any) -> str:
     """The whole page as text."""
-    return _environment().get_template("page.html").render(**values)
+    return environment().get_template("page.html").render(**values)
 
 
 def run_colour(run: Run) -> str:
@@ -56,24 +56,24 @@ def _finalize(value: Any) -> Any:
     return visible(value) if is_text else value
 
 
-def _environment() -> jinja2.Environment:
-    environment = jinja2.Environment(
+def environment() -> jinja2.Environment:
+    """The templates of this package with their filters."""
+    found = jinja2.Environment(
         loader=jinja2.FileSystemLoader(pathlib.Path(__file__).with_name("templates")),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
-        extensions=["jinja2.ext.do"],
         finalize=_finalize,
     )
-    environment.filters |= {
+    found.filters |= {
         "cut": cut,
         "flops": units.flops,
         "grouped": lambda number: f"{number:,}",
         "interval": interval,
         "percent": percent,
-        "place": lambda number: f"{number:.4g}",
+        "digits": lambda number: f"{number:.4g}",
         "size": units.size,
     }
-    environment.globals |= {"run_colour": run_colour}
-    return environment
+    found.globals |= {"run_colour": run_colour}
+    return found

@@ -1,4 +1,4 @@
-"""The files that describe a run: what an evaluation leaves, and how a report reads it back."""
+"""The files that describe a run: those that an evaluation writes, and how a report reads them."""
 
 import dataclasses
 import json
@@ -14,12 +14,13 @@ from calm_jax.errors import CalmError
 from calm_jax.text_files import parse_json
 
 # Keys of summary.json besides the tasks: what was scored and how, and the scores of the parts.
-MADE, PARTS = "_run", "_parts"
+SCORED, PARTS = "_run", "_parts"
 # The runs of the key-value experiment come first, in the order of the paper's Table 1.
 _FIRST = ("augment", "anchor", "composed")
 
 
 def evaluation_folder(workdir: epath.PathLike) -> epath.Path:
+    """The folder of the results, unless another is named, in that of a run or a model."""
     return epath.Path(workdir) / "evaluation"
 
 
@@ -40,6 +41,7 @@ def part_folder(evaluation: epath.Path, part: str) -> epath.Path:
 
 
 def write_json_lines(path: epath.PathLike, records: Iterable[Mapping[str, Any]]) -> None:
+    """Writes a record a line. Raises `CalmError` where the file cannot be written."""
     write_text(path, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
 
 
@@ -68,8 +70,8 @@ class Run:
     metrics: list[dict[str, Any]]
     commands: list[str]  # the command lines of `calm train` that made it
     costs: dict[str, Any]
-    scores: dict[str, dict[str, Any]]  # by task: summary.json without its account
-    made: dict[str, Any]  # summary.json's account of what was scored, when and with what
+    scores: dict[str, dict[str, Any]]  # by task, as of `metrics.score`
+    scored: dict[str, Any]  # which checkpoint was scored, with what settings, when and on what
     predictions: dict[str, list[dict[str, Any]]]  # by task
     attention: dict[str, Any]
     parts: tuple["Run", ...] = ()  # the anchor and the augments alone, where they were scored
@@ -123,10 +125,10 @@ def _read_parts(
     run: str, config: Mapping[str, Any], evaluation: epath.Path, summary: Mapping[str, Any]
 ) -> Iterator[Run]:
     """The parts of a composed run that were scored with it, or else in their own folders."""
-    places = [config[key] for key in ("anchor",) if key in config] + [*config.get("augments", ())]
+    places = [config["anchor"], *config["augments"]] if "anchor" in config else []
     for name, place in zip(part_names(len(places) - 1), places, strict=False):
         folder, scores = part_folder(evaluation, name), summary.get(PARTS, {}).get(name)
-        if scores is None and not is_bucket(place):  # a page needs no network
+        if scores is None and not is_bucket(place):  # a report needs no network
             folder = evaluation_folder(absolute(place))
             scores = read_optional(folder / "summary.json")
         found = _evaluated(folder, scores or {})
@@ -139,10 +141,10 @@ def _read_parts(
 
 def _evaluated(folder: epath.Path, summary: Mapping[str, Any]) -> dict[str, Any]:
     """The fields of a `Run` that an evaluation fills."""
-    scores = {task: score for task, score in summary.items() if task not in (MADE, PARTS)}
+    scores = {task: score for task, score in summary.items() if task not in (SCORED, PARTS)}
     return {
         "scores": scores,
-        "made": summary.get(MADE, {}),
+        "scored": summary.get(SCORED, {}),
         "predictions": {task: read_json_lines(predictions_file(folder, task)) for task in scores},
     }
 

@@ -14,7 +14,7 @@ from tqdm import tqdm
 from calm_jax import data, sharding
 from calm_jax.checkpoints.any_model import load_model
 from calm_jax.checkpoints.files import absolute, check_writable, read_json, write_json
-from calm_jax.checkpoints.kinds import COMPOSED_RUN, DECODER_RUN, kind_of
+from calm_jax.checkpoints.kinds import COMPOSED_RUN, DECODER_RUN, FROZEN, kind_of
 from calm_jax.checkpoints.training import TrainingCheckpoints
 from calm_jax.data.opening import identity
 from calm_jax.data.vocabulary import Vocabulary
@@ -22,8 +22,8 @@ from calm_jax.decoding import generate
 from calm_jax.errors import CalmError
 from calm_jax.evaluation import metrics
 from calm_jax.evaluation.results import (
-    MADE,
     PARTS,
+    SCORED,
     evaluation_folder,
     part_folder,
     part_names,
@@ -89,18 +89,15 @@ def evaluate(
     """
     folder = absolute(model)
     config = read_json(folder / "config.json", "a run, a frozen folder or an exported bridge")
+    kind = kind_of(config)
+    if parts and kind in (DECODER_RUN, FROZEN):
+        raise CalmError(f"{folder} is {kind}: it has no parts to score")
     given = {"tasks": tasks, "limit": limit, "max_new_tokens": max_new_tokens}
     of_run = DEFAULTS | config.get("evaluate", {})
     settings = {key: of_run[key] if value is None else value for key, value in given.items()}
     settings["tasks"] = list(settings["tasks"] or validation_files(config))
-    if not settings["tasks"]:
-        raise CalmError(f"{folder}: there is nothing to score; name a task or a file by --tasks")
     output = absolute(output) if output else evaluation_folder(folder)
-    named: dict[epath.Path, str] = {}
-    for task in settings["tasks"]:
-        other = named.setdefault(predictions_file(output, task), task)
-        if other != task:
-            raise CalmError(f"predictions of {other} and {task} would be one file; rename one")
+    _check_tasks(settings["tasks"], folder, output)
     step = _step(folder, config, step)
     files = [task for task in settings["tasks"] if task.endswith(".jsonl")]
     scored = {
@@ -110,7 +107,7 @@ def evaluate(
         "files": [identity({"jsonl": file}) for file in files],
     }
     before = read_optional(output / "summary.json")
-    is_same = scored.items() <= before.get(MADE, {}).items()
+    is_same = scored.items() <= before.get(SCORED, {}).items()
     if is_same and (PARTS in before or not parts):
         return before
     check_writable(output)
@@ -118,14 +115,11 @@ def evaluate(
     with _mesh(mesh) as built:
         loaded = load_model(
             folder,
-            step=step if kind_of(config) == COMPOSED_RUN else None,
+            step=step if kind == COMPOSED_RUN else None,
             mesh=built,
             anchor=anchor,
             augments=augments,
         )
-        is_composed = isinstance(loaded, ComposedDecoder)
-        if parts and not is_composed:
-            raise CalmError(f"{folder} is one model: it has no parts to score")
         models = {"": loaded}
         if parts:
             names = part_names(len(loaded.augments))
@@ -143,7 +137,7 @@ def evaluate(
         for name, of_model in answers.items():
             for task, records in of_model.items():
                 write_json_lines(predictions_file(part_folder(output, name), task), records)
-        if is_composed:
+        if isinstance(loaded, ComposedDecoder):
             write_json(output / "attention.json", _attention(loaded, answers[""]))
     scores = {
         name: {task: metrics.score(records) for task, records in of_model.items()}
@@ -151,10 +145,21 @@ def evaluate(
     }
     now = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC")
     device = f"{jax.device_count()} × {jax.devices()[0].device_kind}"
-    summary = {MADE: {**scored, "date": now, "device": device, "command": command}}
+    summary = {SCORED: {**scored, "date": now, "device": device, "command": command}}
     summary |= scores.pop("") | ({PARTS: scores} if parts else {})
     write_json(output / "summary.json", summary)
     return summary
+
+
+def _check_tasks(tasks: Sequence[str], folder: epath.Path, output: epath.Path) -> None:
+    """Raises `CalmError` without a task, or where predictions of two would be one file."""
+    if not tasks:
+        raise CalmError(f"{folder}: there is nothing to score; name a task or a file by --tasks")
+    named: dict[epath.Path, str] = {}
+    for task in tasks:
+        other = named.setdefault(predictions_file(output, task), task)
+        if other != task:
+            raise CalmError(f"predictions of {other} and {task} would be one file; rename one")
 
 
 def validation_files(config: Mapping[str, Any]) -> list[str]:

@@ -76,12 +76,17 @@ def median_speed(run: Run) -> float | None:
 def made(runs: Sequence[Run]) -> dict[str, Any]:
     """The commands that made the runs, their whole configs, and the versions of the packages."""
     commands = [
-        command for run in runs for command in (*run.commands, run.made.get("command")) if command
+        command for run in runs for command in (*run.commands, run.scored.get("command")) if command
     ]
     return {
         "commands": commands,
         "unrecorded": [run.name for run in runs if not run.commands],
         "configs": [(run, list(_keys(run.config))) for run in runs],
+        "scored": [
+            (run.name, f"{run.scored['step']:,}", run.scored["date"], run.scored["device"])
+            for run in runs
+            if run.scored
+        ],
         "data": [(run, _data(run, "train"), _data(run, "validation")) for run in runs],
         "versions": ", ".join(f"{name} {version}" for name, version in installed().items()),
         "today": datetime.datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z"),
@@ -89,7 +94,7 @@ def made(runs: Sequence[Run]) -> dict[str, Any]:
 
 
 def _keys(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
-    """Every key of a config, dotted, with its value as JSON has it."""
+    """Every key of a config, dotted, with its value as Python writes it."""
     for key, value in values.items():
         if isinstance(value, Mapping):
             yield from _keys(value, f"{prefix}{key}.")

@@ -11,7 +11,7 @@ import pytest
 from calm_jax.cli import report as command
 from calm_jax.errors import CalmError
 from calm_jax.evaluation import results
-from calm_jax.evaluation.page import _environment
+from calm_jax.evaluation.page import environment
 from calm_jax.evaluation.report import write_report
 from calm_jax.evaluation.score_sections import Bar, Figure, Group
 from calm_jax.evaluation.table1 import table1
@@ -373,4 +373,4 @@ def test_heatmap_darkens_with_weight_and_hides_nothing_large():
 
 
 def macro(name: str, *arguments) -> str:
-    return getattr(_environment().get_template("macros.html").module, name)(*arguments)
+    return getattr(environment().get_template("macros.html").module, name)(*arguments)

@@ -354,9 +354,9 @@ def test_command(decoder_run, ask, capsys):
     printed = capsys.readouterr().out
     assert f"{MATH}: " in printed and " of 4 " in printed
     assert str(predictions_file(folder / "evaluation", MATH)) in printed.splitlines()
-    assert read_run(folder).made["limit"] == 4
+    assert read_run(folder).scored["limit"] == 4
     assert command.main([*arguments, f"--config.evaluate.tasks=('{MATH}',)"]) == 0
-    assert read_run(folder).made["tasks"] == [MATH]
+    assert read_run(folder).scored["tasks"] == [MATH]
 
 
 def test_nothing_is_left_behind_by_an_error(decoder_run, ask, monkeypatch):
