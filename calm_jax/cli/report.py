@@ -35,5 +35,6 @@ def main(argv: list[str]) -> int:
             f"--experiment={values.experiment} is itself {kind}; name the folder that holds the "
             f"runs, such as {folder.parent}"
         )
-    print(write_report(values.experiment, values.output))
+    command = config.command_line("report", argv)
+    print(write_report(values.experiment, values.output, command=command))
     return 0

@@ -23,7 +23,9 @@ class Report:
         return f"{as_text(self.table)}\n\n{self.page}" if self.table else str(self.page)
 
 
-def write_report(experiment: epath.PathLike, output: epath.PathLike | None = None) -> Report:
+def write_report(
+    experiment: epath.PathLike, output: epath.PathLike | None = None, *, command: str = ""
+) -> Report:
     """Writes the page of the runs under a folder, and `table1.json` into that folder.
 
     Args:
@@ -31,6 +33,7 @@ def write_report(experiment: epath.PathLike, output: epath.PathLike | None = Non
             augment, anchor and composed; table1.json, `{model: {"subs", "num", "math"}}` in
             percent, is written when all three have been scored on all three sets.
         output: the page; default `experiment`/report.html.
+        command: the command line that asks for it, which the page repeats.
 
     Raises:
         CalmError: no run in the folder, a damaged file of a run, or a place that cannot be written.
@@ -39,7 +42,7 @@ def write_report(experiment: epath.PathLike, output: epath.PathLike | None = Non
     page = absolute(output) if output else folder / "report.html"
     runs = read_runs(folder)
     scores = table1(runs)
-    write_text(page, build_page(runs, scores, str(experiment)))
+    write_text(page, build_page(runs, scores, folder.name, command))
     if scores:
         write_json(folder / "table1.json", scores.percentages())
     else:
@@ -47,13 +50,12 @@ def write_report(experiment: epath.PathLike, output: epath.PathLike | None = Non
     return Report(page, scores)
 
 
-def build_page(runs: Sequence[Run], scores: Table1 | None, experiment: str) -> str:
-    """The page as text. `experiment` is the folder as it is written in the commands shown."""
+def build_page(runs: Sequence[Run], scores: Table1 | None, experiment: str, command: str) -> str:
+    """The page as text. `experiment` is its name, `command` the one that asks for the page."""
     is_key_value = any(run.records(set=name) for run in runs for name in SETS)
     return render(
         title="Two frozen models, one trained bridge" if scores else "Experiment report",
         experiment=experiment,
-        kicker=epath.Path(experiment).name,
         runs=runs,
         by_name={run.name: run for run in runs},
         scores=scores,
@@ -74,5 +76,5 @@ def build_page(runs: Sequence[Run], scores: Table1 | None, experiment: str) -> s
         examples=score_sections.examples(runs),
         parameters=setting.parameters,
         median_speed=setting.median_speed,
-        made=setting.made(runs),
+        made=setting.made(runs, command),
     )

@@ -73,13 +73,13 @@ def median_speed(run: Run) -> float | None:
     return sorted(speeds)[len(speeds) // 2] if speeds else None
 
 
-def made(runs: Sequence[Run]) -> dict[str, Any]:
-    """The commands that made the runs, their whole configs, and the versions of the packages."""
-    commands = [
-        command for run in runs for command in (*run.commands, run.scored.get("command")) if command
-    ]
+def made(runs: Sequence[Run], command: str) -> dict[str, Any]:
+    """The commands that made the runs and the page, the runs' configs, the packages' versions."""
+    commands = []
+    for run in runs:
+        commands += [*run.commands, *(one.scored.get("command") for one in (*run.parts, run))]
     return {
-        "commands": commands,
+        "commands": [line for line in (*commands, command) if line],
         "unrecorded": [run.name for run in runs if not run.commands],
         "configs": [(run, list(_keys(run.config))) for run in runs],
         "scored": [

@@ -323,7 +323,8 @@ def test_how_this_was_made_is_what_was_run(experiment):
     start = "calm train --config=mine.py --workdir='a b'"
     commands = [f"{start} --config.data.length=32", f"{start} --config.train.num_steps=9"]
     path.write_text(json.dumps({"commands": commands}))
-    text = html_module.unescape(write_report(experiment).page.read_text())
+    command.main([f"--experiment={experiment}"])
+    text = html_module.unescape((experiment / "report.html").read_text())
     shown = text[text.index("<pre>") : text.index("</pre>")].splitlines()[1:]
     assert shown == [
         "calm train --config=configs/kv_augment.py --workdir=runs/kv/augment",
