@@ -69,12 +69,15 @@ def ready_folder(
 def write_part(
     folder: pathlib.Path, chunks: Iterable[Sequences], length: int, pack: bool
 ) -> dict[str, Any]:
-    """Writes sequences as rows of `length` ids, packed or one a row; returns counts.
+    """Writes sequences as rows of `length` ids, packed or one a row; returns what it wrote.
 
-    Those are the numbers of `examples`, of `rows`, of sequences longer than a row (`cut`) and of
-    those whose prompt alone fills a row (`answers_lost`), and the ids of the `longest`.
+    Sequences longer than a row go on in further ones if they have no prompt; else they are cut.
+    Counted are the `examples`, the `rows`, the sequences that are `cut`, those whose prompt alone
+    fills a row (`answers_lost`), and the ids of the `longest` that is cut; `digest` is the SHA-256
+    of the rows.
     """
     counts = {"examples": 0, "rows": 0, "cut": 0, "answers_lost": 0, "longest": 0}
+    digest = hashlib.sha256()
     folder.mkdir()
     with contextlib.ExitStack() as stack:
         writers = {
@@ -82,15 +85,17 @@ def write_part(
             for name, dtype in DTYPES.items()
         }
         for chunk in chunks:
+            counts["examples"] += len(chunk)
+            chunk = chunk.continued(length)
             rows = chunk.cut(length).rows(length, pack)
             for name, writer in writers.items():
+                digest.update(rows[name])
                 writer.append(rows[name])
-            counts["examples"] += len(chunk)
             counts["rows"] += len(rows["targets"])
             counts["cut"] += int((chunk.lengths_N > length).sum())
             counts["answers_lost"] += int((chunk.prompts_N >= length).sum())
             counts["longest"] = max(counts["longest"], int(chunk.lengths_N.max(initial=0)))
-    return counts
+    return counts | {"digest": digest.hexdigest()}
 
 
 def read_part(folder: pathlib.Path) -> dict[str, np.ndarray]:

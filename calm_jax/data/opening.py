@@ -4,48 +4,47 @@ import hashlib
 import importlib.util
 import itertools
 import json
-import os
 import pathlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from absl import logging
-from etils import epath
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from calm_jax.data import built_in, cache, jsonl
+from calm_jax.data import built_in, cache
+from calm_jax.data.example_files import KINDS, ExampleFiles, file_hash, kind_of
 from calm_jax.data.rows import Sequences
 from calm_jax.data.source import Part, Source
 from calm_jax.data.vocabulary import Vocabulary, check_ids
 from calm_jax.errors import CalmError
 
-ENTRY_KEYS = {"task", "jsonl", "import", "weight", "loss_on_inputs"}
+ENTRY_KEYS = {"task", *KINDS, "columns", "import", "weight", "loss_on_inputs"}
 
 
 def open_source(data: Mapping[str, Any], split: str, vocabulary: Vocabulary) -> Source:
     """The rows of `data[split]` ("train" or "validation"); builds what is not cached yet.
 
-    `data` is `config.data`: entries `{"task": name, "import": module}` or `{"jsonl": path}`, each
-    with `weight` and `loss_on_inputs`; `length`, `pack`, `strict`, `limit`, `cache_dir`. Texts are
-    tokenised with `vocabulary`. TensorFlow is imported only where a task is not cached yet.
-    Raises `CalmError` for a bad entry or line, and with `strict` for a sequence too long.
+    `data` is `config.data`: entries `{"task": name, "import": module}` or as `ExampleFiles` takes,
+    each with `weight` and `loss_on_inputs`; `length`, `pack`, `strict`, `limit`, `cache_dir`. Texts
+    are tokenised with `vocabulary`. TensorFlow is imported only where a task is not cached yet.
+    Raises `CalmError` for a bad entry or record, and with `strict` where an answer would be cut.
     """
-    parts, folders = [], []
+    parts, digests = [], []
     for entry in data[split]:
         check_entry(entry, split)
     for entry in map(dict, data[split]):
         folder, index = _cached(entry, data, split, vocabulary)
-        folders.append(folder.name)
         for message in _cuts(index["parts"], data, entry):
             logging.warning("%s", message)
         for number, part in enumerate(index["parts"]):
             weight = entry.get("weight", 1.0) * part["rate"]
+            digests.append(part["digest"])
             arrays = cache.read_part(folder / str(number))
             parts.append(Part(part["name"], weight, entry.get("loss_on_inputs", False), arrays))
     if not parts:
         raise CalmError(f"data.{split} names no task")
-    fingerprint = hashlib.sha256(json.dumps(folders).encode()).hexdigest()
+    fingerprint = hashlib.sha256(json.dumps(digests).encode()).hexdigest()
     return Source(tuple(parts), data["length"], vocabulary.start_id, fingerprint)
 
 
@@ -58,17 +57,15 @@ def evaluation_examples(
 ) -> list[dict[str, Any]]:
     """Texts `inputs` and `targets` of a task, with what else its examples carry; `limit` 0 is all.
 
-    `task` is a registered name, a file of JSON lines ("….jsonl"), or an entry of `config.data` as
-    `open_source` takes. Key-value examples carry `set` (subs, num, math), `operands` and `unseen`,
-    those of a file what `jsonl.parse` says. Imports TensorFlow for a registered name.
-    Raises `CalmError` as `open_source` does.
+    `task` is a registered name, a file or files ("….jsonl", "….parquet"), or an entry of
+    `config.data` as `open_source` takes. Key-value examples carry `set` (subs, num, math),
+    `operands` and `unseen`, those of a file what `records.examples` says. Imports TensorFlow for a
+    registered name. Raises `CalmError` as `open_source` does.
     """
-    if isinstance(task, str):
-        task = {"jsonl" if task.endswith(".jsonl") else "task": task}
-    entry = dict(task)
+    entry = named_entry(task) if isinstance(task, str) else dict(task)
     check_entry(entry, "evaluation")
-    if "jsonl" in entry:
-        examples = jsonl.parse(entry["jsonl"], vocabulary)
+    if "task" not in entry:
+        examples = ExampleFiles(entry).examples(vocabulary)
     else:
         from calm_jax.data import tasks
 
@@ -86,13 +83,16 @@ def check_entry(entry: Mapping[str, Any], split: str) -> None:
         )
     if unknown := sorted(set(entry) - ENTRY_KEYS):
         raise CalmError(f"data.{split}: unknown key {unknown[0]!r}; known are {sorted(ENTRY_KEYS)}")
-    if ("task" in entry) == ("jsonl" in entry):
-        raise CalmError(f"data.{split}: {entry} needs either 'task' or 'jsonl'")
+    named = [key for key in ("task", *KINDS) if key in entry]
+    if len(named) != 1:
+        raise CalmError(f"data.{split}: {entry} needs either 'task', 'jsonl' or 'parquet'")
     if not isinstance(entry.get("weight", 1.0), int | float) or entry.get("weight", 1.0) <= 0:
-        name = entry.get("task", entry.get("jsonl"))
         raise CalmError(
-            f"data.{split}: weight {entry['weight']!r} of {name} is not a number above 0"
+            f"data.{split}: weight {entry['weight']!r} of {entry[named[0]]} is not a number above 0"
         )
+    for key, kinds in (("import", ("task",)), ("columns", tuple(KINDS))):
+        if key in entry and named[0] not in kinds:
+            raise CalmError(f"data.{split}: {key!r} says nothing to {named[0]!r}")
 
 
 def _cuts(
@@ -103,7 +103,7 @@ def _cuts(
     for part in parts:
         if not part["cut"]:
             continue
-        name = entry.get("jsonl", part["name"])
+        name = files_of(entry) or part["name"]
         message = (
             f"{name}: {part['cut']:,} of {part['examples']:,} sequences are longer than "
             f"data.length {data['length']}; the longest has {part['longest']:,} tokens"
@@ -118,10 +118,20 @@ def _cuts(
     return found
 
 
+def named_entry(name: str) -> dict[str, Any]:
+    """The entry that a name stands for: files by how they end, else a task."""
+    return {kind_of(name) or "task": name}
+
+
+def files_of(entry: Mapping[str, Any]) -> str | None:
+    """The path of an entry that names a file or files; None of a task."""
+    return next((entry[kind] for kind in KINDS if kind in entry), None)
+
+
 def identity(entry: Mapping[str, Any]) -> list[str]:
     """What decides the texts of an entry, found without importing it."""
-    if "jsonl" in entry:
-        return ["jsonl", _file_hash(entry["jsonl"])]
+    if "task" not in entry:
+        return ExampleFiles(entry).identity()
     if fingerprint := built_in.task_fingerprint(entry["task"]):
         return [entry["task"], fingerprint]
     if module := entry.get("import"):
@@ -131,17 +141,8 @@ def identity(entry: Mapping[str, Any]) -> list[str]:
             spec = None
         if spec is None:
             raise CalmError(f"task {entry['task']!r}: there is no module {module!r} to import")
-        return [entry["task"], module, _file_hash(spec.origin)]
+        return [entry["task"], module, file_hash(spec.origin)]
     return [entry["task"]]
-
-
-def _file_hash(path: str) -> str:
-    try:
-        with epath.Path(path).open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        here = "" if os.path.isabs(path) else f", seen from {os.getcwd()}"
-        raise CalmError(f"{path}: {error.strerror or error}{here}") from error
 
 
 def _cached(
@@ -160,12 +161,9 @@ def _cached(
             chunks = _checked(chunks, name, vocabulary)
             counts = cache.write_part(folder / str(number), chunks, data["length"], data["pack"])
             if not counts["rows"]:
-                told = (
-                    f"the split {split!r} has no examples"
-                    if "task" in entry
-                    else "the file is empty"
-                )
-                raise CalmError(f"{entry.get('jsonl', name)}: {told}")
+                if files := files_of(entry):
+                    raise CalmError(f"{files}: the file is empty")
+                raise CalmError(f"{name}: the split {split!r} has no examples")
             parts.append({"name": name, "rate": rate, **counts})
         _cuts(parts, data, entry)  # nothing is kept of what is refused
         return {"entry": dict(entry), "split": split, "length": data["length"], "parts": parts}
@@ -184,10 +182,10 @@ def _open_parts(
     limit: int,
 ) -> Iterator[Opened]:
     """The name, the share and the sequences of each part of an entry."""
-    if "jsonl" in entry:
-        name = f"jsonl/{pathlib.PurePath(entry['jsonl']).stem}"
-        progress = tqdm(desc=f"{name} {split}", unit=" examples")
-        yield name, 1.0, _told(jsonl.sequences(entry["jsonl"], vocabulary, limit), progress)
+    if "task" not in entry:
+        files = ExampleFiles(entry)
+        progress = tqdm(desc=f"{files.name} {split}", unit=" examples")
+        yield files.name, 1.0, _told(files.sequences(vocabulary, limit), progress)
         return
     from calm_jax.data import tasks
 

@@ -44,6 +44,15 @@ class Sequences:
     def __len__(self) -> int:
         return len(self.lengths_N)
 
+    def continued(self, length: int) -> Self:
+        """The same ids where what has no prompt and is longer goes on in a further sequence."""
+        pieces_N = np.where(self.prompts_N == 0, np.maximum(-(-self.lengths_N // length), 1), 1)
+        lengths_P = np.repeat(self.lengths_N, pieces_N)
+        left_P = lengths_P - _within(pieces_N) * length
+        whole_P = np.repeat(pieces_N == 1, pieces_N)
+        lengths_P = np.where(whole_P, lengths_P, np.minimum(left_P, length))
+        return type(self)(self.ids_M, lengths_P, np.repeat(self.prompts_N, pieces_N))
+
     def cut(self, length: int) -> Self:
         """The same sequences without what is behind their first `length` ids."""
         kept_N = np.minimum(self.lengths_N, length)

@@ -34,7 +34,7 @@ class Part:
 class Source:
     """Rows of one length, of one or more parts, and what starts a sequence.
 
-    `fingerprint` names the rows: equal exactly if all that decides them is.
+    `fingerprint` names the rows: equal exactly if they are.
     """
 
     parts: tuple[Part, ...]

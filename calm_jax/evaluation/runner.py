@@ -16,7 +16,7 @@ from calm_jax.checkpoints.any_model import load_model
 from calm_jax.checkpoints.files import absolute, check_writable, read_json, write_json
 from calm_jax.checkpoints.kinds import COMPOSED_RUN, DECODER_RUN, FROZEN, kind_of
 from calm_jax.checkpoints.training import TrainingCheckpoints
-from calm_jax.data.opening import identity
+from calm_jax.data.opening import files_of, identity, named_entry
 from calm_jax.data.vocabulary import Vocabulary
 from calm_jax.decoding import generate
 from calm_jax.errors import CalmError
@@ -99,12 +99,12 @@ def evaluate(
     output = absolute(output) if output else evaluation_folder(folder)
     _check_tasks(settings["tasks"], folder, output)
     step = _step(folder, config, step)
-    files = [task for task in settings["tasks"] if task.endswith(".jsonl")]
+    entries = {task: _entry(task, config) for task in settings["tasks"]}
     scored = {
         "step": step,
         "fingerprint": config.get("fingerprint"),
         **settings,
-        "files": [identity({"jsonl": file}) for file in files],
+        "files": [identity(entry) for entry in entries.values() if files_of(entry)],
     }
     before = read_optional(output / "summary.json")
     is_same = scored.items() <= before.get(SCORED, {}).items()
@@ -124,7 +124,10 @@ def evaluate(
         if parts:
             names = part_names(len(loaded.augments))
             models |= zip(names, (loaded.anchor, *loaded.augments), strict=True)
-        examples = {task: _examples(loaded, task, config, settings) for task in settings["tasks"]}
+        examples = {
+            task: _examples(loaded, task, entry, config, settings)
+            for task, entry in entries.items()
+        }
         answers = {
             name: {
                 task: _answers(one, loaded.vocabulary, (name, task), asked, settings, batch_size)
@@ -163,9 +166,14 @@ def _check_tasks(tasks: Sequence[str], folder: epath.Path, output: epath.Path) -
 
 
 def validation_files(config: Mapping[str, Any]) -> list[str]:
-    """The files of JSON lines that a run validates on."""
+    """The files that a run validates on."""
+    return list(filter(None, map(files_of, config.get("data", {}).get("validation", ()))))
+
+
+def _entry(task: str, config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What a name stands for: files that the run validates on are read as it reads them."""
     entries = config.get("data", {}).get("validation", ())
-    return [entry["jsonl"] for entry in entries if "jsonl" in entry]
+    return next((entry for entry in entries if files_of(entry) == task), None) or named_entry(task)
 
 
 def _step(folder: epath.Path, config: Mapping[str, Any], step: int | None) -> int | None:
@@ -198,13 +206,19 @@ def _mesh(shape: Mapping[str, int] | None) -> Iterator[jax.sharding.Mesh | None]
         yield mesh
 
 
-def _examples(model, task: str, config: Mapping[str, Any], settings: Mapping[str, Any]) -> Records:
+def _examples(
+    model,
+    task: str,
+    entry: Mapping[str, Any],
+    config: Mapping[str, Any],
+    settings: Mapping[str, Any],
+) -> Records:
     """The examples of a task, after a check that every answer has room to be right."""
     vocabulary, room = model.vocabulary, settings["max_new_tokens"]
     if vocabulary is None:
         raise CalmError(f"the model has no vocabulary to write {task} in")
     place = config.get("data", {}).get("cache_dir", "")
-    examples = data.evaluation_examples(task, SPLIT, vocabulary, settings["limit"], place)
+    examples = data.evaluation_examples(entry, SPLIT, vocabulary, settings["limit"], place)
     if not examples:
         raise CalmError(f"task {task} has no example in its {SPLIT} split")
     found = len(examples)

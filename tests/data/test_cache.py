@@ -139,13 +139,23 @@ def test_too_long_sequences_are_cut_and_counted(data, vocabulary, examples, capl
 
 
 def test_strict_leaves_nothing_when_it_refuses(data, vocabulary, tmp_path):
-    (tmp_path / "long.jsonl").write_text('{"text": "far more than eight bytes"}\n')
+    (tmp_path / "long.jsonl").write_text('{"inputs": "more than", "targets": "eight bytes"}\n')
     config = data(
         {"jsonl": str(tmp_path / "long.jsonl")}, length=8, strict=True, cache_dir=str(tmp_path)
     )
     with pytest.raises(CalmError, match=r"1 of 1 sequences are longer than data\.length 8"):
         open_source(config, "train", Vocabulary.bytes())
     assert not list((tmp_path / "tokens").iterdir())
+
+
+def test_text_longer_than_a_row_goes_on_in_further_rows(data, tmp_path, caplog):
+    text = "far more than eight bytes"
+    (tmp_path / "long.jsonl").write_text(json.dumps({"text": text}) + "\n")
+    config = data({"jsonl": str(tmp_path / "long.jsonl")}, length=8, strict=True)
+    batch = all_rows(open_source(config, "train", Vocabulary.bytes()))
+    trained = batch["decoder_target_tokens"][batch["decoder_loss_weights"] == 1]
+    assert trained.tolist() == [*Vocabulary.bytes().encode(text), 1]
+    assert len(batch["decoder_target_tokens"]) == 4 and not caplog.text
 
 
 @pytest.mark.parametrize("loss_on_inputs", [False, True])

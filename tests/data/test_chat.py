@@ -13,7 +13,8 @@ import tiny_models
 import tiny_tokenizers
 
 from calm_jax.cli import generate as command
-from calm_jax.data import chat, jsonl, open_source
+from calm_jax.data import chat, open_source
+from calm_jax.data.example_files import ExampleFiles
 from calm_jax.data.vocabulary import Vocabulary
 from calm_jax.decoding import generate
 from calm_jax.errors import CalmError
@@ -231,13 +232,13 @@ def chats(tmp_path):
 
 def test_lines_of_chats_take_the_template(form, vocabularies, chats):
     prompt, answer, between, last = TURNS[form]
-    assert list(jsonl.parse(chats, vocabularies[form])) == [
+    assert list(ExampleFiles({"jsonl": chats}).examples(vocabularies[form])) == [
         {"inputs": prompt, "targets": answer, "is_turn": True},
         {"inputs": prompt + answer + between, "targets": last, "is_turn": True},
         {"inputs": "1+1=", "targets": "2", "is_turn": False},
         {"inputs": "", "targets": "Hello", "is_turn": False},
     ]
-    plain = list(jsonl.parse(chats, Vocabulary.bytes()))
+    plain = list(ExampleFiles({"jsonl": chats}).examples(Vocabulary.bytes()))
     assert plain[0] == {"inputs": "user: Hi\nassistant: ", "targets": "Hello"}
 
 
@@ -282,7 +283,7 @@ def test_a_chat_that_the_template_refuses_is_named_by_its_line(tmp_path, vocabul
     line = {"messages": [{"role": "user", "content": "a"}] * 2 + CHAT[1:2]}
     path.write_text(json.dumps({"text": "a"}) + "\n" + json.dumps(line) + "\n")
     with pytest.raises(CalmError, match=r"a\.jsonl:2: chat template of .*must alternate"):
-        list(jsonl.parse(path, vocabularies["gemma"]))
+        list(ExampleFiles({"jsonl": path}).examples(vocabularies["gemma"]))
 
 
 def model_with(vocabulary):

@@ -113,7 +113,9 @@ def test_examples_of_a_file(tmp_path, cache_dir):
         ({"task": "nothing", "import": "no_such_module"}, "train", "no module 'no_such_module'"),
         ({"task": "calm_jax/key_value/tiny/math"}, "train", "no split 'train'; it has test"),
         ({"task": "a", "wieght": 1}, "train", "unknown key 'wieght'; known are .*weight"),
-        ({"weight": 1}, "train", "needs either 'task' or 'jsonl'"),
+        ({"weight": 1}, "train", "needs either 'task', 'jsonl' or 'parquet'"),
+        ({"jsonl": "a", "import": "b"}, "train", "'import' says nothing to 'jsonl'"),
+        ({"task": "a", "columns": {}}, "train", "'columns' says nothing to 'task'"),
         ({"task": "a", "weight": 0.0}, "train", "weight 0.0 of a is not a number above 0"),
     ],
 )
