@@ -105,7 +105,8 @@ def _keys(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, st
 def _data(run: Run, split: str) -> str:
     """The tasks and files of a split."""
     entries = run.config.get("data", {}).get(split) or ()
-    return ", ".join(str(entry.get("task") or entry.get("jsonl")) for entry in entries)
+    named = [entry.get("task") or entry.get("jsonl") or entry.get("parquet") for entry in entries]
+    return ", ".join(map(str, named))
 
 
 def _corpus(run: Run) -> str:

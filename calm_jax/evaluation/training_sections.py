@@ -81,7 +81,7 @@ def attention(runs: Sequence[Run]) -> list[dict[str, Any]]:
             name = f"augment {connection['augment']}: {name}" if several else name.capitalize()
             maps.append({"name": name, "weights": connection["weights"]})
         tokens = run.attention["tokens"]
-        labels = [cut(token.strip() or "␣", _LABEL) for token in tokens]
+        labels = [cut(token.strip() or token.replace(" ", "␣"), _LABEL) for token in tokens]
         found.append({"run": run, "inputs": run.attention["inputs"], "tokens": tokens,
                       "labels": labels, "maps": maps, "total": len(kept)})  # fmt: skip
     return found
