@@ -1,4 +1,4 @@
-"""A model from whatever kind of folder holds one."""
+"""Loads a model from any kind of folder that holds one."""
 
 from collections.abc import Sequence
 
@@ -23,13 +23,13 @@ def load_model(
     """Loads a run's directory, a frozen folder or an exported bridge.
 
     Args:
-        path: the folder. The model of a decoder's run is its finished one.
+        path: the folder. A decoder's run gives its finished model.
         step: which checkpoint of a composed run; default: the best by validation.
         mesh: the devices that hold the weights; default: the first device.
         anchor, augments: folders of a composed model's frozen models; default: those recorded.
 
     Raises:
-        CalmError: no such folder, a damaged one, a decoder's run that has not finished; `step` of
+        CalmError: no such folder, a damaged one, a decoder's run that has not finished; `step` for
             anything but a composed run; frozen models that are not those of the training, or that
             are given for a lone decoder.
     """

@@ -1,10 +1,10 @@
-"""Composed models from disk: a run of training, or the small folder that one shares.
+"""Composed models on disk: a training run, or an exported bridge, the small folder to share.
 
-An exported bridge holds the bridge alone, and says which frozen models it was trained with:
+An exported bridge holds the bridge alone and records which frozen models it was trained with:
 
     folder/
-      config.json    composition, place and fingerprint of each frozen model; written last
-      weights/       Orbax; the bridge as in `ComposedDecoder.bridge`
+      config.json    composition, folder and fingerprint of each frozen model; written last
+      weights/       an Orbax checkpoint of `ComposedDecoder.bridge`
 """
 
 from collections.abc import Mapping, Sequence
@@ -41,12 +41,12 @@ def load_composed(
     Args:
         run_or_bridge: a `--workdir` of `calm train`, or a folder made by `export_bridge`.
         step: which checkpoint of a run; default: the best by validation. A bridge has only one.
-        mesh: where everything goes; default: the first device.
-        anchor, augments: the frozen models or their folders; default: the places recorded.
+        mesh: where all arrays go; default: the first device.
+        anchor, augments: the frozen models or their folders; default: the recorded folders.
 
     Raises:
         CalmError: no such folder or step, a damaged one, or frozen models other than those that the
-            bridge was trained with (both fingerprints are named).
+            bridge was trained with (the message names both fingerprints).
 
     >>> import tempfile
     >>> from flax import nnx
@@ -91,7 +91,7 @@ def export_bridge(
     *,
     step: int | None = None,
 ) -> None:
-    """Writes the small folder that one shares: bridge, config, fingerprints of the frozen models.
+    """Writes a small folder to share: bridge, config and fingerprints of the frozen models.
 
     Args:
         run_or_composed: a composed model, or a run's directory (its best checkpoint, or `step`).
@@ -100,7 +100,7 @@ def export_bridge(
     Raises:
         CalmError: `target` exists or cannot be written, or the run cannot be read.
 
-    An example stands at `load_composed`.
+    See `load_composed` for an example.
     """
     composed = run_or_composed
     if not isinstance(composed, ComposedDecoder):
@@ -150,7 +150,10 @@ def load_parts(
 
 
 def identities(composed: ComposedDecoder) -> list[dict[str, Any]]:
-    """Role, place, dtype it was cast to and fingerprint of each frozen model, the anchor first."""
+    """Role, folder, dtype it was cast to and fingerprint of each frozen model, the anchor first.
+
+    The folder's key is "place", as in all runs and exported bridges.
+    """
     roles = ["anchor", *(f"augment {k}" for k in range(len(composed.augments)))]
     return [
         {
@@ -166,7 +169,7 @@ def identities(composed: ComposedDecoder) -> list[dict[str, Any]]:
 def check_identities(
     recorded: list[dict[str, Any]], found: list[dict[str, Any]], where: str
 ) -> None:
-    """Raises `CalmError` naming both, when a frozen model is not the one that was recorded."""
+    """Raises `CalmError` naming both when a frozen model is not the one that was recorded."""
     if len(recorded) != len(found):
         raise CalmError(
             f"{where} was trained with {len(recorded) - 1} augments, not {len(found) - 1}"
@@ -181,18 +184,18 @@ def check_identities(
 
 
 def _other_kind(folder: epath.Path, values: Mapping[str, Any]) -> str:
-    """What a folder is that holds no checkpoints, and no bridge of this version."""
+    """The message for a folder that holds neither checkpoints nor a bridge of this version."""
     kind = kind_of(values)
     if kind == BRIDGE:
-        form = values["format"]
-        return f"{folder / 'config.json'}: format is {form!r}, this version reads {FORMAT!r}"
+        found = values["format"]
+        return f"{folder / 'config.json'}: format is {found!r}, this version reads {FORMAT!r}"
     if kind == COMPOSED_RUN:
         return f"{folder} has no checkpoint yet"
     return f"{folder} is {kind}, not a composed run or an exported bridge"
 
 
 def _frozen_parts(values, anchor, augments, mesh, where: str) -> ComposedDecoder:
-    """The composed model with a bridge of no meaning yet, its frozen models checked."""
+    """The composed model with its frozen models checked; its bridge is still random."""
     count = len(values["frozen"]) - 1
     given = [anchor, *(augments if augments is not None else [None] * count)]
     if len(given) - 1 != count:
@@ -202,7 +205,7 @@ def _frozen_parts(values, anchor, augments, mesh, where: str) -> ComposedDecoder
         for entry, model in zip(values["frozen"], given, strict=True)
     ]
     dtypes = [entry.get("dtype") for entry in values["frozen"]]
-    # First of all: connections do not fit another model, and that would be said of them.
+    # Checked first: if a model is another one, an error about connections would mislead.
     check_identities(values["frozen"], list(map(_found_identity, found, dtypes)), where)
     configs = [CompositionConfig.from_dict(config) for config in values["composition"]]
     models = load_parts(found, dtypes, configs, mesh)
@@ -222,19 +225,19 @@ def _recorded(entry: Mapping[str, Any], where: str) -> frozen.Description:
 
 
 def _short(fingerprint: str) -> str:
-    """Enough to tell it from others, and the dtype that the model was cast to."""
+    """Enough of a fingerprint to tell it from others, and the dtype the model was cast to."""
     weights, cast, dtype = fingerprint.partition(" as ")
     return weights[:16] + cast + dtype
 
 
 def _described(
-    place: Decoder | frozen.Description | epath.PathLike,
+    model: Decoder | frozen.Description | epath.PathLike,
 ) -> Decoder | frozen.Description:
-    return place if isinstance(place, Decoder | frozen.Description) else frozen.describe(place)
+    return model if isinstance(model, Decoder | frozen.Description) else frozen.describe(model)
 
 
 def _found_identity(found: Decoder | frozen.Description, dtype: str | None) -> dict[str, Any]:
-    """Place and fingerprint of a model that is there, or of a folder loaded with `dtype`."""
+    """Folder and fingerprint of a loaded model, or of a folder to load with `dtype`."""
     if isinstance(found, Decoder):
         return {"place": found.source, "fingerprint": frozen.model_fingerprint(found)}
     fingerprint = frozen.loaded_fingerprint(found, dtype)

@@ -1,4 +1,4 @@
-"""Folders and small files that are whole or absent."""
+"""Folders and small files that are complete or absent."""
 
 import contextlib
 import json
@@ -21,8 +21,9 @@ _LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 def whole_folder(target: epath.PathLike) -> Iterator[epath.Path]:
     """A new folder at `target` that appears when the block ends without an error.
 
-    The block writes to a folder beside, which is renamed. A bucket knows no rename: there the block
-    writes in place, and its last file must be the one without which nobody reads the folder.
+    The block writes to a temporary folder next to `target`, which is then renamed. A bucket has no
+    rename: there the block writes to `target` itself, and must write last the file without which
+    the folder is not read.
 
     Raises:
         CalmError: `target` exists, or cannot be written.
@@ -30,19 +31,19 @@ def whole_folder(target: epath.PathLike) -> Iterator[epath.Path]:
     target = absolute(target)
     with storage("read", target):
         if target.exists():
-            raise CalmError(f"{target} exists; give another place or remove it")
-    beside = (
+            raise CalmError(f"{target} exists; give another path or remove it")
+    temporary = (
         target if is_bucket(target) else target.parent / f".{target.name}.{uuid.uuid4().hex[:8]}"
     )
     try:
         with storage("write", target):
-            beside.mkdir(parents=True)
-            yield beside
-            if beside != target:
-                beside.rename(target)
+            temporary.mkdir(parents=True)
+            yield temporary
+            if temporary != target:
+                temporary.rename(target)
     except BaseException:
-        with contextlib.suppress(Exception):  # it is the first error that counts
-            beside.rmtree()
+        with contextlib.suppress(Exception):  # the first error is the one to report
+            temporary.rmtree()
         raise
 
 
@@ -60,21 +61,21 @@ def check_writable(folder: epath.PathLike) -> None:
 
 
 def write_text(path: epath.PathLike, text: str) -> None:
-    """Writes beside, then renames: a reader finds the old file or the new one, never a part.
+    """Writes a temporary file, then renames it: a reader finds the old file or the new one whole.
 
     Raises `CalmError` when it cannot be written.
     """
     path = absolute(path)
-    # A model of bytes may write half a character; it is kept visible rather than refused.
+    # A model of bytes may produce half a character, which is written as an escape sequence.
     data = text.encode("utf-8", errors="backslashreplace")
     with storage("write", path):
         path.parent.mkdir(parents=True, exist_ok=True)
         if is_bucket(path):  # an object appears whole
             path.write_bytes(data)
             return
-        beside = path.with_name(f".{path.name}.tmp")
-        beside.write_bytes(data)
-        beside.replace(path)
+        temporary = path.with_name(f".{path.name}.tmp")
+        temporary.write_bytes(data)
+        temporary.replace(path)
 
 
 def write_json(path: epath.PathLike, value: Any) -> None:
@@ -83,7 +84,7 @@ def write_json(path: epath.PathLike, value: Any) -> None:
 
 
 def read_json(path: epath.Path, what: str) -> dict[str, Any]:
-    """Reads a JSON object; its folder should be `what`, says the `CalmError` otherwise."""
+    """Reads a JSON object. Raises `CalmError`, which says that the folder is not `what`."""
     try:
         with storage("read", path, but=(FileNotFoundError, NotADirectoryError)):
             text = path.read_bytes()
@@ -149,13 +150,13 @@ def read_field(values: Mapping[str, Any], key: str, path: epath.Path) -> Any:
 
 
 def absolute(path: epath.PathLike) -> epath.Path:
-    """The path from the root: Orbax fails late, and far away, on relative ones.
+    """The absolute path. Orbax rejects a relative path late, in an unrelated place.
 
-    Raises `CalmError` when it is neither on a disk nor on a bucket.
+    Raises `CalmError` when it is neither on a disk nor in a bucket.
     """
     scheme, found, _ = os.fspath(path).partition("://")
     if found and scheme != "gs":
-        raise CalmError(f"{os.fspath(path)} is neither on a disk nor on a gs:// bucket")
+        raise CalmError(f"{os.fspath(path)} is neither on a disk nor in a gs:// bucket")
     path = epath.Path(path).expanduser()
     return path if is_bucket(path) else epath.Path(os.path.abspath(path))
 
@@ -169,20 +170,20 @@ def is_bucket(path: epath.PathLike) -> bool:
 def storage(
     action: str, path: epath.PathLike, *, but: tuple[type[Exception], ...] = ()
 ) -> Iterator[None]:
-    """Turns what a disk or a bucket answers in the block, `but` this, into a `CalmError`."""
+    """Turns the errors of a disk or a bucket in the block, except `but`, into a `CalmError`."""
     try:
         yield
     except Exception as error:
-        # TensorFlow reads buckets, and its errors are its own.
+        # TensorFlow reads buckets and raises its own kinds of errors.
         if isinstance(error, but) or not (
             isinstance(error, OSError) or type(error).__module__.startswith("tensorflow.")
         ):
             raise
-        told = getattr(error, "strerror", None) or first_line(error)
-        raise CalmError(f"cannot {action} {path}: {told}") from error
+        reason = getattr(error, "strerror", None) or first_line(error)
+        raise CalmError(f"cannot {action} {path}: {reason}") from error
 
 
 def first_line(error: Exception) -> str:
-    """What a library's error says, without the listings that follow."""
+    """The message of a library's error without the listings that follow it."""
     lines = str(error).partition(" [tensorstore_spec")[0].strip().splitlines()
     return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__

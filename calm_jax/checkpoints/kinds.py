@@ -1,4 +1,4 @@
-"""What a folder with a config.json is: who reads it, or which words refuse it."""
+"""What kind of folder a config.json belongs to."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -8,13 +8,13 @@ FROZEN, BRIDGE = "a frozen folder", "an exported bridge"
 
 
 def kind_of(config: Mapping[str, Any]) -> str:
-    """Words for the folder whose config.json says this, of whatever version."""
-    form = str(config.get("format", ""))
-    if form.startswith("calm_jax bridge"):
+    """The kind, in words, of a folder with this config.json, whatever its version."""
+    format = str(config.get("format", ""))
+    if format.startswith("calm_jax bridge"):
         return BRIDGE
-    if form.startswith("calm_jax frozen folder"):
+    if format.startswith("calm_jax frozen folder"):
         return FROZEN
     runs = {"decoder": DECODER_RUN, "composed": COMPOSED_RUN}
-    if not form and str(config.get("kind")) in runs:
+    if not format and str(config.get("kind")) in runs:
         return runs[config["kind"]]
     return "a Hugging Face folder" if "model_type" in config else "a folder of another program"

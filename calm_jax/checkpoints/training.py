@@ -1,4 +1,4 @@
-"""Checkpoints of a run: what is trained, its optimizer, where it stands. No frozen weight."""
+"""Checkpoints of a run: trained weights, optimizer state and progress, but no frozen weight."""
 
 import dataclasses
 import time
@@ -16,7 +16,7 @@ from calm_jax.errors import CalmError, RunFailed
 from calm_jax.models.parameters import Tree, check_same_tree
 
 METRIC = "loss"  # of the validation; the lowest is the best
-RETRY_SECONDS = (1, 5, 25)  # pauses before a failed write is tried again
+RETRY_SECONDS = (1, 5, 25)  # pauses before the retries of a failed write
 
 
 @dataclasses.dataclass
@@ -30,14 +30,14 @@ class Checkpoint:
 
 
 class _Manager(ocp.CheckpointManager):
-    """Tells `failed` of a broken write at once; Orbax first waits, for minutes, for all processes.
+    """Calls `failed` as soon as a write fails; Orbax would first wait minutes for all processes.
 
-    Set `failed` before the first save; another thread calls it.
+    Set `failed` before the first save. It is called from another thread.
     """
 
     failed: Callable[[Exception], Any]
 
-    def _wait_for_checkpointers(self) -> None:  # all that the end of a write may raise
+    def _wait_for_checkpointers(self) -> None:  # raises every error of a write
         try:
             super()._wait_for_checkpointers()
         except Exception as error:
@@ -46,11 +46,11 @@ class _Manager(ocp.CheckpointManager):
 
 
 class TrainingCheckpoints:
-    """The checkpoints of one run, written asynchronously: the latest `keep`, and the best.
+    """The checkpoints of one run, written asynchronously: the latest `keep` and the best.
 
-    Use as a context manager; leaving it waits for the writes. A write that fails is tried again,
-    as `tell` says, with what is to be saved by then. Of several processes, one whose write fails
-    ends all of them: the same command goes on after the last whole checkpoint.
+    Use it as a context manager; leaving it waits for the writes. A failed write is retried, after
+    a line to `tell`, with whatever is to be saved by then. With several processes, a failed write
+    ends all of them; the same command resumes from the last complete checkpoint.
     """
 
     def __init__(
@@ -62,7 +62,7 @@ class TrainingCheckpoints:
         tell: Callable[[str], None] = processes.say,
     ):
         self.folder, self._tell = absolute(folder), tell
-        self._wanted: dict[str, Any] = {}  # what the write under way was asked for
+        self._wanted: dict[str, Any] = {}  # the arguments of the write in progress
         policy = checkpoint_managers.AnyPreservationPolicy(
             [
                 checkpoint_managers.LatestN(keep),
@@ -86,7 +86,7 @@ class TrainingCheckpoints:
             self.manager = _Manager(
                 self.folder,
                 options=options,
-                # Without handlers a new manager cannot tell what an older one wrote.
+                # Without handlers a manager does not recognise what an earlier one wrote.
                 item_handlers={
                     "trainable": ocp.StandardCheckpointHandler(),
                     "opt_state": ocp.StandardCheckpointHandler(),
@@ -105,12 +105,12 @@ class TrainingCheckpoints:
 
     @property
     def latest(self) -> int | None:
-        """The newest whole checkpoint's step."""
+        """The step of the newest complete checkpoint."""
         return self.manager.latest_step()
 
     @property
     def best(self) -> int | None:
-        """The step of the best validation loss; the latest where nothing was validated."""
+        """The step with the best validation loss; the latest if nothing was validated."""
         best = self.manager.best_step()
         return self.latest if best is None else best
 
@@ -129,9 +129,9 @@ class TrainingCheckpoints:
         state: dict[str, Any],
         metrics: dict[str, float] | None = None,
     ) -> None:
-        """Starts writing, when the write before has ended well; otherwise waits for this one.
+        """Starts writing a checkpoint; if the previous write failed, also waits for this one.
 
-        Raises `RunFailed` naming the folder when it failed to the last.
+        Raises `RunFailed` naming the folder when every retry failed.
         """
         failure = self._finish()
         self._wanted = {
@@ -143,22 +143,22 @@ class TrainingCheckpoints:
             ),
             "metrics": metrics,
         }
-        self._insist(failure or self._start())
+        self._retry(failure or self._start())
 
     def wait(self) -> None:
-        """Returns when everything is on disk. Raises `RunFailed` when a write failed to the last.
+        """Returns when everything is on disk. Raises `RunFailed` when every retry failed.
 
-        The arrays of the last `save` must still be there.
+        The arrays of the last `save` must still exist.
         """
-        self._insist(self._finish())
+        self._retry(self._finish())
 
-    def _insist(self, failure: str | None) -> None:
+    def _retry(self, failure: str | None) -> None:
         for pause in RETRY_SECONDS:
             if failure is None:
                 return
             self._tell(f"{failure}; trying again in {pause} s")
             time.sleep(pause)
-            self.manager.reload()  # it takes what it began for saved
+            self.manager.reload()  # it counts the failed write as saved
             failure = self._start() or self._finish()
         if failure is not None:
             raise RunFailed(failure)
@@ -177,9 +177,13 @@ class TrainingCheckpoints:
         return None
 
     def _failed(self, error: Exception) -> str:
-        """What went wrong. Several processes end with it: no other can tell, and all would wait."""
-        whole = set(self.manager.all_steps()) - {self._wanted.get("step")}
-        kept = f"the last whole checkpoint is step {max(whole)}" if whole else "none is whole"
+        """The message. Ends several processes: the others would wait for this one for ever."""
+        complete = set(self.manager.all_steps()) - {self._wanted.get("step")}
+        kept = (
+            f"the last complete checkpoint is step {max(complete)}"
+            if complete
+            else "none is complete"
+        )
         line = f"cannot save a checkpoint in {self.folder}: {first_line(error)} ({kept})"
         processes.end_all(RunFailed(line))
         return line
@@ -198,7 +202,9 @@ class TrainingCheckpoints:
         return restored.state
 
     def restore(self, step: int, trainable: Tree, opt_state: Any = None) -> Checkpoint:
-        """Restores onto the shardings of the abstract trees; without `opt_state`, leaves that out.
+        """Restores arrays with the shardings of the abstract trees.
+
+        Without `opt_state` the optimizer state is not read.
 
         Raises:
             CalmError: there is no such step, or an array is missing or of another shape.

@@ -1,4 +1,4 @@
-"""Small trees of arrays, a bridge for one, as Orbax checkpoints."""
+"""Small trees of arrays, such as a bridge, as Orbax checkpoints."""
 
 import orbax.checkpoint as ocp
 from etils import epath
@@ -13,12 +13,12 @@ def save_tree(path: epath.Path, tree: Tree) -> None:
     try:
         with ocp.StandardCheckpointer() as checkpointer:
             checkpointer.save(path, tree)
-    except Exception as error:  # a full disk comes as one of many kinds
+    except Exception as error:  # a full disk is reported by one of many kinds of errors
         raise CalmError(f"cannot write {path}: {first_line(error)}") from error
 
 
 def restore_tree(path: epath.Path, abstract: Tree) -> Tree:
-    """Restores a tree to the shapes, dtypes and shardings of `abstract`.
+    """Restores a tree with the shapes, dtypes and shardings of `abstract`.
 
     Raises `CalmError` naming the first array that is missing, unknown or of another shape.
     """

@@ -39,7 +39,7 @@ from calm_jax.training.run_model import (
     composition_configs,
     describe_models,
     init_decoder,
-    load_model,
+    load_run_model,
 )
 from calm_jax.training.step import make_eval_step, make_train_step
 
@@ -143,7 +143,7 @@ class _Session:
         self.described, self.sources = described, sources
         self.optimizer, self.schedule = abstract.optimizer, abstract.schedule
         self.shardings = abstract.shardings
-        self.model = load_model(config, mesh)
+        self.model = load_run_model(config, mesh)
         self.parts = self.model.parts
         share, shares = sharding.batch_share(mesh)
         self.share = {"process_index": share, "process_count": shares}

@@ -102,7 +102,7 @@ def describe_models(config: ConfigDict) -> Described:
     return Described(vocabulary, identities, plan.names)
 
 
-def load_model(config: ConfigDict, mesh: jax.sharding.Mesh) -> RunModel:
+def load_run_model(config: ConfigDict, mesh: jax.sharding.Mesh) -> RunModel:
     """The model to train, on the mesh. A new decoder's values are left to `init_decoder`.
 
     Raises `CalmError` as `set_execution`.

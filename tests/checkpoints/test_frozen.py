@@ -391,7 +391,7 @@ def test_unknown_field_of_a_later_version(damaged):
 
 def test_a_target_that_exists_is_left_alone(decoder, tmp_path):
     (tmp_path / "model").mkdir()
-    with pytest.raises(CalmError, match=r"model exists; give another place"):
+    with pytest.raises(CalmError, match=r"model exists; give another path"):
         frozen.save_frozen(decoder, tmp_path / "model")
     assert not list((tmp_path / "model").iterdir())
 

@@ -225,7 +225,7 @@ def test_a_failed_write_is_tried_again(tmp_path, monkeypatch, noticed):
         "trying again in 5 s",
     ]
     assert all(line.startswith(f"cannot save a checkpoint in {tmp_path}/run") for line in told)
-    assert all("(the last whole checkpoint is step 1)" in line for line in told)
+    assert all("(the last complete checkpoint is step 1)" in line for line in told)
     for step in (last, 4):
         assert stored_bytes(restore(tmp_path / "run", step).trainable) == stored_bytes(tree(step))
 
@@ -233,7 +233,7 @@ def test_a_failed_write_is_tried_again(tmp_path, monkeypatch, noticed):
 def test_a_write_that_fails_to_the_last(tmp_path, monkeypatch):
     told = []
     pauses = paused(monkeypatch, lambda _: None)
-    failed = pytest.raises(RunFailed, match=r"cannot save a checkpoint in .*none is whole\)$")
+    failed = pytest.raises(RunFailed, match=r"cannot save a checkpoint in .*none is complete\)$")
     checkpoints = TrainingCheckpoints(tmp_path, tell=told.append)
     with failed as error, full_disk(), checkpoints:
         save(checkpoints, 1)

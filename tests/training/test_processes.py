@@ -296,7 +296,7 @@ def test_a_process_that_cannot_save_ends_the_other_and_a_restart_goes_on(place, 
     latest = saved_steps(run.workdir)[-1]
     told = f"cannot save a checkpoint in {run.workdir}/checkpoints: "
     assert last_line(outputs[1]).startswith(f"error: {told}")
-    assert last_line(outputs[1]).endswith(f"(the last whole checkpoint is step {latest})")
+    assert last_line(outputs[1]).endswith(f"(the last complete checkpoint is step {latest})")
     assert last_line(outputs[0]) == "process 1 ended: " + last_line(outputs[1])[len("error: ") :]
     Run(place, run.workdir, 2, 2, f"--config.train.num_steps={latest + 5}").finish()
     assert saved_steps(run.workdir)[-1] == latest + 5

@@ -216,7 +216,7 @@ def test_places_that_are_no_disk_and_no_bucket(place, source, tmp_path):
         lambda: calm_jax.convert(source, place),
         lambda: calm_jax.load(place),
     ):
-        with pytest.raises(CalmError, match=f"^{place} is neither on a disk nor on a gs:// bucket"):
+        with pytest.raises(CalmError, match=f"^{place} is neither on a disk nor in a gs:// bucket"):
             call()
     assert nothing_in(tmp_path)
 
@@ -235,7 +235,7 @@ def test_a_bucket_that_does_not_answer(source, tmp_path, monkeypatch):
         monkeypatch.setattr(path_type, name, method)
 
     refuse_buckets("exists")
-    refuse_buckets("read_text")
+    refuse_buckets("read_bytes")
     for call in (
         lambda: calm_jax.convert("gs://bucket/a", tmp_path / "model"),
         lambda: calm_jax.convert(source, "gs://bucket/a"),
@@ -264,7 +264,7 @@ def test_what_is_no_source(config, message, tmp_path):
 
 def test_a_target_that_exists_is_left_alone(source, tmp_path):
     (tmp_path / "file").write_text("mine")
-    with pytest.raises(CalmError, match=r"exists; give another place"):
+    with pytest.raises(CalmError, match=r"exists; give another path"):
         calm_jax.convert(source, tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
