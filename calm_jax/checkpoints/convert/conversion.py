@@ -5,6 +5,7 @@ import dataclasses
 import functools
 import logging
 import math
+import tempfile
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -41,12 +42,12 @@ def convert(
     wait to be written, with what they are cut from.
 
     Args:
-        source: a Hugging Face folder · a T5X checkpoint · an Orbax tree · a .npz, .pt or
+        source: a Hugging Face folder · a T5X checkpoint · an Orbax tree · a .gguf, .npz, .pt or
             .safetensors file.
         target: a folder that does not exist yet.
         format: name of the family; "auto" finds it out.
         dtype: "float32" or "bfloat16", in which weights are stored; default: the smallest that
-            holds the source exactly.
+            holds the source exactly, for a quantised one float32.
         verify: also compute logits of a few prompts from the new folder, note them in it, and
             compare with those of transformers, where it is installed and reads the source.
         family_options: what the family's tree cannot tell; `calm convert --help` lists them.
@@ -74,6 +75,10 @@ def convert(
         raise CalmError(f"--dtype={dtype} is unknown; known are {', '.join(STORED_DTYPES)}")
     with whole_folder(target) as folder:
         opened = open_source(source)
+        if opened.kind == "gguf":
+            from calm_jax.checkpoints.convert.gguf_model import as_published
+
+            opened = as_published(opened)
         family = find_family(opened, format)
         for name in family_options:
             if name not in family.options:
@@ -159,9 +164,12 @@ def _exact_dtype(dtypes: Mapping[str, str], where: str) -> str:
 
 
 def _vocabulary(source: Source) -> Any:
-    """The vocabulary of a folder; of a lone file the only one beside it, which may be another's."""
+    """The vocabulary of a folder, or of a file that holds one; of any other file the only one
+    beside it, which may be another's."""
     from calm_jax.data.vocabulary import Vocabulary, token_maps
 
+    if source.vocabulary_files is not None:
+        return _vocabulary_within(source)
     path = source.path
     folder = path if path.is_dir() else path.parent
     files = token_maps(folder)
@@ -177,3 +185,19 @@ def _vocabulary(source: Source) -> Any:
     if path == folder and vocabulary is None:
         log.warning("%s is converted without a vocabulary: it has no tokenizer file", path)
     return vocabulary
+
+
+def _vocabulary_within(source: Source) -> Any:
+    """The vocabulary of the tokenizer files that the source holds itself."""
+    from calm_jax.data.vocabulary import Vocabulary
+
+    if not source.vocabulary_files:
+        log.warning("%s is converted without a vocabulary: it holds none", source.path)
+        return None
+    with tempfile.TemporaryDirectory() as folder:
+        for name, data in source.vocabulary_files.items():
+            (epath.Path(folder) / name).write_bytes(data)
+        try:
+            return Vocabulary.from_model_folder(folder)
+        except CalmError as error:  # that names a file which is gone by then
+            raise CalmError(str(error).replace(folder, str(source.path))) from error

@@ -70,7 +70,7 @@ class HuggingFaceFamily(Family):
     other_model_types: ClassVar[tuple[str, ...]] = ()
 
     def recognises(self, source: Source) -> bool:
-        if source.kind != "huggingface" or source.config is None:
+        if source.kind not in ("huggingface", "gguf") or source.config is None:
             return False
         architectures = source.config.get("architectures")
         # transformers goes by model_type; architectures say which part of the model was saved, and
@@ -84,16 +84,20 @@ class HuggingFaceFamily(Family):
     def read(self, source: Source, **options: Any) -> Reading:
         if source.config is None:
             raise CalmError(f"{source.path}: {self.name} needs a config.json beside the tensors")
-        where = str(source.path / "config.json")
+        where = str(source.config_path)
         refuse(source.config, where, "quantization_config", None)
         refuse(source.config, where, "is_causal", True, None)
         refuse_experts(source.config, where)
+        config = self.checked_config(source.config, where)
+        return Reading(config, self.rules(config), self.tensors(source), self.unused(config))
+
+    def checked_config(self, values: Mapping[str, Any], where: str) -> DecoderConfig:
+        """`decoder_config`, every error of which names file and family."""
         try:
-            config = self.decoder_config(source.config, where)
+            return self.decoder_config(values, where)
         except CalmError as error:  # also of a form that contradicts itself, whoever wrote it
             told = str(error) if where in str(error) else f"{where}: {error}"
             raise CalmError(f"{told} (family {self.name})") from None
-        return Reading(config, self.rules(config), self.tensors(source), self.unused(config))
 
     def tensors(self, source: Source) -> Mapping[str, Tensor]:
         """The source's tensors under the names of `rules`."""

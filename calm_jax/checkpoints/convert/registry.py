@@ -53,7 +53,7 @@ def find_family(source: Source, name: str = "auto") -> Family:
     if name != "auto" and not (config.get("architectures") or config.get("model_type")):
         return families()[name]
     if source.config is not None:
-        where = f"{source.path / 'config.json'} of {_name_in(source.config)}"
+        where = f"{source.config_path} of {_name_in(source.config)}"
         refuse_experts(source.config, where)
         refuse(source.config, where, "is_encoder_decoder", False)
     raise CalmError(f"{source.path}: {_description(source)}; supported are {', '.join(families())}")

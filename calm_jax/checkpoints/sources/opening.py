@@ -15,7 +15,7 @@ def open_source(path: str | os.PathLike) -> Source:
 
     Args:
         path: a Hugging Face folder · a T5X checkpoint (msgpack and zarr, or on Orbax) · an Orbax
-            tree · a .npz, .pt or .safetensors file.
+            tree · a .gguf, .npz, .pt or .safetensors file.
 
     Raises:
         CalmError: nothing is there, it is of no known kind, or it is damaged.
@@ -30,6 +30,7 @@ def open_source(path: str | os.PathLike) -> Source:
 def _reader(path: epath.Path):
     """The function `read(path) -> Source` for a path."""
     suffix_readers = {
+        ".gguf": "gguf_file",
         ".npz": "npz",
         ".pt": "torch_file",
         ".pth": "torch_file",
@@ -40,7 +41,8 @@ def _reader(path: epath.Path):
         if path.suffix in suffix_readers:
             return _load(suffix_readers[path.suffix]).read
         raise CalmError(
-            f"{path} is no known kind of checkpoint; files are .npz, .pt, .pth, .bin, .safetensors"
+            f"{path} is no known kind of checkpoint; files are .gguf, .npz, .pt, .pth, .bin, "
+            ".safetensors"
         )
     if (path / "chunks.json").exists():
         raise CalmError(f"{path} is a frozen folder already; --to=huggingface writes it as another")
@@ -57,6 +59,9 @@ def _reader(path: epath.Path):
     orbax_tree = _load("orbax_tree")
     if orbax_tree.is_orbax(path):
         return orbax_tree.read
+    files = ", ".join(sorted(file.name for file in path.glob("*.gguf")))
+    if files:
+        raise CalmError(f"{path} is a folder; name one of its files: {files}")
     raise CalmError(
         f"{path} is no known kind of checkpoint: it has neither config.json, nor .safetensors "
         "files, nor the marks of T5X (a file named checkpoint) or Orbax (_METADATA)"

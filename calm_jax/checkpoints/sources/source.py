@@ -7,7 +7,7 @@ from typing import Any, Literal, Protocol
 import numpy as np
 from etils import epath
 
-Kind = Literal["huggingface", "t5x", "orbax", "npz", "torch", "safetensors"]
+Kind = Literal["huggingface", "gguf", "t5x", "orbax", "npz", "torch", "safetensors"]
 
 
 class Tensor(Protocol):
@@ -34,12 +34,20 @@ class Source:
         kind: how it is stored.
         tensors: every array by its full name; of trees, the keys joined by "/".
         config: the checkpoint's own description (`config.json` of Hugging Face), or None.
+        vocabulary_files: tokenizer files that the checkpoint holds within itself, by their names;
+            None: it is of a kind that holds none.
     """
 
     path: epath.Path
     kind: Kind
     tensors: Mapping[str, Tensor]
     config: Mapping[str, Any] | None = None
+    vocabulary_files: Mapping[str, bytes] | None = None
+
+    @property
+    def config_path(self) -> epath.Path:
+        """The file that `config` is read from."""
+        return self.path if self.kind == "gguf" else self.path / "config.json"
 
 
 @dataclasses.dataclass(frozen=True)
