@@ -18,6 +18,9 @@ INSTALL = [
     "flax>=0.12.8; python_version < '3.12'",
     # Up to 0.12.8 flax breaks with jax 0.11.1 and newer, which pip takes from Python 3.12 on.
     "flax>=0.12.9; python_version >= '3.12'",
+    # Dequantises the tensors of GGUF files and knows their names; the oldest that the tests have
+    # run with.
+    "gguf>=0.19.0",
     # The oldest that the tests have run with.
     "grain>=0.2.18",
     # Chat templates are strangers' programs, and older versions let them out of the sandbox. The

@@ -13,11 +13,12 @@ from calm_jax.quiet import quiet_libtpu
 USAGE = """Turns a published checkpoint into a frozen folder, or a frozen folder into one.
 
   calm convert --source=downloads/Llama-3.2-1B --target=models/anchor --verify
+  calm convert --source=SmolLM2-135M-Instruct.Q4_1.gguf --target=models/anchor
   calm convert --source=palm_8k.pt --target=models/palm --dtype=bfloat16 --option=norm_offset=1.0
   calm convert --source=models/anchor --target=exported --to=huggingface
 
-SOURCE is a folder of Hugging Face, a T5X or Orbax checkpoint, or a .npz, .pt or .safetensors file,
-all on this machine. TARGET must not exist yet; it holds all that is needed of the source.
+SOURCE is a folder of Hugging Face, a T5X or Orbax checkpoint, or a .gguf, .npz, .pt or .safetensors
+file, all on this machine. TARGET must not exist yet; it holds all that is needed of the source.
 
 Families and their options:
 
@@ -33,7 +34,8 @@ def _define(values: flags.FlagValues) -> None:
     flags.DEFINE_string(
         "dtype",
         None,
-        "float32 or bfloat16, otherwise the smaller that holds the source exactly",
+        "float32 or bfloat16, otherwise the smaller that holds the source exactly (of a quantised "
+        "one, float32)",
         flag_values=values,
     )
     flags.DEFINE_multi_string(

@@ -156,7 +156,7 @@ def _config(keys: _Keys, tensors: Mapping[str, Tensor]) -> tuple[HuggingFaceFami
         config["rope_parameters"] = {read.GLOBAL: everywhere, read.LOCAL: local}
     else:
         config["rope_parameters"] = _rope(keys, head_dim, 1e4, tensors.get(_ROPE_FACTORS))
-    if name in ("llama", "mistral", "qwen3"):
+    if name in ("llama", "qwen3"):
         config["attention_bias"] = "blk.0.attn_q.bias" in tensors
     if name == "llama":
         config["mlp_bias"] = "blk.0.ffn_up.bias" in tensors
