@@ -34,6 +34,8 @@ INSTALL = [
     "optax",
     # The oldest that the tests have run with; preservation policies differ in older ones.
     "orbax-checkpoint>=0.12.8",
+    # Reads Parquet, the form of most published data sets; tensorflow-datasets brings it anyway.
+    "pyarrow",
     "safetensors",
     "sentencepiece",
     "seqio",

@@ -28,13 +28,16 @@ def get_config(augments: str = "1"):
     config.anchor = "models/anchor"
     config.augments = ("models/augment",)
 
-    # A line of the file is {"inputs": …, "targets": …}, {"text": …} or {"messages": […]}; only
-    # answers are trained on. Files and registered seqio Tasks mix by weight: config.data.train =
-    # ({"jsonl": "a.jsonl", "weight": 3.0}, {"task": "mine", "import": "my.tasks"})
+    # A line of the file is {"inputs": …, "targets": …}, {"prompt": …, "completion": …},
+    # {"text": …} or {"messages": […]}; only answers are trained on. The path may have wildcards
+    # and end in ".gz"; "parquet" in place of "jsonl" reads Parquet, and "columns" says where the
+    # fields are if they have other names. Files and seqio Tasks mix by weight: config.data.train =
+    # ({"jsonl": "a/*.jsonl", "weight": 3.0}, {"task": "mine", "import": "my.tasks"},
+    #  {"parquet": "b.parquet", "columns": {"inputs": "question", "targets": "answer"}})
     config.data.train = ({"jsonl": "data/train.jsonl"},)
     # The checkpoint that scores best here is kept, whatever comes later.
     config.data.validation = ({"jsonl": "data/validation.jsonl"},)
-    config.data.length = 2048  # tokens of a row; short examples are packed into one
+    config.data.length = 2048  # tokens of a row; short examples share one, long texts take several
 
     config.optimizer.learning_rate = 3e-4
     config.optimizer.warmup_steps = 200

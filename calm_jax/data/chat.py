@@ -29,6 +29,7 @@ def render(
     *,
     add_generation_prompt: bool,
     where: str,
+    arguments: Mapping[str, Any],
 ) -> str:
     """The text of a chat, as `apply_chat_template` of transformers makes it.
 
@@ -38,6 +39,7 @@ def render(
         special_tokens: names such as "bos_token" with their texts.
         add_generation_prompt: whether the head of an answer of the assistant follows.
         where: what messages call the template.
+        arguments: what else the template reads, by name, such as "tools".
 
     Raises:
         CalmError: no messages; or the template is not Jinja, or refuses them.
@@ -48,11 +50,14 @@ def render(
     compiled = compile_template(template, where)
     try:
         return compiled.render(
-            messages=messages,
-            tools=None,
-            documents=None,
-            add_generation_prompt=add_generation_prompt,
-            **special_tokens,
+            {
+                "tools": None,
+                "documents": None,
+                **special_tokens,
+                **arguments,
+                "messages": messages,
+                "add_generation_prompt": add_generation_prompt,
+            }
         )
     except Exception as error:  # the template decides what goes wrong in it
         raise CalmError(f"chat template of {where}: {_line(error)}") from error
@@ -104,8 +109,12 @@ def _line(error: Exception) -> str:
     return " ".join(f"{error}".split()) or type(error).__name__
 
 
-def turns(vocabulary: Vocabulary, messages: Sequence[Message]) -> Iterator[tuple[str, str]]:
+def turns(
+    vocabulary: Vocabulary, messages: Sequence[Message], arguments: Mapping[str, Any] | None = None
+) -> Iterator[tuple[str, str]]:
     """(prompt, answer) of each turn of the assistant, in the vocabulary's chat template.
+
+    `arguments` are what else the template reads, as `Vocabulary.chat` takes it.
 
     The prompt is the chat before the turn, with the head that the template puts before an answer:
     what generation starts from. The answer is what the template writes for the turn, its end of
@@ -115,13 +124,14 @@ def turns(vocabulary: Vocabulary, messages: Sequence[Message]) -> Iterator[tuple
         CalmError: the template refuses the messages, or writes the turn in another way than after
             that head, so that no answer could be trained as it is generated.
     """
+    arguments = arguments or {}
     for number, message in enumerate(messages):
         if message["role"] != "assistant":
             continue
         if number == 0:
             raise CalmError('"messages" begins with the assistant, whom nothing prompts')
-        prompt = vocabulary.chat(messages[:number])
-        whole = vocabulary.chat(messages[: number + 1], add_generation_prompt=False)
+        prompt = vocabulary.chat(messages[:number], **arguments)
+        whole = vocabulary.chat(messages[: number + 1], add_generation_prompt=False, **arguments)
         answer = whole.removeprefix(prompt)
         if answer == whole or not answer:
             raise CalmError(

@@ -101,9 +101,12 @@ def _turns(record: Mapping[str, Any], vocabulary: Vocabulary | None) -> Iterator
         ones = " with a weight" if trained else ""
         raise CalmError(f'"messages" has no turn of the assistant{ones}')
     messages = [_message(number, message, vocabulary) for number, message in enumerate(messages)]
-    if key := next((key for key in _OF_CHATS if record.get(key)), None):
-        raise CalmError(f'"{key}" is not supported')
-    turns = _plain_turns(messages) if vocabulary is None else chat.turns(vocabulary, messages)
+    if vocabulary is not None:
+        turns = chat.turns(vocabulary, messages, _template_arguments(record))
+    elif key := next((key for key in _OF_CHATS if record.get(key)), None):
+        raise CalmError(f'"{key}" needs a chat template, and the vocabulary has none')
+    else:
+        turns = _plain_turns(messages)
     return itertools.compress(turns, trained)
 
 

@@ -166,7 +166,12 @@ class Vocabulary:
         return self.published.chat_template
 
     def chat(
-        self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        /,
+        *,
+        add_generation_prompt: bool = True,
+        **arguments: Any,
     ) -> str:
         """The text of a chat in the model's own form, as transformers writes it.
 
@@ -176,6 +181,7 @@ class Vocabulary:
             messages: `{"role": "user", "content": "…"}` and so on; more fields if the template
                 reads more.
             add_generation_prompt: whether the head of the assistant's answer follows.
+            **arguments: what else the template reads, such as `tools`.
 
         Raises:
             CalmError: there is no template, or it refuses the messages.
@@ -190,6 +196,7 @@ class Vocabulary:
             self.published.special_tokens,
             add_generation_prompt=add_generation_prompt,
             where=self.published.template_file,
+            arguments=arguments,
         )
 
     @functools.cached_property

@@ -64,13 +64,15 @@ def _common(kind: str) -> ConfigDict:
     config.vocabulary = ""
 
     config.data = ConfigDict()
-    # Mixed by weight; each {"task": name} or {"jsonl": path}, and if need be "weight" (1.0),
-    # "import" (the module that registers the task), "loss_on_inputs" (False: answers alone).
+    # Mixed by weight; each {"task": name}, {"jsonl": path} or {"parquet": path}, and if need be
+    # "weight" (1.0), "loss_on_inputs" (False: answers alone), "import" (the module that registers
+    # the task), "columns" (of files: {"inputs": "question", "targets": "answer"}).
     config.data.train = ()
     config.data.validation = ()  # likewise; the best checkpoint is the best on these
     config.data.length = 512  # tokens of a row
     config.data.pack = True  # several sequences in one row
-    config.data.strict = False  # True: a sequence longer than a row is an error; False: it is cut
+    # An answer longer than a row with its prompt: True: an error; False: cut. Text goes on.
+    config.data.strict = False
     config.data.limit = 0  # examples of each task at most; 0: all
     config.data.seed = 0  # of the order of training rows
     config.data.cache_dir = ""  # tokenised rows; "": $CALM_CACHE, else ~/.cache/calm_jax

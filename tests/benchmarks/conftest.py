@@ -15,10 +15,11 @@ FOLDER = pathlib.Path(__file__).parents[2] / "benchmarks"
 def run_benchmark(tmp_path):
     """`run_benchmark("step", *flags)`: the rows of its JSON."""
 
-    def run(name: str, *flags: str) -> list[dict]:
+    def run(name: str, *flags: str, size: str = "--size=tiny") -> list[dict]:
+        flags = [size, *flags] if size else flags
         output = tmp_path / f"{name}.json"
         done = subprocess.run(
-            [sys.executable, FOLDER / f"{name}.py", "--size=tiny", f"--output={output}", *flags],
+            [sys.executable, FOLDER / f"{name}.py", f"--output={output}", *flags],
             env={
                 **os.environ,
                 "JAX_PLATFORMS": "cpu",

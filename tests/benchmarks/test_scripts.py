@@ -71,3 +71,10 @@ def test_weak_scaling(run_benchmark):
     assert [row["chips"] for row in rows] == [16, 32]
     assert rows[1]["FLOPs / first"] == pytest.approx(1, abs=0.05)
     assert_positive(rows, "GFLOP a chip, loops once", "MB sent a chip", "bytes / first")
+
+
+@pytest.mark.slow
+def test_tokenization(run_benchmark):
+    rows = run_benchmark("tokenization", "--examples=200", "--repeats=1", size="")
+    assert [row["what"] for row in rows] == ["encode_batch", "open_source"]
+    assert_positive(rows, "seconds", "examples a second", "tokens a second", "/ encode_batch")

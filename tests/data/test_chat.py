@@ -242,6 +242,80 @@ def test_lines_of_chats_take_the_template(form, vocabularies, chats):
     assert plain[0] == {"inputs": "user: Hi\nassistant: ", "targets": "Hello"}
 
 
+TOOLS = [{"type": "function", "function": {"name": "look", "parameters": {}}}]
+# What templates of models with tools do: print them as JSON, and the calls of the assistant.
+TOOL_TEMPLATE = (
+    "{% if tools %}{{ tools | tojson }}\n{% endif %}{{ style }}\n"
+    "{% for m in messages %}{{ m.role }}: {{ m.content or m.tool_calls | tojson }}"
+    "{{ m.weight }}\n{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
+)
+
+
+def read(tmp_path, vocabulary, record):
+    path = tmp_path / "a.jsonl"
+    path.write_text(json.dumps(record) + "\n")
+    return list(ExampleFiles({"jsonl": str(path)}).examples(vocabulary))
+
+
+def test_tools_and_arguments_of_a_record_reach_the_template(tmp_path):
+    vocabulary = with_template(tiny_tokenizers.gemma(tmp_path / "g"), TOOL_TEMPLATE)
+    calls = [{"type": "function", "function": {"name": "look", "arguments": {}}}]
+    messages = [
+        CHAT[0],
+        {"role": "assistant", "content": None, "tool_calls": calls},
+        {"role": "tool", "content": [{"type": "text", "text": "42"}]},
+        {"role": "assistant", "content": "It is 42.", "weight": 1},
+    ]
+    record = {"messages": messages, "tools": TOOLS, "chat_template_kwargs": {"style": "short"}}
+    head = f"{json.dumps(TOOLS)}\nshort\nuser: Hi\nassistant: "
+    called = f"{json.dumps(calls)}\n"
+    assert read(tmp_path, vocabulary, record) == [
+        {"inputs": head, "targets": called, "is_turn": True},
+        {
+            "inputs": f"{head}{called}tool: 42\nassistant: ",
+            "targets": "It is 42.\n",
+            "is_turn": True,
+        },
+    ]
+    messages[1]["weight"] = 0
+    assert len(read(tmp_path, vocabulary, record)) == 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"tools": "[]"}, '"tools" is not a list but str'),
+        ({"chat_template_kwargs": [1]}, '"chat_template_kwargs" is not an object but list'),
+        ({"chat_template_kwargs": {"messages": []}}, 'cannot set "messages"'),
+    ],
+)
+def test_what_a_template_cannot_be_told_is_named(tmp_path, changes, message, vocabularies):
+    with pytest.raises(CalmError, match=rf"a\.jsonl:1: .*{message}"):
+        read(tmp_path, vocabularies["qwen"], {"messages": CHAT, **changes})
+
+
+def test_rows_of_another_day_are_other_data(tmp_path, chats, data, monkeypatch):
+    template = "{{ strftime_now('%d %b %Y') }}" + tiny_tokenizers.GEMMA_CHAT
+    vocabulary = with_template(tiny_tokenizers.gemma(tmp_path / "g"), template)
+
+    def opened(day, cache_dir):
+        class Clock(datetime.datetime):
+            @classmethod
+            def now(cls):
+                return cls(2025, 1, day)
+
+        monkeypatch.setattr(datetime, "datetime", Clock)
+        config = data({"jsonl": str(chats)}, length=256, cache_dir=str(tmp_path / cache_dir))
+        source = open_source(config, "train", vocabulary)
+        return source.fingerprint, source.parts[0].arrays["targets"].tolist()
+
+    first, second, again = opened(1, "a"), opened(2, "b"), opened(1, "c")
+    assert first == again
+    assert first[0] != second[0] and first[1] != second[1]
+    # What is cached stays as it is, so that a run goes on with its own data.
+    assert opened(2, "a") == first
+
+
 def test_chats_reach_the_rows_of_training(form, vocabularies, chats, data):
     vocabulary = vocabularies[form]
     config = data({"jsonl": str(chats)}, length=256, pack=False)
@@ -312,7 +386,7 @@ def test_generation_ends_at_any_of_the_end_tokens(vocabularies):
 def test_the_command_puts_prompts_into_the_template(vocabularies, monkeypatch, capsys):
     vocabulary = vocabularies["qwen"]
     model = model_with(vocabulary)
-    monkeypatch.setattr("calm_jax.checkpoints.any_model.load_model", lambda place, step: model)
+    monkeypatch.setattr("calm_jax.checkpoints.any_model.load_model", lambda place, **options: model)
     arguments = ["--workdir=m", "--chat", "--system=Be brief.", "--max_new_tokens=3"]
     assert command.main([*arguments, "--prompt=Hi", "--prompt=Grüße <|im_end|>"]) == 0
     texts = [
@@ -340,6 +414,6 @@ def test_the_command_puts_prompts_into_the_template(vocabularies, monkeypatch, c
 def test_the_command_needs_a_template(arguments, vocabulary, message, monkeypatch):
     model = tiny_models.decoder(vocab_size=264)
     model.vocabulary = vocabulary and Vocabulary.load(vocabulary)
-    monkeypatch.setattr("calm_jax.checkpoints.any_model.load_model", lambda place, step: model)
+    monkeypatch.setattr("calm_jax.checkpoints.any_model.load_model", lambda place, **options: model)
     with pytest.raises(CalmError, match=message):
         command.main(["--workdir=m", "--prompt=a", *arguments])
