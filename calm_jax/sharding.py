@@ -44,23 +44,25 @@ RULES: Rules = {
 # layer is gathered when its turn comes.
 WEIGHT_RULES: dict[str, Rules] = {"fsdp": RULES, "all": {**RULES, "embed": ("data", "fsdp")}}
 
-# Grouped queries may have fewer key heads than `tensor` has devices: then each device keeps all.
-# Nor need an augment's width be one that it divides.
+# Every device keeps all of these axes where the mesh axis does not divide them: grouped queries may
+# have fewer key heads than `tensor` has devices, and an augment may have any width.
 REPLICATED_WHEN_INDIVISIBLE = frozenset({"kv_heads", "augment_embed"})
 
 
 def make_mesh(shape: Mapping[str, int], devices: list[jax.Device] | None = None) -> Mesh:
     """A mesh over `devices` (default: all), with axes `slices`, `data`, `fsdp`, `tensor`.
 
-    `shape` gives each axis' size; at most one may be -1, "all that are left"; one left out is 1,
-    `slices` left out or 0 as many as the devices come in. Raises `CalmError` for an unknown axis,
-    sizes that do not use the devices exactly, or slices that are not the devices'; CPU devices,
-    which are of no slice, may stand for those of any number.
+    `shape` gives the size of each axis. At most one may be -1, which takes the remaining devices.
+    An axis left out has size 1; `slices` left out or 0 is the number of slices of the devices. CPU
+    devices belong to no slice and may stand for any number of them.
+
+    Raises `CalmError` for an unknown axis, sizes that do not use the devices exactly, or a number
+    of slices other than the devices'.
     """
     devices = jax.devices() if devices is None else devices
     slices = len({getattr(device, "slice_index", None) for device in devices})
-    of_none = slices == 1 and devices[0].platform == "cpu"
-    sizes = list(mesh_sizes(shape, len(devices), None if of_none else slices).values())
+    without_slices = slices == 1 and devices[0].platform == "cpu"
+    sizes = list(mesh_sizes(shape, len(devices), None if without_slices else slices).values())
     types = (AxisType.Auto,) * len(MESH_AXES)
     if slices == 1:
         # An axis may take part of a side of the slice: 8 x 8 x 8 chips as 2 x 32 x 8.
@@ -73,9 +75,9 @@ def make_mesh(shape: Mapping[str, int], devices: list[jax.Device] | None = None)
 
 
 def mesh_sizes(shape: Mapping[str, int], devices: int, slices: int | None) -> dict[str, int]:
-    """The size of every axis, as for `make_mesh`, of which it raises the errors.
+    """The size of every axis, for a `shape` as in `make_mesh`; raises the same errors.
 
-    `slices` are those that the devices come in; None: they are of none.
+    `slices` is the number of slices that the devices form; None: they belong to none.
     """
     shape = {**shape, "slices": shape.get("slices", 0) or slices or 1}
     for axis, size in shape.items():
@@ -86,23 +88,23 @@ def mesh_sizes(shape: Mapping[str, int], devices: int, slices: int | None) -> di
     sizes = [shape.get(axis, 1) for axis in MESH_AXES]
     mesh = f"mesh {shown(dict(zip(MESH_AXES, sizes, strict=True)))}"
     if sizes.count(-1) > 1:
-        raise CalmError(f"{mesh} leaves more than one axis open with -1")
+        raise CalmError(f"{mesh} has -1 for more than one axis")
     fixed = math.prod(size for size in sizes if size != -1)
     if fixed > devices:
-        there = f"there {'is' if devices == 1 else 'are'} {devices}"
-        raise CalmError(f"{mesh} needs {fixed} devices, but {there}")
+        found = f"there {'is' if devices == 1 else 'are'} {devices}"
+        raise CalmError(f"{mesh} needs {fixed} devices, but {found}")
     if -1 not in sizes and fixed != devices:
         raise CalmError(f"{mesh} uses {fixed} of the {devices} devices; all must be used")
     if devices % fixed:
         raise CalmError(f"{mesh}: the {devices} devices are not divisible by {fixed}")
     sizes = [devices // fixed if size == -1 else size for size in sizes]
     if slices not in (None, sizes[0]):
-        raise CalmError(f"mesh.slices is {sizes[0]}, but the devices come in {slices}")
+        raise CalmError(f"mesh.slices is {sizes[0]}, but the devices form {slices}")
     return dict(zip(MESH_AXES, sizes, strict=True))
 
 
 def shown(sizes: Mapping[str, int]) -> str:
-    """A mesh as messages call it.
+    """A mesh's sizes as messages show them.
 
     >>> shown({"slices": 1, "data": 2, "fsdp": -1, "tensor": 4})
     'slices 1 × data 2 × fsdp -1 × tensor 4'
@@ -111,7 +113,10 @@ def shown(sizes: Mapping[str, int]) -> str:
 
 
 def partition_spec(axes: Sequence[str | None], rules: Rules = RULES) -> PartitionSpec:
-    """Mesh axes for logical `axes`. Raises `CalmError` without a rule, or on one used twice."""
+    """The mesh axes of logical `axes`.
+
+    Raises `CalmError` if a logical axis has no rule or a mesh axis is used twice.
+    """
     return PartitionSpec(*(mesh_axes or None for mesh_axes in _mesh_axes(axes, rules)))
 
 
@@ -132,16 +137,16 @@ def _mesh_axes(axes: Sequence[str | None], rules: Rules) -> list[tuple[str, ...]
 def array_sharding(
     name: str, shape: Sequence[int], axes: Sequence[str | None], mesh: Mesh, rules: Rules = RULES
 ) -> NamedSharding:
-    """The sharding of the array `name`; dimensions before `axes` are stacked layers.
+    """The sharding of the array `name`; dimensions before those of `axes` are stacked layers.
 
-    Raises `CalmError` naming the array, its dimension and the mesh axes when they do not divide.
+    Raises `CalmError` naming the array, the dimension and the mesh axes that do not divide it.
     """
     axes = ("layers",) * (len(shape) - len(axes)) + tuple(axes)
     return NamedSharding(mesh, _fitting_spec(name, shape, axes, mesh, rules))
 
 
 def _activation_spec(x: jax.Array, axes: Sequence[str | None], mesh) -> PartitionSpec:
-    """The same for an activation, of which every device may keep all of an axis."""
+    """The spec of an activation: an axis that the mesh does not divide is not split."""
     return _fitting_spec(None, x.shape, axes, mesh, RULES)
 
 
@@ -152,10 +157,10 @@ def _fitting_spec(name: str | None, shape, axes, mesh, rules: Rules) -> Partitio
 
 
 def _fitting_axes(name: str | None, shape, axes, mesh, rules: Rules) -> list[tuple[str, ...]]:
-    """The mesh axes that split each dimension; only of an array with a name all must divide."""
+    """The mesh axes that split each dimension. An array with a name must be divisible by all."""
     entries = []
     for axis, size, mesh_axes in zip(axes, shape, _mesh_axes(axes, rules), strict=True):
-        # Somebody's own mesh may have fewer axes than ours.
+        # A mesh made elsewhere may have fewer axes.
         mesh_axes = tuple(mesh_axis for mesh_axis in mesh_axes if mesh_axis in mesh.shape)
         ways = math.prod(mesh.shape[mesh_axis] for mesh_axis in mesh_axes)
         if size % ways and name is not None and axis not in REPLICATED_WHEN_INDIVISIBLE:
@@ -259,9 +264,9 @@ def look_up(
 
 
 def batch_share(mesh: Mesh) -> tuple[int, int]:
-    """(k, n): this process' devices hold the k-th of n equal shares of each batch's rows.
+    """(k, n): the devices of this process hold the k-th of n equal shares of each batch's rows.
 
-    Raises `CalmError` where processes hold parts of each other's shares.
+    Raises `CalmError` if processes hold parts of each other's shares.
     """
     axes = [mesh.axis_names.index(axis) for axis in RULES["batch"]]
     ways = math.prod(mesh.devices.shape[axis] for axis in axes)
@@ -280,14 +285,14 @@ def batch_share(mesh: Mesh) -> tuple[int, int]:
 
 
 def on_host(x: jax.Array) -> np.ndarray:
-    """The whole array, which every process must ask for when several hold it."""
+    """The whole array. If several processes hold it, every one of them must call this."""
     if x.is_fully_addressable or x.is_fully_replicated:
         return np.asarray(x)
     return multihost_utils.process_allgather(x, tiled=True)
 
 
 def put_replicated(value: np.ndarray | np.generic, mesh: Mesh) -> jax.Array:
-    """Gives every device a small value that all processes know."""
+    """Puts a small value, the same in all processes, on every device."""
     return jax.make_array_from_process_local_data(replicated(mesh), np.asarray(value))
 
 
@@ -300,10 +305,10 @@ def put_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Arra
 
 
 def moved(tree: Any, shardings: Any) -> Any:
-    """The same values elsewhere on the same devices, which may be of several processes."""
+    """The same values with other shardings on the same devices, of one process or several."""
     return jax.jit(lambda tree: tree, out_shardings=shardings)(tree)
 
 
 def init_in_place(make: Callable[[], Any], shardings: Any) -> Any:
-    """Runs `make`, a function of no arguments, so that each result is born with its sharding."""
+    """Runs `make`, a function of no arguments, so that each result is made with its sharding."""
     return jax.jit(make, out_shardings=shardings)()

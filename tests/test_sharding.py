@@ -151,7 +151,7 @@ def test_mesh(shape, sizes):
         ({"model": 2}, "mesh.model is not a mesh axis; known are"),
         ({"data": 0}, "mesh.data is 0; it must be at least 1, or -1"),
         ({"data": -2}, "mesh.data is -2"),
-        ({"data": -1, "fsdp": -1}, "leaves more than one axis open"),
+        ({"data": -1, "fsdp": -1}, "has -1 for more than one axis"),
         (
             {"tensor": 4, "fsdp": 4},
             "mesh slices 1 × data 1 × fsdp 4 × tensor 4 needs 16 devices, but there are 8$",
@@ -177,10 +177,10 @@ def test_one_device_is_one():
 @pytest.mark.parametrize("platform", ["tpu", "gpu"])
 def test_a_mesh_has_the_slices_that_its_devices_are_of(slices, platform):
     devices = [types.SimpleNamespace(platform=platform, slice_index=0) for _ in range(2)]
-    with pytest.raises(CalmError, match=r"mesh\.slices is 2, but the devices come in 1"):
+    with pytest.raises(CalmError, match=r"mesh\.slices is 2, but the devices form 1"):
         sharding.make_mesh({"slices": slices}, devices)
     devices[1].slice_index = 1
-    with pytest.raises(CalmError, match=r"mesh\.slices is 1, but the devices come in 2"):
+    with pytest.raises(CalmError, match=r"mesh\.slices is 1, but the devices form 2"):
         sharding.make_mesh({"slices": 1, "data": 2}, devices)
 
 

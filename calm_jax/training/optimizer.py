@@ -7,7 +7,7 @@ from ml_collections import ConfigDict
 from calm_jax.errors import CalmError
 from calm_jax.models.parameters import Tree, path_name
 
-# Ends of the names of parameters that are no matrices, in stacked layers too.
+# Suffixes of the names of parameters that are not matrices, even when layers are stacked.
 _NOT_DECAYED = ("bias", "norm", "scale")
 
 
@@ -16,12 +16,12 @@ def make_optimizer(
 ) -> tuple[optax.GradientTransformation, optax.Schedule]:
     """The optimizer of a run and its learning rate by step.
 
-    Moments have the dtype of what is trained, float32. Weight decay is decoupled, times the
-    learning rate, and of matrices alone.
+    Moments have the dtype of the trained weights, float32. Weight decay is decoupled, is multiplied
+    by the learning rate, and applies to matrices only.
 
     Args:
         config: the section `optimizer` (see `calm_jax.training.configuration`).
-        num_steps: the last step's number, to which the schedule runs.
+        num_steps: the number of the last step, where the schedule ends.
 
     Raises:
         CalmError: an unknown name of an optimizer or a schedule.
@@ -31,7 +31,7 @@ def make_optimizer(
         scale = [optax.scale_by_adam(b1=config.b1, b2=config.b2)]
     elif config.name == "adafactor":
         # Shazeer and Stern 2018, without momentum and without steps relative to a parameter's own
-        # size: what starts at 0, as a new bridge's output does, would hardly move.
+        # size: a parameter that starts at 0, such as a new bridge's output, would hardly move.
         scale = [optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0)]
     else:
         raise CalmError(f"optimizer.name {config.name!r} is neither 'adamw' nor 'adafactor'")
@@ -43,7 +43,7 @@ def make_optimizer(
 
 
 def make_schedule(config: ConfigDict, num_steps: int) -> optax.Schedule:
-    """Learning rate of the step with a number, 0 the first: linear warm-up, then as config says."""
+    """The learning rate by step number, from 0: linear warm-up, then the config's schedule."""
     peak, warmup = config.learning_rate, config.warmup_steps
     rest = num_steps - warmup
     if config.schedule == "cosine":
@@ -58,7 +58,7 @@ def make_schedule(config: ConfigDict, num_steps: int) -> optax.Schedule:
         )
     if not warmup:
         return after
-    # Not from 0: the first step would be lost.
+    # The warm-up does not begin at 0, which would waste the first step.
     before = optax.linear_schedule(peak / (warmup + 1), peak, warmup)
     return optax.join_schedules([before, after], [warmup])
 
