@@ -3,7 +3,7 @@
   python benchmarks/step.py [--size=small|h200] [--attention=auto] [--remat=none]
                             [--packed] [--loss_chunk=256] [--steps=5] [--output=FILE.json]
 
-The step is the real one, on random models and a random batch. The ideal is counted from the forms
+The step is the real one, on random models and a random batch. The ideal is counted from the configs
 of the models alone (`calm_jax.planning.ideal`). MFU is the ideal's FLOPs in the seconds measured,
 over the published dense peak of the device; where none is published, as for a CPU, the rate of one
 large product of matrices stands for it.

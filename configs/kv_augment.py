@@ -5,7 +5,7 @@ from calm_jax.training.configuration import decoder_run
 
 
 def get_config():
-    form = DecoderConfig.llama(
+    decoder = DecoderConfig.llama(
         vocab_size=80,
         embed_dim=96,
         num_layers=4,
@@ -16,7 +16,7 @@ def get_config():
         tied_head=True,
         embed_scale=96**0.5,
     )
-    config = decoder_run(form)
+    config = decoder_run(decoder)
     config.name = "kv_augment"
     config.vocabulary = "key_value/demo"
     task = {"task": "calm_jax/key_value/demo/augment"}

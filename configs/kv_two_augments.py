@@ -31,8 +31,8 @@ def get_config(run: str = "compose"):
 
 
 def first():
-    form = DecoderConfig.llama(num_layers=4, tied_head=True, embed_scale=96**0.5, **_sizes(96))
-    config = decoder_run(form)
+    decoder = DecoderConfig.llama(num_layers=4, tied_head=True, embed_scale=96**0.5, **_sizes(96))
+    config = decoder_run(decoder)
     _set_up(config, "augment_first", num_steps=600, learning_rate=4e-3, weight_decay=0.5)
     return config
 
@@ -44,8 +44,8 @@ def second():
 
 
 def anchor():
-    form = DecoderConfig.llama(num_layers=5, tied_head=True, embed_scale=96**0.5, **_sizes(96))
-    config = decoder_run(form)
+    decoder = DecoderConfig.llama(num_layers=5, tied_head=True, embed_scale=96**0.5, **_sizes(96))
+    config = decoder_run(decoder)
     _set_up(config, "anchor", num_steps=1_000, learning_rate=3e-3, weight_decay=0.1)
     config.train.noise = 0.7
     return config

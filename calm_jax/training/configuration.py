@@ -23,16 +23,16 @@ from calm_jax.sharding import WEIGHT_RULES
 from calm_jax.training.config_keys import flatten, to_dict, unknown_key
 
 
-def decoder_run(form: DecoderConfig | None = None) -> ConfigDict:
+def decoder_run(decoder: DecoderConfig | None = None) -> ConfigDict:
     """The config of a run that trains one decoder.
 
     Args:
-        form: of the decoder; without it, either every field of `decoder` that has no default is set
-            afterwards, or `decoder["from"]`.
+        decoder: the decoder's config. Without it, set afterwards either every field of the result's
+            `decoder` that has no default, or `decoder["from"]`.
     """
     config = _common("decoder")
-    config.decoder = _section(DecoderConfig, form)
-    config.decoder["from"] = ""  # a frozen folder to go on from, in its form; "": random values
+    config.decoder = _section(DecoderConfig, decoder)
+    config.decoder["from"] = ""  # a frozen folder to start from, with its config; "": random values
     return config
 
 
@@ -47,7 +47,7 @@ def composed_run(*compositions: CompositionConfig) -> ConfigDict:
     config.anchor_dtype = ""  # "float32", "bfloat16" or "int8"; "": as stored
     config.augments = ()  # frozen folders of the augments
     config.augment_dtype = ""  # of every augment; likewise
-    sections = tuple(_section(CompositionConfig, form) for form in compositions)
+    sections = tuple(_section(CompositionConfig, each) for each in compositions)
     # One augment a config, or one config for all.
     config.composition = (
         sections if len(sections) > 1 else _section(CompositionConfig, *compositions)
@@ -233,9 +233,7 @@ def _check_decoder(config: ConfigDict) -> None:
     if source:
         for key, value in fields.items():
             if value != to_dict(empty)[key]:
-                raise CalmError(
-                    f"decoder.{key} is {value!r}, but the form is that of decoder.from {source!r}"
-                )
+                raise CalmError(f"decoder.{key} is {value!r}, but decoder.from {source!r} sets it")
         return
     for field in dataclasses.fields(DecoderConfig):
         if field.default is dataclasses.MISSING and fields[field.name] is None:
@@ -329,14 +327,14 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, tup
     }
 
 
-def _section(cls: type, form: Any = None) -> ConfigDict:
-    """A section with the fields of a dataclass, typed; those without a default are empty."""
+def _section(cls: type, values_of: Any = None) -> ConfigDict:
+    """A typed section with the fields of a dataclass; those without a default are empty."""
     values = {
         field.name: None if field.default is dataclasses.MISSING else field.default
         for field in dataclasses.fields(cls)
     }
-    if form is not None:
-        values = form.to_dict()
+    if values_of is not None:
+        values = values_of.to_dict()
     hints = typing.get_type_hints(cls)
     return ConfigDict(
         {name: _empty(hints[name]) if value is None else value for name, value in values.items()}

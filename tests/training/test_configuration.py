@@ -102,7 +102,7 @@ def changed(config: ConfigDict, key: str, value) -> ConfigDict:
         ("decoder.embed_dim", None, "decoder.embed_dim is not set"),
         ("decoder.num_kv_heads", 3, "num_heads 2 is not a multiple of num_kv_heads 3"),
         ("decoder.window_pattern", 3, "decoder.window_pattern is 3; it must be of type tuple"),
-        ("decoder.from", "runs/a/frozen", "the form is that of decoder.from 'runs/a/frozen'"),
+        ("decoder.from", "runs/a/frozen", "but decoder.from 'runs/a/frozen' sets it"),
     ],
 )  # fmt: skip
 def test_a_bad_key_of_a_decoders_run_is_named_with_its_value(key, value, message):
