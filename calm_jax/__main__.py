@@ -27,7 +27,7 @@ COMMANDS = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command; returns the exit status, 0 or one of `calm_jax.errors`.
 
-    Without `argv` this is the process' own program, and also sets up its logs.
+    Without `argv` the arguments are those of the process, whose logs are then set up as well.
     """
     if argv is None:
         _show_own_logs()
@@ -78,7 +78,7 @@ def _fail(message: str) -> int:
 
 
 def _show_own_logs() -> None:
-    """Shows notes of this package; of the libraries, which share its logger, errors alone."""
+    """Shows the notes of this package, and only errors of the libraries that share its logger."""
     handler = logging.StreamHandler()
     handler.addFilter(_worth_showing)
     logger = absl_logging.get_absl_logger()

@@ -7,6 +7,11 @@
 ANCHOR and AUGMENT are frozen folders: `calm_jax.save_frozen` writes them, and so does every
 `calm train` of a decoder (WORKDIR/frozen). Their vocabularies must map the same tokens to the same
 ids. `configs/own_models.py:2` is for two augments with connections of their own.
+
+A small trial first shows within minutes that models and data fit together. Add to the above:
+
+    --config.train.num_steps=20 --config.train.batch_size=8 --config.data.length=256 \
+    --config.train.validate_every=10 --config.optimizer.warmup_steps=5 --workdir=runs/trial
 """
 
 from calm_jax.models import CompositionConfig

@@ -22,7 +22,7 @@ FLOORS = [
     {"training", "evaluation"},
     {"checkpoints", "decoding"},
     {"models", "data"},
-    {"sharding", "processes"},
+    {"sharding", "processes", "membership"},
     {"errors", "chips", "presets", "units", "quiet", "text_files"},
 ]
 

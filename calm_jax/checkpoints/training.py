@@ -10,7 +10,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 from orbax.checkpoint import checkpoint_managers
 
-from calm_jax import processes
+from calm_jax import membership, processes
 from calm_jax.checkpoints.files import absolute, first_line, storage
 from calm_jax.errors import CalmError, RunFailed
 from calm_jax.models.parameters import Tree, check_same_tree
@@ -185,7 +185,7 @@ class TrainingCheckpoints:
             else "none is complete"
         )
         line = f"cannot save a checkpoint in {self.folder}: {first_line(error)} ({kept})"
-        processes.end_all(RunFailed(line))
+        membership.end_all(RunFailed(line))
         return line
 
     def read_state(self, step: int) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""What the commands share: flags of their own, and configs with keys set on the command line."""
+"""Parses what follows a command: its flags, and keys of a config set by `--config.KEY=VALUE`."""
 
 import difflib
 import importlib.util
@@ -26,23 +26,23 @@ def parse(
     required: Sequence[str] = (),
     load_config: Callable[[flags.FlagValues], ConfigDict] | None = None,
 ) -> tuple[flags.FlagValues, ConfigDict | None]:
-    """Parses a command's arguments, without a trace in any other command's flags.
+    """Parses a command's arguments; the flags of other commands do not see them.
 
     Args:
         argv: what follows the command's name.
-        usage: what --help says before it lists the flags.
+        usage: the text of --help before the list of flags.
         define: defines the flags.
         required: names of flags that must be given.
-        load_config: makes, of the flags, the config that `--config.KEY=VALUE` changes; without it
-            such arguments are errors.
+        load_config: returns the config that `--config.KEY=VALUE` changes, given the flags; without
+            it such arguments are errors.
 
     Returns:
         the flags, and the config or None.
 
     Raises:
-        CalmError: an argument that means nothing, named with the nearest that does; a required flag
-            left out.
-        SystemExit: --help was asked for, and printed.
+        CalmError: an unknown argument, named with the nearest known one; a required flag that is
+            missing.
+        SystemExit: --help was given and has been printed.
     """
     values = flags.FlagValues()
     flags.DEFINE_bool("help", False, "show this", flag_values=values)
@@ -77,7 +77,7 @@ def _quoted(argument: str) -> str:
 
 
 def override(config: ConfigDict, arguments: Sequence[str]) -> ConfigDict:
-    """Sets keys of the config by arguments `--config.KEY=VALUE`, and locks it.
+    """Sets keys of the config by arguments `--config.KEY=VALUE`, then locks it.
 
     Raises:
         CalmError: an unknown key, named with the nearest known one; a value of another type; any
@@ -91,10 +91,10 @@ def override(config: ConfigDict, arguments: Sequence[str]) -> ConfigDict:
         match = OVERRIDE.match(argument)
         if not match:
             continue
-        name, place = match[1], match[1].partition("[")[0]
-        of_sections = any(key.startswith((f"{place}.", f"{place}[")) for key in keys)
-        # What a list of values holds at [0] is not known as a key is.
-        if (name if of_sections else place) not in keys:
+        name, outer = match[1], match[1].partition("[")[0]
+        has_sections = any(key.startswith((f"{outer}.", f"{outer}[")) for key in keys)
+        # The items of a list of plain values are not keys.
+        if (name if has_sections else outer) not in keys:
             raise unknown_key(name, keys)
     arguments = ["calm", *map(_quote_keywords, arguments)]
     try:
@@ -103,19 +103,19 @@ def override(config: ConfigDict, arguments: Sequence[str]) -> ConfigDict:
     except flags.Error as error:
         raise CalmError(_first_line(error).split(". ")[0]) from None
     except (ValueError, TypeError, AttributeError, LookupError) as error:
-        # A path into a list, such as data.train[4].weight, says no more than "out of range".
+        # For a key within a list, such as data.train[4].weight, the error only says "out of range".
         raise CalmError(f"{' '.join(arguments[1:])}: {_first_line(error)}") from None
     _refuse(rest)
     return values.config
 
 
-def load_file(place: str) -> ConfigDict:
-    """The config that a Python file's `get_config()` returns; of "FILE:NAME", `get_config("NAME")`.
+def load_file(file: str) -> ConfigDict:
+    """The config that a Python file's `get_config()` returns; FILE:NAME calls `get_config("NAME")`.
 
     Raises:
-        CalmError: no such file, or one that fails: with its line.
+        CalmError: there is no such file, or it fails: its line is named.
     """
-    path, _, name = place.partition(":")
+    path, _, name = file.partition(":")
     if not pathlib.Path(path).is_file():
         raise CalmError(f"--config={path}: there is no such file")
     spec = importlib.util.spec_from_file_location("calm_config", path)
@@ -138,7 +138,7 @@ def load_file(place: str) -> ConfigDict:
 
 
 def _keys(config: ConfigDict) -> list[str]:
-    """All dotted keys, of values and of sections; of several sections in one key too."""
+    """All dotted keys, those of sections and of lists of sections included."""
     keys = []
     for key, value in flatten(config).items():
         parts = key.split(".")
@@ -150,7 +150,7 @@ def _keys(config: ConfigDict) -> list[str]:
 
 
 def _last_of_each(arguments: Sequence[str]) -> list[str]:
-    """Of arguments that set the same key the last: the flags of tuples would gather them all."""
+    """The last of all arguments that set the same key; a flag of a tuple would append them."""
     joined = []  # `--config.KEY VALUE` as one
     for argument in arguments:
         if joined and OVERRIDE.fullmatch(joined[-1]) and not argument.startswith("-"):
@@ -161,7 +161,7 @@ def _last_of_each(arguments: Sequence[str]) -> list[str]:
 
 
 def _quote_keywords(argument: str) -> str:
-    """`--config.decoder.from=X` in a form that parses as Python, where `from` is no name."""
+    """Rewrites `--config.decoder.from=X` so that it parses as Python, where `from` is a keyword."""
     flag, equals, value = argument.partition("=")
     if not OVERRIDE.match(flag):
         return argument
@@ -171,7 +171,7 @@ def _quote_keywords(argument: str) -> str:
 
 
 def _may_be_override(argument: str) -> bool:
-    """Also an argument without a dash: the value in `--config.KEY VALUE`."""
+    """Whether it may set a key; without a dash, it may be the value in `--config.KEY VALUE`."""
     return bool(OVERRIDE.match(argument)) or not argument.startswith("-")
 
 

@@ -78,7 +78,7 @@ def main(argv: list[str]) -> int:
     values, settings = config.parse(given, USAGE, _define, load_config=_load_config)
 
     from calm_jax.evaluation import metrics, results, runner
-    from calm_jax.processes import refuse_several
+    from calm_jax.membership import refuse_several
 
     quiet_libtpu()
     refuse_several("calm evaluate")

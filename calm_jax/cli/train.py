@@ -58,14 +58,14 @@ def main(argv: list[str]) -> int:
         load_config=lambda values: config.load_file(values.config),
     )
     # Late, so that --help and a bad flag need not wait.
-    from calm_jax.processes import joined
+    from calm_jax.membership import joined
     from calm_jax.training.loop import train
     from calm_jax.training.preemption import Preemption
 
     quiet_libtpu()
-    place = (values.coordinator, values.process_count, values.process_index)
+    member = (values.coordinator, values.process_count, values.process_index)
     command = config.command_line("train", argv)
-    with Preemption() as preemption, joined(*place, timeout=values.coordinator_seconds):
+    with Preemption() as preemption, joined(*member, timeout=values.coordinator_seconds):
         train(
             run_config,
             values.workdir,

@@ -1,4 +1,4 @@
-"""What the processes of a run compare before it starts."""
+"""The facts that the processes of a run compare before it starts."""
 
 import hashlib
 import pathlib
@@ -17,15 +17,15 @@ from calm_jax.errors import CalmError
 from calm_jax.training import config_keys
 from calm_jax.training.run_model import Described
 
-# What another process wrote may stay unseen until a file system forgets that it was absent.
+# A network file system may take this long to show a file that another machine wrote.
 VISIBLE_SECONDS = 60
 
-# Places on a machine's own disk.
+# Keys that name folders on a machine's own disk.
 OF_MACHINE = ("cache_compiled", "data.cache_dir")
 
 
 def intention(config: ConfigDict, workdir: epath.PathLike, overwrite: bool) -> dict[str, Any]:
-    """What all processes must have been told, and the code they must run."""
+    """Config, flags and versions of the code, all of which must be the same in every process."""
     code = hashlib.sha256()
     root = pathlib.Path(calm_jax.__file__).parent
     for file in sorted(root.rglob("*.py")):
@@ -41,18 +41,18 @@ def intention(config: ConfigDict, workdir: epath.PathLike, overwrite: bool) -> d
 
 
 def origins(described: Described, sources: Mapping[str, Source]) -> dict[str, str]:
-    """Fingerprints of the frozen models and the data."""
+    """Fingerprints of the frozen models and of the data."""
     models = {f"the {one['role']}": one["fingerprint"] for one in described.identities}
     return models | {f"data.{split}": source.fingerprint for split, source in sources.items()}
 
 
 def check_visible(path: epath.Path) -> None:
-    """Raises `CalmError` unless this process sees what the first one wrote."""
-    asked = time.monotonic()
+    """Raises `CalmError` unless this process sees a file that process 0 wrote."""
+    start = time.monotonic()
     while not path.exists():
-        if time.monotonic() - asked > VISIBLE_SECONDS:
+        if time.monotonic() - start > VISIBLE_SECONDS:
             raise CalmError(
                 f"process {jax.process_index()} does not see {path}, which process 0 wrote; "
-                "--workdir must be on a file system that all share"
+                "--workdir must be on a file system that all processes share"
             )
         time.sleep(1)

@@ -1,4 +1,4 @@
-"""Saving by the clock."""
+"""Saving every so many minutes."""
 
 import time
 
@@ -6,20 +6,24 @@ from calm_jax import processes
 
 
 class EveryMinutes:
-    """Saves by the first process' clock, after the same step in all. 0 minutes: never."""
+    """Tells when to save, by the clock of process 0 and after the same step in all processes.
+
+    With 0 minutes it never does. `done` is the number of steps behind.
+    """
 
     def __init__(self, minutes: float, done: int):
         self.minutes, self.since = minutes, time.monotonic()
         self.appointment = processes.Appointment(done) if minutes else None
 
     def restart(self, done: int) -> None:
-        """Counts the minutes anew, after a save for whatever reason."""
+        """Counts from now on, after a save for whatever reason."""
         self.since = time.monotonic()
-        # An appointment holds a thread and a request: one that was not kept stays.
+        # An appointment holds a thread and a request, so only one that has come is replaced.
         if self.appointment is not None and self.appointment.is_due(done):
             self.appointment = processes.Appointment(done)
 
     def is_due(self, done: int) -> bool:
+        """Whether to save after the step just dispatched."""
         if self.appointment is None:
             return False
         if processes.is_first() and time.monotonic() - self.since >= 60 * self.minutes:

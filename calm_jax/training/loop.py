@@ -55,7 +55,7 @@ def train(
     """Trains what the config says in `workdir`, or continues where an earlier call stopped.
 
     A decoder's run ends with its best checkpoint as a frozen folder, `workdir/frozen`. Of several
-    processes (`calm_jax.processes.joined`) all call this, with a `workdir` that they share.
+    processes (`calm_jax.membership.joined`) all call this, with a `workdir` that they share.
 
     Args:
         preemption: may ask the run to stop early; its context must be entered.
@@ -107,22 +107,22 @@ def _open_sources(config: ConfigDict, vocabulary: Vocabulary) -> dict[str, Sourc
 
 
 def _check_resumed(run, checkpoints: TrainingCheckpoints, described: Described, sources) -> None:
-    """Raises `CalmError` where models or data are not those that the run began with."""
+    """Raises `CalmError` where models or data are not those that the run started with."""
     state = checkpoints.read_state(checkpoints.latest)
     check_identities(state["frozen"], described.identities, str(run))
     for split, source in sources.items():
         was = state["data"].get(split)
         if was is not None and was != source.fingerprint:
             raise CalmError(
-                f"{run} began with other data.{split}: its fingerprint was {was[:16]}, now "
-                f"{source.fingerprint[:16]}"
+                f"{run} started with other data.{split}: its fingerprint was {was[:16]}, now it is "
+                f"{source.fingerprint[:16]}; restore the data, or give another --workdir"
             )
 
 
-def cache_programs(place: str = "") -> None:
-    """Keeps compiled programs on disk, so that no later process compiles them again."""
-    place = place or epath.Path("~/.cache/calm_jax/xla").expanduser()
-    jax.config.update("jax_compilation_cache_dir", str(place))
+def cache_programs(folder: str = "") -> None:
+    """Keeps compiled programs on disk, so that later processes need not compile them again."""
+    folder = folder or epath.Path("~/.cache/calm_jax/xla").expanduser()
+    jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 
@@ -157,7 +157,7 @@ class _Session:
         self.first_step = self._restore_or_start()
 
     def run_all(self, preemption: Preemption) -> None:
-        """Compiles, prints what it will cost, and trains to the end."""
+        """Compiles the step, prints its costs, and trains to the end."""
         num_steps = self.config.train.num_steps
         if self.first_step < num_steps:
             step = self._compile()
@@ -174,7 +174,7 @@ class _Session:
                 self.model.trainable = init_decoder(self.config, self.shardings.trainable)
             self.opt_state = init_opt(self.model.trainable)
             return 0
-        self.model.trainable = None  # not beside the restored one
+        self.model.trainable = None  # frees it before another is restored
         abstract, _ = self.parts.abstract()
         restored = self.checkpoints.restore(
             latest,
@@ -259,7 +259,7 @@ class _Session:
                 stop = preemption.is_due(done)
                 save = last or stop or by_clock.is_due(done) or _due(done, train.save_every)
                 if validate or save:
-                    _report(progress, *unseen)  # a step that is not finite is never saved
+                    _report(progress, *unseen)  # raises before a step that is not finite is saved
                     unseen = None
                     scores = None
                     if validate:
@@ -303,7 +303,10 @@ class _Session:
         totals = jax.tree.map(lambda *x: np.sum(x, axis=0), *sums)
         scores = {key: float(value) for key, value in means(totals).items()}
         if not math.isfinite(scores["loss"]):
-            raise CalmError(f"{what}: the validation loss is {scores['loss']}; nothing was saved")
+            raise CalmError(
+                f"{what}: the validation loss is {scores['loss']}; nothing of it was saved. Lower "
+                "optimizer.learning_rate, or look at the validation data"
+            )
         if not totals["sequences"]:
             del scores["exact"]
         exact = {
@@ -370,7 +373,7 @@ def _report(progress: Progress, step: int, metrics: dict[str, jax.Array], waited
         if not math.isfinite(values[key]):
             raise CalmError(
                 f"step {step}: {key} is {values[key]}; nothing of this step was saved. Lower "
-                "optimizer.learning_rate, or look at the data of that batch"
+                "optimizer.learning_rate, or look at the data of this batch"
             )
     progress.train(step, values, waited)
 

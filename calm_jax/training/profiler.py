@@ -1,4 +1,4 @@
-"""A profile of some steps of a run."""
+"""Profiles some steps of a run."""
 
 import jax
 from etils import epath
@@ -6,7 +6,7 @@ from ml_collections import ConfigDict
 
 
 class Profiler:
-    """Writes a profile of the steps that the config names, for TensorBoard."""
+    """Writes a profile of the steps that `train.profile_*` names, for TensorBoard."""
 
     def __init__(self, run: epath.Path, train: ConfigDict):
         self.folder = run / "tensorboard"
@@ -14,6 +14,7 @@ class Profiler:
         self.running = False
 
     def before(self, index: int) -> None:
+        """Starts or stops the profile as needed before step `index`, 0-based."""
         if self.start <= index < self.stop and not self.running:
             jax.profiler.start_trace(str(self.folder))
             self.running = True

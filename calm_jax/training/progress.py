@@ -1,4 +1,4 @@
-"""What a run tells while it trains: a line on the screen, metrics.jsonl and TensorBoard."""
+"""What a run reports while it trains: a line on the screen, metrics.jsonl and TensorBoard."""
 
 import json
 import math
@@ -18,22 +18,20 @@ from calm_jax.errors import CalmError
 from calm_jax.quiet import import_tensorflow
 
 TERMINAL_SECONDS = 0.2  # between two states of the line that a terminal shows
-LOG_SECONDS = 5.0  # between two lines elsewhere
-BUCKET_SECONDS = 30.0  # between two writes of an object, which can only be written whole
+LOG_SECONDS = 5.0  # between two lines of a log
+BUCKET_SECONDS = 30.0  # between two uploads of a bucket's object, which is always written whole
 
 
 class Progress:
-    """Reports the steps of one call of training. Only the first process of several says anything.
-
-    A step's number counts the steps done: the first is 1.
+    """Reports the steps of one call of training, in process 0 alone. The first step is number 1.
 
     Args:
         workdir: the run's directory.
         num_steps: the last step's number.
-        first_step: steps done before this call; lines of later ones are dropped from metrics.jsonl.
+        first_step: steps done before this call; metrics.jsonl loses the lines of later ones.
         tokens_per_step: of the global batch, padding included.
         log_every: steps between two lines of metrics.jsonl.
-        tensorboard: write event files too, where TensorFlow is installed.
+        tensorboard: also writes event files, where TensorFlow is installed.
         screen: where the line goes; default: standard output.
 
     Raises:
@@ -65,7 +63,7 @@ class Progress:
         self._logged = _Interval(first_step)  # since the line in metrics.jsonl
 
     def train(self, step: int, metrics: Mapping[str, float], seconds_waited: float) -> None:
-        """One step is done; `seconds_waited` is how long it waited for its batch."""
+        """Reports a step that is done and that waited `seconds_waited` for its batch."""
         if not self.active:
             return
         for interval in (self._shown, self._logged):
@@ -126,7 +124,7 @@ class Progress:
 
 
 class _Interval:
-    """Time and steps since a step."""
+    """The time and the steps since a given step."""
 
     def __init__(self, step: int):
         self.start_step = self.step = step
@@ -138,7 +136,7 @@ class _Interval:
         self.waited += waited
 
     def speed(self, tokens_per_step: int) -> dict[str, float]:
-        """Means over the interval: tokens a second, seconds a step, share of waiting for data."""
+        """Means over the interval: tokens a second, seconds a step, share of time without data."""
         steps = self.step - self.start_step
         elapsed = max(time.perf_counter() - self.start, 1e-9)
         return {
@@ -149,7 +147,7 @@ class _Interval:
 
 
 class _Screen:
-    """A line that a terminal shows in place, and a log gets anew every few seconds."""
+    """A line that a terminal updates in place and a log repeats every few seconds."""
 
     def __init__(self, stream: TextIO):
         self._stream, self._terminal = stream, stream.isatty()
@@ -180,10 +178,10 @@ class _Screen:
 
 
 class MetricsFile:
-    """metrics.jsonl of a run that may have been stopped at any byte.
+    """metrics.jsonl, in which an earlier process may have stopped in the middle of a line.
 
-    Opening it drops, atomically, the lines of steps after `keep_to` and whatever is not whole.
-    Raises `CalmError` when it cannot be written.
+    Opening it drops, atomically, incomplete lines and those of steps after `keep_to`. Raises
+    `CalmError` when it cannot be written.
     """
 
     def __init__(self, path: epath.Path, *, keep_to: int):
@@ -202,7 +200,7 @@ class MetricsFile:
             raise self._failed(error) from error
 
     def write(self, record: Mapping[str, Any]) -> None:
-        """Appends a line; it is on disk when this returns, in a bucket within half a minute."""
+        """Appends a line: to a disk at once, to a bucket within half a minute."""
         line = json.dumps(record) + "\n"
         try:
             if self._bucket:
@@ -245,11 +243,11 @@ def _lines_up_to(path: epath.Path, step: int) -> list[str]:
 
 
 def _event_writer(folder: epath.Path) -> Any:
-    """clu's writer of TensorBoard's event files, in a thread; None without TensorFlow."""
+    """clu's writer of TensorBoard event files, which works in a thread; None without TensorFlow."""
     try:
         import_tensorflow()
     except ImportError:
-        logging.warning("TensorFlow is not installed: nothing is written for TensorBoard")
+        logging.warning("TensorFlow is not installed, so nothing is written for TensorBoard")
         return None
     from clu import metric_writers
 

@@ -1,3 +1,4 @@
+import pathlib
 import shlex
 
 import pytest
@@ -152,6 +153,15 @@ def test_help_lists_flags_with_defaults_and_every_key(path, capsys):
     with pytest.raises(SystemExit):
         parse(f"--config={path}", "--help")
     assert "--config.train.num_steps=3\n" in capsys.readouterr().out
+
+
+def test_the_small_trial_of_own_models_sets_keys_that_exist():
+    file = pathlib.Path(__file__).parents[2] / "configs/own_models.py"
+    trial = file.read_text().partition("A small trial")[2].partition('"""')[0]
+    arguments = [word for word in trial.split() if word.startswith("--config.")]
+    assert arguments
+    found = config.override(config.load_file(str(file)), arguments)
+    assert found.train.num_steps <= 50 < config.load_file(str(file)).train.num_steps
 
 
 def test_the_config_is_locked(path):

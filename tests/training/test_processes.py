@@ -34,10 +34,10 @@ ROOT = Path(__file__).parents[2]
 # One of several, which saves at each of 20 steps; it prints how many threads that has left.
 SAVES = """
 import sys, threading
-from calm_jax import processes
+from calm_jax import membership, processes
 from calm_jax.training.clock import EveryMinutes
 
-with processes.joined(sys.argv[1], 3, int(sys.argv[2])):
+with membership.joined(sys.argv[1], 3, int(sys.argv[2])):
     clock = EveryMinutes(60, 0)
     processes.is_first()
     threads = threading.active_count()
@@ -374,9 +374,8 @@ def test_processes_that_differ_are_refused(place, tmp_path):
     run = Run(place, tmp_path / "run", 2, 1, of_last=["--config.optimizer.learning_rate=0.5"])
     statuses, outputs = run.end()
     assert statuses == [2, 2]
-    told = (
-        "process 1 is not as process 0: config.optimizer.learning_rate is 0.5, in process 0 0.001"
-    )
+    fact = "config.optimizer.learning_rate is 0.5, in process 0 0.001"
+    told = f"process 1 differs from process 0: {fact}"
     assert last_line(outputs[0]) == f"process 1 ended: {told}"
     assert last_line(outputs[1]) == f"error: {told}"
     assert not run.workdir.exists()

@@ -175,7 +175,7 @@ def test_without_tensorflow_only_tensorboard_is_missing(tmp_path, monkeypatch):
     )
     progress.train(1, {"loss": 0.75}, 0.0)
     progress.close()
-    assert warnings == ["TensorFlow is not installed: nothing is written for TensorBoard"]
+    assert warnings == ["TensorFlow is not installed, so nothing is written for TensorBoard"]
     assert [line["loss"] for line in read(tmp_path)] == [0.75]
     assert not (tmp_path / "tensorboard").exists()
 
