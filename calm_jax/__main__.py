@@ -3,14 +3,16 @@
 import difflib
 import importlib
 import logging
+import os
 import pathlib
+import signal
 import sys
 from collections.abc import Sequence
 
 from absl import logging as absl_logging
 
 from calm_jax import __version__
-from calm_jax.errors import Preempted, outcome
+from calm_jax.errors import CalmError, Preempted, outcome
 
 PACKAGE = str(pathlib.Path(__file__).parent)
 
@@ -32,11 +34,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     if argv is None:
         _show_own_logs()
     arguments = list(sys.argv[1:] if argv is None else argv)
+    try:
+        status = _run(arguments)
+        sys.stdout.flush()
+        return status
+    except BrokenPipeError:  # nobody reads on, as in `calm … | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is buffered
+        return 128 + signal.SIGPIPE
+    except (Exception, KeyboardInterrupt, Preempted) as error:
+        status, line = outcome(error)
+        if line is None:
+            raise
+        print(line, file=sys.stderr)
+        return status
+
+
+def _run(arguments: Sequence[str]) -> int:
     for argument in arguments:
-        if any(
-            "\ud800" <= letter <= "\udfff" for letter in argument
-        ):  # Python's mark of other bytes
-            return _fail(f"the argument {argument!r} is not UTF-8 text")
+        if any("\ud800" <= letter <= "\udfff" for letter in argument):  # how Python marks bytes
+            raise CalmError(f"the argument {argument!r} is not UTF-8 text")
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(_usage())
         return 0
@@ -47,15 +63,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if name not in COMMANDS:
         nearest = difflib.get_close_matches(name, COMMANDS, n=1)
         hint = f"did you mean {nearest[0]!r}?" if nearest else f"known are {', '.join(COMMANDS)}"
-        return _fail(f"unknown command {name!r}; {hint}")
-    try:
-        return importlib.import_module(f"calm_jax.cli.{name}").main(arguments[1:])
-    except (Exception, KeyboardInterrupt, Preempted) as error:
-        status, line = outcome(error)
-        if line is None:
-            raise
-        print(line, file=sys.stderr)
-        return status
+        raise CalmError(f"unknown command {name!r}; {hint}")
+    return importlib.import_module(f"calm_jax.cli.{name}").main(arguments[1:])
 
 
 def _usage() -> str:
@@ -70,11 +79,6 @@ def _usage() -> str:
             "calm COMMAND --help says more; calm --version names the version.",
         ]
     )
-
-
-def _fail(message: str) -> int:
-    print(f"error: {message}", file=sys.stderr)
-    return 2
 
 
 def _show_own_logs() -> None:

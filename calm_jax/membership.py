@@ -170,6 +170,9 @@ class _Watch:
             heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
         )
         try:
+            # A signal that comes just before an endless wait would not interrupt it.
+            while not connecting.done():
+                concurrent.futures.wait([connecting], timeout=1)
             connecting.result()
         except (RuntimeError, ValueError) as error:
             raise CalmError(f"{self.member}: {error}") from error

@@ -65,6 +65,16 @@ def test_version(capsys):
     assert capsys.readouterr().out == f"calm_jax {calm_jax.__version__}\n"
 
 
+def test_a_reader_that_ends_early_sees_no_traceback():
+    read, write = os.pipe()
+    os.close(read)
+    run = subprocess.run(
+        [sys.executable, "-m", "calm_jax", "train", "--help"], stdout=write, stderr=subprocess.PIPE
+    )
+    os.close(write)
+    assert (run.returncode, run.stderr) == (141, b"")
+
+
 def test_help_does_not_wait_for_jax():
     program = """
 import contextlib, os, sys
