@@ -82,7 +82,7 @@ class Falcon(HuggingFaceFamily):
             "ffn_hidden_size": config.mlp_dim,
             "activation": read.ACTIVATION_NAMES[config.activation],
             "layer_norm_epsilon": config.norm_eps,
-            "rope_parameters": read.rope_parameters(config.rope_base, config.rope_scaling),
+            **read.rope_keys(config.rope_base, config.rope_scaling),
             "tie_word_embeddings": config.tied_head,
         }
 

@@ -176,11 +176,15 @@ class Gemma3(Gemma2):
         return {**fields, "local_rope_base": local_base}
 
     def own_keys(self, config: DecoderConfig) -> dict[str, Any]:
-        everywhere = local = read.rope_parameters(config.rope_base, config.rope_scaling)
+        everywhere = local = read.rope_keys(config.rope_base, config.rope_scaling)
         if config.local_rope_base is not None:
-            local = read.rope_parameters(config.local_rope_base, None)
+            local = read.rope_keys(config.local_rope_base, None)
         ropes = {read.GLOBAL: everywhere, read.LOCAL: local}
-        return {**super().own_keys(config), "rope_parameters": ropes}
+        return {
+            **super().own_keys(config),
+            "rope_parameters": {kind: keys["rope_parameters"] for kind, keys in ropes.items()},
+            "rope_local_base_freq": local["rope_theta"],
+        }
 
     def tensors(self, source: Source) -> Mapping[str, Tensor]:
         found = {

@@ -19,15 +19,15 @@ from calm_jax.errors import CalmError
 from calm_jax.models import DecoderConfig
 from calm_jax.models.config import RopeScaling
 
-# By generation, what a tree does not show: of a size that was never published.
-_ASSUMED: dict[int, dict[str, float]] = {
+# By generation, what a tree does not show, with the values of most sizes.
+_HIDDEN: dict[int, dict[str, float]] = {
     1: {},
     2: {"window": 4096, "attention_logit_cap": 50.0, "final_logit_cap": 30.0},
     3: {"window": 512, "attention_logit_cap": 0.0, "final_logit_cap": 0.0, "rope_factor": 1.0},
 }
 _PATTERNS = {1: (False,), 2: (True, False), 3: (True,) * 5 + (False,)}  # local layers
 _LONG = {"window": 1024, "rope_factor": 8.0}
-# The published sizes by generation, layers and width: what is otherwise in them.
+# The published sizes by generation, layers and width: where they differ from `_HIDDEN`.
 _PUBLISHED: dict[tuple[int, int, int], dict[str, float]] = {
     (1, 18, 2048): {},
     (1, 28, 3072): {},
@@ -47,14 +47,12 @@ class GemmaDeepMind(Family):
 
     name = "gemma_deepmind"
     options: ClassVar[Mapping[str, str]] = {
-        "window": "tokens that a local layer sees, itself included; of a size that was never "
-        "published: 4096 (Gemma 2), 512 (Gemma 3)",
-        "query_scale": "factor on queries before the softmax; of a size that was never published: "
-        "head width to the power -1/2",
-        "attention_logit_cap": "soft cap of attention logits, 0 for none; 50 (Gemma 2), 0",
-        "final_logit_cap": "soft cap of the model's logits, 0 for none; 30 (Gemma 2), 0",
-        "rope_factor": "what positions are divided by in Gemma 3's layers that see everything; of "
-        "a size that was never published: 1",
+        "window": "tokens that a local layer sees, itself included",
+        "query_scale": "factor on queries before the softmax",
+        "attention_logit_cap": "soft cap of attention logits, 0 for none",
+        "final_logit_cap": "soft cap of the model's logits, 0 for none",
+        "rope_factor": "what positions are divided by in Gemma 3's global layers (these five are "
+        "needed only for sizes that were never published)",
         "gating": "layout of gating_einsum, plain [2, D, F] or transposed [2, F, D]; needed only "
         "where width D and MLP width F are equal",
     }
@@ -67,10 +65,10 @@ class GemmaDeepMind(Family):
     def read(self, source: Source, **options: Any) -> Reading:
         where = str(source.path)
         tensors = _nested(source.tensors, where)
-        config, warnings = _config(tensors, options, where)
+        config = _config(tensors, options, where)
         transposed = _is_transposed(tensors, config, options.get("gating"), where)
         fused = "layer_0/attn/qkv_einsum/w" in tensors
-        return Reading(config, _rules(config, transposed, fused), tensors, _UNUSED, warnings)
+        return Reading(config, _rules(config, transposed, fused), tensors, _UNUSED)
 
 
 def _nested(tensors: Mapping[str, Tensor], where: str) -> dict[str, Tensor]:
@@ -99,10 +97,8 @@ def _short(name: str) -> str:
     return re.sub(r"(/mlp/\w+)/w$", r"\1", _PREFIXES.sub("", name))
 
 
-def _config(
-    tensors: Mapping[str, Tensor], options: Mapping[str, Any], where: str
-) -> tuple[DecoderConfig, tuple[str, ...]]:
-    """The model's form, and warnings of what it assumes."""
+def _config(tensors: Mapping[str, Tensor], options: Mapping[str, Any], where: str) -> DecoderConfig:
+    """The config that the shapes, the published sizes and the options give."""
     vocab_size, embed_dim = shape_of(tensors, "embedder/input_embedding", 2, where)
     num_heads, head_dim, _ = shape_of(tensors, "layer_0/attn/attn_vec_einsum/w", 3, where)
     num_kv_heads = num_heads
@@ -117,13 +113,13 @@ def _config(
     given = _numbers(options, generation, where)
     published = _PUBLISHED.get((generation, num_layers, embed_dim))
     usual = {} if generation == 1 else {"query_scale": head_dim**-0.5}
-    found = usual | _ASSUMED[generation] | (published or {}) | given
-    assumed = [f"{name}={value:g}" for name, value in found.items() if name not in given]
-    warnings: tuple[str, ...] = ()
-    if published is None and assumed:
-        warnings = (
-            f"a Gemma {generation} of {num_layers} layers of width {embed_dim} was never "
-            f"published, and the tree does not tell everything: assumed {', '.join(assumed)}",
+    found = usual | _HIDDEN[generation] | (published or {}) | given
+    absent = [f"{name}={value:g}" for name, value in found.items() if name not in given]
+    if published is None and absent:
+        raise CalmError(
+            f"{where}: no Gemma {generation} of {num_layers} layers of width {embed_dim} was "
+            "published, and the tree does not show everything; give these options, whose values "
+            f"here are those of other sizes: {' '.join(absent)}"
         )
     pattern = _PATTERNS[generation]
     layers = [pattern[layer % len(pattern)] for layer in range(num_layers)]
@@ -132,7 +128,7 @@ def _config(
         fields |= {"qk_norm": "rms", "rope_base": 1e6, "local_rope_base": 1e4}
     if found.get("rope_factor", 1.0) != 1.0:
         fields["rope_scaling"] = RopeScaling("linear", found["rope_factor"])
-    config = DecoderConfig.gemma(
+    return DecoderConfig.gemma(
         vocab_size=vocab_size,
         embed_dim=embed_dim,
         num_layers=num_layers,
@@ -146,7 +142,6 @@ def _config(
         final_logit_cap=found.get("final_logit_cap") or None,
         **fields,
     )
-    return config, warnings
 
 
 def _numbers(options: Mapping[str, Any], generation: int, where: str) -> dict[str, float | int]:
@@ -155,7 +150,7 @@ def _numbers(options: Mapping[str, Any], generation: int, where: str) -> dict[st
     for name, value in options.items():
         if name == "gating" or value is None:
             continue
-        if name != "query_scale" and name not in _ASSUMED[generation]:
+        if name != "query_scale" and name not in _HIDDEN[generation]:
             raise CalmError(f"option {name}={value}: {where} is Gemma {generation}, without such")
         if name == "window":
             found[name] = read.whole_number(options, name, "options")

@@ -159,18 +159,20 @@ def rope(
     return base, _rope_scaling(found, values, inside)
 
 
-def rope_parameters(base: float, scaling: RopeScaling | None) -> dict[str, Any]:
-    """What `rope` reads, as transformers 5 writes it."""
-    found: dict[str, Any] = {"rope_type": "default", "rope_theta": base}
-    if scaling is not None:
-        found |= {"rope_type": scaling.kind, "factor": scaling.factor}
+def rope_keys(base: float, scaling: RopeScaling | None) -> dict[str, Any]:
+    """The inverse of `rope`, in both spellings: each version of transformers ignores the other."""
+    scaled = None if scaling is None else {"rope_type": scaling.kind, "factor": scaling.factor}
     if scaling is not None and scaling.kind == "llama3":
-        found |= {
+        scaled |= {
             "low_freq_factor": scaling.low_frequency_factor,
             "high_freq_factor": scaling.high_frequency_factor,
             "original_max_position_embeddings": scaling.original_length,
         }
-    return found
+    return {
+        "rope_parameters": {"rope_theta": base, **(scaled or {"rope_type": "default"})},
+        "rope_theta": base,
+        "rope_scaling": scaled,
+    }
 
 
 def local_layers(values: Mapping[str, Any], where: str, num_layers: int) -> list[bool] | None:

@@ -105,7 +105,7 @@ class Llama(HuggingFaceFamily):
             "hidden_act": read.ACTIVATION_NAMES[config.activation],
             self.eps_key: config.norm_eps,
             "tie_word_embeddings": config.tied_head,
-            "rope_parameters": read.rope_parameters(config.rope_base, config.rope_scaling),
+            **read.rope_keys(config.rope_base, config.rope_scaling),
             **self.own_keys(config),
         }
 

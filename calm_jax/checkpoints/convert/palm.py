@@ -15,7 +15,7 @@ import numpy as np
 
 from calm_jax.checkpoints.convert.family import Family, Reading
 from calm_jax.checkpoints.convert.table import Rule, Slice, rule
-from calm_jax.checkpoints.convert.without_config import norm_warnings, number, shape_of
+from calm_jax.checkpoints.convert.without_config import number, shape_of, shown_norm_offset
 from calm_jax.checkpoints.sources.layers import unstack
 from calm_jax.checkpoints.sources.source import Source, Tensor
 from calm_jax.checkpoints.sources.t5x import parameters
@@ -35,8 +35,9 @@ class Palm(Family):
 
     name = "palm"
     options: ClassVar[Mapping[str, str]] = {
-        "norm_offset": "what is added to every stored norm scale (default 1.0, PaLM's "
-        "center_scale_at_zero; 0.0 where scales are stored as they are applied)",
+        "norm_offset": "added to every stored norm scale: 1.0 (PaLM's center_scale_at_zero) or 0.0 "
+        "(default: 1.0 where scales average about 0, 0.0 where they average about 1; otherwise it "
+        "must be given)",
         "scan_axis": "axis of stacked tensors that counts the layers (default 1, as T5X writes "
         "them; 0 where they were transposed)",
         "query_scale": "factor on queries (default: head width to the power of -1/2, "
@@ -52,7 +53,7 @@ class Palm(Family):
         self,
         source: Source,
         *,
-        norm_offset: float = 1.0,
+        norm_offset: float | None = None,
         scan_axis: int = 1,
         query_scale: float | None = None,
         logit_scale: float | None = None,
@@ -62,22 +63,15 @@ class Palm(Family):
         named = parameters(source.tensors) or source.tensors  # some write T5X's whole paths
         tensors = _dequantised(_apart(named, scan_axis, where), where)
         config = _config(tensors, where)
+        offset, warnings = shown_norm_offset(tensors, "/layer_norm/scale", norm_offset, 1.0, where)
         given = {
-            "norm_offset": norm_offset,
+            "norm_offset": offset,
             "query_scale": query_scale,
             "logit_scale": 1.0 if logit_scale is None and not config.tied_head else logit_scale,
         }
         given = {option: number(option, x) for option, x in given.items() if x is not None}
         config = dataclasses.replace(config, **given)
-        return Reading(
-            config,
-            rules(config),
-            tensors,
-            warnings=(
-                *_absent_norm(tensors),
-                *norm_warnings(tensors, "/layer_norm/scale", config.norm_offset),
-            ),
-        )
+        return Reading(config, rules(config), tensors, warnings=(*_absent_norm(tensors), *warnings))
 
 
 def rules(config: DecoderConfig) -> tuple[Rule, ...]:

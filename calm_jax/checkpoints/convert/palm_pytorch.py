@@ -14,7 +14,7 @@ import numpy as np
 
 from calm_jax.checkpoints.convert.family import Family, Reading
 from calm_jax.checkpoints.convert.table import Rule, Slice, Unused, rule
-from calm_jax.checkpoints.convert.without_config import norm_warnings, number, shape_of
+from calm_jax.checkpoints.convert.without_config import number, shape_of, shown_norm_offset
 from calm_jax.checkpoints.sources.source import Source, Tensor
 from calm_jax.errors import CalmError
 from calm_jax.models import DecoderConfig
@@ -29,8 +29,9 @@ class PalmPytorch(Family):
 
     name = "palm_pytorch"
     options: ClassVar[Mapping[str, str]] = {
-        "norm_offset": "what is added to every stored gamma (default 0.0; 1.0 for models trained "
-        "with PaLM-rlhf-pytorch of 2025-01-06 and later, whose tensors look the same)",
+        "norm_offset": "added to every stored gamma: 0.0, or 1.0 for models trained with "
+        "PaLM-rlhf-pytorch of 2025-01-06 and later (default: 0.0 where gammas average about 1, 1.0 "
+        "where they average about 0; otherwise it must be given)",
         "xpos": "whether rotary positions decay (default: whether rotary_emb.scale is stored; "
         "without such buffers True for PaLM-rlhf-pytorch, False for PaLM-pytorch)",
         "xpos_scale_base": "tokens of that decay (default 512)",
@@ -45,21 +46,21 @@ class PalmPytorch(Family):
         self,
         source: Source,
         *,
-        norm_offset: float = 0.0,
+        norm_offset: float | None = None,
         xpos: bool | None = None,
         xpos_scale_base: float | None = None,
         query_scale: float | None = None,
     ) -> Reading:
         tensors, where = source.tensors, str(source.path)
         names, num_layers = _names(tensors)
+        offset, warnings = shown_norm_offset(tensors, ".fn.norm.gamma", norm_offset, 0.0, where)
         config = dataclasses.replace(
             _config(tensors, names, num_layers, where),
-            norm_offset=number("norm_offset", norm_offset),
+            norm_offset=offset,
             xpos_scale_base=_xpos(tensors, names, xpos, xpos_scale_base, where),
             query_scale=None if query_scale is None else number("query_scale", query_scale),
         )
         _check_buffers(tensors, config.head_dim, where)
-        warnings = norm_warnings(tensors, ".fn.norm.gamma", config.norm_offset)
         return Reading(config, rules(config, names), tensors, unused(names), warnings)
 
 

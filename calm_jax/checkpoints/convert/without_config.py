@@ -1,4 +1,4 @@
-"""What families share whose checkpoints have no config: the form is read off the tensors."""
+"""What families share whose checkpoints have no config: tensors show what the model is."""
 
 import reprlib
 from collections.abc import Mapping
@@ -22,27 +22,41 @@ def shape_of(tensors: Mapping[str, Tensor], name: str, rank: int, where: str) ->
 
 
 def number(option: str, value: Any) -> float:
-    """A family's option as a finite number. Raises `CalmError` when it is none."""
+    """The value of a family's option as a finite number. Raises `CalmError` when it is not one."""
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     if not is_number or not -LARGEST <= value <= LARGEST:  # a whole number can be above
         raise CalmError(f"{option} is {reprlib.repr(value)}; it must be a finite number")
     return float(value)
 
 
-def norm_warnings(
-    tensors: Mapping[str, Tensor], ending: str, norm_offset: float
-) -> tuple[str, ...]:
-    """What speaks against `norm_offset`: scales start at 0 where they are centred, else at 1.
+def shown_norm_offset(
+    tensors: Mapping[str, Tensor], ending: str, given: Any, usual: float, where: str
+) -> tuple[float, tuple[str, ...]]:
+    """What a model adds to its stored norm scales, and warnings about it.
 
-    `ending`: of the names of the norms' scales.
+    Training starts from effective scales of 1, and the stored ones stay around 1 - offset.
+
+    Args:
+        ending: how the names of the norm scales end; these tensors are read.
+        given: the option's value, which decides; None leaves it to the stored scales.
+        usual: the family's own offset.
+
+    Raises:
+        CalmError: `given` is not a number, or the scales average neither at most 0.25 nor about 1.
     """
     scales = [x[...] for name, x in tensors.items() if name.endswith(ending)]
-    if not scales or norm_offset not in (0.0, 1.0):
-        return ()
-    mean = float(np.mean([np.mean(scale, dtype=np.float32) for scale in scales]))
-    if abs(mean - norm_offset) > 0.25:
-        return ()
-    return (
-        f"norm scales average {mean:.2f}, which is what they are where norm_offset is "
-        f"{1 - norm_offset}, not {norm_offset}",
-    )
+    mean = float(np.mean([np.mean(x, dtype=np.float32) for x in scales])) if scales else 1 - usual
+    shown = 1.0 if mean <= 0.25 else 0.0 if 0.75 <= mean <= 1.25 else None
+    if given is not None:
+        given = number("norm_offset", given)
+        if shown is None or given == shown or given not in (0.0, 1.0):
+            return given, ()
+        return given, (f"norm scales average {mean:.2f}, as with norm_offset={shown}, not {given}",)
+    if shown is None:
+        raise CalmError(
+            f"{where}: norm scales average {mean:.2f}, which does not show whether 1 is added to "
+            "them; give the option norm_offset=0.0 or norm_offset=1.0"
+        )
+    if shown == usual:
+        return shown, ()
+    return shown, (f"norm scales average {mean:.2f}: they are read with norm_offset={shown}",)

@@ -335,3 +335,13 @@ def test_names_and_shapes_are_checked(family):
             check({key: x for key, x in tensors.items() if key != name})
     with pytest.raises(CalmError, match=r"model\.layers\.8\.mlp"):
         check(tensors | {"model.layers.8.mlp.up_proj.weight": np.ones(3)})
+
+
+def test_rotary_positions_are_written_in_both_spellings():
+    """transformers 4 reads no `rope_parameters`, and took its own defaults without a word."""
+    config = Gemma3().decoder_config(OLD_3, WHERE)
+    values = Gemma3().huggingface_config(config)
+    old = ("rope_theta", "rope_local_base_freq", "rope_scaling")
+    assert {key: values[key] for key in old} == {key: OLD_3[key] for key in old}
+    assert Gemma3().decoder_config({**values, "rope_parameters": None}, WHERE) == config
+    assert Gemma3().decoder_config({**values, **dict.fromkeys(old)}, WHERE) == config

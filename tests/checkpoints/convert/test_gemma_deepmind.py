@@ -237,17 +237,24 @@ def test_published_sizes_are_what_hugging_face_says_of_them(size):
     assert dataclasses.replace(reading.config, vocab_size=expected.vocab_size) == expected
 
 
-def test_what_the_tree_of_an_unknown_size_does_not_tell_is_said():
-    golden = Golden("gemma_deepmind_3")
-    (warning,) = GemmaDeepMind().read(in_memory(golden.nested)).warnings
-    assert "Gemma 3 of 7 layers of width 12" in warning
-    assert "window=512" in warning
-    assert "query_scale=0.5" in warning
-    some = {name: golden.options[name] for name in ("window", "query_scale")}
-    (warning,) = GemmaDeepMind().read(in_memory(golden.nested), **some).warnings
-    assert "window" not in warning
-    assert "rope_factor=1" in warning
-    assert GemmaDeepMind().read(in_memory(golden.nested), **golden.options).warnings == ()
+def test_what_the_tree_of_an_unknown_size_does_not_show_must_be_given():
+    """With the values of other sizes the logits could be wrong, and nobody would know."""
+    source = in_memory(Golden("gemma_deepmind_3").nested)
+    options = {
+        "query_scale": "0.5",
+        "window": "512",
+        "attention_logit_cap": "0",
+        "final_logit_cap": "0",
+        "rope_factor": "1",
+    }
+    given = {}
+    for name, value in options.items():
+        listed = " ".join(f"{k}={v}" for k, v in options.items() if k not in given)
+        message = f"no Gemma 3 of 7 layers of width 12 was published, .*: {listed}$"
+        with pytest.raises(CalmError, match=message):
+            GemmaDeepMind().read(source, **given)
+        given[name] = float(value) if "." in value else int(value)
+    assert GemmaDeepMind().read(source, **given).config.window == 512
 
 
 def square():
@@ -259,7 +266,8 @@ def square():
 def test_the_option_tells_a_gating_that_shapes_cannot(layout):
     gate_up = np.random.default_rng(0).normal(size=(2, 16, 16)).astype(np.float32)
     tree = square() | {f"layer_{i}/mlp/gating_einsum": gate_up for i in range(2)}
-    decoder = decoder_in_memory(GemmaDeepMind(), in_memory(tree), gating=layout)
+    options = {**Golden("gemma_deepmind_3").options, "gating": layout}
+    decoder = decoder_in_memory(GemmaDeepMind(), in_memory(tree), **options)
     up_DF = gate_up[1].T if layout == "transposed" else gate_up[1]
     assert np.array_equal(decoder.layers.pieces[0].mlp.up[1], up_DF)
 
@@ -294,9 +302,11 @@ def without(tree, name):
     ],
 )
 def test_bad_trees_and_options_are_refused(change, options, message):
-    tree = change(Golden("gemma_deepmind_3").nested)
+    golden = Golden("gemma_deepmind_3")
     with pytest.raises(CalmError, match=message):
-        decoder_in_memory(GemmaDeepMind(), in_memory(tree), **options)
+        decoder_in_memory(
+            GemmaDeepMind(), in_memory(change(golden.nested)), **{**golden.options, **options}
+        )
 
 
 @pytest.mark.parametrize(

@@ -100,6 +100,19 @@ def test_config_json_is_read_back_as_it_was(family):
     check()
 
 
+def test_rotary_positions_are_written_in_both_spellings():
+    """transformers 4 reads no `rope_parameters`, and took 10,000 for the base without a word."""
+    config = DecoderConfig.llama(**TINY, rope_base=5e5, rope_scaling=RopeScaling("linear", 4.0))
+    linear = {"rope_type": "linear", "factor": 4.0}
+    for family in FAMILIES:
+        values = family.huggingface_config(config)
+        assert (values["rope_theta"], values["rope_scaling"]) == (5e5, linear)
+        assert values["rope_parameters"] == {"rope_theta": 5e5, **linear}
+        values = family.huggingface_config(dataclasses.replace(config, rope_scaling=None))
+        assert values["rope_scaling"] is None  # one of the model's origin does not come through
+        assert values["rope_parameters"] == {"rope_theta": 5e5, "rope_type": "default"}
+
+
 @pytest.mark.parametrize("family", **BY_NAME)
 def test_a_form_of_another_family_is_read_back_as_something_else(family):
     """By which an export knows that this family is not the one."""

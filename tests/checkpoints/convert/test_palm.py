@@ -329,7 +329,29 @@ def test_norm_scales_that_contradict_the_offset(stored, given, warns):
     tree = scanned(random_tree(offset=stored))
     warnings = Palm().read(in_memory(tree), norm_offset=given).warnings
     assert len(warnings) == warns
-    assert all(f"norm_offset is {stored}, not {given}" in line for line in warnings)
+    assert all(f"as with norm_offset={stored}, not {given}" in line for line in warnings)
+
+
+@pytest.mark.parametrize("stored", [0.0, 1.0])
+def test_norm_scales_show_the_offset(stored):
+    """Scales near 0 are added to 1; the family's own offset, 1, is not worth a warning."""
+    reading = Palm().read(in_memory(scanned(random_tree(offset=stored))))
+    assert reading.config.norm_offset == stored
+    assert [f"read with norm_offset={stored}" in line for line in reading.warnings] == (
+        [] if stored else [True]
+    )
+
+
+def test_norm_scales_that_show_no_offset(tmp_path):
+    tree = random_tree(offset=0.5)
+    message = r"norm scales average 0\.\d\d, .* option norm_offset=0.0 or norm_offset=1.0$"
+    np.savez(tmp_path / "palm.npz", **tree)
+    with pytest.raises(CalmError, match=message):
+        convert(tmp_path / "palm.npz", tmp_path / "model")
+    assert [path.name for path in tmp_path.iterdir()] == ["palm.npz"]
+    for given in (0.0, 1.0, 0.5):
+        reading = Palm().read(in_memory(tree), norm_offset=given)
+        assert (reading.config.norm_offset, reading.warnings) == (given, ())
 
 
 def test_opening_reads_only_the_norm_scales():

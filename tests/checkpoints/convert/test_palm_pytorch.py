@@ -317,7 +317,24 @@ def test_scales_that_speak_against_the_offset(offset):
     source = Source(epath.Path("palm.pt"), "torch", rlhf(offset=offset))
     assert not PalmPytorch().read(source, norm_offset=offset).warnings
     (warning,) = PalmPytorch().read(source, norm_offset=1 - offset).warnings
-    assert f"norm_offset is {offset}" in warning
+    assert f"as with norm_offset={offset}, not {1 - offset}" in warning
+
+
+@pytest.mark.parametrize("offset", [0.0, 1.0])
+def test_gammas_show_the_offset(offset, tmp_path):
+    tensors = rlhf(offset=offset)
+    np.savez(tmp_path / "palm.npz", **tensors)
+    calm_jax.convert(tmp_path / "palm.npz", tmp_path / "model")
+    expected = numpy_logits(tensors, TOKENS, xpos=True, offset=offset)
+    assert_close(calm_jax.load(tmp_path / "model")(TOKENS[None])[0], expected, 1e-5)
+
+
+def test_gammas_that_show_no_offset():
+    source = Source(epath.Path("palm.pt"), "torch", rlhf(offset=0.5))
+    message = r"palm.pt: norm scales average 0\.\d\d, .* option norm_offset=0.0 or norm_offset=1.0$"
+    with pytest.raises(CalmError, match=message):
+        PalmPytorch().read(source)
+    assert PalmPytorch().read(source, norm_offset=1.0).config.norm_offset == 1.0
 
 
 @pytest.mark.parametrize(
