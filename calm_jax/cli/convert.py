@@ -15,6 +15,7 @@ USAGE = """Turns a published checkpoint into a frozen folder, or a frozen folder
   calm convert --source=downloads/Llama-3.2-1B --target=models/anchor --verify
   calm convert --source=SmolLM2-135M-Instruct.Q4_1.gguf --target=models/anchor
   calm convert --source=palm_8k.pt --target=models/palm --dtype=bfloat16 --option=norm_offset=1.0
+  calm convert --source=downloads/base --adapter=downloads/lora --target=models/augment
   calm convert --source=models/anchor --target=exported --to=huggingface
 
 SOURCE is a folder of Hugging Face, a T5X or Orbax checkpoint, or a .gguf, .npz, .pt or .safetensors
@@ -37,6 +38,9 @@ def _define(values: flags.FlagValues) -> None:
         "float32 or bfloat16, otherwise the smaller that holds the source exactly (of a quantised "
         "one, float32)",
         flag_values=values,
+    )
+    flags.DEFINE_string(
+        "adapter", None, "folder of a LoRA adapter of PEFT to merge into SOURCE", flag_values=values
     )
     flags.DEFINE_multi_string(
         "option", [], "NAME=VALUE, an option of the family; repeatable", flag_values=values
@@ -67,11 +71,12 @@ def main(argv: list[str]) -> int:
             values.target,
             format=values.format,
             dtype=values.dtype,
+            adapter=values.adapter,
             verify=values.verify,
             **options,
         )
     else:
-        for name in ("format", "dtype", "option", "verify"):
+        for name in ("format", "dtype", "adapter", "option", "verify"):
             if values[name].present:
                 raise CalmError(f"--{name} says nothing to --to={values.to}")
         export(values.source, values.target, to=values.to)
@@ -95,7 +100,7 @@ def _options(given: Sequence[str]) -> dict[str, Any]:
         name, equals, text = option.partition("=")
         if not equals:
             raise CalmError(f"--option={option} is not NAME=VALUE")
-        if name in ("source", "target", "format", "dtype", "verify"):
+        if name in ("source", "target", "format", "dtype", "adapter", "verify"):
             raise CalmError(f"--option={option} is no option of a family; give --{name}")
         try:
             options[name] = ast.literal_eval(text)

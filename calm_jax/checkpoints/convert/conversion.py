@@ -13,11 +13,12 @@ import numpy as np
 import tqdm
 from etils import epath
 
+from calm_jax.checkpoints.convert.adapter import merge_adapter
 from calm_jax.checkpoints.convert.family import Reading
 from calm_jax.checkpoints.convert.registry import find_family
 from calm_jax.checkpoints.convert.table import check_names, check_shapes, check_unused, sizes
 from calm_jax.checkpoints.convert.verification import verify_model
-from calm_jax.checkpoints.files import refuse_lfs_pointer, whole_folder
+from calm_jax.checkpoints.files import ADAPTER_CONFIG, absolute, refuse_lfs_pointer, whole_folder
 from calm_jax.checkpoints.frozen import STORED_DTYPES, Block, write_model
 from calm_jax.checkpoints.sources.opening import open_source
 from calm_jax.checkpoints.sources.source import Source
@@ -33,6 +34,7 @@ def convert(
     *,
     format: str = "auto",
     dtype: str | None = None,
+    adapter: epath.PathLike | None = None,
     verify: bool = False,
     **family_options: Any,
 ) -> None:
@@ -48,6 +50,7 @@ def convert(
         format: name of the family; "auto" finds it out.
         dtype: "float32" or "bfloat16", in which weights are stored; default: the smallest that
             holds the source exactly, for a quantised one float32.
+        adapter: the folder of a plain LoRA adapter that PEFT saved; it is merged into the weights.
         verify: also compute logits of a few prompts from the new folder, note them in it, and
             compare with those of transformers, where it is installed and reads the source.
         family_options: what the family's tree cannot tell; `calm convert --help` lists them.
@@ -85,6 +88,13 @@ def convert(
                 known = ", ".join(family.options) or "none"
                 raise CalmError(f"{name} is no option of {family.name}; known are {known}")
         reading = family.read(opened, **family_options)
+        if adapter is not None:
+            reading = merge_adapter(reading, family, adapter)
+        elif (opened.path / ADAPTER_CONFIG).exists():
+            raise CalmError(
+                f"{opened.path} holds an adapter beside the model; give --adapter={opened.path} to "
+                f"merge it, or move {ADAPTER_CONFIG} away"
+            )
         for warning in reading.warnings:
             log.warning("%s: %s", opened.path, warning)
         where = str(opened.path)
@@ -104,10 +114,11 @@ def convert(
             "family": family.name,
             "dtype": collections.Counter(dtypes.values()).most_common(1)[0][0],
             "config": None if opened.config is None else dict(opened.config),
+            "adapter": None if adapter is None else str(absolute(adapter)),
         }
         origin["other_dtypes"] = {k: v for k, v in dtypes.items() if v != origin["dtype"]}
         blocks = _blocks(reading, opened)
-        check = functools.partial(verify_model, source=opened) if verify else None
+        check = functools.partial(verify_model, source=opened, adapter=adapter) if verify else None
         write_model(folder, config, blocks, vocabulary=vocabulary, origin=origin, check=check)
 
 

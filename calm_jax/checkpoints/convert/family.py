@@ -101,7 +101,14 @@ class HuggingFaceFamily(Family):
 
     def tensors(self, source: Source) -> Mapping[str, Tensor]:
         """The source's tensors under the names of `rules`."""
-        return source.tensors
+        found = {self.tensor_name(name): tensor for name, tensor in source.tensors.items()}
+        if len(found) < len(source.tensors):
+            raise CalmError(f"{source.path} has some tensors twice, under two of their names")
+        return found
+
+    def tensor_name(self, name: str) -> str:
+        """The name by which `rules` know the tensor that a source calls `name`."""
+        return name
 
     def decoder_config(self, values: Mapping[str, Any], where: str) -> DecoderConfig:
         """The model's form from config.json in any of its spellings; `where` names the file.

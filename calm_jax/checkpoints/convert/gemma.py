@@ -12,7 +12,6 @@ from typing import Any, ClassVar
 from calm_jax.checkpoints.convert import huggingface_config as read
 from calm_jax.checkpoints.convert.llama import Llama
 from calm_jax.checkpoints.convert.table import Unused
-from calm_jax.checkpoints.sources.source import Source, Tensor
 from calm_jax.errors import CalmError
 from calm_jax.models import DecoderConfig
 
@@ -186,14 +185,8 @@ class Gemma3(Gemma2):
             "rope_local_base_freq": local["rope_theta"],
         }
 
-    def tensors(self, source: Source) -> Mapping[str, Tensor]:
-        found = {
-            _WITHIN.sub("model.", name).removeprefix("language_model."): tensor
-            for name, tensor in source.tensors.items()
-        }
-        if len(found) < len(source.tensors):
-            raise CalmError(f"{source.path} has some tensors twice: in two forms of Gemma 3")
-        return found
+    def tensor_name(self, name: str) -> str:
+        return _WITHIN.sub("model.", name).removeprefix("language_model.")
 
     def unused(self, config: DecoderConfig) -> tuple[Unused, ...]:
         eyes = Unused(r"(model\.)?(vision_tower|multi_modal_projector)\..*")

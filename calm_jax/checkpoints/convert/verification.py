@@ -1,12 +1,14 @@
 """Whether a converted model computes what its source does, as far as this machine can tell."""
 
 import hashlib
+import importlib
 import importlib.util
 import logging
 from typing import Any
 
 import jax
 import numpy as np
+from etils import epath
 
 from calm_jax.checkpoints.files import first_line, write_json
 from calm_jax.checkpoints.frozen import Description, load_cut
@@ -22,7 +24,9 @@ ROUNDED_TOLERANCE = 0.1  # where weights were rounded to bfloat16 and the source
 log = logging.getLogger("absl")
 
 
-def verify_model(described: Description, source: Source) -> None:
+def verify_model(
+    described: Description, source: Source, adapter: epath.PathLike | None = None
+) -> None:
     """Computes logits of fixed prompts in float32, notes them in the folder, and compares them.
 
     They are compared with those of transformers, where it is installed and `source` is a Hugging
@@ -47,7 +51,7 @@ def verify_model(described: Description, source: Source) -> None:
         log.info(
             "Not covered: the window of %d tokens; prompts have %d", window, tokens_BT.shape[1]
         )
-    compared = _compare(logits_BTV, tokens_BT, source, described)
+    compared = _compare(logits_BTV, tokens_BT, source, described, adapter)
     last_BV = logits_BTV[:, -1]
     best_BN = np.argsort(-last_BV, axis=-1)[:, :5]
     write_json(
@@ -75,13 +79,17 @@ def fixed_prompts(config: DecoderConfig) -> np.ndarray:
 
 
 def _compare(
-    logits_BTV: np.ndarray, tokens_BT: np.ndarray, source: Source, described: Description
+    logits_BTV: np.ndarray,
+    tokens_BT: np.ndarray,
+    source: Source,
+    described: Description,
+    adapter: epath.PathLike | None,
 ) -> dict[str, Any] | None:
     """Name and greatest difference of what the logits were compared with, or None."""
     if source.kind != "huggingface":
         log.info("Logits computed and noted; there is nothing here to compare them with")
         return None
-    for package in ("transformers", "torch"):
+    for package in ("transformers", "torch") + ("peft",) * (adapter is not None):
         if importlib.util.find_spec(package) is None:
             log.info("Logits computed and noted; %s is not installed to compare them", package)
             return None
@@ -93,13 +101,16 @@ def _compare(
         model = transformers.AutoModelForCausalLM.from_pretrained(
             str(source.path), dtype=torch.float32, attn_implementation="eager"
         )
+        if adapter is not None:
+            model = importlib.import_module("peft").PeftModel.from_pretrained(model, str(adapter))
         with torch.no_grad():
             theirs_BTV = model(torch.from_numpy(tokens_BT.astype(np.int64))).logits.numpy()
     except Exception as error:  # whatever it does not like, of many kinds
         raise CalmError(f"{source.path}: {program} cannot run it: {first_line(error)}") from error
     scale = float(np.max(np.abs(theirs_BTV)))
     difference = float(np.max(np.abs(theirs_BTV - logits_BTV))) / scale
-    rounded = described.config.dtype == "bfloat16" and described.origin["dtype"] != "bfloat16"
+    dtypes = {described.origin["dtype"], *described.origin["other_dtypes"].values()}
+    rounded = described.config.dtype == "bfloat16" and dtypes != {"bfloat16"}
     tolerance = ROUNDED_TOLERANCE if rounded else TOLERANCE
     if not difference <= tolerance:
         raise CalmError(

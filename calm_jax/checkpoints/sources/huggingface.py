@@ -51,11 +51,11 @@ def read(folder: epath.Path) -> Source:
     if (folder / INDEX).exists():
         tensors = _indexed(folder)
     elif (folder / SINGLE).exists():
-        tensors = _open_file(folder / SINGLE)
+        tensors = open_file(folder / SINGLE)
     else:
         tensors = {}
         for file in sorted(folder.glob("*.safetensors")):
-            for name, tensor in _open_file(file).items():
+            for name, tensor in open_file(file).items():
                 if name in tensors:
                     raise CalmError(f"{file}: tensor {name} is also in {tensors[name].file.name}")
                 tensors[name] = tensor
@@ -84,7 +84,7 @@ def read_file(path: epath.Path) -> Source:
     if (is_pickled and path.name != PICKLED) or not (path.parent / CONFIG).exists():
         if is_pickled:
             return torch_file.read(path)
-        return Source(path, "safetensors", _open_file(path))
+        return Source(path, "safetensors", open_file(path))
     others = {file.name for file in path.parent.glob("*.safetensors")} - {path.name}
     if others:
         raise CalmError(
@@ -121,7 +121,8 @@ class StoredTensor:
         return self.data.view(self.dtype).reshape(self.shape)[index]
 
 
-def _open_file(file: epath.Path) -> dict[str, StoredTensor]:
+def open_file(file: epath.Path) -> dict[str, StoredTensor]:
+    """The tensors of a safetensors file. Raises `CalmError` when it is damaged."""
     refuse_lfs_pointer(file)
     try:
         with safe_open(str(file), framework="numpy"):
@@ -158,7 +159,7 @@ def _indexed(folder: epath.Path) -> dict[str, StoredTensor]:
         raise CalmError(f"{folder} has both {SINGLE} and {INDEX} with other files; remove one")
     tensors = {}
     for file in files:
-        for name, tensor in _open_file(folder / file).items():
+        for name, tensor in open_file(folder / file).items():
             if file_of.get(name) != file:
                 raise CalmError(
                     f"{folder / file}: tensor {name} is not in this file, says {INDEX}, but in "

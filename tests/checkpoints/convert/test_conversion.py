@@ -461,7 +461,7 @@ def test_a_verification_that_fails_leaves_nothing(in_place, source, tmp_path, mo
     """In place is how a bucket is written, where config.json alone makes a folder a model."""
     seen = []
 
-    def other_logits(logits, tokens, source, described):
+    def other_logits(logits, tokens, source, described, adapter):
         seen.extend(path.name for path in described.folder.iterdir())
         raise CalmError("its logits differ")
 
