@@ -159,19 +159,28 @@ def rope(
     return base, _rope_scaling(found, values, inside)
 
 
-def rope_keys(base: float, scaling: RopeScaling | None) -> dict[str, Any]:
-    """The inverse of `rope`, in both spellings: each version of transformers ignores the other."""
-    scaled = None if scaling is None else {"rope_type": scaling.kind, "factor": scaling.factor}
+def rope_parameters(base: float, scaling: RopeScaling | None) -> dict[str, Any]:
+    """The inverse of `rope`, as transformers 5 spells it."""
+    found: dict[str, Any] = {"rope_type": "default", "rope_theta": base}
+    if scaling is not None:
+        found |= {"rope_type": scaling.kind, "factor": scaling.factor}
     if scaling is not None and scaling.kind == "llama3":
-        scaled |= {
+        found |= {
             "low_freq_factor": scaling.low_frequency_factor,
             "high_freq_factor": scaling.high_frequency_factor,
             "original_max_position_embeddings": scaling.original_length,
         }
+    return found
+
+
+def rope_keys(base: float, scaling: RopeScaling | None) -> dict[str, Any]:
+    """The same in both spellings: transformers 4 ignores `rope_parameters` without a word."""
+    found = rope_parameters(base, scaling)
+    scaled = {key: value for key, value in found.items() if key != "rope_theta"}
     return {
-        "rope_parameters": {"rope_theta": base, **(scaled or {"rope_type": "default"})},
+        "rope_parameters": found,
         "rope_theta": base,
-        "rope_scaling": scaled,
+        "rope_scaling": None if scaling is None else scaled,
     }
 
 
