@@ -33,6 +33,7 @@ from calm_jax.checkpoints.files import (
 )
 from calm_jax.checkpoints.in_place import canonical_path, read_leaves
 from calm_jax.checkpoints.kinds import BRIDGE, COMPOSED_RUN, DECODER_RUN, FROZEN, kind_of
+from calm_jax.data.vocabularies import load_vocabulary
 from calm_jax.errors import CalmError
 from calm_jax.models import Decoder, DecoderConfig
 from calm_jax.models.parameters import Structure, Tree, insert, module_tree, path_name
@@ -218,9 +219,7 @@ def describe(target: epath.PathLike) -> Description:
                 f"{file} is not part of the model: {path.name} does not list it. Remove it"
             )
     if read_field(values, "vocabulary", path) is not None:
-        from calm_jax.data.vocabulary import Vocabulary
-
-        vocabulary = Vocabulary.load(folder / "vocabulary")
+        vocabulary = load_vocabulary(folder / "vocabulary")
         if vocabulary.fingerprint != values["vocabulary"]:
             raise CalmError(
                 f"{folder / 'vocabulary'} is {vocabulary.fingerprint[:16]}, but the model was "

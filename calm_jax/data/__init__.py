@@ -5,6 +5,7 @@ from typing import Any
 
 _HOMES = {
     "Vocabulary": "vocabulary",
+    "load_vocabulary": "vocabularies",
     "open_source": "opening",
     "Source": "source",
     "Stream": "stream",

@@ -26,7 +26,7 @@ import hashlib
 import json
 import re
 
-from calm_jax.data.vocabulary import TokenizerVocabulary
+from calm_jax.data.tokenizer_vocabulary import TokenizerVocabulary
 from calm_jax.errors import CalmError
 
 TASKS = "calm_jax.data.key_value_tasks"  # registers them with seqio

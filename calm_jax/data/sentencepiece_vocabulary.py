@@ -7,7 +7,7 @@ from typing import Any, Self
 
 from etils import epath
 
-from calm_jax.data.published import NOTHING, Published, read_file
+from calm_jax.data.tokenizer_files import NOTHING, TokenizerFiles, read_file
 from calm_jax.data.vocabulary import Vocabulary
 from calm_jax.errors import CalmError
 
@@ -22,7 +22,7 @@ class SentencePieceVocabulary(Vocabulary):
     kind = "sentencepiece"
     file_name = "tokenizer.model"
 
-    def __init__(self, model: bytes, path: str, published: Published = NOTHING):
+    def __init__(self, model: bytes, path: str, published: TokenizerFiles = NOTHING):
         import sentencepiece
 
         try:
@@ -39,9 +39,9 @@ class SentencePieceVocabulary(Vocabulary):
     @classmethod
     def from_published(cls, path: epath.Path) -> Self:
         """Reads `path` and what stands beside it."""
-        published = Published.read(path.parent, cls.file_name)
+        published = TokenizerFiles.read(path.parent, cls.file_name)
         vocabulary = cls(read_file(path), str(path), published)
-        vocabulary._take_published(path.name)
+        vocabulary._take_special_tokens(path.name)
         return vocabulary
 
     @functools.cached_property
@@ -99,7 +99,9 @@ class SentencePieceVocabulary(Vocabulary):
         return self._model
 
     @classmethod
-    def from_folder(cls, folder: epath.Path, index: dict[str, Any], published: Published) -> Self:
+    def from_folder(
+        cls, folder: epath.Path, index: dict[str, Any], published: TokenizerFiles
+    ) -> Self:
         path = folder / cls.file_name
         vocabulary = cls(read_file(path), str(path), published)
         vocabulary.bos_id, vocabulary.eos_id = index["bos_id"], index["eos_id"]

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from calm_jax.data.rows import CHUNK, Sequences
+from calm_jax.data.seqio_vocabulary import SeqioVocabulary
 from calm_jax.data.vocabulary import Vocabulary
 from calm_jax.errors import CalmError
 from calm_jax.quiet import import_tensorflow
@@ -48,8 +49,8 @@ def tokenize(
 def output_features(vocabulary: Vocabulary) -> dict[str, seqio.Feature]:
     """The features of a Task of texts: prompt ids, and answer ids with the end token."""
     return {
-        "inputs": seqio.Feature(vocabulary.seqio, add_eos=False),
-        "targets": seqio.Feature(vocabulary.seqio, add_eos=True),
+        "inputs": seqio.Feature(SeqioVocabulary(vocabulary), add_eos=False),
+        "targets": seqio.Feature(SeqioVocabulary(vocabulary), add_eos=True),
     }
 
 
@@ -97,7 +98,7 @@ def with_vocabulary(task: seqio.Task, vocabulary: Vocabulary) -> seqio.Task:
             continue
         if feature.add_eos and vocabulary.eos_id is None:
             raise CalmError(f"task {task.name!r}: {vocabulary} has no end token for its {name}")
-        features[name] = dataclasses.replace(feature, vocabulary=vocabulary.seqio)
+        features[name] = dataclasses.replace(feature, vocabulary=SeqioVocabulary(vocabulary))
     return Task(
         task.name, source=task.source, preprocessors=task.preprocessors, output_features=features
     )

@@ -11,6 +11,7 @@ from ml_collections import ConfigDict
 from calm_jax import sharding
 from calm_jax.checkpoints import frozen as frozen_folders
 from calm_jax.checkpoints.composed import load_parts
+from calm_jax.data.vocabularies import load_vocabulary
 from calm_jax.data.vocabulary import Vocabulary
 from calm_jax.errors import CalmError
 from calm_jax.models import ComposedDecoder, CompositionConfig, Decoder, DecoderConfig, compose
@@ -69,7 +70,7 @@ def describe_models(config: ConfigDict) -> Described:
         roles = ["decoder"]
     known = [(r, f.vocabulary) for r, f in zip(roles, folders, strict=False) if f.vocabulary]
     if config.vocabulary:
-        known.insert(0, (f"vocabulary {config.vocabulary!r}", Vocabulary.load(config.vocabulary)))
+        known.insert(0, (f"vocabulary {config.vocabulary!r}", load_vocabulary(config.vocabulary)))
     elif config.kind == "composed" and folders[0].vocabulary is None:
         raise CalmError(
             f"the anchor {config.anchor} has no vocabulary, so what is trained could read no text; "

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from tiny_models import stored_bytes
 
 from calm_jax.checkpoints import frozen
-from calm_jax.data.vocabulary import Vocabulary
+from calm_jax.data.vocabularies import load_vocabulary
 from calm_jax.errors import CalmError
 
 BIT, CUT, LONGER, EMPTY, GONE, SWAPPED, RENAMED, NUMBER, COPIED = DAMAGES = (
@@ -33,7 +33,7 @@ def model(tmp_path_factory):
     decoder = tiny_models.decoder(
         form="llama", window=4, window_pattern=(True, False), num_layers=2
     )
-    frozen.save_frozen(decoder, folder, vocabulary=Vocabulary.load("key_value/tiny"))
+    frozen.save_frozen(decoder, folder, vocabulary=load_vocabulary("key_value/tiny"))
     return folder, frozen.load(folder)
 
 

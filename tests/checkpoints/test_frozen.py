@@ -16,7 +16,7 @@ from tiny_models import stored_bytes
 from calm_jax import sharding
 from calm_jax.checkpoints import frozen
 from calm_jax.checkpoints.convert.export import export
-from calm_jax.data.vocabulary import Vocabulary
+from calm_jax.data.vocabularies import load_vocabulary
 from calm_jax.errors import CalmError
 from calm_jax.models import CompositionConfig, Decoder, compose
 from calm_jax.models.parameters import module_tree
@@ -32,7 +32,7 @@ def decoder():
 @pytest.fixture(scope="module")
 def folder(decoder, tmp_path_factory):
     folder = tmp_path_factory.mktemp("frozen") / "model"
-    frozen.save_frozen(decoder, folder, vocabulary=Vocabulary.load("key_value/tiny"))
+    frozen.save_frozen(decoder, folder, vocabulary=load_vocabulary("key_value/tiny"))
     return folder
 
 
@@ -66,7 +66,7 @@ def test_what_is_loaded_is_what_was_saved(decoder, folder):
     assert loaded.config == decoder.config
     assert loaded.source == str(folder)
     assert loaded.fingerprint == json.loads((folder / "config.json").read_text())["fingerprint"]
-    vocabulary = Vocabulary.load("key_value/tiny")
+    vocabulary = load_vocabulary("key_value/tiny")
     assert loaded.vocabulary.tokens() == vocabulary.tokens()
     assert (loaded.vocabulary.bos_id, loaded.vocabulary.eos_id) == (1, 2)
     np.testing.assert_array_equal(loaded(TOKENS), decoder(TOKENS))
@@ -371,7 +371,7 @@ def test_vocabulary_of_another_model(damaged):
     shutil.rmtree(damaged / "vocabulary")
     with pytest.raises(CalmError, match=r"cannot read .*vocabulary"):
         frozen.load(damaged)
-    Vocabulary.load("bytes").save(damaged / "vocabulary")
+    load_vocabulary("bytes").save(damaged / "vocabulary")
     with pytest.raises(CalmError, match=r"vocabulary"):
         frozen.load(damaged)
 

@@ -16,7 +16,7 @@ from flax import nnx
 import calm_jax
 from calm_jax import sharding
 from calm_jax.__main__ import COMMANDS, main
-from calm_jax.data.vocabulary import Vocabulary
+from calm_jax.data.vocabulary import ByteVocabulary
 from calm_jax.quiet import quiet_libtpu
 from calm_jax.training import loop
 from calm_jax.training.preemption import Preemption
@@ -39,7 +39,7 @@ def config(tmp_path):
 @pytest.fixture(scope="module")
 def frozen(tmp_path_factory):
     folder = tmp_path_factory.mktemp("models") / "frozen"
-    vocabulary = Vocabulary.bytes()
+    vocabulary = ByteVocabulary()
     decoder = tiny_models.decoder(vocab_size=vocabulary.size)
     calm_jax.save_frozen(decoder, folder, vocabulary=vocabulary)
     return folder

@@ -8,7 +8,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from calm_jax.__main__ import main
-from calm_jax.data.vocabulary import Vocabulary
+from calm_jax.data.vocabularies import load_vocabulary
 
 CONFIG = pathlib.Path(__file__).parents[2] / "configs/own_models.py"
 LLAMA = {
@@ -60,7 +60,7 @@ def publish(folder, config, vocabulary):
 def test_convert_train_generate(tmp_path, capsys, monkeypatch, dtypes):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("CALM_CACHE", str(tmp_path / "cache"))
-    vocabulary = Vocabulary.load("key_value/tiny")
+    vocabulary = load_vocabulary("key_value/tiny")
     for name, config in (("llama", LLAMA), ("gptj", GPT_J)):
         publish(tmp_path / name, config, vocabulary)
     assert main(["convert", "--source=llama", "--target=models/anchor"]) == 0

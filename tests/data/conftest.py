@@ -2,6 +2,7 @@ import pathlib
 
 import pytest
 
+from calm_jax.data.vocabularies import load_vocabulary
 from calm_jax.data.vocabulary import Vocabulary
 
 
@@ -13,7 +14,7 @@ def cache_dir(tmp_path_factory) -> pathlib.Path:
 
 @pytest.fixture(scope="session")
 def vocabulary() -> Vocabulary:
-    return Vocabulary.load("key_value/tiny")
+    return load_vocabulary("key_value/tiny")
 
 
 @pytest.fixture

@@ -11,8 +11,9 @@ import textwrap
 import numpy as np
 import pytest
 
-from calm_jax.data import Vocabulary, cache, evaluation_examples, open_source
+from calm_jax.data import cache, evaluation_examples, open_source
 from calm_jax.data.rows import RowWriter
+from calm_jax.data.vocabulary import ByteVocabulary
 from calm_jax.errors import CalmError
 
 KEYS = (
@@ -87,7 +88,7 @@ def test_every_sequence_is_there_once_packed_or_not(data, vocabulary, examples, 
 
 
 def test_a_vocabulary_without_a_start_token_starts_with_its_end_token(data):
-    batch = all_rows(open_source(data("augment", length=64), "train", Vocabulary.bytes()))
+    batch = all_rows(open_source(data("augment", length=64), "train", ByteVocabulary()))
     first = batch["decoder_positions"] == 0
     assert (batch["decoder_input_tokens"][first & (batch["decoder_segment_ids"] > 0)] == 1).all()
 
@@ -144,7 +145,7 @@ def test_strict_leaves_nothing_when_it_refuses(data, vocabulary, tmp_path):
         {"jsonl": str(tmp_path / "long.jsonl")}, length=8, strict=True, cache_dir=str(tmp_path)
     )
     with pytest.raises(CalmError, match=r"1 of 1 sequences are longer than data\.length 8"):
-        open_source(config, "train", Vocabulary.bytes())
+        open_source(config, "train", ByteVocabulary())
     assert not list((tmp_path / "tokens").iterdir())
 
 
@@ -152,9 +153,9 @@ def test_text_longer_than_a_row_goes_on_in_further_rows(data, tmp_path, caplog):
     text = "far more than eight bytes"
     (tmp_path / "long.jsonl").write_text(json.dumps({"text": text}) + "\n")
     config = data({"jsonl": str(tmp_path / "long.jsonl")}, length=8, strict=True)
-    batch = all_rows(open_source(config, "train", Vocabulary.bytes()))
+    batch = all_rows(open_source(config, "train", ByteVocabulary()))
     trained = batch["decoder_target_tokens"][batch["decoder_loss_weights"] == 1]
-    assert trained.tolist() == [*Vocabulary.bytes().encode(text), 1]
+    assert trained.tolist() == [*ByteVocabulary().encode(text), 1]
     assert len(batch["decoder_target_tokens"]) == 4 and not caplog.text
 
 
@@ -167,7 +168,7 @@ def test_answers_that_are_cut_off(data, tmp_path, caplog, loss_on_inputs):
         file.write_text("".join(json.dumps(record) + "\n" for record in records))
         entry = {"jsonl": str(file), "loss_on_inputs": loss_on_inputs}
         config = data(entry, length=8, cache_dir=str(tmp_path))
-        return open_source(config, "train", Vocabulary.bytes())
+        return open_source(config, "train", ByteVocabulary())
 
     opened(long, short)
     told = "and of 1 nothing is left to train on" in caplog.text
@@ -190,8 +191,8 @@ def test_a_changed_file_is_read_anew(data, tmp_path):
     texts = []
     for text in ("one", "two"):
         path.write_text(f'{{"text": "{text}"}}\n')
-        batch = all_rows(open_source(data({"jsonl": str(path)}), "train", Vocabulary.bytes()))
-        texts.append(Vocabulary.bytes().decode(batch["decoder_target_tokens"][0].tolist()))
+        batch = all_rows(open_source(data({"jsonl": str(path)}), "train", ByteVocabulary()))
+        texts.append(ByteVocabulary().decode(batch["decoder_target_tokens"][0].tolist()))
     assert texts == ["one", "two"]
 
 
@@ -228,8 +229,8 @@ def test_a_ready_cache_is_read_without_tensorflow(data, vocabulary):
     done = run(
         """
         import sys
-        from calm_jax.data import Stream, Vocabulary, batches_once, open_source
-        source = open_source(config, "train", Vocabulary.load("key_value/tiny"))
+        from calm_jax.data import Stream, batches_once, open_source
+        source = open_source(config, "train", load_vocabulary("key_value/tiny"))
         next(Stream(source, batch_size=8, seed=0).iterate(3))
         next(batches_once(source, 8))
         loaded = {"tensorflow", "seqio", "tensorflow_datasets"} & set(sys.modules)
@@ -247,7 +248,7 @@ def test_a_build_that_is_killed_leaves_nothing_that_loads(data, vocabulary, tmp_
     killed = run(
         """
         import os, signal
-        from calm_jax.data import Vocabulary, open_source
+        from calm_jax.data import open_source
         from calm_jax.data.rows import RowWriter
         append = RowWriter.append
         def append_and_die(self, rows):
@@ -255,14 +256,14 @@ def test_a_build_that_is_killed_leaves_nothing_that_loads(data, vocabulary, tmp_
             self._file.flush()
             os.kill(os.getpid(), signal.SIGKILL)
         RowWriter.append = append_and_die
-        open_source(config, "train", Vocabulary.bytes())
+        open_source(config, "train", ByteVocabulary())
         """,
         config,
     )
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     assert list((tmp_path / "cache" / "tokens").glob("*.incomplete.*/0/targets.npy"))
     assert not list((tmp_path / "cache").rglob("index.json"))
-    source = open_source(config, "train", Vocabulary.bytes())
+    source = open_source(config, "train", ByteVocabulary())
     assert len(sequences(all_rows(source))) == 9
 
 
@@ -274,5 +275,5 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(data, tmp_path, monkeypatch)
     (tmp_path / "a.jsonl").write_text('{"text": "some text"}\n')
     config = data({"jsonl": str(tmp_path / "a.jsonl")}, cache_dir=str(tmp_path))
     with pytest.raises(CalmError, match=f"cache_dir {tmp_path}: No space left on device"):
-        open_source(config, "train", Vocabulary.bytes())
+        open_source(config, "train", ByteVocabulary())
     assert not list((tmp_path / "tokens").iterdir())

@@ -15,7 +15,8 @@ import tiny_tokenizers
 from calm_jax.cli import generate as command
 from calm_jax.data import chat, open_source
 from calm_jax.data.example_files import ExampleFiles
-from calm_jax.data.vocabulary import Vocabulary
+from calm_jax.data.vocabularies import load_vocabulary, vocabulary_of_folder
+from calm_jax.data.vocabulary import ByteVocabulary
 from calm_jax.decoding import generate
 from calm_jax.errors import CalmError
 
@@ -72,7 +73,7 @@ def folders(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def vocabularies(folders):
-    return {form: Vocabulary.from_model_folder(folder) for form, folder in folders.items()}
+    return {form: vocabulary_of_folder(folder) for form, folder in folders.items()}
 
 
 @pytest.fixture(params=TURNS)
@@ -82,7 +83,7 @@ def form(request):
 
 def with_template(folder, template):
     (folder / "chat_template.jinja").write_text(template)
-    return Vocabulary.from_model_folder(folder)
+    return vocabulary_of_folder(folder)
 
 
 def test_templates_write_the_published_forms(form, vocabularies):
@@ -204,7 +205,7 @@ def test_what_templates_refuse_is_said_in_one_line(tmp_path, vocabularies):
     with pytest.raises(CalmError, match="without messages"):
         vocabularies["gemma"].chat([])
     with pytest.raises(CalmError, match=r"ByteVocabulary.* has no chat template"):
-        Vocabulary.bytes().chat(CHAT)
+        ByteVocabulary().chat(CHAT)
 
 
 @pytest.mark.parametrize(
@@ -238,7 +239,7 @@ def test_lines_of_chats_take_the_template(form, vocabularies, chats):
         {"inputs": "1+1=", "targets": "2", "is_turn": False},
         {"inputs": "", "targets": "Hello", "is_turn": False},
     ]
-    plain = list(ExampleFiles({"jsonl": chats}).examples(Vocabulary.bytes()))
+    plain = list(ExampleFiles({"jsonl": chats}).examples(ByteVocabulary()))
     assert plain[0] == {"inputs": "user: Hi\nassistant: ", "targets": "Hello"}
 
 
@@ -343,8 +344,8 @@ def test_chats_reach_the_rows_of_training(form, vocabularies, chats, data):
 def test_another_template_is_another_cache(tmp_path, chats, data):
     folder = tiny_tokenizers.gemma(tmp_path / "g")
     config = data({"jsonl": str(chats)}, length=256)
-    first = open_source(config, "train", Vocabulary.from_model_folder(folder))
-    again = open_source(config, "train", Vocabulary.from_model_folder(folder))
+    first = open_source(config, "train", vocabulary_of_folder(folder))
+    again = open_source(config, "train", vocabulary_of_folder(folder))
     changed = tiny_tokenizers.GEMMA_CHAT.replace("'model'", "'bot'").replace("model", "bot")
     other = open_source(config, "train", with_template(folder, changed))
     assert first.fingerprint == again.fingerprint != other.fingerprint
@@ -372,7 +373,7 @@ def test_generation_ends_at_any_of_the_end_tokens(vocabularies):
     prompts, new = ["Hi", "Wer reitet so spät", "море"], 6
     free = generate(model, prompts, max_new_tokens=new, eos_id=model.config.vocab_size)
     # Whatever the model says second becomes an end token beside the vocabulary's own.
-    vocabulary = Vocabulary.from_model_folder(vocabulary.published.folder)
+    vocabulary = vocabulary_of_folder(vocabulary.published.folder)
     vocabulary.other_eos_ids = tuple({int(row[1]) for row in free})
     model.vocabulary = vocabulary
     found = generate(model, prompts, max_new_tokens=new)
@@ -413,7 +414,7 @@ def test_the_command_puts_prompts_into_the_template(vocabularies, monkeypatch, c
 )
 def test_the_command_needs_a_template(arguments, vocabulary, message, monkeypatch):
     model = tiny_models.decoder(vocab_size=264)
-    model.vocabulary = vocabulary and Vocabulary.load(vocabulary)
+    model.vocabulary = vocabulary and load_vocabulary(vocabulary)
     monkeypatch.setattr("calm_jax.checkpoints.any_model.load_model", lambda place, **options: model)
     with pytest.raises(CalmError, match=message):
         command.main(["--workdir=m", "--prompt=a", *arguments])

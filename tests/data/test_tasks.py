@@ -3,8 +3,9 @@ import sys
 
 import pytest
 
-from calm_jax.data import Vocabulary, evaluation_examples, key_value, open_source
+from calm_jax.data import evaluation_examples, key_value, load_vocabulary, open_source
 from calm_jax.data.key_value_world import World
+from calm_jax.data.vocabulary import ByteVocabulary
 from calm_jax.errors import CalmError
 
 USERS_MODULE = """
@@ -99,7 +100,7 @@ def test_examples_of_a_file(tmp_path, cache_dir):
     path = tmp_path / "a.jsonl"
     path.write_text(json.dumps({"inputs": "1+1=", "targets": "two"}) + "\n")
     entry = {"jsonl": str(path)}
-    assert evaluation_examples(entry, "test", Vocabulary.bytes(), 0, str(cache_dir)) == [
+    assert evaluation_examples(entry, "test", ByteVocabulary(), 0, str(cache_dir)) == [
         {"inputs": "1+1=", "targets": "two"}
     ]
 
@@ -129,6 +130,6 @@ def test_a_vocabulary_without_an_end_token_is_refused(data, tmp_path):
 
     tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0}, unk_token="a"))
     tokenizer.save(str(tmp_path / "tokenizer.json"))
-    endless = Vocabulary.load(str(tmp_path / "tokenizer.json"))
+    endless = load_vocabulary(str(tmp_path / "tokenizer.json"))
     with pytest.raises(CalmError, match="no end token for its targets"):
         open_source(data("augment"), "train", endless)

@@ -11,7 +11,8 @@ import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from calm_jax.data.vocabulary import Vocabulary
+from calm_jax.data.vocabularies import load_vocabulary, vocabulary_of_folder
+from calm_jax.data.vocabulary import ByteVocabulary
 from calm_jax.errors import CalmError
 
 
@@ -39,7 +40,7 @@ def tokenizer_path(tmp_path_factory):
 
 @given(st.text())
 def test_bytes_give_back_any_text(text):
-    vocabulary = Vocabulary.bytes()
+    vocabulary = ByteVocabulary()
     ids = vocabulary.encode(text)
     assert vocabulary.decode(ids) == text
     assert bytes(i - 3 for i in ids) == text.encode()
@@ -48,14 +49,14 @@ def test_bytes_give_back_any_text(text):
 def test_bytes_have_the_ids_of_seqio():
     import seqio
 
-    theirs, ours = seqio.ByteVocabulary(), Vocabulary.bytes()
+    theirs, ours = seqio.ByteVocabulary(), ByteVocabulary()
     text = "naïve ☃ text"
     assert ours.encode(text) == theirs.encode(text)
     assert (ours.size, ours.eos_id) == (theirs.vocab_size, theirs.eos_id)
 
 
 def test_sentencepiece_agrees_with_the_library(model_path):
-    vocabulary = Vocabulary.load(str(model_path))
+    vocabulary = load_vocabulary(str(model_path))
     library = sentencepiece.SentencePieceProcessor(model_file=str(model_path))
     text = "the first number 7"
     assert vocabulary.encode(text) == library.encode(text)
@@ -65,7 +66,7 @@ def test_sentencepiece_agrees_with_the_library(model_path):
 
 
 def test_tokenizer_takes_its_special_tokens_from_the_file_beside_it(tokenizer_path):
-    alone = Vocabulary.load(str(tokenizer_path))
+    alone = load_vocabulary(str(tokenizer_path))
     assert (alone.bos_id, alone.eos_id) == (None, 2)
     assert alone.encode("one three") == [0, 7]  # neither padded nor with special tokens
     assert alone.size == 8
@@ -73,23 +74,23 @@ def test_tokenizer_takes_its_special_tokens_from_the_file_beside_it(tokenizer_pa
     config = tokenizer_path.with_name("tokenizer_config.json")
     config.write_text(json.dumps({"bos_token": {"content": "[begin]"}, "eos_token": "</s>"}))
     try:
-        beside = Vocabulary.load(str(tokenizer_path))
+        beside = load_vocabulary(str(tokenizer_path))
     finally:
         config.unlink()
     assert (beside.bos_id, beside.eos_id) == (3, 2)
 
 
 def test_id_0_may_be_text(tokenizer_path):
-    vocabulary = Vocabulary.load(str(tokenizer_path))
+    vocabulary = load_vocabulary(str(tokenizer_path))
     assert vocabulary.decode([1, 0, 2, 0]).split() == ["two", "one"]
 
 
 def test_saved_vocabularies_stand_alone(model_path, tokenizer_path, tmp_path):
     specs = ("bytes", "key_value/tiny", str(model_path), str(tokenizer_path))
     for number, spec in enumerate(specs):
-        original = Vocabulary.load(spec)
+        original = load_vocabulary(spec)
         original.save(tmp_path / str(number))
-        copy = Vocabulary.load(tmp_path / str(number))
+        copy = load_vocabulary(tmp_path / str(number))
         assert copy.fingerprint == original.fingerprint
         assert (copy.bos_id, copy.eos_id, copy.size) == (
             original.bos_id,
@@ -100,13 +101,13 @@ def test_saved_vocabularies_stand_alone(model_path, tokenizer_path, tmp_path):
 
 
 def test_the_first_difference_is_named():
-    demo, bytes_ = Vocabulary.load("key_value"), Vocabulary.bytes()
-    assert demo.first_difference(Vocabulary.load("key_value/demo")) is None
+    demo, bytes_ = load_vocabulary("key_value"), ByteVocabulary()
+    assert demo.first_difference(load_vocabulary("key_value/demo")) is None
     assert demo.first_difference(bytes_) == (1, "<bos>", "</s>")
 
 
 def test_a_longer_vocabulary_differs_where_the_other_ends():
-    paper, tiny = Vocabulary.load("key_value/paper"), Vocabulary.load("key_value/tiny")
+    paper, tiny = load_vocabulary("key_value/paper"), load_vocabulary("key_value/tiny")
     index, in_tiny, in_paper = tiny.first_difference(paper)
     assert (index, in_tiny, in_paper) == (paper.size, "10", None)
 
@@ -122,28 +123,31 @@ def test_a_longer_vocabulary_differs_where_the_other_ends():
 )
 def test_an_unknown_vocabulary_is_named(spec, part):
     with pytest.raises(CalmError, match=part):
-        Vocabulary.load(spec)
+        load_vocabulary(spec)
 
 
 @pytest.mark.parametrize("name", ["bad.model", "bad.json"])
 def test_a_broken_file_is_named(tmp_path, name):
     (tmp_path / name).write_text("not a vocabulary")
     with pytest.raises(CalmError, match=name):
-        Vocabulary.load(str(tmp_path / name))
+        load_vocabulary(str(tmp_path / name))
 
 
 def test_seqio_sees_the_same_vocabulary():
     import tensorflow as tf
 
-    vocabulary = Vocabulary.load("key_value/tiny")
+    from calm_jax.data.seqio_vocabulary import SeqioVocabulary
+
+    vocabulary = load_vocabulary("key_value/tiny")
+    theirs = SeqioVocabulary(vocabulary)
     texts = ["<math>ab+12=", "", "zz"]
-    rows = vocabulary.seqio.encode_tf(tf.constant(texts)).to_list()
+    rows = theirs.encode_tf(tf.constant(texts)).to_list()
     assert rows == [vocabulary.encode(text) for text in texts]
-    assert vocabulary.seqio.encode_tf(tf.constant(texts[0])).numpy().tolist() == rows[0]
-    decoded = vocabulary.seqio.decode_tf(tf.constant([rows[0]])).numpy().tolist()
+    assert theirs.encode_tf(tf.constant(texts[0])).numpy().tolist() == rows[0]
+    decoded = theirs.decode_tf(tf.constant([rows[0]])).numpy().tolist()
     assert decoded == [texts[0].encode()]
-    assert vocabulary.seqio == Vocabulary.load("key_value/tiny").seqio
-    assert vocabulary.seqio != Vocabulary.load("key_value/paper").seqio
+    assert theirs == SeqioVocabulary(load_vocabulary("key_value/tiny"))
+    assert theirs != SeqioVocabulary(load_vocabulary("key_value/paper"))
 
 
 @pytest.fixture
@@ -166,9 +170,9 @@ def test_published_files_go_along_byte_for_byte(form, tmp_path):
     folder = tiny_tokenizers.FORMS[form](tmp_path / "published")
     (folder / "tokenizer.json").write_text((folder / "tokenizer.json").read_text() + "\n \n")
     (folder / "added_tokens.json").write_text('{ "a":\r\n1}')
-    original = Vocabulary.from_model_folder(folder)
+    original = vocabulary_of_folder(folder)
     original.save(tmp_path / "saved")
-    copy = Vocabulary.load(tmp_path / "saved")
+    copy = load_vocabulary(tmp_path / "saved")
     copy.save_published(tmp_path / "exported")
     assert contents(tmp_path / "exported") == contents(folder)
     chat = [{"role": "user", "content": "Grüße"}]
@@ -176,7 +180,7 @@ def test_published_files_go_along_byte_for_byte(form, tmp_path):
         assert getattr(copy, name) == getattr(original, name), name
     assert copy.chat(chat) == original.chat(chat)
     shutil.rmtree(folder)  # nothing of the copy stands there
-    assert Vocabulary.load(tmp_path / "saved").encode(copy.chat(chat)) == copy.encode(
+    assert load_vocabulary(tmp_path / "saved").encode(copy.chat(chat)) == copy.encode(
         original.chat(chat)
     )
 
@@ -184,26 +188,26 @@ def test_published_files_go_along_byte_for_byte(form, tmp_path):
 def test_weights_alone_have_no_vocabulary(tmp_path):
     (tmp_path / "model.safetensors").touch()
     (tmp_path / "tokenizer_config.json").write_text("{}")
-    assert Vocabulary.from_model_folder(tmp_path) is None
+    assert vocabulary_of_folder(tmp_path) is None
 
 
 @pytest.mark.parametrize("name", ["tokenizer.model", "m.model", "gemma.spm"])
 def test_a_folder_with_a_sentencepiece_model(model_path, tmp_path, name):
     shutil.copy(model_path, tmp_path / name)
-    piece = Vocabulary.load(str(model_path)).tokens()[9]
+    piece = load_vocabulary(str(model_path)).tokens()[9]
     edit(tmp_path, "tokenizer_config.json", eos_token=piece, chat_template="{{ bos_token }}x")
     edit(tmp_path, "generation_config.json", eos_token_id=[2])
-    vocabulary = Vocabulary.from_model_folder(tmp_path)
+    vocabulary = vocabulary_of_folder(tmp_path)
     assert vocabulary.eos_ids == (9, 2)
     vocabulary.save(tmp_path / "saved")
-    copy = Vocabulary.load(tmp_path / "saved")
+    copy = load_vocabulary(tmp_path / "saved")
     assert (copy.eos_ids, copy.chat_template) == (vocabulary.eos_ids, "{{ bos_token }}x")
     assert (tmp_path / "saved/tokenizer.model").read_bytes() == model_path.read_bytes()
 
 
 def test_tokenizer_json_stands_above_sentencepiece(model_path, published):
     shutil.copy(model_path, published / "tokenizer.model")
-    vocabulary = Vocabulary.from_model_folder(published)
+    vocabulary = vocabulary_of_folder(published)
     assert vocabulary.kind == "tokenizer"
     vocabulary.save_published(published.parent / "exported")
     assert contents(published.parent / "exported") == contents(published)
@@ -213,11 +217,11 @@ def test_two_sentencepiece_models_are_one_too_many(model_path, tmp_path):
     for name in ("a.model", "b.spm"):
         shutil.copy(model_path, tmp_path / name)
     with pytest.raises(CalmError, match=r"several SentencePiece models .*: a\.model, b\.spm"):
-        Vocabulary.from_model_folder(tmp_path)
+        vocabulary_of_folder(tmp_path)
 
 
 def test_special_tokens_in_text_become_ids_and_say_nothing(model_path, published):
-    pieces, bytes_ = Vocabulary.load(str(model_path)), Vocabulary.from_model_folder(published)
+    pieces, bytes_ = load_vocabulary(str(model_path)), vocabulary_of_folder(published)
     assert pieces.encode("<s>") == [pieces.bos_id]
     # The space that begins a text does not begin what stands behind a token.
     names = [pieces.tokens()[token] for token in pieces.encode("first<s>number</s>first")]
@@ -237,7 +241,7 @@ def test_names_of_special_tokens_by_file(published):
         (published / name).unlink()
 
     def ids():
-        vocabulary = Vocabulary.from_model_folder(published)
+        vocabulary = vocabulary_of_folder(published)
         names = vocabulary.tokens()
         return [
             index if index is None else names[index]
@@ -253,12 +257,12 @@ def test_names_of_special_tokens_by_file(published):
     assert ids() == ["<|im_start|>", "<tool_call>"]
     edit(published, "tokenizer_config.json", eos_token=None)
     edit(published, "generation_config.json", eos_token_id=7)
-    assert ids()[1:] == [Vocabulary.from_model_folder(published).tokens()[7]]
+    assert ids()[1:] == [vocabulary_of_folder(published).tokens()[7]]
 
 
 def test_chat_templates_by_file(published):
     def template():
-        return Vocabulary.from_model_folder(published).chat_template
+        return vocabulary_of_folder(published).chat_template
 
     assert template() == tiny_tokenizers.QWEN_CHAT
     edit(published, "chat_template.json", chat_template="of the processor")
@@ -311,7 +315,7 @@ def test_files_that_contradict_each_other_are_named(case, published):
     name, changes, message = CONTRADICTIONS[case]
     edit(published, name, **changes)
     with pytest.raises(CalmError) as caught:
-        Vocabulary.from_model_folder(published)
+        vocabulary_of_folder(published)
     assert message in str(caught.value)
     assert str(published) in str(caught.value)
     assert "\n" not in str(caught.value)
@@ -346,7 +350,7 @@ def test_damage_is_refused_in_one_line_or_harmless(data):
         for kept, content in files.items():
             pathlib.Path(folder, kept).write_bytes(content)
         try:
-            vocabulary = Vocabulary.from_model_folder(folder)
+            vocabulary = vocabulary_of_folder(folder)
         except CalmError as error:
             assert name in str(error)
             assert "\n" not in str(error)
@@ -358,7 +362,7 @@ def test_damage_is_refused_in_one_line_or_harmless(data):
 
 
 def test_a_saved_folder_without_one_of_its_files_is_damaged(published, tmp_path):
-    Vocabulary.from_model_folder(published).save(tmp_path / "saved")
+    vocabulary_of_folder(published).save(tmp_path / "saved")
     (tmp_path / "saved/tokenizer_config.json").unlink()
     with pytest.raises(CalmError, match=r"saved is damaged: tokenizer_config\.json is missing"):
-        Vocabulary.load(tmp_path / "saved")
+        load_vocabulary(tmp_path / "saved")

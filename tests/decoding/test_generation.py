@@ -8,7 +8,7 @@ import tiny_models
 import tiny_tokenizers
 from flax import nnx
 
-from calm_jax.data.vocabulary import Vocabulary
+from calm_jax.data.vocabularies import load_vocabulary, vocabulary_of_folder
 from calm_jax.decoding import generate
 from calm_jax.errors import CalmError
 from calm_jax.models import ComposedDecoder, CompositionConfig, compose
@@ -94,7 +94,7 @@ def test_all_rows_ended_early_are_filled():
 
 
 def test_text_is_encoded_behind_the_start_token():
-    vocabulary = Vocabulary.load("key_value/tiny")
+    vocabulary = load_vocabulary("key_value/tiny")
     model = tiny_models.decoder(vocab_size=vocabulary.size)
     model.vocabulary = vocabulary
     texts = ["<math>ab+cd=", "a"]
@@ -110,7 +110,7 @@ def test_text_is_encoded_behind_the_start_token():
 
 def test_vocabulary_without_a_start_token_starts_with_its_end_token():
     model = tiny_models.decoder(vocab_size=264)
-    model.vocabulary = Vocabulary.load("bytes")
+    model.vocabulary = load_vocabulary("bytes")
     assert model.vocabulary.bos_id is None
     ids = [[model.vocabulary.eos_id, *model.vocabulary.encode("héllo")]]
     np.testing.assert_array_equal(
@@ -121,11 +121,11 @@ def test_vocabulary_without_a_start_token_starts_with_its_end_token():
 def test_a_token_that_the_tokenizer_adds_and_the_model_does_not_know(tmp_path):
     """As in Gemma 3 1B, whose tokenizer has a token for images behind the last row."""
     folder = tiny_tokenizers.FORMS["gemma"](tmp_path / "published")
-    size = Vocabulary.from_model_folder(folder).size
+    size = vocabulary_of_folder(folder).size
     values = json.loads((folder / "tokenizer.json").read_text())
     values["added_tokens"].append(values["added_tokens"][0] | {"id": size, "content": "<image>"})
     (folder / "tokenizer.json").write_text(json.dumps(values))
-    vocabulary = Vocabulary.from_model_folder(folder)
+    vocabulary = vocabulary_of_folder(folder)
     anchor, augment = (tiny_models.decoder(vocab_size=rows) for rows in (size + 1, size))
     for model in (augment, compose(anchor, augment, rngs=nnx.Rngs(0))):
         (model.anchor if model is not augment else model).vocabulary = vocabulary
@@ -156,6 +156,6 @@ def test_bad_prompts(prompts, new, message):
 
 def test_one_text_alone_is_not_a_list_of_letters():
     model = tiny_models.decoder(vocab_size=264)
-    model.vocabulary = Vocabulary.load("bytes")
+    model.vocabulary = load_vocabulary("bytes")
     with pytest.raises(CalmError, match=r"a list of prompts"):
         generate(model, "hello", max_new_tokens=2)

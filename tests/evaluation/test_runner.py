@@ -18,7 +18,7 @@ from calm_jax.checkpoints.frozen import load, save_frozen
 from calm_jax.checkpoints.training import TrainingCheckpoints
 from calm_jax.cli import evaluate as command
 from calm_jax.data import key_value
-from calm_jax.data.vocabulary import Vocabulary
+from calm_jax.data.vocabularies import load_vocabulary
 from calm_jax.decoding import generate
 from calm_jax.errors import CalmError
 from calm_jax.evaluation import runner
@@ -28,7 +28,7 @@ from calm_jax.models.parameters import module_tree
 
 MATH, SUBS = "calm_jax/key_value/tiny/math", "calm_jax/key_value/tiny/subs"
 ANSWER = 6  # tokens
-VOCABULARY = Vocabulary.load("key_value/tiny")
+VOCABULARY = load_vocabulary("key_value/tiny")
 (VOCABULARY.eos_id,) = VOCABULARY.encode("e")  # a token that random models do write: answers end
 # Of unlike lengths, so that batches mix rows of one length and another.
 PROMPTS = ["ab+c=", "a=", "abc-de+fgh-abcdefgh-abcd+ef=", "b=", "cc+dd=", "z-y="]
@@ -205,7 +205,7 @@ def test_tokens_of_an_attention_map_are_text(tmp_path):
     tokenizer.pre_tokenizer, tokenizer.decoder = ByteLevel(False), ByteLevelDecoder()
     tokenizer.add_special_tokens(["<s>", "</s>"])
     tokenizer.save(str(tmp_path / "tokenizer.json"))
-    vocabulary = Vocabulary.load(tmp_path / "tokenizer.json")
+    vocabulary = load_vocabulary(tmp_path / "tokenizer.json")
     ids = [vocabulary.token_id("<s>"), *vocabulary.encode("the the</s> theé")]
     texts = ["<s>", "t", "he", " the", "</s>", " the", "\ufffd", "é"]
     assert runner._texts(vocabulary, ids) == texts

@@ -9,7 +9,7 @@ import pathlib
 import pytest
 import tiny_tokenizers
 
-from calm_jax.data.vocabulary import Vocabulary
+from calm_jax.data.vocabularies import load_vocabulary, vocabulary_of_folder
 
 transformers = pytest.importorskip(
     "transformers", reason="transformers is not installed: pip install calm_jax[parity]"
@@ -77,7 +77,7 @@ def pair(request, tmp_path_factory):
     path = folder / "tokenizer_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"tokenizer_class": name}))
     theirs = transformers.AutoTokenizer.from_pretrained(folder)
-    return form, Vocabulary.from_model_folder(folder), theirs
+    return form, vocabulary_of_folder(folder), theirs
 
 
 def assert_equal(ours, theirs, texts):
@@ -159,7 +159,7 @@ TEMPLATES = {
 def test_what_templates_may_do(tmp_path, name):
     folder = tiny_tokenizers.mistral(tmp_path / "m")
     (folder / "chat_template.jinja").write_text(TEMPLATES[name])
-    ours, theirs = Vocabulary.from_model_folder(folder), None
+    ours, theirs = vocabulary_of_folder(folder), None
     theirs = transformers.PreTrainedTokenizerFast.from_pretrained(folder)
     messages = [{"role": "user", "content": "<é> & 'x'", "name": None}, {"role": "b", "n": 1}]
     try:
@@ -179,14 +179,14 @@ def test_tokens_that_only_the_config_adds(tmp_path):
     raw = json.loads((folder / "tokenizer.json").read_text())
     raw["added_tokens"] = [token for token in raw["added_tokens"] if token["content"] != "</s>"]
     (folder / "tokenizer.json").write_text(json.dumps(raw))
-    size = Vocabulary.from_model_folder(folder).size
+    size = vocabulary_of_folder(folder).size
     token = {"content": "<tool>", "special": False, "normalized": False, "lstrip": True}
     config = json.loads(path.read_text())
     config["added_tokens_decoder"] = {str(size): token}
     config |= json.loads((folder / "special_tokens_map.json").read_text())
     config["eos_token"] = "</s>"
     path.write_text(json.dumps(config))
-    ours = Vocabulary.from_model_folder(folder)
+    ours = vocabulary_of_folder(folder)
     theirs = transformers.PreTrainedTokenizerFast.from_pretrained(folder)
     assert ours.size == len(theirs) == size + 1
     assert_equal(ours, theirs, ["a </s> b", "x  <tool> y", "<tool></s>"])
@@ -195,7 +195,7 @@ def test_tokens_that_only_the_config_adds(tmp_path):
 def test_exported_files_are_read_alike(pair, tmp_path):
     _, ours, theirs = pair
     ours.save(tmp_path / "vocabulary")
-    Vocabulary.load(tmp_path / "vocabulary").save_published(tmp_path / "exported")
+    load_vocabulary(tmp_path / "vocabulary").save_published(tmp_path / "exported")
     copy = transformers.AutoTokenizer.from_pretrained(tmp_path / "exported")
     assert copy.get_vocab() == theirs.get_vocab()
     messages = [{"role": "user", "content": "Grüße 👋"}]
@@ -221,7 +221,7 @@ def test_sentencepiece(tmp_path, text, dummy_prefix):
         minloglevel=2,
     )
     (tmp_path / "tokenizer.vocab").unlink()
-    ours = Vocabulary.from_model_folder(tmp_path)
+    ours = vocabulary_of_folder(tmp_path)
     theirs = transformers.LlamaTokenizer.from_pretrained(tmp_path, add_prefix_space=dummy_prefix)
     assert (ours.bos_id, ours.eos_id) == (theirs.bos_token_id, theirs.eos_token_id) == (1, 2)
     texts = [*text, *HARD, "a<s>b", "<s> b", "x </s>", "a<start_of_turn>user\n"]

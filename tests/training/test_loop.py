@@ -21,7 +21,7 @@ from calm_jax.checkpoints import frozen, training
 from calm_jax.checkpoints.composed import load_composed
 from calm_jax.checkpoints.training import TrainingCheckpoints
 from calm_jax.data.stream import Stream, batches_once
-from calm_jax.data.vocabulary import Vocabulary
+from calm_jax.data.vocabularies import load_vocabulary
 from calm_jax.errors import CalmError
 from calm_jax.models import CompositionConfig, DecoderConfig
 from calm_jax.models.parameters import module_tree, path_name
@@ -53,7 +53,7 @@ def frozen_model(seed):
 
 
 def save_model(target, seed):
-    frozen.save_frozen(frozen_model(seed), target, vocabulary=Vocabulary.load("bytes"))
+    frozen.save_frozen(frozen_model(seed), target, vocabulary=load_vocabulary("bytes"))
 
 
 def of_tests(config, place):
@@ -216,7 +216,7 @@ def test_composed_run_learns_and_leaves_what_it_should(composed_run, place):
 
 def test_step_0_of_a_composed_run_is_the_anchor(composed_run, place):
     """The first loss of the run is that of the anchor alone on the first batch."""
-    data, vocabulary = composed_run.config.data, Vocabulary.load("bytes")
+    data, vocabulary = composed_run.config.data, load_vocabulary("bytes")
     batch = Stream(loop.open_source(data, "train", vocabulary), batch_size=8, seed=0)[0]
     anchor = frozen.load(place / "anchor")
     keys = ("input_tokens", "positions", "segment_ids")
@@ -235,7 +235,7 @@ def test_training_leaves_frozen_folders_as_they_were(composed_run, place):
 
 def validation_scores(decoder, config):
     """Loss, accuracy and number of tokens of a decoder over the validation rows, one by one."""
-    source = loop.open_source(config.data, "validation", Vocabulary.load("bytes"))
+    source = loop.open_source(config.data, "validation", load_vocabulary("bytes"))
     assert len(source) % 8  # so that the last batch of a run has rows of padding
     loss = weight = right = 0.0
     for batch in batches_once(source, 1):
@@ -289,7 +289,7 @@ def test_plain_text_has_no_exactness(decoder_run, tmp_path):
 
 def test_decoder_run_ends_with_its_best_checkpoint_frozen(decoder_run):
     decoder = frozen.load(decoder_run.path / "frozen")
-    assert decoder.vocabulary.fingerprint == Vocabulary.load("bytes").fingerprint
+    assert decoder.vocabulary.fingerprint == load_vocabulary("bytes").fingerprint
     assert decoder.config == DecoderConfig.from_dict(
         {
             key: value
@@ -394,7 +394,7 @@ def test_saved_on_8_devices_and_restored_on_2(composed_run, killed_run, tmp_path
         assert found[number] == pytest.approx(expected[number], rel=1e-4, abs=1e-6), number
     # The batches of steps 9 to 12, after the one that was compiled for.
     stream = Stream(
-        loop.open_source(config.data, "train", Vocabulary.load("bytes")), batch_size=8, seed=0
+        loop.open_source(config.data, "train", load_vocabulary("bytes")), batch_size=8, seed=0
     )
     for number, batch in enumerate(resumed.batches[1:5], start=8):
         jax.tree.map(np.testing.assert_array_equal, batch, stream[number])

@@ -21,7 +21,7 @@ from calm_jax import sharding
 from calm_jax.checkpoints import frozen
 from calm_jax.checkpoints.composed import load_composed
 from calm_jax.checkpoints.training import TrainingCheckpoints
-from calm_jax.data.vocabulary import Vocabulary
+from calm_jax.data.vocabularies import load_vocabulary
 from calm_jax.errors import CalmError
 from calm_jax.models import CompositionConfig, DecoderConfig
 from calm_jax.training import config_keys, configuration, loop
@@ -79,7 +79,7 @@ def place(tmp_path_factory):
         decoder = tiny_models.decoder(
             seed, vocab_size=VOCAB, embed_dim=16, num_layers=2, num_heads=2, mlp_dim=32
         )
-        frozen.save_frozen(decoder, folder / name, vocabulary=Vocabulary.load("bytes"))
+        frozen.save_frozen(decoder, folder / name, vocabulary=load_vocabulary("bytes"))
     composed = configuration.composed_run(CompositionConfig(every=1))
     composed.anchor, composed.augments = str(folder / "anchor"), (str(folder / "augment"),)
     form = DecoderConfig.palm(

@@ -13,7 +13,7 @@ from tiny_models import stored_bytes
 from calm_jax import generate
 from calm_jax.checkpoints import frozen
 from calm_jax.checkpoints.composed import export_bridge, load_composed
-from calm_jax.data.vocabulary import Vocabulary
+from calm_jax.data.vocabularies import load_vocabulary
 from calm_jax.errors import CalmError
 from calm_jax.evaluation.runner import _attention
 from calm_jax.models import CompositionConfig
@@ -47,7 +47,7 @@ def place(tmp_path_factory):
             file.write(json.dumps({"inputs": text + ">", "targets": text[::-1]}) + "\n")
     for seed, (name, fields) in enumerate(FORMS.items()):
         decoder = tiny_models.decoder(seed, vocab_size=VOCAB, **fields)
-        frozen.save_frozen(decoder, folder / name, vocabulary=Vocabulary.load("bytes"))
+        frozen.save_frozen(decoder, folder / name, vocabulary=load_vocabulary("bytes"))
     return folder
 
 
@@ -146,7 +146,7 @@ def test_goes_on_on_another_mesh(whole, stopped, place):
 def test_the_restored_model_is_the_one_in_memory(whole):
     parts, model = whole.parts, whole.model
     in_memory = parts.merge(model.trainable, model.frozen)
-    in_memory.anchor.vocabulary = Vocabulary.load("bytes")
+    in_memory.anchor.vocabulary = load_vocabulary("bytes")
     restored = load_composed(whole.run, step=STEPS)
     assert restored.configs == COMPOSITIONS
     assert stored_bytes(restored.bridge) == stored_bytes(model.trainable)

@@ -22,6 +22,7 @@ from calm_jax.checkpoints.files import ADAPTER_CONFIG, absolute, refuse_lfs_poin
 from calm_jax.checkpoints.frozen import STORED_DTYPES, Block, write_model
 from calm_jax.checkpoints.sources.opening import open_source
 from calm_jax.checkpoints.sources.source import Source
+from calm_jax.data.vocabularies import token_maps, vocabulary_of_folder
 from calm_jax.errors import CalmError
 
 EXACT = {"bfloat16": "bfloat16", "float16": "float32", "float32": "float32", "float64": None}
@@ -177,8 +178,6 @@ def _exact_dtype(dtypes: Mapping[str, str], where: str) -> str:
 def _vocabulary(source: Source) -> Any:
     """The vocabulary of a folder, or of a file that holds one; of any other file the only one
     beside it, which may be another's."""
-    from calm_jax.data.vocabulary import Vocabulary, token_maps
-
     if source.vocabulary_files is not None:
         return _vocabulary_within(source)
     path = source.path
@@ -192,7 +191,7 @@ def _vocabulary(source: Source) -> Any:
         refuse_lfs_pointer(file)
     if path != folder and files:
         log.warning("%s is converted with the vocabulary beside it, %s", path, names)
-    vocabulary = Vocabulary.from_model_folder(folder)
+    vocabulary = vocabulary_of_folder(folder)
     if path == folder and vocabulary is None:
         log.warning("%s is converted without a vocabulary: it has no tokenizer file", path)
     return vocabulary
@@ -200,8 +199,6 @@ def _vocabulary(source: Source) -> Any:
 
 def _vocabulary_within(source: Source) -> Any:
     """The vocabulary of the tokenizer files that the source holds itself."""
-    from calm_jax.data.vocabulary import Vocabulary
-
     if not source.vocabulary_files:
         log.warning("%s is converted without a vocabulary: it holds none", source.path)
         return None
@@ -209,6 +206,6 @@ def _vocabulary_within(source: Source) -> Any:
         for name, data in source.vocabulary_files.items():
             (epath.Path(folder) / name).write_bytes(data)
         try:
-            return Vocabulary.from_model_folder(folder)
+            return vocabulary_of_folder(folder)
         except CalmError as error:  # that names a file which is gone by then
             raise CalmError(str(error).replace(folder, str(source.path))) from error

@@ -28,7 +28,7 @@ from calm_jax.checkpoints.convert import conversion, verification
 from calm_jax.checkpoints.convert.registry import families
 from calm_jax.checkpoints.sources.opening import open_source
 from calm_jax.checkpoints.sources.source import Source
-from calm_jax.data.vocabulary import Vocabulary
+from calm_jax.data.vocabularies import load_vocabulary
 from calm_jax.errors import CalmError
 from calm_jax.models import Decoder
 
@@ -150,7 +150,7 @@ def test_a_model_trained_here_is_exported_as_the_family_that_computes_it(tmp_pat
     import tiny_models
 
     decoder = tiny_models.decoder(form="llama", qk_norm="rms", vocab_size=300)
-    vocabulary = Vocabulary.load("bytes")
+    vocabulary = load_vocabulary("bytes")
     calm_jax.save_frozen(decoder, tmp_path / "model", vocabulary=vocabulary)
     calm_jax.export(tmp_path / "model", tmp_path / "exported")
     config = json.loads((tmp_path / "exported" / "config.json").read_text())
@@ -407,7 +407,7 @@ def test_a_pickle_of_torch_in_place_of_safetensors_is_the_same_model(source, tmp
 
 def test_the_vocabulary_goes_along(tmp_path):
     source = save_source(tmp_path / "source", random_tensors())
-    vocabulary = Vocabulary.load("key_value/tiny")
+    vocabulary = load_vocabulary("key_value/tiny")
     vocabulary.save(source)
     with pytest.raises(CalmError, match=rf"has {vocabulary.size} tokens, the embedding {V} rows"):
         calm_jax.convert(source, tmp_path / "model")
@@ -421,7 +421,7 @@ def test_the_vocabulary_goes_along(tmp_path):
 
 
 def test_a_lone_file_takes_only_a_vocabulary_that_no_other_file_can_mean(tmp_path, caplog):
-    vocabulary = Vocabulary.load("key_value/tiny")
+    vocabulary = load_vocabulary("key_value/tiny")
     shapes = {
         "token_embedder/embedding": (vocabulary.size, 16),
         "layers_0/layer_norm/scale": (16,),

@@ -17,7 +17,7 @@ from calm_jax.checkpoints.convert.gguf_tokenizer import tokenizer_files
 from calm_jax.checkpoints.convert.registry import find_family
 from calm_jax.checkpoints.convert.table import check_names, check_shapes
 from calm_jax.checkpoints.sources.opening import open_source
-from calm_jax.data.vocabulary import Vocabulary
+from calm_jax.data.vocabularies import vocabulary_of_folder
 from calm_jax.errors import CalmError
 from calm_jax.models.config import RopeScaling
 from tests.converting import decoder_in_memory
@@ -205,7 +205,7 @@ def test_tokenizers_of_transformers(form, tmp_path):
         (tmp_path / name).write_bytes(data)
     whole = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
     assert [encoding.ids for encoding in whole.encode_batch(golden["texts"])] == golden["ids"]
-    vocabulary = Vocabulary.from_model_folder(tmp_path)
+    vocabulary = vocabulary_of_folder(tmp_path)
     assert vocabulary.bos_id == golden["bos_token_id"]
     assert vocabulary.eos_ids == (golden["eos_token_id"],)
     assert vocabulary.chat(golden["chat"], add_generation_prompt=False) == golden["chat_text"]
@@ -217,7 +217,7 @@ def test_ends_and_spaces_that_a_file_names(tmp_path):
     metadata = metadata_of(golden_tokenizer("mistral"), eot_token_id=7, add_space_prefix=False)
     for name, data in tokenizer_files(metadata, "m.gguf").items():
         (tmp_path / name).write_bytes(data)
-    vocabulary = Vocabulary.from_model_folder(tmp_path)
+    vocabulary = vocabulary_of_folder(tmp_path)
     assert vocabulary.eos_ids == (2, 7)
     ids = vocabulary.encode("the fox")
     assert vocabulary.tokens()[ids[0]].startswith("t") and vocabulary.decode(ids) == "the fox"

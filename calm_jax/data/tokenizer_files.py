@@ -35,6 +35,8 @@ BESIDE = (
     GENERATION_FILE,
 )
 
+ADDED_TOKEN_FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
+
 # What chat templates know special tokens by.
 ROLES = tuple(f"{role}_token" for role in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"))
 
@@ -46,7 +48,7 @@ START_AND_END_NAMES = (
 
 
 @dataclasses.dataclass(frozen=True)
-class Published:
+class TokenizerFiles:
     """The files beside a token map, by name, and the folder they come from (for messages)."""
 
     folder: str = ""
@@ -173,7 +175,7 @@ class Published:
         return f"{self.folder}/{next((name for name in names if name in self.files), '')}"
 
 
-NOTHING = Published()
+NOTHING = TokenizerFiles()
 
 
 def read_file(path: str | os.PathLike) -> bytes:

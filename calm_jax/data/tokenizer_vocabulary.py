@@ -1,0 +1,105 @@
+"""Tokenizers of the `tokenizers` library: what a `tokenizer.json` holds."""
+
+from collections.abc import Iterable, Sequence
+from typing import Any, Self
+
+from etils import epath
+
+from calm_jax.data.tokenizer_files import (
+    ADDED_TOKEN_FLAGS,
+    NOTHING,
+    START_AND_END_NAMES,
+    TokenizerFiles,
+    read_file,
+)
+from calm_jax.data.vocabulary import Vocabulary
+from calm_jax.errors import CalmError
+
+
+class TokenizerVocabulary(Vocabulary):
+    """A tokenizer of the `tokenizers` library, given as the text of its JSON."""
+
+    kind = "tokenizer"
+    file_name = "tokenizer.json"
+
+    def __init__(
+        self,
+        text: str | bytes,
+        bos_id: int | None,
+        eos_id: int | None,
+        path: str = "tokenizer",
+        published: TokenizerFiles = NOTHING,
+    ):
+        import tokenizers
+
+        self._text = text.encode() if isinstance(text, str) else text
+        try:
+            self._tokenizer = tokenizers.Tokenizer.from_str(self._text.decode())
+        except Exception as error:  # the library raises bare Exception
+            raise CalmError(f"{path} is not a tokenizer: {error}") from error
+        self._tokenizer.no_padding()
+        self._tokenizer.no_truncation()
+        self.published = published
+        self._add_published_tokens()
+        self.size = max(self._tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+        self.bos_id, self.eos_id = bos_id, eos_id
+
+    def _add_published_tokens(self) -> None:
+        """Tokens that only tokenizer_config.json adds, or calls special, as transformers does."""
+        import tokenizers
+
+        known = self._tokenizer.get_added_tokens_decoder().values()
+        names = {token.content for token in known}
+        for _, token in sorted(self.published.added_tokens.items()):
+            if token["content"] not in names:
+                flags = {key: bool(token[key]) for key in ADDED_TOKEN_FLAGS if key in token}
+                self._tokenizer.add_tokens([tokenizers.AddedToken(token["content"], **flags)])
+        special = {token.content for token in known if token.special}
+        missing = [
+            tokenizers.AddedToken(token, special=True, normalized=False)
+            for token in self.published.all_special
+            if token not in special and self.token_id(token) is not None
+        ]
+        self._tokenizer.add_special_tokens(missing)
+
+    @classmethod
+    def from_published(cls, path: epath.Path) -> Self:
+        """Reads `path` and what stands beside it."""
+        published = TokenizerFiles.read(path.parent, cls.file_name)
+        vocabulary = cls(read_file(path), None, None, str(path), published)
+        if not published.names_tokens:
+            vocabulary.bos_id, vocabulary.eos_id = map(vocabulary._first_id, START_AND_END_NAMES)
+        vocabulary._take_special_tokens(path.name)
+        return vocabulary
+
+    def _first_id(self, tokens: Iterable[str]) -> int | None:
+        ids = map(self.token_id, tokens)
+        return next((token for token in ids if token is not None), None)
+
+    @property
+    def base_size(self) -> int:
+        ids = self._tokenizer.get_vocab(with_added_tokens=False).values()
+        return max(ids, default=-1) + 1
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        encodings = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
+        return [encoding.ids for encoding in encodings]
+
+    def _decode(self, ids: list[int]) -> str:
+        return self._tokenizer.decode(ids, skip_special_tokens=True)
+
+    def tokens(self) -> list[str]:
+        return [self._tokenizer.id_to_token(i) or "" for i in range(self.size)]
+
+    def token_id(self, token: str) -> int | None:
+        return self._tokenizer.token_to_id(token)
+
+    def _file_bytes(self) -> bytes:
+        return self._text
+
+    @classmethod
+    def from_folder(
+        cls, folder: epath.Path, index: dict[str, Any], published: TokenizerFiles
+    ) -> Self:
+        path = folder / cls.file_name
+        return cls(read_file(path), index["bos_id"], index["eos_id"], str(path), published)

@@ -1,0 +1,90 @@
+"""Vocabularies by name: what a config, a frozen folder or a published model names, opened."""
+
+import json
+import os
+
+from etils import epath
+
+from calm_jax.data import built_in
+from calm_jax.data.sentencepiece_vocabulary import SentencePieceVocabulary
+from calm_jax.data.tokenizer_files import TOKEN_MAPS, TokenizerFiles
+from calm_jax.data.tokenizer_vocabulary import TokenizerVocabulary
+from calm_jax.data.vocabulary import INDEX_FILE, ByteVocabulary, Vocabulary
+from calm_jax.errors import CalmError
+
+_KINDS: dict[str, type[Vocabulary]] = {
+    kind.kind: kind for kind in (ByteVocabulary, SentencePieceVocabulary, TokenizerVocabulary)
+}
+
+
+def load_vocabulary(spec: str | os.PathLike) -> Vocabulary:
+    """The vocabulary that `spec` names.
+
+    "bytes" · "key_value" or "key_value/CONFIG" (the key-value task's own) · a SentencePiece model
+    "….model" or "….spm" · a tokenizer "….json" · a folder made by `Vocabulary.save`. The files
+    that a tokenizer was published with are read from beside it.
+
+    Raises:
+        CalmError: nothing has that name, or a file is missing, damaged or contradicts another.
+    """
+    spec = str(spec)
+    if spec == "bytes":
+        return ByteVocabulary()
+    if (vocabulary := built_in.vocabulary(spec)) is not None:
+        return vocabulary
+    path = epath.Path(spec)
+    if (path / INDEX_FILE).exists():
+        return _from_saved(path)
+    if path.suffix in (".model", ".spm"):
+        return SentencePieceVocabulary.from_published(path)
+    if path.suffix == ".json":
+        return TokenizerVocabulary.from_published(path)
+    raise CalmError(
+        f"vocabulary {spec!r} is not 'bytes', 'key_value', a .model, .spm or .json file, "
+        f"or a folder with {INDEX_FILE}"
+    )
+
+
+def vocabulary_of_folder(folder: str | os.PathLike) -> Vocabulary | None:
+    """The vocabulary of the published model in `folder`; None if there is none.
+
+    That is tokenizer.json, or else a SentencePiece model: tokenizer.model, or the only file
+    "….model" or "….spm"; with the files that `calm_jax.data.tokenizer_files` names beside it.
+
+    Raises:
+        CalmError: a file is damaged or contradicts another.
+    """
+    maps = token_maps(epath.Path(folder))
+    usual = [path for name in TOKEN_MAPS for path in maps if path.name == name]
+    if not usual and len(maps) > 1:
+        names = ", ".join(path.name for path in maps)
+        raise CalmError(f"{folder} has several SentencePiece models and no tokenizer: {names}")
+    return next(map(load_vocabulary, usual or maps), None)
+
+
+def token_maps(folder: epath.Path) -> list[epath.Path]:
+    """The files in a folder that turn text into ids: tokenizer.json and SentencePiece models."""
+    return sorted(
+        path
+        for path in folder.iterdir()
+        if path.name == "tokenizer.json" or path.suffix in (".model", ".spm")
+    )
+
+
+def _from_saved(folder: epath.Path) -> Vocabulary:
+    path = folder / INDEX_FILE
+    try:
+        index = json.loads(path.read_text())
+        kind = _KINDS[index["kind"]]
+        # Folders from before there were published files name none.
+        for name in index.get("files", [kind.file_name] if kind.file_name else []):
+            if not (folder / name).exists():
+                raise CalmError(f"{folder} is damaged: {name} is missing")
+        published = TokenizerFiles.read(folder, kind.file_name)
+        vocabulary = kind.from_folder(folder, index, published)
+        vocabulary.other_eos_ids = tuple(index.get("other_eos_ids", ()))
+        return vocabulary
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        if isinstance(error, CalmError):
+            raise
+        raise CalmError(f"{path} is damaged: {type(error).__name__}: {error}") from error
