@@ -60,7 +60,7 @@ def main(_) -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "true"
     import tokenizers
 
-    from calm_jax.data import Vocabulary, open_source
+    from calm_jax.data import load_vocabulary, open_source
 
     pairs = make_texts(EXAMPLES.value)
     texts = [text for pair in pairs for text in pair]
@@ -71,7 +71,7 @@ def main(_) -> None:
         with (folder / "examples.jsonl").open("w") as lines:
             for inputs, targets in pairs:
                 lines.write(json.dumps({"inputs": inputs, "targets": targets}) + "\n")
-        tokenizer, vocabulary = tokenizers.Tokenizer.from_file(str(file)), Vocabulary.load(file)
+        tokenizer, vocabulary = tokenizers.Tokenizer.from_file(str(file)), load_vocabulary(file)
         for repeat in range(REPEATS.value):
             data = {
                 "train": ({"jsonl": str(folder / "examples.jsonl")},),
