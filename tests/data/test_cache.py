@@ -249,6 +249,7 @@ def test_a_build_that_is_killed_leaves_nothing_that_loads(data, vocabulary, tmp_
         """
         import os, signal
         from calm_jax.data import open_source
+        from calm_jax.data.vocabulary import ByteVocabulary
         from calm_jax.data.rows import RowWriter
         append = RowWriter.append
         def append_and_die(self, rows):
