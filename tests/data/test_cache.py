@@ -229,7 +229,7 @@ def test_a_ready_cache_is_read_without_tensorflow(data, vocabulary):
     done = run(
         """
         import sys
-        from calm_jax.data import Stream, batches_once, open_source
+        from calm_jax.data import Stream, batches_once, load_vocabulary, open_source
         source = open_source(config, "train", load_vocabulary("key_value/tiny"))
         next(Stream(source, batch_size=8, seed=0).iterate(3))
         next(batches_once(source, 8))
