@@ -139,6 +139,27 @@ def test_chats(pair, chat, add_generation_prompt):
     assert ours.encode(found) == ids
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {},
+        {"tools": [{"type": "function", "function": {"name": "f", "parameters": {"é": 1}}}]},
+        {"style": "short", "bos_token": "<other>", "documents": [{"text": "x"}]},
+    ],
+)
+def test_arguments_of_templates(tmp_path, arguments):
+    folder = tiny_tokenizers.gemma(tmp_path / "g")
+    (folder / "chat_template.jinja").write_text(
+        "{{ bos_token }}{{ style }}{{ tools | tojson }}{{ documents | tojson }}"
+        "{% for m in messages %}{{ m.content }}{% endfor %}"
+    )
+    ours = Vocabulary.from_model_folder(folder)
+    theirs = transformers.PreTrainedTokenizerFast.from_pretrained(folder)
+    messages = [{"role": "user", "content": "Hi"}]
+    expected = theirs.apply_chat_template(messages, tokenize=False, **arguments)
+    assert ours.chat(messages, add_generation_prompt=False, **arguments) == expected
+
+
 TEMPLATES = {
     "tojson": "{{ messages | tojson }} {{ messages[0] | tojson(indent=2) }}",
     "break": "{% for m in messages %}{% if loop.index > 1 %}{% break %}{% endif %}{{ m.role }}"
