@@ -1,11 +1,11 @@
 """Rows on disk: written once, then read by index without TensorFlow.
 
-A cache is a folder named by all that decides its content:
+A cache is a folder, named by a hash of all that determines its content:
 
     index.json            its parts (one for a Task; a Mixture has several), with counts
     0/targets.npy         int32 [N, T] target ids
     0/segment_ids.npy     int32 [N, T] 1, 2, … for the sequences of a row, 0 for padding
-    0/prompt.npy          uint8 [N, T] 1 where the target is of the prompt
+    0/prompt.npy          uint8 [N, T] 1 where the target belongs to the prompt
 
 It is written under another name and renamed when it is complete.
 """
@@ -37,19 +37,21 @@ def cache_directory(setting: str = "") -> pathlib.Path:
 
 
 def ready_folder(
-    cache_dir: pathlib.Path, decides: Sequence[Any], build: Callable[[pathlib.Path], dict[str, Any]]
+    cache_dir: pathlib.Path,
+    determines: Sequence[Any],
+    build: Callable[[pathlib.Path], dict[str, Any]],
 ) -> tuple[pathlib.Path, dict[str, Any]]:
-    """The folder named by `decides`, and its index; `build` fills it if it is not there yet.
+    """The folder for what `determines` says, and its index; `build` fills it if it is missing.
 
     Args:
         cache_dir: where such folders are kept.
-        decides: JSON of all that decides the content.
+        determines: all that determines the content, as JSON values.
         build: writes the content into a folder and returns the index.
 
     Raises:
         CalmError: the folder cannot be written, or what `build` raises; nothing is left then.
     """
-    fingerprint = hashlib.sha256(json.dumps([FORMAT, *decides]).encode()).hexdigest()[:24]
+    fingerprint = hashlib.sha256(json.dumps([FORMAT, *determines]).encode()).hexdigest()[:24]
     folder = cache_dir / "tokens" / fingerprint
     if not (folder / INDEX_FILE).is_file():
         beside = folder.with_name(f"{fingerprint}.incomplete.{uuid.uuid4().hex}")
@@ -58,7 +60,7 @@ def ready_folder(
             (beside / INDEX_FILE).write_text(json.dumps(build(beside), indent=2) + "\n")
             beside.rename(folder)
         except OSError as error:
-            # Another process may have been faster: its folder is there, and holds the same.
+            # Another process may have finished first; its folder holds the same.
             if not (folder / INDEX_FILE).is_file():
                 raise CalmError(f"data.cache_dir {cache_dir}: {error.strerror or error}") from error
         finally:

@@ -18,12 +18,12 @@ from calm_jax.data.vocabulary import Vocabulary
 from calm_jax.errors import CalmError
 from calm_jax.text_files import parse_json, read_lines
 
-# Keys of an entry that name files, and how the names of such files end.
+# Keys of an entry that name files, and the endings of such files.
 KINDS = {"jsonl": (".jsonl", ".jsonl.gz"), "parquet": (".parquet",)}
 
 
 def kind_of(name: str) -> str | None:
-    """The kind of file that a name is of, None for the name of a task."""
+    """The key of `KINDS` for a file of this name; None for any other name."""
     return next((kind for kind, ends in KINDS.items() if name.endswith(ends)), None)
 
 
@@ -32,11 +32,11 @@ class ExampleFiles:
 
     The entry is `{"jsonl": path}` or `{"parquet": path}`; the path may have wildcards (`*`, `?`,
     `[…]`), whose files are read in the order of their names, and a name that ends in ".gz" is
-    unpacked. `"columns": {field: column}` says where the fields of `records` are; only these are
-    read then.
+    unpacked. `"columns": {field: column}` names the columns that hold the fields of `records`;
+    then nothing else is read.
 
     Raises:
-        CalmError: no such file, or columns that are not such a map.
+        CalmError: no file matches, or `columns` is not such a map.
     """
 
     def __init__(self, entry: Mapping[str, Any]):
@@ -55,7 +55,7 @@ class ExampleFiles:
         self.name = f"{self._kind}/" + re.sub(r"[^\w.]", "_", stem)
 
     def identity(self) -> list[Any]:
-        """What decides the examples."""
+        """All that determines the examples, as JSON values."""
         hashes = [file_hash(path) for path in self._paths]
         return [self._kind, hashes, sorted(self._columns.items())]
 

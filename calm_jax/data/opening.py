@@ -75,7 +75,7 @@ def evaluation_examples(
 
 
 def check_entry(entry: Mapping[str, Any], split: str) -> None:
-    """Raises `CalmError` for an entry of `data[split]` that says nothing clear."""
+    """Raises `CalmError` for a malformed entry of `data[split]`, naming the key."""
     if not isinstance(entry, Mapping | ConfigDict):
         raise CalmError(
             f"data.{split}: {entry!r} is not an entry; write ({{'jsonl': 'file.jsonl'}},) or "
@@ -92,44 +92,47 @@ def check_entry(entry: Mapping[str, Any], split: str) -> None:
         )
     for key, kinds in (("import", ("task",)), ("columns", tuple(KINDS))):
         if key in entry and named[0] not in kinds:
-            raise CalmError(f"data.{split}: {key!r} says nothing to {named[0]!r}")
+            raise CalmError(f"data.{split}: {key!r} does not apply to {named[0]!r}")
 
 
 def _cuts(
     parts: Sequence[Mapping[str, Any]], data: Mapping[str, Any], entry: Mapping[str, Any]
 ) -> list[str]:
-    """What to say of sequences longer than a row. Raises `CalmError` where that is refused."""
+    """A warning for each part of an entry that has answers cut at the end of a row.
+
+    Raises `CalmError` with `data.strict`, and where no answer is left in a part.
+    """
     found = []
     for part in parts:
         if not part["cut"]:
             continue
         name = files_of(entry) or part["name"]
         message = (
-            f"{name}: {part['cut']:,} of {part['examples']:,} sequences are longer than "
+            f"{name}: {part['cut']:,} of {part['examples']:,} examples are longer than "
             f"data.length {data['length']}; the longest has {part['longest']:,} tokens"
         )
         if data["strict"]:
             raise CalmError(f"{message} (data.strict)")
         lost = 0 if entry.get("loss_on_inputs") else part["answers_lost"]
         if lost == part["examples"]:
-            raise CalmError(f"{message}; of none is anything left to train on")
-        left = f", and of {lost:,} nothing is left to train on" if lost else ""
+            raise CalmError(f"{message}; none of its answers is left to train on")
+        left = f", {lost:,} of them before the answer begins" if lost else ""
         found.append(f"{message}; they are cut{left}")
     return found
 
 
 def named_entry(name: str) -> dict[str, Any]:
-    """The entry that a name stands for: files by how they end, else a task."""
+    """The entry that a name stands for: a file if its ending is one of `KINDS`, else a task."""
     return {kind_of(name) or "task": name}
 
 
 def files_of(entry: Mapping[str, Any]) -> str | None:
-    """The path of an entry that names a file or files; None of a task."""
+    """The path of an entry that names files; None for a task."""
     return next((entry[kind] for kind in KINDS if kind in entry), None)
 
 
 def identity(entry: Mapping[str, Any]) -> list[str]:
-    """What decides the texts of an entry, found without importing it."""
+    """All that determines the texts of an entry, found without importing its module."""
     if "task" not in entry:
         return ExampleFiles(entry).identity()
     if fingerprint := built_in.task_fingerprint(entry["task"]):
@@ -149,10 +152,12 @@ def _cached(
     entry: Mapping[str, Any], data: Mapping[str, Any], split: str, vocabulary: Vocabulary
 ) -> tuple[pathlib.Path, dict[str, Any]]:
     cache_dir = cache.cache_directory(data["cache_dir"])
-    decides = [identity(entry), split, vocabulary.tokenization_fingerprint]
-    decides += [data["length"], data["pack"], data["limit"]]
+    determines = [identity(entry), split, vocabulary.tokenization_fingerprint]
+    determines += [data["length"], data["pack"], data["limit"]]
     if vocabulary.rows is not None and vocabulary.rows < vocabulary.size:
-        decides.append(vocabulary.rows)  # what was made for more was not checked for these
+        determines.append(
+            vocabulary.rows
+        )  # rows checked for a larger embedding may not fit this one
 
     def build(folder: pathlib.Path) -> dict[str, Any]:
         parts = []
@@ -165,10 +170,10 @@ def _cached(
                     raise CalmError(f"{files}: the file is empty")
                 raise CalmError(f"{name}: the split {split!r} has no examples")
             parts.append({"name": name, "rate": rate, **counts})
-        _cuts(parts, data, entry)  # nothing is kept of what is refused
+        _cuts(parts, data, entry)  # refuses before anything is kept
         return {"entry": dict(entry), "split": split, "length": data["length"], "parts": parts}
 
-    return cache.ready_folder(cache_dir, decides, build)
+    return cache.ready_folder(cache_dir, determines, build)
 
 
 Opened = tuple[str, float, Iterator[Sequences]]
@@ -185,17 +190,17 @@ def _open_parts(
     if "task" not in entry:
         files = ExampleFiles(entry)
         progress = tqdm(desc=f"{files.name} {split}", unit=" examples")
-        yield files.name, 1.0, _told(files.sequences(vocabulary, limit), progress)
+        yield files.name, 1.0, _with_progress(files.sequences(vocabulary, limit), progress)
         return
     from calm_jax.data import tasks
 
     for task, rate in _tasks(entry, split, vocabulary, cache_dir):
         total = min(filter(None, (task.num_input_examples(split), limit)), default=None)
         progress = tqdm(total=total, desc=f"{task.name} {split}", unit=" examples")
-        yield task.name, rate, _told(tasks.sequences(task, split, limit), progress)
+        yield task.name, rate, _with_progress(tasks.sequences(task, split, limit), progress)
 
 
-def _told(chunks: Iterator[Sequences], progress: tqdm) -> Iterator[Sequences]:
+def _with_progress(chunks: Iterator[Sequences], progress: tqdm) -> Iterator[Sequences]:
     with progress:
         for chunk in chunks:
             yield chunk

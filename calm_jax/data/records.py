@@ -13,7 +13,7 @@ vocabulary writes them, if it has one (`chat.turns`), with the record's `tools` 
 `chat_template_kwargs`; else each message is `role: content` and a line break, and the prompt ends
 with `assistant: `. Content may be a list of parts, as OpenAI's: `[{"type": "text", "text": "…"}]`.
 
-Fields that are null count as absent, and those that change nothing are left unread.
+Fields that are null count as absent. Fields that do not affect training are ignored.
 """
 
 import itertools
@@ -28,7 +28,7 @@ from calm_jax.errors import CalmError
 _FORMS = (("messages",), ("text",), ("inputs", "targets"), ("prompt", "completion"))
 _OF_CHATS = ("tools", "chat_template_kwargs")
 
-# What the template is told by the record's other keys, or by the part of the chat that is written.
+# Arguments of the template that come from other keys of the record, or from what is rendered.
 _OWN_ARGUMENTS = {"messages", "tools", "add_generation_prompt"}
 
 # All that is read of a record, and what of it may be absent.
@@ -39,10 +39,9 @@ FIELDS = (*itertools.chain.from_iterable(_FORMS), *OPTIONAL)
 def examples(record: Any, vocabulary: Vocabulary | None = None) -> Iterator[dict[str, Any]]:
     """Yields `{"inputs", "targets"}` of every example in a record, in order.
 
-    With a vocabulary that has a chat template each also says `is_turn`: whether the template wrote
-    it, special tokens included. Raises `CalmError` for a record that has none of the forms, or
-    several; that has what would be trained on in another way than it says; or that the template
-    refuses.
+    With a vocabulary that has a chat template each also has `is_turn`: whether the template wrote
+    it, special tokens included. Raises `CalmError` for a record that has none of the forms or
+    several of them, that asks for training which is not supported, or that the template refuses.
     """
     templated = vocabulary is not None and vocabulary.chat_template is not None
     if not isinstance(record, Mapping):
@@ -77,8 +76,8 @@ def _form(record: Mapping[str, Any]) -> tuple[str, ...]:
         )
     if record.get("weight", 1) != 1:
         raise CalmError(
-            f'"weight" {record["weight"]!r} of a record: records all weigh 1; a file as a whole '
-            'has the "weight" of its entry'
+            f'"weight" {record["weight"]!r} of a record: every record weighs 1; the "weight" of '
+            "an entry is for its whole file"
         )
     for key in (*_OF_CHATS, "functions"):
         if record.get(key) and (found[0][0] != "messages" or key == "functions"):
@@ -118,7 +117,7 @@ def _is_trained(number: int, message: Mapping[str, Any]) -> bool:
 
 
 def _message(number: int, message: Mapping[str, Any], templated: Any) -> dict[str, Any]:
-    """The message as templates take it: its content is one text, and its weight is gone."""
+    """The message as templates take it: its content is one text, and it has no weight."""
     message = dict(message)
     weight = message.pop("weight", 0)
     if weight and message["role"] != "assistant":

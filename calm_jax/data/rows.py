@@ -20,12 +20,12 @@ OPEN_ROWS = 256
 
 @dataclasses.dataclass(frozen=True)
 class Sequences:
-    """N sequences of M ids altogether; each is a prompt, then what follows it.
+    """N sequences of M ids in all; each is a prompt and what follows it.
 
     Attributes:
-      ids_M: int32, one sequence behind the other.
-      lengths_N: number of ids of each sequence.
-      prompts_N: how many of them, from the first on, are its prompt.
+      ids_M: int32, one sequence after another.
+      lengths_N: the number of ids in each sequence.
+      prompts_N: how many of these, from the first on, belong to the prompt.
     """
 
     ids_M: np.ndarray
@@ -34,7 +34,7 @@ class Sequences:
 
     @classmethod
     def of(cls, prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]]) -> Self:
-        """The ids of each prompt with those of its answer behind them."""
+        """Sequences of each prompt followed by its answer."""
         prompts_N = np.fromiter(map(len, prompts), np.int64, len(prompts))
         lengths_N = prompts_N + np.fromiter(map(len, answers), np.int64, len(answers))
         pairs = itertools.chain.from_iterable(zip(prompts, answers, strict=True))
@@ -45,7 +45,7 @@ class Sequences:
         return len(self.lengths_N)
 
     def continued(self, length: int) -> Self:
-        """The same ids where what has no prompt and is longer goes on in a further sequence."""
+        """The same ids; a sequence without a prompt is split into sequences of at most `length`."""
         pieces_N = np.where(self.prompts_N == 0, np.maximum(-(-self.lengths_N // length), 1), 1)
         lengths_P = np.repeat(self.lengths_N, pieces_N)
         left_P = lengths_P - _within(pieces_N) * length
@@ -54,7 +54,7 @@ class Sequences:
         return type(self)(self.ids_M, lengths_P, np.repeat(self.prompts_N, pieces_N))
 
     def cut(self, length: int) -> Self:
-        """The same sequences without what is behind their first `length` ids."""
+        """The first `length` ids of each sequence."""
         kept_N = np.minimum(self.lengths_N, length)
         ids_M = self.ids_M[_within(self.lengths_N) < np.repeat(kept_N, self.lengths_N)]
         return type(self)(ids_M, kept_N, np.minimum(self.prompts_N, length))
@@ -62,8 +62,8 @@ class Sequences:
     def rows(self, length: int, pack: bool) -> dict[str, np.ndarray]:
         """The sequences in rows [R, length] as `DTYPES`; none may be longer than a row.
 
-        Packed, several share a row, as grain's `FirstFitPackIterDataset` lays them out, but
-        without its milliseconds for each of them.
+        Packed rows are those of grain's `FirstFitPackIterDataset`, which takes a hundred times
+        as long.
         """
         if pack:
             row_N, start_N, segment_N = _first_fit(self.lengths_N, length)

@@ -126,7 +126,7 @@ def test_too_long_sequences_are_cut_and_counted(data, vocabulary, examples, capl
     too_long = sum(len(row[0]) > 8 for row in written_by_hand(examples, vocabulary))
     assert 0 < too_long < len(examples)
     message = (
-        f"{too_long} of {len(examples)} sequences are longer than data.length 8; "
+        f"{too_long} of {len(examples)} examples are longer than data.length 8; "
         f"the longest has {longest} tokens"
     )
     for _ in range(2):  # once when it is built, and again when it is only read
@@ -144,7 +144,7 @@ def test_strict_leaves_nothing_when_it_refuses(data, vocabulary, tmp_path):
     config = data(
         {"jsonl": str(tmp_path / "long.jsonl")}, length=8, strict=True, cache_dir=str(tmp_path)
     )
-    with pytest.raises(CalmError, match=r"1 of 1 sequences are longer than data\.length 8"):
+    with pytest.raises(CalmError, match=r"1 of 1 examples are longer than data\.length 8"):
         open_source(config, "train", ByteVocabulary())
     assert not list((tmp_path / "tokens").iterdir())
 
@@ -171,13 +171,13 @@ def test_answers_that_are_cut_off(data, tmp_path, caplog, loss_on_inputs):
         return open_source(config, "train", ByteVocabulary())
 
     opened(long, short)
-    told = "and of 1 nothing is left to train on" in caplog.text
-    assert f"{file}: 1 of 2 sequences are longer" in caplog.text and told != loss_on_inputs
+    told = "1 of them before the answer begins" in caplog.text
+    assert f"{file}: 1 of 2 examples are longer" in caplog.text and told != loss_on_inputs
     if loss_on_inputs:
         opened(long)
         return
     for _ in range(2):
-        with pytest.raises(CalmError, match="of none is anything left to train on"):
+        with pytest.raises(CalmError, match="none of its answers is left to train on"):
             opened(long)
 
 

@@ -115,8 +115,8 @@ def test_examples_of_a_file(tmp_path, cache_dir):
         ({"task": "calm_jax/key_value/tiny/math"}, "train", "no split 'train'; it has test"),
         ({"task": "a", "wieght": 1}, "train", "unknown key 'wieght'; known are .*weight"),
         ({"weight": 1}, "train", "needs either 'task', 'jsonl' or 'parquet'"),
-        ({"jsonl": "a", "import": "b"}, "train", "'import' says nothing to 'jsonl'"),
-        ({"task": "a", "columns": {}}, "train", "'columns' says nothing to 'task'"),
+        ({"jsonl": "a", "import": "b"}, "train", "'import' does not apply to 'jsonl'"),
+        ({"task": "a", "columns": {}}, "train", "'columns' does not apply to 'task'"),
         ({"task": "a", "weight": 0.0}, "train", "weight 0.0 of a is not a number above 0"),
     ],
 )
