@@ -12,7 +12,6 @@ They are kept byte for byte, so that an exported model has the files it came wit
 
 import dataclasses
 import functools
-import json
 import os
 from collections.abc import Callable, Mapping
 from typing import Any, Self
@@ -20,6 +19,7 @@ from typing import Any, Self
 from etils import epath
 
 from calm_jax.errors import CalmError
+from calm_jax.text_files import parse_json
 
 CONFIG_FILE = "tokenizer_config.json"
 TEMPLATE_FILE = "chat_template.jinja"
@@ -63,10 +63,7 @@ class TokenizerFiles:
 
     def json(self, name: str) -> dict[str, Any]:
         """The object in a JSON file; empty where there is no such file."""
-        try:
-            values = json.loads(self.files.get(name, b"{}"))
-        except ValueError as error:
-            raise CalmError(f"{self.folder}/{name} is not JSON: {error}") from error
+        values = parse_json(self.files.get(name, b"{}"), f"{self.folder}/{name}")
         if not isinstance(values, dict):
             raise CalmError(f"{self.folder}/{name} holds {type(values).__name__}, not an object")
         return values

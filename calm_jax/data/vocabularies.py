@@ -1,6 +1,5 @@
 """Vocabularies by name: what a config, a frozen folder or a published model names, opened."""
 
-import json
 import os
 
 from etils import epath
@@ -11,6 +10,7 @@ from calm_jax.data.tokenizer_files import TOKEN_MAPS, TokenizerFiles
 from calm_jax.data.tokenizer_vocabulary import TokenizerVocabulary
 from calm_jax.data.vocabulary import INDEX_FILE, ByteVocabulary, Vocabulary
 from calm_jax.errors import CalmError
+from calm_jax.text_files import parse_json
 
 _KINDS: dict[str, type[Vocabulary]] = {
     kind.kind: kind for kind in (ByteVocabulary, SentencePieceVocabulary, TokenizerVocabulary)
@@ -74,7 +74,7 @@ def token_maps(folder: epath.Path) -> list[epath.Path]:
 def _from_saved(folder: epath.Path) -> Vocabulary:
     path = folder / INDEX_FILE
     try:
-        index = json.loads(path.read_text())
+        index = parse_json(path.read_bytes(), path)
         kind = _KINDS[index["kind"]]
         # Folders from before there were published files name none.
         for name in index.get("files", [kind.file_name] if kind.file_name else []):

@@ -153,7 +153,7 @@ def test_arguments_of_templates(tmp_path, arguments):
         "{{ bos_token }}{{ style }}{{ tools | tojson }}{{ documents | tojson }}"
         "{% for m in messages %}{{ m.content }}{% endfor %}"
     )
-    ours = Vocabulary.from_model_folder(folder)
+    ours = vocabulary_of_folder(folder)
     theirs = transformers.PreTrainedTokenizerFast.from_pretrained(folder)
     messages = [{"role": "user", "content": "Hi"}]
     expected = theirs.apply_chat_template(messages, tokenize=False, **arguments)
