@@ -1,7 +1,7 @@
 """Cohere's Command-R as transformers publishes it.
 
 Parallel blocks of attention and SwiGLU under one LayerNorm without biases, interleaved rotary
-positions, logits that are scaled.
+positions, and scaled logits.
 """
 
 from collections.abc import Mapping
@@ -13,7 +13,7 @@ from calm_jax.models import DecoderConfig
 
 
 class Cohere(Llama):
-    """Command-R; tensors are named as Llama's, without the MLP's own norm."""
+    """Command-R: tensors have Llama's names, and the MLP has no norm of its own."""
 
     name = "cohere"
     architectures = ("CohereForCausalLM",)

@@ -39,27 +39,28 @@ def convert(
     verify: bool = False,
     **family_options: Any,
 ) -> None:
-    """Writes a frozen folder with the weights, the form and the vocabulary of a checkpoint.
+    """Writes a frozen folder with the weights, the config and the vocabulary of a checkpoint.
 
-    Tensors are read one at a time: the host holds that, and the few chunks (8 MiB at most) that
-    wait to be written, with what they are cut from.
+    Tensors are read one at a time. The host holds one of them, and the few chunks (of 8 MiB at
+    most) that wait to be written together with the tensors that they are views of.
 
     Args:
         source: a Hugging Face folder · a T5X checkpoint · an Orbax tree · a .gguf, .npz, .pt or
             .safetensors file.
         target: a folder that does not exist yet.
-        format: name of the family; "auto" finds it out.
+        format: the name of the family; "auto" recognises it.
         dtype: "float32" or "bfloat16", in which weights are stored; default: the smallest that
             holds the source exactly, for a quantised one float32.
         adapter: the folder of a plain LoRA adapter that PEFT saved; it is merged into the weights.
         verify: also compute logits of a few prompts from the new folder, note them in it, and
             compare with those of transformers, where it is installed and reads the source.
-        family_options: what the family's tree cannot tell; `calm convert --help` lists them.
+        family_options: what the checkpoint does not show; `calm convert --help` lists them.
 
     Raises:
         CalmError: the source is damaged or of an unsupported family; a tensor is missing, unknown,
-            of another shape than the config says, or not finite; an unknown option; `target` exists
-            or cannot be written; the logits differ. Nothing is left behind.
+            of another shape than the config says, or not finite; an option is unknown; the adapter
+            is not plain or does not fit; `target` exists or cannot be written; the logits differ.
+            Nothing is left behind.
 
     >>> import tempfile
     >>> import numpy as np
@@ -148,7 +149,7 @@ def _size(tensor: Any) -> int:
 
 
 def _source_dtypes(reading: Reading, where: str) -> dict[str, str]:
-    """The dtype of every tensor that is read. Raises `CalmError` naming one that is no float."""
+    """The dtype of every tensor that is read. Raises `CalmError` naming one that is not a float."""
     dtypes = {}
     for line in reading.rules:
         for name in line.names(reading.config.num_layers):

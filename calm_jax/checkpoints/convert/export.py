@@ -43,7 +43,8 @@ def export(source: epath.PathLike, target: epath.PathLike, *, to: str = "hugging
     described = frozen.describe(source)
     family, values = _find_family(described)
     vocabulary = described.vocabulary
-    if described.origin is None and vocabulary is not None:  # else it has those of its origin
+    # A model that was converted has the ids of its origin's config.json.
+    if described.origin is None and vocabulary is not None:
         values |= {"bos_token_id": vocabulary.start_id, "eos_token_id": vocabulary.eos_id}
     tensors = _Tensors(described, family.rules(described.config))
     with whole_folder(target) as folder:
@@ -56,12 +57,12 @@ def export(source: epath.PathLike, target: epath.PathLike, *, to: str = "hugging
                         file.write(data)
                         bar.update(len(data) if part else 0)  # the header is no tensor
         if len(shards) > 1:
-            places = {
+            shard_of = {
                 name: _file_name(number, len(shards))
                 for number, names in enumerate(shards)
                 for name in names
             }
-            index = {"metadata": {"total_size": total}, "weight_map": places}
+            index = {"metadata": {"total_size": total}, "weight_map": shard_of}
             write_json(folder / "model.safetensors.index.json", index)
         if vocabulary is not None:
             vocabulary.save_published(folder)
@@ -71,24 +72,24 @@ def export(source: epath.PathLike, target: epath.PathLike, *, to: str = "hugging
 def _find_family(described: frozen.Description) -> tuple[HuggingFaceFamily, dict[str, Any]]:
     """The family that computes what the model does, and its config.json.
 
-    A family's config says what the model is exactly if reading it gives the model's form.
+    A family's config.json describes the model exactly if reading it gives the model's config.
     """
     origin = described.origin or {}
     known = [family for family in families().values() if isinstance(family, HuggingFaceFamily)]
     known.sort(key=lambda family: family.name != origin.get("family"))
     wanted = {**described.config.to_dict(), "dtype": ""}
-    others: list[tuple[int, str]] = []  # how many fields differ, and the first of them in words
+    others: list[tuple[int, str]] = []  # the number of fields that differ, and the first in words
     for family in known:
         values = family.huggingface_config(described.config)
         own = origin.get("config") or {}
-        # A model taken out of a larger one has no place for the larger one's keys.
+        # The keys of a larger model do not apply to the language model that was taken out of it.
         same = own.get("model_type") == values["model_type"]
         for config in [{**own, **values}] * same + [values]:
             try:
-                form = family.decoder_config(config, "config.json")
+                reading = family.decoder_config(config, "config.json")
             except CalmError:
                 continue
-            found = {**form.to_dict(), "dtype": ""}
+            found = {**reading.to_dict(), "dtype": ""}
             if found == wanted:
                 return family, config
             unlike = [key for key in wanted if found[key] != wanted[key]]
@@ -101,7 +102,7 @@ def _find_family(described: frozen.Description) -> tuple[HuggingFaceFamily, dict
 
 
 class _Tensors:
-    """The tensors to write, by their names for transformers, each made when it is asked for."""
+    """The tensors to write, by their names for transformers; each is made when it is read."""
 
     def __init__(self, described: frozen.Description, rules: tuple[Rule, ...]):
         origin = described.origin or {}
@@ -142,7 +143,7 @@ class _Tensors:
         return shards
 
     def read(self, name: str) -> np.ndarray:
-        """The tensor in the source's form and dtype."""
+        """The tensor in the source's layout and dtype."""
         rule, layer = self._rules[name]
         arrays = []
         for held in rule.slices:
@@ -171,7 +172,7 @@ def _file_name(number: int, count: int) -> str:
 
 
 def _safetensors(tensors: _Tensors, names: list[str]) -> Iterator[bytes]:
-    """A safetensors file in parts: the library itself writes only what is whole in memory."""
+    """A safetensors file piece by piece: the library itself writes only what is whole in memory."""
     header: dict[str, Mapping[str, Any]] = {"__metadata__": {"format": "pt"}}
     start = 0
     for name in names:

@@ -1,4 +1,4 @@
-"""Falcon, in the form of its 7B, as transformers publishes it.
+"""Falcon 7B and models built like it, as transformers publishes them.
 
 Parallel blocks under one LayerNorm with bias, one key head for all, an MLP without gate; query, key
 and value in one matrix.
@@ -18,8 +18,8 @@ _QUERY_KEY_VALUE = (
     Slice("layers/attention/key", "(K H) D -> D K H"),
     Slice("layers/attention/value", "(K H) D -> D K H"),
 )
-# What makes the form of the 7B; transformers' FalconConfig has these values where a key is absent.
-_FORM = {
+# How the 7B is built; where a key is absent, transformers' FalconConfig has these values too.
+_BUILT_AS = {
     "multi_query": True,
     "parallel_attn": True,
     "bias": False,
@@ -29,7 +29,7 @@ _FORM = {
 
 
 class Falcon(HuggingFaceFamily):
-    """Falcon 7B and its like; those of other forms are refused."""
+    """Falcon 7B and models built like it; others are refused."""
 
     name = "falcon"
     architectures = ("FalconForCausalLM",)
@@ -43,7 +43,7 @@ class Falcon(HuggingFaceFamily):
     }
 
     def decoder_config(self, values: Mapping[str, Any], where: str) -> DecoderConfig:
-        for key, value in _FORM.items():
+        for key, value in _BUILT_AS.items():
             read.refuse(values, where, key, value)
         sizes = {
             key: read.whole_number(values, key, where, default)
@@ -74,7 +74,7 @@ class Falcon(HuggingFaceFamily):
         return {
             "architectures": [self.architectures[0]],
             "model_type": self.model_type,
-            **_FORM,
+            **_BUILT_AS,
             "vocab_size": config.vocab_size,
             "hidden_size": config.embed_dim,
             "num_hidden_layers": config.num_layers,

@@ -16,11 +16,11 @@ class Reading:
     """How one source becomes a frozen folder.
 
     Attributes:
-        config: the model's form; its dtype is chosen by the conversion.
-        rules: where each of our arrays comes from; together they make the whole canonical tree.
+        config: of the model; the conversion chooses its dtype.
+        rules: where each of our arrays comes from; together they fill the whole canonical tree.
         tensors: the source's tensors under the names that `rules` and `unused` use.
-        unused: what else `tensors` may hold.
-        warnings: what the user should know, a line each.
+        unused: the other tensors that `tensors` may hold.
+        warnings: lines for the user.
     """
 
     config: DecoderConfig
@@ -31,12 +31,12 @@ class Reading:
 
 
 class Family:
-    """One family of checkpoints, and the forms in which it is published.
+    """One family of checkpoints, in all the layouts in which it is published.
 
     Attributes:
         name: what `--format` calls it.
-        options: what a tree of this family cannot tell: name of each option, and what it means with
-            its default.
+        options: the name of each option, for what a checkpoint does not show, and its meaning and
+            default.
     """
 
     name: ClassVar[str]
@@ -95,7 +95,7 @@ class HuggingFaceFamily(Family):
         """`decoder_config`, every error of which names file and family."""
         try:
             return self.decoder_config(values, where)
-        except CalmError as error:  # also of a form that contradicts itself, whoever wrote it
+        except CalmError as error:  # also of a DecoderConfig whose fields contradict each other
             told = str(error) if where in str(error) else f"{where}: {error}"
             raise CalmError(f"{told} (family {self.name})") from None
 
@@ -111,7 +111,7 @@ class HuggingFaceFamily(Family):
         return name
 
     def decoder_config(self, values: Mapping[str, Any], where: str) -> DecoderConfig:
-        """The model's form from config.json in any of its spellings; `where` names the file.
+        """The model's config from config.json in any of its spellings; `where` names the file.
 
         Raises:
             CalmError: something that is not supported, by its key and value.
@@ -119,17 +119,17 @@ class HuggingFaceFamily(Family):
         raise NotImplementedError
 
     def huggingface_config(self, config: DecoderConfig) -> dict[str, Any]:
-        """config.json for a model of this form, as transformers writes and reads it today.
+        """config.json for a model, as transformers 4 and 5 read it.
 
-        Of a form that this family cannot express it says something else: whoever exports reads it
+        For a model that this family cannot express, it describes another one: the export reads it
         back with `decoder_config` and compares.
         """
         raise NotImplementedError
 
     def rules(self, config: DecoderConfig) -> tuple[Rule, ...]:
-        """The table for a model of this form."""
+        """The table for a model with this config."""
         raise NotImplementedError
 
     def unused(self, config: DecoderConfig) -> tuple[Unused, ...]:
-        """What files of this family may hold besides."""
+        """What else the files of this family may hold."""
         raise NotImplementedError

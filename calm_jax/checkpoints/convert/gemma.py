@@ -1,8 +1,8 @@
-"""Gemma 1, 2 and 3 (text) as transformers publishes them, and the text part of seeing Gemma 3.
+"""Gemma 1, 2 and 3 as transformers publishes them; of Gemma 3 with vision, the language model.
 
-All norms are zero-centred, the residual stream starts as the embedding times sqrt(width), the head
-is the embedding. The name `post_attention_layernorm` means two things: in Gemma 1 the norm before
-the MLP, as in Llama; in Gemma 2 and 3 the one on the attention's result.
+All norms are zero-centred, the residual stream starts as the embedding times sqrt(width), and the
+head is the embedding. The name `post_attention_layernorm` means two things: in Gemma 1 the norm
+before the MLP, as in Llama; in Gemma 2 and 3 the one on the attention's result.
 """
 
 import re
@@ -19,12 +19,12 @@ _CAPS = {
     "attn_logit_softcapping": "attention_logit_cap",
     "final_logit_softcapping": "final_logit_cap",
 }
-# The language model within a model that sees, and its head.
+# The language model within a model with vision, and its head.
 _WITHIN = re.compile(r"^(model\.language_model|language_model\.model)\.")
 
 
 class Gemma(Llama):
-    """Gemma 1: Llama's names, another form; every layer sees everything."""
+    """Gemma 1: Llama's names for another model; every layer is global."""
 
     name = "gemma"
     architectures = ("GemmaForCausalLM",)
@@ -54,7 +54,7 @@ class Gemma(Llama):
         )
 
     def activation(self, values: Mapping[str, Any], where: str) -> str:
-        # It was published as "gelu" and trained with the tanh form.
+        # Published as "gelu", and trained with its tanh approximation.
         if values.get("hidden_act") == "gelu":
             return "gelu_tanh"
         return read.activation(values, "hidden_act", where, "gelu_tanh")
@@ -72,7 +72,7 @@ class Gemma(Llama):
 
 
 class Gemma2(Gemma):
-    """Gemma 2: every second layer is local, logits are capped, each branch has a second norm."""
+    """Gemma 2: every second layer is local, logits are capped, branches have a second norm."""
 
     name = "gemma2"
     architectures = ("Gemma2ForCausalLM",)
@@ -117,7 +117,7 @@ class Gemma2(Gemma):
         return fields
 
     def global_every(self, values: Mapping[str, Any], where: str) -> int:
-        """How many layers on from a global one the next stands, where no list says."""
+        """The distance from one global layer to the next, where no list of layers says it."""
         return 2
 
     def own_keys(self, config: DecoderConfig) -> dict[str, Any]:
@@ -132,9 +132,9 @@ class Gemma2(Gemma):
 
 
 class Gemma3(Gemma2):
-    """Gemma 3: five local layers to a global one, each with its rotary base; norms on heads.
+    """Gemma 3: five local layers for each global one, each kind with its rotary base; head norms.
 
-    Of a model that also sees images, the language model alone is read.
+    Of a model with vision, only the language model is read.
     """
 
     name = "gemma3"
@@ -151,7 +151,7 @@ class Gemma3(Gemma2):
         if text is not values:
             tied = {"tie_word_embeddings": values.get("tie_word_embeddings", True)}
             return self.decoder_config({**text, **tied}, f"{where} text_config")
-        # transformers reads this key and does not apply it.
+        # transformers reads this key but does not apply it.
         read.refuse(values, where, "attn_logit_softcapping", None)
         return super().decoder_config(values, where)
 

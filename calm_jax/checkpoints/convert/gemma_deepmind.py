@@ -2,8 +2,8 @@
 
 The package writes the same parameters in four layouts, which become one naming here: nested
 ("layer_0/attn/q_einsum/w"), flat ("transformer/layer_0/…", each MLP matrix one level deeper, under
-"w"), stacked (all layers of one place in the attention pattern along a leading axis) and Kauldron
-(nested, below "params", beside the state of training).
+"w"), stacked (along a leading axis, all layers at one position in the attention pattern) and
+Kauldron (nested, below "params", beside the training state).
 """
 
 import re
@@ -83,9 +83,9 @@ def _nested(tensors: Mapping[str, Tensor], where: str) -> dict[str, Tensor]:
         if name not in stacked:
             nested[name] = tensor
             continue
-        place, rest = stacked[name].groups()
+        position, rest = stacked[name].groups()
         for repeat in range(tensor.shape[0]):
-            nested[f"layer_{repeat * period + int(place)}/{rest}"] = Layer(tensor, 0, repeat)
+            nested[f"layer_{repeat * period + int(position)}/{rest}"] = Layer(tensor, 0, repeat)
     return nested
 
 
@@ -145,13 +145,13 @@ def _config(tensors: Mapping[str, Tensor], options: Mapping[str, Any], where: st
 
 
 def _numbers(options: Mapping[str, Any], generation: int, where: str) -> dict[str, float | int]:
-    """The options that say numbers."""
+    """The options that are numbers."""
     found: dict[str, float | int] = {}
     for name, value in options.items():
         if name == "gating" or value is None:
             continue
         if name != "query_scale" and name not in _HIDDEN[generation]:
-            raise CalmError(f"option {name}={value}: {where} is Gemma {generation}, without such")
+            raise CalmError(f"option {name}={value}: {where} is Gemma {generation}, without this")
         if name == "window":
             found[name] = read.whole_number(options, name, "options")
         elif name.endswith("_cap") and value == 0:
@@ -224,7 +224,7 @@ def _rules(config: DecoderConfig, transposed: bool, fused: bool) -> tuple[Rule, 
     )
 
 
-# Of models that also see, and of Kauldron's state of training.
+# Of models with vision, and of Kauldron's training state.
 _UNUSED = (
     Unused(r"(vision_encoder|SigLiPFromPatches_0)/.*"),
     Unused(r"embedder/mm_.*"),

@@ -1,8 +1,8 @@
 """Reading config.json: keys with their types, and what several families of transformers share.
 
 Every function takes the file's `values` and `where`, its name for messages, and raises `CalmError`
-naming the file, the key and the value. A key that is absent has the default; without one it must be
-there.
+naming the file, the key and the value. A key that is absent has the default; without a default it
+must be there.
 """
 
 import reprlib
@@ -29,7 +29,7 @@ SIZES = {
     "num_key_value_heads": "num_kv_heads",
     "head_dim": "head_dim",
 }
-# How we call an activation, and how transformers does; what it writes first.
+# Our name of an activation and those of transformers, the one to write first.
 _ACTIVATIONS = {
     "silu": ("silu", "swish"),
     "gelu": ("gelu", "gelu_python"),
@@ -103,7 +103,7 @@ def choice(
 
 
 def activation(values: Mapping[str, Any], key: str, where: str, default: str) -> str:
-    """An activation as `DecoderConfig` calls it, `default` too, which null also means."""
+    """The `DecoderConfig` name of an activation; `default` is such a name, and what null means."""
     if values.get(key) is None:
         return default
     meanings = {name: ours for ours, theirs in _ACTIVATIONS.items() for name in theirs}
@@ -111,13 +111,13 @@ def activation(values: Mapping[str, Any], key: str, where: str, default: str) ->
 
 
 def refuse(values: Mapping[str, Any], where: str, key: str, *allowed: Any) -> None:
-    """A key that changes the computation: it may be absent, or one of the `allowed`."""
+    """Refuses a key that changes the computation, unless it is absent or has an `allowed` value."""
     if key in values and values[key] not in allowed:
         raise CalmError(f"{where}: {key} is {reprlib.repr(values[key])}, which is not supported")
 
 
 def refuse_experts(values: Mapping[str, Any], where: str) -> None:
-    """Keys of mixtures of experts, whatever the architecture is called: absent, or for none."""
+    """Refuses mixtures of experts by their keys, whatever the architecture is called."""
     for key in values:
         if "expert" in key or key.startswith("moe"):
             refuse(values, where, key, None, 0, [])
@@ -131,8 +131,8 @@ def rope(
     """Base and scaling of the rotary positions.
 
     transformers 5 writes `rope_parameters`; before, there were `rope_theta` and `rope_scaling`.
-    With `layer_type` they are those of Gemma 3's local or global layers: a dictionary for each, and
-    before, `rope_local_base_freq` for the local ones, to which `rope_scaling` did not apply.
+    `layer_type` asks for Gemma 3's local or global layers: `rope_parameters` has an object for each
+    kind, and before, local ones had `rope_local_base_freq`, to which `rope_scaling` did not apply.
     """
     found = _mapping(values, "rope_parameters", where)
     scaling = _mapping(values, "rope_scaling", where)
@@ -145,7 +145,7 @@ def rope(
             if key not in (LOCAL, GLOBAL):
                 raise _wrong(inside, key, value, f"in {LOCAL} or {GLOBAL}")
         found = _mapping(found, layer_type, inside)
-    if layer_type is None and scaling:  # as transformers: one in place of the other
+    if layer_type is None and scaling:  # one replaces the other, as in transformers
         found, inside = scaling, f"{where}: rope_scaling"
     elif layer_type == GLOBAL:
         found = {**found, **scaling}
@@ -232,7 +232,7 @@ def _rope_scaling(
     if low >= high:
         raise CalmError(f"{where}: low_freq_factor {low} is not below high_freq_factor {high}")
     key = "original_max_position_embeddings"
-    # In this order, as transformers has it.
+    # In the order of transformers.
     length = values.get(key) or found.get(key) or values.get("max_position_embeddings")
     return RopeScaling(kind, factor, low, high, whole_number({key: length}, key, where))
 

@@ -1,6 +1,6 @@
 """PaLM (arXiv 2204.02311) as T5X stores it: the fused parallel layer of flaxformer.
 
-Every head has the rows of its queries beside its share of the MLP (f = F / N hidden units):
+Each head's slice holds its attention beside its share of the MLP (f = F / N hidden units):
  q_wi_fused [D, N, H + 2f]: query, gate (wi_0), up (wi_1);
  kv_fused [D, 1, 2H]: key, value;
  o_wo_fused [N, H + f, D]: output, down.
@@ -60,7 +60,7 @@ class Palm(Family):
     ) -> Reading:
         where = str(source.path)
         _refuse(source)
-        named = parameters(source.tensors) or source.tensors  # some write T5X's whole paths
+        named = parameters(source.tensors) or source.tensors  # names may be T5X's whole paths
         tensors = _dequantised(_apart(named, scan_axis, where), where)
         config = _config(tensors, where)
         offset, warnings = shown_norm_offset(tensors, "/layer_norm/scale", norm_offset, 1.0, where)
@@ -75,12 +75,12 @@ class Palm(Family):
 
 
 def rules(config: DecoderConfig) -> tuple[Rule, ...]:
-    """The table of a model whose layers are apart."""
+    """The table for a model whose layers are stored one by one."""
     head = () if config.tied_head else (rule(HEAD, "head", "D V -> D V"),)
     return (
         rule(EMBEDDING, "embedding", "V D -> V D"),
         *head,
-        # The loaders of the largest models read none: their last norm has no scale.
+        # Google's loaders of the largest models read none: their last norm has no scale.
         rule(
             LAST_NORM,
             "final_norm/scale",
@@ -156,7 +156,7 @@ def _refuse(source: Source) -> None:
 
 
 def _apart(tensors: Mapping[str, Tensor], scan_axis: int, where: str) -> dict[str, Tensor]:
-    """The tensors with every layer by itself, named as if it had been stored so."""
+    """The tensors with stacked layers taken apart, named as layers that are stored one by one."""
     if type(scan_axis) is not int or scan_axis not in (0, 1):
         raise CalmError(f"scan_axis is {scan_axis!r}; it must be 0 or 1")
     found = {name: tensor for name, tensor in tensors.items() if not name.startswith(STACKED)}
@@ -172,7 +172,7 @@ def _apart(tensors: Mapping[str, Tensor], scan_axis: int, where: str) -> dict[st
 
 
 def _check_stacked(stacked: Mapping[str, Tensor], width: int, scan_axis: int, where: str) -> None:
-    """Raises `CalmError` when `scan_axis` contradicts the shapes; where it could be either, not."""
+    """Raises `CalmError` when `scan_axis` contradicts the shapes; they may also allow both axes."""
     hint = f"try scan_axis={1 - scan_axis}"
     depths = {}
     for name, tensor in stacked.items():
@@ -197,7 +197,7 @@ def _check_stacked(stacked: Mapping[str, Tensor], width: int, scan_axis: int, wh
 
 
 def _dequantised(tensors: Mapping[str, Tensor], where: str) -> dict[str, Tensor]:
-    """The tensors, of which pairs of `qkernel` and `qscale` have become a `kernel`."""
+    """The tensors, with a float `kernel` in place of each pair of `qkernel` and `qscale`."""
     found = dict(tensors)
     for name in tensors:
         path, _, leaf = name.rpartition("/")
@@ -221,7 +221,7 @@ def _dequantised(tensors: Mapping[str, Tensor], where: str) -> dict[str, Tensor]
 
 
 def _config(tensors: Mapping[str, Tensor], where: str) -> DecoderConfig:
-    """The form that the shapes tell; of the last axes of the fused kernels, H and f."""
+    """The config that the shapes show: the last axes of the fused kernels give H and f."""
     layers = {int(found[1]) for name in tensors if (found := re.match(_LAYER_NUMBER, name))}
     first = LAYER.format(layer=0)
     q_wi = shape_of(tensors, f"{first}q_wi_fused/kernel", 3, where)

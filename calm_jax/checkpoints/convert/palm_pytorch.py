@@ -32,9 +32,9 @@ class PalmPytorch(Family):
         "norm_offset": "added to every stored gamma: 0.0, or 1.0 for models trained with "
         "PaLM-rlhf-pytorch of 2025-01-06 and later (default: 0.0 where gammas average about 1, 1.0 "
         "where they average about 0; otherwise it must be given)",
-        "xpos": "whether rotary positions decay (default: whether rotary_emb.scale is stored; "
-        "without such buffers True for PaLM-rlhf-pytorch, False for PaLM-pytorch)",
-        "xpos_scale_base": "tokens of that decay (default 512)",
+        "xpos": "whether positions decay as in xPos (default: whether rotary_emb.scale is stored; "
+        "without rotary buffers True for PaLM-rlhf-pytorch, False for PaLM-pytorch)",
+        "xpos_scale_base": "scale base of xPos, in tokens (default 512)",
         "query_scale": "factor on queries (default: head width to the power of -1/2; 8.0 for "
         "models with q_scale trained with PaLM-rlhf-pytorch before 2023-03-16)",
     }
@@ -66,7 +66,7 @@ class PalmPytorch(Family):
 
 @dataclasses.dataclass(frozen=True)
 class Names:
-    """What one of the programs calls a model's tensors; `layers` stands before a layer's number."""
+    """How one of the programs names tensors; `layers` is what precedes a layer's number."""
 
     embedding: str
     layers: str
@@ -87,7 +87,7 @@ class Names:
 
 
 def rules(config: DecoderConfig, names: Names) -> tuple[Rule, ...]:
-    """The table of a model under the given names."""
+    """The table for a model whose tensors have these names."""
     slices = {
         "norm.gamma": [Slice("layers/attention_norm/scale", "D -> D")],
         "fused_attn_ff_proj.weight": [
@@ -114,7 +114,7 @@ def rules(config: DecoderConfig, names: Names) -> tuple[Rule, ...]:
 
 
 def unused(names: Names) -> tuple[Unused, ...]:
-    """What is stored besides: buffers, and the embedding once more as the head."""
+    """What files hold besides: buffers, and the embedding a second time as the head."""
     layer = re.escape(names.layers) + r"\d+\.fn\."
     return (
         Unused(layer + r"norm\.beta", "zero"),
@@ -132,7 +132,7 @@ def _names(tensors: Mapping[str, Tensor]) -> tuple[Names, int]:
     pattern = re.escape(layers) + r"(\d+)\.fn\."
     numbers = [int(found[1]) for name in tensors if (found := re.match(pattern, name))]
     last = max(numbers, default=first_layer)
-    # A sequence too, in which a dropout was put before the matrix.
+    # ff_out is a sequence as well; later versions put a dropout before its matrix.
     without_dropout = f"{layers}{first_layer}.fn.ff_out.1.weight" in tensors
     down = "ff_out.1.weight" if without_dropout else "ff_out.2.weight"
     final_norm = f"{last + 1}." if in_sequence else "norm."
@@ -146,7 +146,7 @@ def _names(tensors: Mapping[str, Tensor]) -> tuple[Names, int]:
 def _config(
     tensors: Mapping[str, Tensor], names: Names, num_layers: int, where: str
 ) -> DecoderConfig:
-    """The form that the shapes tell."""
+    """The config that the shapes show."""
     fused, attention, down = (
         names.first + name for name in ("fused_attn_ff_proj.weight", "attn_out.weight", names.down)
     )
@@ -182,7 +182,7 @@ def _xpos(
     scale_base: float | None,
     where: str,
 ) -> float | None:
-    """Tokens of the decay of rotary positions; None: they do not decay."""
+    """The scale base of xPos in tokens, or None for plain rotary positions."""
     stored = {
         ending: any(name.endswith(ending) for name in tensors) for ending in (FREQUENCIES, DECAY)
     }

@@ -1,8 +1,8 @@
-"""What a family is made of: a table from the names of its tensors to ours, read in both directions.
+"""A family's table: which of our arrays each source tensor holds, read in both directions.
 
-A line of the table names one source tensor and the arrays of ours that it holds, each with an
-einops pattern from its form to ours; exporting reads the patterns backwards. Sizes of the axes come
-from the `DecoderConfig`, so every shape is known before a weight is read.
+A rule names one source tensor and our arrays that are slices of it, each with an einops pattern
+from its layout in the source to ours; the export reads the patterns backwards. The sizes of the
+axes come from the `DecoderConfig`, so that every shape is known before a weight is read.
 
 Axes: V vocabulary, D model width, N heads, K key heads, H head width, F MLP width, f = F / N.
 """
@@ -22,10 +22,10 @@ from calm_jax.models import DecoderConfig
 
 @dataclasses.dataclass(frozen=True)
 class Slice:
-    """One of our arrays within a source tensor.
+    """One of our arrays as a slice of a source tensor.
 
-    `target` is its path in the canonical tree, of one layer where the source is one layer's;
-    `pattern` is as `einops.rearrange` takes it, from the source's form to ours.
+    `target` is its path in the canonical tree, without the axis of layers if the source has one
+    tensor for each layer; `pattern` is for `einops.rearrange`, from the source's layout to ours.
     """
 
     target: str
@@ -39,7 +39,7 @@ class Slice:
         )
 
     def to_ours(self, x: np.ndarray, sizes: Mapping[str, int]) -> np.ndarray:
-        """A view of `x` in our form, where one exists."""
+        """`x` in our layout; a view where numpy can make one."""
         return einops.rearrange(x, self.pattern, **self._used(sizes))
 
     def to_source(self, x: np.ndarray, sizes: Mapping[str, int]) -> np.ndarray:
@@ -54,14 +54,14 @@ class Slice:
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
-    """One line of a family's table.
+    """One source tensor, or one for each layer, in a family's table.
 
     Attributes:
-        source: the tensor's name; "{layer}" in it stands for a layer's number.
+        source: the name of the tensor, with "{layer}" for the number of its layer.
         slices: what it holds, side by side along `axis`.
         absent: the value that fills the slices where the source lacks the tensor; None: the tensor
             must be there.
-        first_layer: the source's number of the first layer.
+        first_layer: the number of the first layer in the source.
     """
 
     source: str
@@ -75,7 +75,7 @@ class Rule:
         return "{layer}" in self.source
 
     def names(self, num_layers: int) -> Iterator[str]:
-        """The names of the source tensors, one a layer or one alone."""
+        """The names of the source tensors: one for each layer, or a single one."""
         for layer in range(num_layers if self.per_layer else 1):
             yield self.source.format(layer=self.first_layer + layer)
 
@@ -90,7 +90,7 @@ class Rule:
     def split(
         self, tensor: np.ndarray, sizes: Mapping[str, int]
     ) -> Iterator[tuple[str, np.ndarray]]:
-        """(target, array in our form) of each slice; views of `tensor` where they exist."""
+        """(target, array in our layout) of each slice; views of `tensor` where possible."""
         start = 0
         axis = self.axis % tensor.ndim
         for one in self.slices:
@@ -109,11 +109,11 @@ class Rule:
 
 @dataclasses.dataclass(frozen=True)
 class Unused:
-    """Tensors that a source may hold and the model does not need.
+    """Tensors that a source may hold although the model does not need them.
 
     Attributes:
         pattern: a regular expression for the whole name.
-        must: "anything"; "zero", what they would add; "same", entry for entry the tensor `other`.
+        must: what they must hold: "anything"; "zero"; or "same", the entries of the tensor `other`.
     """
 
     pattern: str
@@ -130,7 +130,7 @@ def rule(source: str, target: str, pattern: str, **fields) -> Rule:
 
 
 def sizes(config: DecoderConfig) -> dict[str, int]:
-    """Size of every axis that patterns may name."""
+    """The size of every axis that patterns may name."""
     found = {
         "V": config.vocab_size,
         "D": config.embed_dim,
@@ -151,7 +151,7 @@ def check_names(
     tensors: Mapping[str, object],
     where: str,
 ) -> None:
-    """Raises `CalmError` naming the first tensor that is missing, or that nothing reads."""
+    """Raises `CalmError` naming the first tensor that is missing, or that no rule reads."""
     known = set()
     for line in rules:
         for name in line.names(num_layers):

@@ -1,4 +1,4 @@
-"""Whether a converted model computes what its source does, as far as this machine can tell."""
+"""Checks that a converted model computes what its source does, as far as this machine can."""
 
 import hashlib
 import importlib
@@ -18,7 +18,7 @@ from calm_jax.models import DecoderConfig
 
 FILE = "verification.json"
 PROMPTS, LENGTH = 3, 64  # tokens
-LARGEST_WINDOW = 1024  # of a model whose prompt is longer than it
+LARGEST_WINDOW = 1024  # the longest that a prompt is made to exceed
 TOLERANCE = 1e-4  # of the largest logit, in float32
 ROUNDED_TOLERANCE = 0.1  # where weights were rounded to bfloat16 and the source's were not
 log = logging.getLogger("absl")
@@ -27,10 +27,10 @@ log = logging.getLogger("absl")
 def verify_model(
     described: Description, source: Source, adapter: epath.PathLike | None = None
 ) -> None:
-    """Computes logits of fixed prompts in float32, notes them in the folder, and compares them.
+    """Computes logits of fixed prompts in float32, writes them to the folder, and compares them.
 
-    They are compared with those of transformers, where it is installed and `source` is a Hugging
-    Face folder; a log line says which was done.
+    If transformers is installed and reads `source`, they are compared with its logits, to which
+    PEFT adds the `adapter`; a log line says what was compared.
 
     Raises:
         CalmError: the folder cannot be loaded, a logit is not finite, transformers does not run
@@ -70,7 +70,7 @@ def verify_model(
 def fixed_prompts(config: DecoderConfig) -> np.ndarray:
     """Token ids, int32 [B, T], the same for every model with such a vocabulary and window.
 
-    One prompt alone reaches beyond the window: logits of a long one take as much as many weights.
+    Only one prompt reaches beyond the window: the logits of long prompts take much memory.
     """
     shape = (PROMPTS, LENGTH)
     if config.window is not None and LENGTH <= config.window <= LARGEST_WINDOW:
@@ -85,7 +85,7 @@ def _compare(
     described: Description,
     adapter: epath.PathLike | None,
 ) -> dict[str, Any] | None:
-    """Name and greatest difference of what the logits were compared with, or None."""
+    """The program that the logits were compared with and the largest difference, or None."""
     if source.kind != "huggingface":
         log.info("Logits computed and noted; there is nothing here to compare them with")
         return None
@@ -105,7 +105,7 @@ def _compare(
             model = importlib.import_module("peft").PeftModel.from_pretrained(model, str(adapter))
         with torch.no_grad():
             theirs_BTV = model(torch.from_numpy(tokens_BT.astype(np.int64))).logits.numpy()
-    except Exception as error:  # whatever it does not like, of many kinds
+    except Exception as error:  # transformers raises many kinds
         raise CalmError(f"{source.path}: {program} cannot run it: {first_line(error)}") from error
     scale = float(np.max(np.abs(theirs_BTV)))
     difference = float(np.max(np.abs(theirs_BTV - logits_BTV))) / scale

@@ -1,7 +1,7 @@
-"""A folder of Hugging Face: config.json and safetensors, in one file or in shards.
+"""Hugging Face folders: config.json and safetensors, in one file or in shards.
 
 The container is described at https://huggingface.co/docs/safetensors. Its own library checks a
-file's header; tensors are views of the mapped file, as the library would copy each of them.
+file's header; tensors are views of the mapped file, where the library would copy them.
 """
 
 import dataclasses
@@ -40,7 +40,7 @@ def read(folder: epath.Path) -> Source:
     """Opens a folder; no weight is read.
 
     Tensors are those of the shards in `model.safetensors.index.json`, of `model.safetensors`, of
-    all `.safetensors` files together, or without any of `pytorch_model.bin`.
+    all `.safetensors` files together, or if there is none, of `pytorch_model.bin`.
 
     Raises:
         CalmError: the folder is on a bucket; config.json is missing or damaged; index and shards
@@ -76,8 +76,8 @@ def read(folder: epath.Path) -> Source:
 def read_file(path: epath.Path) -> Source:
     """Opens one `.safetensors` or `.bin` file.
 
-    One that transformers reads, with a config.json beside it, stands for its folder. Raises
-    `CalmError` as `read` does, and when that folder has other weights too.
+    A file that transformers reads, with a config.json beside it, stands for its folder. Raises
+    `CalmError` as `read` does, and when that folder holds other weights too.
     """
     _refuse_buckets(path)
     is_pickled = path.suffix == ".bin"

@@ -1,4 +1,4 @@
-"""Layers of stacked tensors, read several at a time."""
+"""The layers of stacked tensors, read several at a time."""
 
 from typing import Any
 
@@ -10,19 +10,19 @@ GROUP_BYTES = 2**30
 
 
 def unstack(tensor: Tensor, axis: int, group_bytes: int = GROUP_BYTES) -> list[Layer]:
-    """The layers of a tensor that stacks them along `axis`, to be read one after the other.
+    """The layers of a tensor that stacks them along `axis`, to be read in order.
 
-    On disk one chunk may span all layers, so that reading a layer decompresses all of them. Here
-    the first read of a layer reads as many of the following ones as fit in `group_bytes`, which are
-    kept until the last of them was read: a tensor of up to that size is decompressed once, a larger
-    one once a group.
+    One chunk on disk may span all layers, so that reading one layer decompresses them all. Reading
+    a layer therefore also reads as many of the following ones as fit in `group_bytes`, and keeps
+    them until the last of them is read: a tensor of up to that size is decompressed once, a larger
+    one once for each group.
     """
     stack = _Stack(tensor, axis, group_bytes)
     return [Layer(stack, axis, layer) for layer in range(tensor.shape[axis])]
 
 
 class _Stack:
-    """A tensor that keeps the group of layers read last."""
+    """A tensor that keeps the group of layers that was read last."""
 
     def __init__(self, tensor: Tensor, axis: int, group_bytes: int):
         self.shape, self.dtype = tuple(tensor.shape), np.dtype(tensor.dtype)
@@ -34,7 +34,7 @@ class _Stack:
         self._start, self._group = 0, None
 
     def __getitem__(self, index: tuple[Any, ...]) -> np.ndarray:
-        """`index` is as `Layer` asks: whole axes, then the number of a layer."""
+        """`index` is that of `Layer`: whole axes, then the number of a layer."""
         layer = index[self._axis]
         stop = min(self._start + self._count, self.shape[self._axis])
         if self._group is None or not self._start <= layer < stop:

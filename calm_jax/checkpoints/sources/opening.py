@@ -1,4 +1,4 @@
-"""Finds out how a checkpoint is stored and opens it."""
+"""Recognises how a checkpoint is stored, and opens it."""
 
 import importlib
 import os
@@ -28,7 +28,7 @@ def open_source(path: str | os.PathLike) -> Source:
 
 
 def _reader(path: epath.Path):
-    """The function `read(path) -> Source` for a path."""
+    """The function `read(path) -> Source` that reads this kind of checkpoint."""
     suffix_readers = {
         ".gguf": "gguf_file",
         ".npz": "npz",

@@ -1,7 +1,7 @@
-"""Trees of arrays that Orbax wrote: a folder with `_METADATA`, or one that holds a single such.
+"""Trees of arrays that Orbax wrote: a folder with `_METADATA`, or one that holds one such folder.
 
-Read with TensorStore, not with Orbax: any number of devices may have written them, folders of old
-versions lack files that Orbax asks for today, and each array is read only where it is needed.
+TensorStore reads them, not Orbax: any number of devices may have written them, folders of old
+versions lack files that Orbax needs today, and only the parts that are needed are read.
 """
 
 from collections.abc import Callable
@@ -48,7 +48,7 @@ def tree_folder(folder: epath.Path) -> epath.Path:
 def open_tree(
     folder: epath.Path, rename: Callable[[str], str | None] = lambda name: name
 ) -> dict[str, StoredTensor]:
-    """The tensors of the tree in `folder` by their names; those that `rename` makes None, not."""
+    """The tensors of the tree in `folder` by their new names; `rename` returns None to skip one."""
     path = folder / "_METADATA"
     driver = "zarr3" if read_json(path, "a tree of Orbax").get("use_zarr3") else "zarr"
     ocdbt = (folder / "manifest.ocdbt").exists()
@@ -61,7 +61,7 @@ def open_tree(
 
 
 def array_names(folder: epath.Path) -> dict[str, str]:
-    """Names of the arrays of the tree in `folder`, and where in it each is stored."""
+    """The names of the arrays of the tree in `folder`, and the path of each in it."""
     path = folder / "_METADATA"
     entries = read_field(read_json(path, "a tree of Orbax"), "tree_metadata", path)
     found = {}
@@ -86,12 +86,12 @@ def _trees(folder: epath.Path) -> list[epath.Path]:
 
 
 def _is_plain(part: str) -> bool:
-    """Whether a part of a path names something, and nothing outside its folder."""
+    """Whether a part of a path is a name, and does not lead out of its folder."""
     return part.isprintable() and part not in ("", ".", "..")
 
 
 def _is_array(value_metadata: dict) -> bool:
-    """Empty dicts, None and text are leaves too, and have no array."""
+    """Whether a leaf is an array: empty dicts, None and text are leaves too."""
     return not value_metadata.get("skip_deserialize") and value_metadata.get("value_type") not in (
         "string",
         "None",

@@ -1,4 +1,4 @@
-"""What every checkpoint looks like once it is open."""
+"""An open checkpoint, whatever its kind."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -32,7 +32,7 @@ class Source:
     Attributes:
         path: what the user named.
         kind: how it is stored.
-        tensors: every array by its full name; of trees, the keys joined by "/".
+        tensors: every array by its full name; in trees, the keys joined by "/".
         config: the checkpoint's own description (`config.json` of Hugging Face), or None.
         vocabulary_files: tokenizer files that the checkpoint holds within itself, by their names;
             None: it is of a kind that holds none.

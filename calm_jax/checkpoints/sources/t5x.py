@@ -1,6 +1,6 @@
-"""Checkpoints of T5X: parameters alone, the optimizer's state is not opened.
+"""Checkpoints of T5X: only the parameters, not the optimizer's state.
 
-Three forms are on disk (`t5x/checkpoints.py`):
+There are three layouts on disk (`t5x/checkpoints.py`):
  legacy: a msgpack file `checkpoint` whose leaves are TensorStore specs of zarr folders beside it,
   and arrays; version 3, or 2, which has bfloat16 as uint16;
  old Orbax (2022 to 2023): the same file with leaves `PLACEHOLDER://<folder>`;
@@ -30,12 +30,12 @@ _STORES = ("file", "gfile", "gcs")
 _PLACEHOLDER = "PLACEHOLDER://"
 _MESH_TENSORFLOW = b"model_checkpoint_path"
 _PARAMETERS = re.compile(r"(?:_?optimizer/)?target/(.+)")
-# What flaxformer writes among the parameters to tell its own versions apart.
+# Flaxformer writes these among the parameters, to tell its own versions apart.
 _MARKS = ("__save_format_metadata__", "__version__")
 
 
 def is_t5x(path: epath.Path) -> bool:
-    """Whether `path` is a checkpoint of T5X, or a folder of such."""
+    """Whether `path` is a checkpoint of T5X, or a folder of them."""
     return _is_checkpoint(path) or bool(_steps(path))
 
 
@@ -43,10 +43,10 @@ def read(path: epath.Path) -> Source:
     """Opens the parameters; names are those below `target`.
 
     Args:
-        path: a folder `checkpoint_<step>`, or one that holds a single such.
+        path: a folder `checkpoint_<step>`, or one that holds a single such folder.
 
     Raises:
-        CalmError: there is more than one step, the form is not supported, or it is damaged.
+        CalmError: there is more than one step, the layout is not supported, or it is damaged.
     """
     folder = path if _is_checkpoint(path) else _only_step(path)
     tree = _orbax_folder(folder)
@@ -90,37 +90,37 @@ def _read_orbax(tree: epath.Path) -> dict[str, Tensor]:
 
 
 def _parameter_name(name: str) -> str | None:
-    """The name of a parameter from its whole path; None of the optimizer's state."""
+    """The name of a parameter from its whole path; None for the optimizer's state."""
     found = _PARAMETERS.fullmatch(name)
     return None if found is None or any(mark in name for mark in _MARKS) else found[1]
 
 
 def parameters(leaves: Mapping[str, Leaf]) -> dict[str, Leaf]:
-    """The leaves that are parameters, by their names below `target`, of all by whole paths."""
+    """Of leaves by their whole paths, the parameters by their names below `target`."""
     named = {_parameter_name(path): leaf for path, leaf in leaves.items()}
     return {name: leaf for name, leaf in named.items() if name is not None}
 
 
 def _read_msgpack(folder: epath.Path) -> dict[str, Tensor]:
-    """Parameters of the two forms with a msgpack file."""
+    """Parameters of the two layouts with a msgpack file."""
     path = folder / "checkpoint"
     version, leaves = _parse(path)
     ocdbt = (folder / "manifest.ocdbt").exists()
-    specs, arrays, forms = {}, {}, {}
+    specs, arrays, expected = {}, {}, {}
     for name, leaf in leaves.items():
         called = f"{path}: tensor {name}"
         if isinstance(leaf, str) and leaf.startswith(_PLACEHOLDER):
             inside = _inside(folder, leaf.removeprefix(_PLACEHOLDER), called)
             specs[name] = zarr_spec(folder, inside, ocdbt=ocdbt)
         elif isinstance(leaf, Mapping):
-            inside, forms[name] = _check_spec(leaf, called)
+            inside, expected[name] = _check_spec(leaf, called)
             specs[name] = zarr_spec(folder, _inside(folder, inside, called))
         elif isinstance(leaf, np.ndarray | np.generic):
             arrays[name] = np.asarray(leaf)
         elif leaf is not None:
             raise CalmError(f"{called} is {leaf!r}, neither an array nor where one is stored")
     tensors = open_all(specs, str(folder), bfloat16_as_uint16=version == 2)
-    for name, (shape, dtype) in forms.items():
+    for name, (shape, dtype) in expected.items():
         store = tensors[name].store
         if (shape, dtype) != (store.shape, store.dtype.name):
             raise CalmError(
@@ -131,7 +131,7 @@ def _read_msgpack(folder: epath.Path) -> dict[str, Tensor]:
 
 
 def _parse(path: epath.Path) -> tuple[int | None, dict[str, Any]]:
-    """Version of a msgpack file, and its leaves that are parameters, by name."""
+    """The version of a msgpack file, and its parameters by name."""
     from flax import serialization
 
     data = read_bytes(path)
@@ -158,7 +158,7 @@ def _parse(path: epath.Path) -> tuple[int | None, dict[str, Any]]:
 
 
 def _leaves(tree: Any, where: str, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """(path, leaf) of nested dicts, a TensorStore spec being a leaf."""
+    """(path, leaf) of nested dicts, where a TensorStore spec is a leaf."""
     if not isinstance(tree, Mapping):
         raise CalmError(f"{where} is damaged: it holds a {type(tree).__name__}, not a tree")
     for key, value in tree.items():
@@ -170,7 +170,7 @@ def _leaves(tree: Any, where: str, prefix: str = "") -> Iterator[tuple[str, Any]
 
 
 def _check_spec(spec: Mapping[str, Any], called: str) -> tuple[str, tuple[tuple[int, ...], str]]:
-    """Where a spec says that its array is, and the shape and dtype that it says it has."""
+    """The path of the array in a spec, and the (shape, dtype) that the spec gives it."""
     store = spec["kvstore"]
     try:
         kinds = spec["driver"], store["driver"]
@@ -179,7 +179,7 @@ def _check_spec(spec: Mapping[str, Any], called: str) -> tuple[str, tuple[tuple[
         shape = spec["metadata"]["shape"]
         # Flax writes a list as a dict, unless it is told how to write the whole spec.
         shape = shape.values() if isinstance(shape, Mapping) else shape
-        form = tuple(map(int, shape)), str(spec["dtype"])
+        shape_and_dtype = tuple(map(int, shape)), str(spec["dtype"])
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise CalmError(f"{called} has a damaged spec ({error!r}): {dict(spec)}") from None
     if kinds[0] != "zarr" or kinds[1] not in _STORES:
@@ -187,7 +187,7 @@ def _check_spec(spec: Mapping[str, Any], called: str) -> tuple[str, tuple[tuple[
             f"{called} is stored as {kinds[0]} on {kinds[1]}; supported is zarr on "
             f"{', '.join(_STORES)}"
         )
-    return path, form
+    return path, shape_and_dtype
 
 
 def _inside(folder: epath.Path, path: str, called: str) -> str:
