@@ -122,7 +122,7 @@ def test_sizes_of_gptj_by_their_other_names(own, saved, tmp_path):
 def test_prompts_that_transformers_does_not_take(tmp_path):
     config = transformers.GPTJConfig(**GPT_J | {"n_positions": 32}, rotary_dim=4)
     transformers.GPTJForCausalLM(config).save_pretrained(tmp_path / "source")
-    with pytest.raises(CalmError, match=r"transformers \S+ cannot run it: Runtime"):
+    with pytest.raises(CalmError, match=r"transformers \S+ cannot run it: (Runtime|Index)Error"):
         calm_jax.convert(tmp_path / "source", tmp_path / "model", verify=True)
     assert not (tmp_path / "model").exists()
 
