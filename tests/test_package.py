@@ -91,6 +91,19 @@ def test_imports_run_downward(path):
             assert below >= floor(own), f"{module} is above"
 
 
+def test_no_imports_form_a_cycle():
+    """Imports inside functions count too: they would only hide it."""
+    files = {
+        ".".join(("calm_jax", *path.relative_to(PACKAGE).with_suffix("").parts)): path
+        for path in MODULES
+        if path.name != "__init__.py"
+    }
+    left = {name: imports(path) & set(files) - {name} for name, path in files.items()}
+    while done := {name for name, below in left.items() if not below & set(left)}:
+        left = {name: below for name, below in left.items() if name not in done}
+    assert not left, "these import each other, or what does"
+
+
 @pytest.mark.parametrize("path", sorted((PACKAGE / "models").glob("*.py")), ids=lambda p: p.name)
 def test_models_know_no_data_files_and_flags(path):
     tops = {module.partition(".")[0] for module in imports(path)}
