@@ -16,7 +16,7 @@ from measuring import Clock, short, tell
 from pair import OUTPUT, STEPS, chosen
 
 from calm_jax.errors import CalmError
-from calm_jax.models import DecoderConfig
+from calm_jax.models import DecoderConfig, Inputs
 from calm_jax.models.attention import Attention
 from calm_jax.models.attention_choice import Need, choose
 
@@ -65,8 +65,8 @@ def measured(backend: str, arrays: list[jax.Array], scale: float, steps: int):
 
     @jax.jit
     def forward(q_BTNH, k_BSKH, v_BSKH):
-        segments_BT = jnp.ones(q_BTNH.shape[:2], jnp.int32)
-        return Attention(backend, segments_BT, scale=scale)(q_BTNH, k_BSKH, v_BSKH)
+        inputs = Inputs(segments_BT=jnp.ones(q_BTNH.shape[:2], jnp.int32))
+        return Attention(backend, inputs, scale=scale)(q_BTNH, k_BSKH, v_BSKH)
 
     @jax.jit
     def both(gradient, *inputs):

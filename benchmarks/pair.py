@@ -22,9 +22,10 @@ from calm_jax.models.attention_choice import Need, choose
 from calm_jax.models.execution import REMAT as POLICIES
 from calm_jax.models.execution import Execution
 from calm_jax.models.parameters import module_tree
+from calm_jax.models.parts import Parts
 from calm_jax.planning.ideal import IdealFlops, ideal_flops
 from calm_jax.training.optimizer import make_optimizer
-from calm_jax.training.step import Parts, Shardings, make_train_step
+from calm_jax.training.step import Shardings, make_train_step
 
 OPTIMIZER = ConfigDict(
     {

@@ -18,7 +18,8 @@ from pair import Pair
 from torch import Tensor, nn
 
 from calm_jax.models import ComposedDecoder, CompositionConfig, Decoder, DecoderConfig
-from calm_jax.models.bridge import NORM_EPS, heads
+from calm_jax.models.config import heads
+from calm_jax.models.cross_attention import NORM_EPS
 from calm_jax.models.parameters import Tree, module_tree, path_name
 
 
@@ -189,13 +190,8 @@ def copy_weights(composed: ComposedDecoder, model: Composed) -> None:
 
 
 def _layers(decoder: Decoder) -> list[dict[str, np.ndarray]]:
-    """The arrays of each layer, by name, from pieces that are cut at the connections."""
-    pieces = module_tree(decoder.layers)["pieces"]
-    return [
-        layer
-        for number, shape in enumerate(decoder.layers.shapes)
-        for layer in _unstacked(pieces[str(number)], len(shape))
-    ]
+    """The arrays of each layer, by name."""
+    return _unstacked(module_tree(decoder.layers), 1)
 
 
 def _unstacked(tree: Tree, leading: int) -> list[dict[str, np.ndarray]]:

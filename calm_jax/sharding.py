@@ -28,6 +28,7 @@ Rules = Mapping[str, tuple[str, ...]]
 RULES: Rules = {
     "batch": ("slices", "data", "fsdp"),
     "length": (),
+    "cache_length": (),
     "stream_length": ("tensor",),
     "activation_embed": (),
     "embed": ("fsdp",),
@@ -38,6 +39,7 @@ RULES: Rules = {
     "mlp": ("tensor",),
     "vocab": ("tensor",),
     "layers": (),
+    "lora_rank": (),
 }
 
 # Of weights, by the config's `weight_sharding`: "all" splits them over every device of a slice. A
@@ -193,12 +195,28 @@ def check_batch(batch_size: int, accumulate: int, mesh: Mesh) -> None:
         )
 
 
+def current_mesh(*arrays: jax.Array) -> jax.sharding.AbstractMesh:
+    """The mesh that is set, or else the one on which the first of `arrays` lies that is on any.
+
+    So a model whose arrays lie on a mesh runs there, also where the caller has set none.
+    """
+    meshes = [jax.sharding.get_abstract_mesh()]
+    for x in arrays:
+        meshes.append(getattr(jax.typeof(x).sharding, "mesh", meshes[0]))
+    return next((mesh for mesh in meshes if not mesh.empty), meshes[0])
+
+
+def mesh_of(array: jax.Array):
+    """A context in which the mesh of `array` is set, unless another is."""
+    return jax.sharding.use_abstract_mesh(current_mesh(array))
+
+
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
-    """Fixes the sharding of an activation by its logical axes, where a mesh is set."""
-    mesh = jax.sharding.get_abstract_mesh()
+    """Fixes the sharding of an activation by its logical axes, where there is a mesh."""
+    mesh = current_mesh(x)
     if mesh.empty:
         return x
-    return jax.lax.with_sharding_constraint(x, _activation_spec(x, axes, mesh))
+    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, _activation_spec(x, axes, mesh)))
 
 
 def on_each_device(
@@ -206,15 +224,15 @@ def on_each_device(
     arrays: Sequence[jax.Array],
     axes: Sequence[Sequence[str | None]],
 ) -> jax.Array:
-    """`function(*arrays)`, computed by each device from its own parts alone, where a mesh is set.
+    """`function(*arrays)`, computed by each device from its own parts alone, where there is a mesh.
 
     `axes` are the arrays' logical axes. The result is split as the first array is.
     """
-    mesh = jax.sharding.get_abstract_mesh()
+    mesh = current_mesh(*arrays)
     if mesh.empty:
         return function(*arrays)
     specs = tuple(_activation_spec(x, x_axes, mesh) for x, x_axes in zip(arrays, axes, strict=True))
-    split = jax.shard_map(function, in_specs=specs, out_specs=specs[0], check_vma=False)
+    split = jax.shard_map(function, mesh=mesh, in_specs=specs, out_specs=specs[0], check_vma=False)
     return split(*arrays)
 
 
@@ -229,7 +247,7 @@ def look_up(
     Returns:
         [B, T, D] in `dtype`, its length split as the residual stream's.
     """
-    mesh = jax.sharding.get_abstract_mesh()
+    mesh = current_mesh(table_VD)
     if mesh.empty:
         return table_VD[ids_BT].astype(dtype)
     rules = WEIGHT_RULES[weight_sharding]
@@ -254,6 +272,7 @@ def look_up(
 
     split = jax.shard_map(
         on_device,
+        mesh=mesh,
         in_specs=(PartitionSpec(vocab or None, embed or None), PartitionSpec(batch or None, None)),
         out_specs=PartitionSpec(
             batch or None, (vocab and length) or None, None if exchanged else embed or None

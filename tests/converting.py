@@ -31,7 +31,7 @@ def decoder_in_memory(family, source, dtype="float32", **options) -> Decoder:
     for path, parts in arrays.items():
         *folders, leaf = path.split("/")
         if path.startswith("layers/"):
-            folders, whole = ["layers", "pieces", "0", *folders[1:]], np.stack(parts)
+            whole = np.stack(parts)
         else:
             (whole,) = parts
         node = tree

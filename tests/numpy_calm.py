@@ -259,13 +259,9 @@ def soft_cap(x, cap):
 
 
 def layers_of(tree):
-    """Each layer's parameters, in order, however the stack is cut into pieces."""
-    layers = []
-    pieces = tree["layers"]["pieces"]
-    for number in sorted(pieces, key=int):
-        leading = np.shape(pieces[number]["attention_norm"]["scale"])[:-1]
-        layers += [pick(pieces[number], index) for index in np.ndindex(*leading)]
-    return layers
+    """Each layer's parameters, in order."""
+    depth = len(tree["layers"]["attention_norm"]["scale"])
+    return [pick(tree["layers"], layer) for layer in range(depth)]
 
 
 def pick(tree, index):

@@ -3,10 +3,11 @@
 import functools
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from calm_jax.models import CompositionConfig, Decoder, DecoderConfig, compose
+from calm_jax.models import CompositionConfig, Decoder, DecoderConfig, Inputs, compose
 from calm_jax.models.parameters import Structure, module_tree, path_name
 
 SIZES = {"vocab_size": 24, "embed_dim": 16, "num_heads": 4, "head_dim": 8, "mlp_dim": 20}
@@ -57,7 +58,7 @@ def random_decoder(config, seed=0) -> Decoder:
 
 
 def random_composed(anchor, augments, configs, seed=0):
-    """A composed model of decoder configs, as `compose` would cut it."""
+    """A composed model of decoder configs."""
     configs = (configs,) if isinstance(configs, CompositionConfig) else tuple(configs)
     structure = composed_structure(anchor, tuple(augments), configs)
     return structure.merge(random_tree(structure, seed))
@@ -92,6 +93,13 @@ def packed_batch(vocab_size=SIZES["vocab_size"]):
     prompt = (positions < 2) & (segments != 0) & (segments != 3)
     tokens = np.random.default_rng(7).integers(vocab_size, size=segments.shape)
     return tuple(np.asarray(x, np.int32) for x in (tokens, positions, segments, prompt))
+
+
+def as_inputs(tokens, positions=None, segments=None, prompt=None) -> Inputs:
+    """What models read, of a batch as `packed_batch` makes it."""
+    return Inputs(
+        jnp.asarray(tokens), positions_BT=positions, segments_BT=segments, prompt_mask_BT=prompt
+    )
 
 
 def assert_close(found, expected, tolerance=5e-5):

@@ -20,7 +20,7 @@ from random_models import (
 
 from calm_jax import sharding
 from calm_jax.errors import CalmError
-from calm_jax.models import CompositionConfig, compose
+from calm_jax.models import CompositionConfig, Inputs, compose
 from calm_jax.models.parameters import Structure, module_tree, path_name
 
 # Every dimension that a mesh axis may split divides by 8, except the key heads.
@@ -50,7 +50,7 @@ def run(mesh):
     def step(tree, batch):
         def loss(bridge):
             model = structure.merge({**tree, "bridge": bridge})
-            logits = model.forward(batch["tokens"], None, batch["segments"])
+            logits = model.forward(Inputs(batch["tokens"], segments_BT=batch["segments"]))
             return jnp.sum(jnp.sin(logits)), logits
 
         return jax.grad(loss, has_aux=True)(tree["bridge"])
@@ -84,10 +84,10 @@ def test_eight_devices_compute_what_one_does(name, on_one_device):
     held = {
         "anchor/embedding": (32 // tensor, 16 // fsdp),
         "anchor/head": (16 // fsdp, 32 // tensor),
-        "anchor/layers/pieces/1/attention/query": (2, 1, 16 // fsdp, 8 // tensor, 4),
-        "anchor/layers/pieces/1/attention/key": (2, 1, 16 // fsdp, keys, 4),
-        "anchor/layers/pieces/1/mlp/down": (2, 1, 24 // tensor, 16 // fsdp),
-        "augments/0/layers/pieces/0/attention/value": (2, 1, 8 // fsdp, 1, 4),
+        "anchor/layers/attention/query": (4, 16 // fsdp, 8 // tensor, 4),
+        "anchor/layers/attention/key": (4, 16 // fsdp, keys, 4),
+        "anchor/layers/mlp/down": (4, 24 // tensor, 16 // fsdp),
+        "augments/0/layers/attention/value": (3, 8 // fsdp, 1, 4),
         "bridge/rounds/0/0/projection": (2, 8 // tensor, 16 // fsdp),
         "bridge/rounds/0/0/query": (2, 16 // fsdp, 8 // tensor, 2),
         "bridge/rounds/1/0/output": (8 // tensor, 2, 16 // fsdp),
@@ -230,7 +230,7 @@ def test_an_array_that_does_not_divide_is_named():
     with pytest.raises(CalmError, match=r"w: embed of size 6 is not divisible .* fsdp = 4"):
         sharding.array_sharding("w", (6, 2), ("embed", "mlp"), mesh)
     structure = decoder_structure(palm(num_heads=3, embed_dim=8))
-    where = "layers/pieces/0/attention/output: heads of size 3 .* tensor = 2"
+    where = "layers/attention/output: heads of size 3 .* tensor = 2"
     with pytest.raises(CalmError, match=where):
         structure.shardings(mesh)
 

@@ -22,10 +22,12 @@ from calm_jax.checkpoints.trees import restore_tree, save_tree
 from calm_jax.errors import CalmError
 from calm_jax.models import ComposedDecoder, CompositionConfig, Decoder, compose
 from calm_jax.models.connections import plan_connections
-from calm_jax.models.parameters import Structure, Tree, module_tree
+from calm_jax.models.lora import add_lora, lora_in, lora_of
+from calm_jax.models.parameters import Tree
+from calm_jax.models.parts import Parts
 from calm_jax.sharding import RULES, Rules
 
-FORMAT = "calm_jax bridge, version 1"
+FORMAT = "calm_jax bridge, version 2"
 
 
 def load_composed(
@@ -67,10 +69,11 @@ def load_composed(
             if step is None:
                 raise CalmError(f"{folder} has no checkpoint yet")
             state = checkpoints.read_state(step)
-            if not state["frozen"]:
+            if not state["composition"]:
                 raise CalmError(f"{folder} trains a lone decoder; load its frozen folder instead")
+            state["lora"] = state["config"].get("lora")
             composed = _frozen_parts(state, anchor, augments, mesh, str(folder))
-            restored = checkpoints.restore(step, _abstract_bridge(composed)).trainable
+            trained = checkpoints.restore(step, _abstract_trained(composed)).trainable
     else:
         values = read_json(folder / "config.json", "a run or an exported bridge")
         if values.get("format") != FORMAT:
@@ -80,9 +83,9 @@ def load_composed(
         for key in ("frozen", "composition"):
             read_field(values, key, folder / "config.json")
         composed = _frozen_parts(values, anchor, augments, mesh, str(folder))
-        restored = restore_tree(folder / "weights", _abstract_bridge(composed))
-    composed.bridge = Structure(composed.bridge).merge(restored)
-    return composed
+        trained = restore_tree(folder / "weights", _abstract_trained(composed))
+    parts = Parts(composed)
+    return parts.merge(trained, parts.of(composed)[1])
 
 
 def export_bridge(
@@ -108,12 +111,14 @@ def export_bridge(
     elif step is not None:
         raise CalmError(f"a composed model has no step {step} to choose")
     with whole_folder(target) as folder:
-        save_tree(folder / "weights", module_tree(composed.bridge))
+        update = lora_in(composed.anchor.layers)
+        save_tree(folder / "weights", Parts(composed).of(composed)[0])
         write_json(
             folder / "config.json",
             {
                 "format": FORMAT,
                 "composition": [config.to_dict() for config in composed.configs],
+                "lora": update and update.to_dict(),
                 "frozen": identities(composed),
             },
         )
@@ -126,7 +131,7 @@ def load_parts(
     mesh: jax.sharding.Mesh | None,
     rules: Rules = RULES,
 ) -> list[Decoder]:
-    """The anchor and the augments for `compose`, cut at the connections while they are loaded.
+    """The anchor and the augments for `compose`.
 
     Args:
         places: frozen folders, described or not, or models, which are taken as they are.
@@ -134,18 +139,16 @@ def load_parts(
         rules: where their weights go on the mesh.
 
     Raises:
-        CalmError: as `calm_jax.load`, or connections that do not fit.
+        CalmError: as `calm_jax.load`; or, before a weight is read, connections that do not fit.
     """
     found = [_described(place) for place in places]
     depths = [model.config.num_layers for model in found]
-    plan = plan_connections(configs, depths[0], depths[1:])
+    plan_connections(configs, depths[0], depths[1:])
     return [
         model
         if isinstance(model, Decoder)
-        else frozen.load_cut(model, shapes, mesh=mesh, dtype=dtype, rules=rules)
-        for model, shapes, dtype in zip(
-            found, (plan.anchor_shapes, *plan.augment_shapes), dtypes, strict=True
-        )
+        else frozen.load_described(model, mesh=mesh, dtype=dtype, rules=rules)
+        for model, dtype in zip(found, dtypes, strict=True)
     ]
 
 
@@ -209,6 +212,11 @@ def _frozen_parts(values, anchor, augments, mesh, where: str) -> ComposedDecoder
     check_identities(values["frozen"], list(map(_found_identity, found, dtypes)), where)
     configs = [CompositionConfig.from_dict(config) for config in values["composition"]]
     models = load_parts(found, dtypes, configs, mesh)
+    update = values.get("lora") and lora_of(values["lora"])
+    if update:
+        # An anchor that was given belongs to the caller and stays as it is.
+        models[0] = nnx.merge(*nnx.split(models[0]))
+        add_lora(models[0].layers, update, nnx.Rngs(0))
     return compose(models[0], models[1:], configs, rngs=nnx.Rngs(0))
 
 
@@ -244,6 +252,11 @@ def _found_identity(found: Decoder | frozen.Description, dtype: str | None) -> d
     return {"place": str(found.folder), "fingerprint": fingerprint}
 
 
-def _abstract_bridge(composed: ComposedDecoder) -> Tree:
-    tree = module_tree(composed.bridge)
-    return abstract_like(tree, jax.tree.map(lambda x: x.sharding, tree))
+def _abstract_trained(composed: ComposedDecoder) -> Tree:
+    """The bridge, and a low-rank update of the anchor where there is one, where they will lie."""
+    parts = Parts(composed)
+    trained, _ = parts.of(composed)
+    mesh = getattr(composed.anchor.embedding.get_value().sharding, "mesh", None)
+    if mesh is None:
+        return abstract_like(trained, jax.tree.map(lambda x: x.sharding, trained))
+    return abstract_like(trained, parts.shardings(mesh)[0])

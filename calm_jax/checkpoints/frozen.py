@@ -11,8 +11,7 @@ import dataclasses
 import functools
 import hashlib
 import json
-import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -31,14 +30,14 @@ from calm_jax.checkpoints.files import (
     write_json,
     write_text,
 )
-from calm_jax.checkpoints.in_place import canonical_path, read_leaves
+from calm_jax.checkpoints.in_place import LAYERS, read_leaves
 from calm_jax.checkpoints.kinds import BRIDGE, COMPOSED_RUN, DECODER_RUN, FROZEN, kind_of
 from calm_jax.data.vocabularies import load_vocabulary
 from calm_jax.errors import CalmError
 from calm_jax.models import Decoder, DecoderConfig
+from calm_jax.models.lora import lora_in
 from calm_jax.models.parameters import Structure, Tree, insert, module_tree, path_name
 from calm_jax.models.quantized import quantized_leaves
-from calm_jax.models.stack import Shape
 from calm_jax.presets import is_preset
 from calm_jax.sharding import RULES, Rules, on_host
 
@@ -169,7 +168,7 @@ def load(
     (True, True)
     """
     described = describe(target)
-    return load_cut(described, ((described.config.num_layers,),), mesh=mesh, dtype=dtype)
+    return load_described(described, mesh=mesh, dtype=dtype)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -257,15 +256,14 @@ def _description(folder: epath.Path, values: Mapping[str, Any], vocabulary: Any)
     )
 
 
-def load_cut(
+def load_described(
     described: Description,
-    shapes: Sequence[Shape],
     *,
     mesh: jax.sharding.Mesh | None = None,
     dtype: str | None = None,
     rules: Rules = RULES,
 ) -> Decoder:
-    """`load` of layers cut into pieces of `shapes` while they are read, so that none is copied."""
+    """`load` of a folder that is described already, its weights split by `rules`."""
     config = described.config
     if dtype is not None and dtype not in DTYPES:
         raise CalmError(f"dtype {dtype!r} is unknown; known are {', '.join(DTYPES)}")
@@ -273,14 +271,14 @@ def load_cut(
         config = dataclasses.replace(config, weights=dtype)
     elif dtype is not None:
         config = dataclasses.replace(config, dtype=dtype)
-    structure = _structure(config, tuple(shapes))
-    on_disk = _structure(dataclasses.replace(config, weights=None), tuple(shapes))
+    structure = _structure(config)
+    on_disk = _structure(dataclasses.replace(config, weights=None))
     tree: dict[str, Any] = {}
     with Reader(described.folder, layout_of(described.config), described.chunks) as reader:
         # Quantised layer by layer: a stack of floats would be twice its int8 bytes.
         apart = on_disk.summed() if config.weights == "int8" else ()
         places = _places(on_disk, mesh, rules)
-        leaves = read_leaves(reader, on_disk, shapes, places, config.dtype, apart)
+        leaves = read_leaves(reader, on_disk, places, config.dtype, apart)
         if config.weights == "int8":
             leaves = quantized_leaves(leaves, on_disk, _places(structure, mesh, rules))
         for path, array in leaves:
@@ -331,43 +329,32 @@ def fingerprint(decoder: Decoder) -> str:
 @functools.cache
 def layout_of(config: DecoderConfig) -> Layout:
     """Paths, shapes and chunks of a decoder's arrays on disk."""
-    structure = _structure(config, ((config.num_layers,),))
-    leaves = jax.tree.leaves_with_path(structure.abstract())
-    shapes = {canonical_path(path_name(path)): leaf.shape for path, leaf in leaves}
-    return Layout(shapes, {path for path in shapes if path.startswith("layers/")}, config.dtype)
+    leaves = jax.tree.leaves_with_path(_structure(config).abstract())
+    shapes = {path_name(path): leaf.shape for path, leaf in leaves}
+    return Layout(shapes, {path for path in shapes if path.startswith(LAYERS)}, config.dtype)
 
 
 @functools.cache
-def _structure(config: DecoderConfig, shapes: tuple[Shape, ...]) -> Structure:
-    """Of a decoder whose layers are cut."""
-
-    def make() -> Decoder:
-        decoder = Decoder(config, nnx.Rngs(0))
-        decoder.layers.cut(shapes)
-        return decoder
-
-    return Structure(nnx.eval_shape(make))
+def _structure(config: DecoderConfig) -> Structure:
+    return Structure(nnx.eval_shape(lambda: Decoder(config, nnx.Rngs(0))))
 
 
 def _blocks(decoder: Decoder) -> Iterator[Block]:
-    """A decoder's arrays one by one, whole or layer by layer, however its layers are cut."""
+    """A decoder's arrays one by one, those of stacked layers layer by layer."""
     if decoder.config.weights is not None:
         raise CalmError(
             f"weights are {decoder.config.weights}, rounded while they were loaded; the model is "
             "the folder that they came from"
         )
-    tree = module_tree(decoder)
-    pieces = tree["layers"]["pieces"]
-    alone = {key: value for key, value in tree.items() if key != "layers"}
-    for path, array in jax.tree.leaves_with_path(alone):
-        yield Block(path_name(path), None, on_host(array))
-    first = 0
-    for piece, shape in enumerate(decoder.layers.shapes):
-        for path, array in jax.tree.leaves_with_path(pieces[str(piece)]):
-            for number, place in enumerate(np.ndindex(shape)):
-                layer = on_host(array[place])
-                yield Block(f"layers/{path_name(path)}", first + number, layer)
-        first += math.prod(shape)
+    if lora_in(decoder.layers) is not None:
+        raise CalmError("the decoder has a low-rank update apart from its weights; merge it first")
+    for path, array in jax.tree.leaves_with_path(module_tree(decoder)):
+        name = path_name(path)
+        if not name.startswith(LAYERS):
+            yield Block(name, None, on_host(array))
+            continue
+        for layer in range(len(array)):
+            yield Block(name, layer, on_host(array[layer]))
 
 
 def _identity(config: DecoderConfig, chunks: str) -> str:

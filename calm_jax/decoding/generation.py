@@ -11,9 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from calm_jax import sharding
 from calm_jax.data.vocabulary import check_ids
 from calm_jax.errors import CalmError
-from calm_jax.models import ComposedDecoder, Decoder
+from calm_jax.models import ComposedDecoder, Decoder, Inputs
+from calm_jax.models.calling import on_devices_of
 
 LENGTH_BUCKET = 16  # prompts are padded to a multiple: one compilation serves many lengths
 
@@ -62,10 +64,18 @@ def generate(
     tokens_BT = np.zeros((len(ids), longest + max_new_tokens), np.int32)
     for row, prompt in zip(tokens_BT, ids, strict=True):
         row[: len(prompt)] = prompt
-    if isinstance(model, ComposedDecoder):
-        model.cut()
-    graphdef, state = nnx.split(model)
-    return np.asarray(_greedy(graphdef, max_new_tokens, eos_ids, state, tokens_BT, lengths_B))
+    with on_devices_of(model):
+        graphdef, state = nnx.split(model)
+        new_BN = _greedy(
+            graphdef, max_new_tokens, eos_ids, known_ids(model), state, tokens_BT, lengths_B
+        )
+    return sharding.on_host(new_BN)
+
+
+def known_ids(model: Decoder | ComposedDecoder) -> int:
+    """How many ids, from 0 on, have a meaning: tokens that every part has a row for."""
+    rows = min(part.config.vocab_size for part in model.models)
+    return rows if model.vocabulary is None else min(rows, model.vocabulary.size)
 
 
 def _encode(model: Decoder | ComposedDecoder, prompt: str | Sequence[int]) -> list[int]:
@@ -77,16 +87,14 @@ def _encode(model: Decoder | ComposedDecoder, prompt: str | Sequence[int]) -> li
         ids = [int(token) for token in prompt]
     if not ids:
         raise CalmError("an empty prompt has no next token; give at least one id")
-    parts = [model]
-    if isinstance(model, ComposedDecoder):
-        parts = [model.anchor, *model.augments]
-    check_ids(ids, min(part.config.vocab_size for part in parts), "prompt", model.vocabulary)
+    rows = min(part.config.vocab_size for part in model.models)
+    check_ids(ids, rows, "prompt", model.vocabulary)
     return ids
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _greedy(graphdef, max_new_tokens: int, eos_ids, state, tokens_BT, prompt_lengths_B):
-    """int32 [B, N]; any of the tuple `eos_ids` ends a row, its first fills what follows."""
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
+def _greedy(graphdef, max_new_tokens: int, eos_ids, known: int, state, tokens_BT, prompt_lengths_B):
+    """int32 [B, N], ids below `known`; any of `eos_ids` ends a row, the first of them fills it."""
     fill = eos_ids[0] if eos_ids else 0  # without end tokens no row ends: nothing is filled
     model = nnx.merge(graphdef, state)
     ends_E = jnp.array(eos_ids, jnp.int32)
@@ -101,10 +109,16 @@ def _greedy(graphdef, max_new_tokens: int, eos_ids, state, tokens_BT, prompt_len
     def add_token(carry):
         step, tokens_BT, ended_B = carry
         lengths_B = prompt_lengths_B + step
-        segments_BT = (index_T < lengths_B[:, None]).astype(jnp.int32)
-        h_BTD = model.residual(tokens_BT, segment_ids_BT=segments_BT, prompt_mask_BT=prompt_mask_BT)
+        inputs = Inputs(
+            tokens_BT,
+            segments_BT=(index_T < lengths_B[:, None]).astype(jnp.int32),
+            prompt_mask_BT=prompt_mask_BT,
+            packed=False,
+        )
+        h_BTD, _ = model.residual(inputs)
         last_B1D = jnp.take_along_axis(h_BTD, (lengths_B - 1)[:, None, None], axis=1)
-        next_B = jnp.argmax(model.logits(last_B1D)[:, 0], axis=-1).astype(jnp.int32)
+        logits_BV = model.logits(last_B1D)[:, 0, :known]
+        next_B = jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
         next_B = jnp.where(ended_B, fill, next_B)
         tokens_BT = tokens_BT.at[rows_B, lengths_B].set(next_B)
         return step + 1, tokens_BT, ended_B | jnp.isin(next_B, ends_E)

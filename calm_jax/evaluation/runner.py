@@ -31,7 +31,7 @@ from calm_jax.evaluation.results import (
     read_optional,
     write_json_lines,
 )
-from calm_jax.models import ComposedDecoder
+from calm_jax.models import ComposedDecoder, Inputs
 
 SPLIT = "test"
 BATCH_SIZE = 128
@@ -281,7 +281,7 @@ def _attention(model: ComposedDecoder, answers: Mapping[str, Records]) -> dict[s
     vocabulary = model.vocabulary
     ids = vocabulary.encode_sequence(example["inputs"])[:ATTENTION_TOKENS]
     tokens_1T = np.array([ids], np.int32)
-    maps = model.attention_maps(tokens_1T, prompt_mask_BT=np.ones_like(tokens_1T))
+    maps = model.attention_maps(Inputs(tokens_1T, prompt_mask_BT=np.ones_like(tokens_1T)))
     return {
         "inputs": example["inputs"],
         "tokens": _texts(vocabulary, ids),

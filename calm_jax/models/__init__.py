@@ -8,13 +8,19 @@ from typing import Any
 
 from calm_jax.models.config import CompositionConfig, DecoderConfig, RopeScaling
 
-_MODULES = {"ComposedDecoder": "composed", "compose": "composed", "Decoder": "decoder"}
+_MODULES = {
+    "ComposedDecoder": "composed",
+    "compose": "composed",
+    "Decoder": "decoder",
+    "Inputs": "inputs",
+}
 
 __all__ = [
     "ComposedDecoder",
     "CompositionConfig",
     "Decoder",
     "DecoderConfig",
+    "Inputs",
     "RopeScaling",
     "compose",
 ]

@@ -1,7 +1,8 @@
 """Dot-product attention: what a token may see, and by which backend it is computed.
 
-Query t sees key s iff s <= t by index, their segments are equal and not 0, and, in a local layer,
-t - s < window. A query that sees nothing gets exactly zero: a softmax over it would be a mean.
+Query t sees key s iff s comes no later, their segments are equal and not 0, and, in a local layer,
+s is less than a window back. What comes when is the order of the array, or one that the inputs
+give. A query that sees nothing gets exactly zero: a softmax over it would be a mean.
 
 Axes: B batch, T query position, S key position, D model width, N heads, K key heads, G queries a
 key head (N = K·G), H head width.
@@ -15,12 +16,13 @@ import jax.numpy as jnp
 from calm_jax import sharding
 from calm_jax.models.attention_kernels import cudnn_attention, splash_attention
 from calm_jax.models.chunked_attention import chunked_attention
-from calm_jax.models.config import DecoderConfig
-from calm_jax.models.execution import Execution
-from calm_jax.models.rotary import apply_rope, rope_angles, xpos_scale
+from calm_jax.models.inputs import Inputs
 
 # Finite, so that a row with nothing to see has no NaN before it is set to zero.
 MASKED_LOGIT = -0.7 * float(jnp.finfo(jnp.float32).max)
+
+# Kernels written for one kind of device.
+_KERNELS = ("splash", "cudnn")
 
 # Backends that never hold the square of queries by keys; each computes one device's rows and heads.
 _WITHOUT_WEIGHTS = {
@@ -34,41 +36,52 @@ class Attention:
     """Attention of one forward pass by one backend: what all of its layers share.
 
     Args:
-        backend: "xla", "chunked", "splash" or "cudnn" (`calm_jax.models.attention_choice`).
-        query_segments_BT: int32, 0 is padding.
-        key_segments_BS: int32, 0 is seen by nobody; default: those of the queries.
+        backend: "xla", "chunked", "splash" or "cudnn" (`calm_jax.models.attention_choice`). The two
+            kernels know the order of an array alone: where queries and keys have an order of their
+            own, or differ in number, "chunked" stands in for them.
+        queries: `filled` inputs [B, T].
+        keys: inputs [B, S] with segments, of which those of segment 0 are seen by nobody; default:
+            the queries.
         scale: factor on the logits, before `logit_cap` * tanh(logits / `logit_cap`).
-        window: tokens that a local layer sees, the query's own included. One that no row is longer
-            than hides nothing: then all layers are computed alike.
+        window: how far back a local layer sees, in steps of the order, the query's own included.
     """
 
     def __init__(
         self,
         backend: str,
-        query_segments_BT: jax.Array,
-        key_segments_BS: jax.Array | None = None,
+        queries: Inputs,
+        keys: Inputs | None = None,
         *,
         scale: float,
         logit_cap: float | None = None,
         window: int | None = None,
     ):
-        self.backend, self.scale, self.logit_cap = backend, scale, logit_cap
-        if window is not None and window >= query_segments_BT.shape[1]:
+        own_keys = keys is None
+        keys = queries if keys is None else keys
+        length = keys.shape[1]
+        # A window that no row is longer than hides nothing: then all layers are computed alike.
+        if window is not None and window >= length and keys.order_BT is None:
             window = None
-        self.window = window
-        own_keys = key_segments_BS is None
-        self.segments = (query_segments_BT, query_segments_BT if own_keys else key_segments_BS)
+        if queries.order_BT is None and keys.order_BT is None:
+            self.orders = ()
+        else:
+            self.orders = (_order(queries), _order(keys))
+        if backend in _KERNELS and (self.orders or queries.shape[1] != length):
+            backend = "chunked"
+        self.backend, self.scale, self.logit_cap, self.window = backend, scale, logit_cap, window
+        self.segments = (queries.segments_BT, keys.segments_BT)
         if backend == "xla":
-            self.mask_BTS = causal_mask(*self.segments)
+            self.mask_BTS = causal_mask(*self.segments, *self.orders)
             self.sees_any_BT = jnp.any(self.mask_BTS, axis=-1)
             if window is not None:
-                self.local_mask_BTS = self.mask_BTS & window_mask(self.mask_BTS.shape[1], window)
+                near = window_mask(queries.shape[1], length, window, *self.orders)
+                self.local_mask_BTS = self.mask_BTS & near
         elif own_keys:
-            self.sees_any_BT = query_segments_BT != 0
+            self.sees_any_BT = queries.segments_BT != 0
         else:
             # What attention makes of ones: 0 of none.
-            ones_BS11 = jnp.ones((*key_segments_BS.shape, 1, 1))
-            x_BT11 = chunked_attention(ones_BS11, ones_BS11, ones_BS11, *self.segments, scale=1.0)
+            ones = [jnp.ones((*x_BT.shape, 1, 1)) for x_BT in self.segments]
+            x_BT11 = chunked_attention(*ones, ones[1], *self.segments, *self.orders, scale=1.0)
             self.sees_any_BT = x_BT11[:, :, 0, 0] != 0
 
     def __call__(
@@ -116,7 +129,7 @@ class Attention:
         )
         N, K = q_BTNH.shape[2], k_BSKH.shape[2]
 
-        def on_device(q_BTNH, k_BSKH, v_BSKH, queries_BT, keys_BS, head_N):
+        def on_device(q_BTNH, k_BSKH, v_BSKH, head_N, *rows):
             own = q_BTNH.shape[2]
             if own * K != N * k_BSKH.shape[2]:
                 # Key heads are not split as queries are: every device holds all, and takes its own.
@@ -124,69 +137,59 @@ class Attention:
                 if (N // K) % own == 0:
                     key_head_N = key_head_N[:1]
                 k_BSKH, v_BSKH = (jnp.take(x, key_head_N, axis=2) for x in (k_BSKH, v_BSKH))
-            return attend(q_BTNH, k_BSKH, v_BSKH, queries_BT, keys_BS)
+            return attend(q_BTNH, k_BSKH, v_BSKH, *rows)
 
-        keys, segments = ("batch", "length", "kv_heads", "head_dim"), ("batch", "length")
+        rows = (*self.segments, *self.orders)
+        keys = ("batch", "length", "kv_heads", "head_dim")
         return sharding.on_each_device(
             on_device,
-            (q_BTNH, k_BSKH, v_BSKH, *self.segments, jnp.arange(N)),
-            (("batch", "length", "heads", "head_dim"), keys, keys, segments, segments, ("heads",)),
+            (q_BTNH, k_BSKH, v_BSKH, jnp.arange(N), *rows),
+            (
+                ("batch", "length", "heads", "head_dim"),
+                keys,
+                keys,
+                ("heads",),
+                *[("batch", "length")] * len(rows),
+            ),
         )
 
 
-class SelfAttentionInputs:
-    """What every layer of one forward pass shares: attention, and rotary angles of both kinds."""
-
-    def __init__(
-        self,
-        config: DecoderConfig,
-        positions_BT: jax.Array,
-        segment_ids_BT: jax.Array,
-        execution: Execution,
-    ):
-        self.config = config
-        self.execution = execution
-        self.attend = Attention(
-            execution.attention,
-            segment_ids_BT,
-            scale=config.scale,
-            logit_cap=config.attention_logit_cap,
-            window=config.window if any(config.local_layers) else None,
-        )
-        rotated = config.head_dim if config.rope_dim is None else config.rope_dim
-        if config.rope:
-            self.angles = rope_angles(positions_BT, rotated, config.rope_base, config.rope_scaling)
-            if any(config.local_layers) and config.local_rope_base is not None:
-                self.local_angles = rope_angles(positions_BT, rotated, config.local_rope_base)
-        if config.xpos_scale_base is not None:
-            self.xpos = xpos_scale(positions_BT, config.head_dim, config.xpos_scale_base)
-
-    def rotate(self, q_BTNH: jax.Array, k_BSKH: jax.Array, local: jax.Array):
-        """Queries and keys with their positions in them."""
-        if self.config.rope:
-            angles = self.angles
-            if hasattr(self, "local_angles"):
-                angles = jnp.where(local, self.local_angles, angles)
-            q_BTNH = apply_rope(q_BTNH, angles, self.config.rope)
-            k_BSKH = apply_rope(k_BSKH, angles, self.config.rope)
-        if self.config.xpos_scale_base is not None:
-            q_BTNH = (q_BTNH * self.xpos).astype(q_BTNH.dtype)
-            k_BSKH = (k_BSKH / self.xpos).astype(k_BSKH.dtype)
-        return q_BTNH, k_BSKH
+def _order(inputs: Inputs) -> jax.Array:
+    """Int32 [B, T], that of the array where the inputs name none."""
+    if inputs.order_BT is not None:
+        return inputs.order_BT
+    return jnp.broadcast_to(jnp.arange(inputs.shape[1], dtype=jnp.int32), inputs.shape)
 
 
-def causal_mask(query_segments_BT: jax.Array, key_segments_BS: jax.Array) -> jax.Array:
-    """Bool [B, T, S]: query t sees key s iff s <= t by index and their segment is one, not 0."""
-    length = query_segments_BT.shape[1]
-    past_TS = jnp.tril(jnp.ones((length, length), bool))
+def causal_mask(
+    query_segments_BT: jax.Array,
+    key_segments_BS: jax.Array,
+    query_order_BT: jax.Array | None = None,
+    key_order_BS: jax.Array | None = None,
+) -> jax.Array:
+    """Bool [B, T, S]: query t sees key s iff it comes no later and their segment is one, not 0.
+
+    Without orders, int32, the index in the array is that of either.
+    """
     same_BTS = query_segments_BT[:, :, None] == key_segments_BS[:, None, :]
-    return past_TS & same_BTS & (key_segments_BS != 0)[:, None, :]
+    real_B1S = (key_segments_BS != 0)[:, None, :]
+    if query_order_BT is None:
+        T, S = query_segments_BT.shape[1], key_segments_BS.shape[1]
+        return jnp.tril(jnp.ones((T, S), bool)) & same_BTS & real_B1S
+    return (query_order_BT[:, :, None] >= key_order_BS[:, None, :]) & same_BTS & real_B1S
 
 
-def window_mask(length: int, window: int) -> jax.Array:
-    """Bool [T, S]: key s is one of the `window` tokens that end at t."""
-    distance_TS = jnp.arange(length)[:, None] - jnp.arange(length)[None, :]
-    return distance_TS < window
+def window_mask(
+    T: int,
+    S: int,
+    window: int,
+    query_order_BT: jax.Array | None = None,
+    key_order_BS: jax.Array | None = None,
+) -> jax.Array:
+    """Bool [T, S], with orders [B, T, S]: key s is less than `window` before query t."""
+    if query_order_BT is None:
+        return jnp.arange(T)[:, None] - jnp.arange(S)[None, :] < window
+    return query_order_BT[:, :, None] - key_order_BS[:, None, :] < window
 
 
 def dot_product_attention(

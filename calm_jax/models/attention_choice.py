@@ -1,7 +1,8 @@
 """Which backend computes a model's attention: the best that the devices and the model allow.
 
-It is chosen once per model, before anything is traced, by the devices that will run it: while a
-program is compiled for devices that are not here, JAX's default backend is another.
+A training chooses once, by the devices of its mesh: while a program is compiled for devices that
+are not here, JAX's default device is another. A model for which nothing was chosen takes what suits
+the default device and the inputs at hand.
 """
 
 import dataclasses
@@ -10,8 +11,8 @@ import jax
 
 from calm_jax.errors import CalmError
 from calm_jax.models.attention_kernels import SPLASH_BLOCKS
-from calm_jax.models.bridge import heads
-from calm_jax.models.config import CompositionConfig, DecoderConfig
+from calm_jax.models.config import CompositionConfig, DecoderConfig, heads
+from calm_jax.models.inputs import Inputs
 
 BACKENDS = ("xla", "chunked", "splash", "cudnn")
 
@@ -65,6 +66,17 @@ def choose(requested: str, device: jax.Device, need: Need, *, length: int, packe
     if kernel is not None and _refusal(kernel, device, need, length, packed) is None:
         return kernel
     return "xla" if device.platform != "tpu" and length <= SHORT else "chunked"
+
+
+def chosen(requested: str, need: Need, queries: Inputs, keys: Inputs) -> str:
+    """The backend for these inputs: `requested` unless that is "auto"."""
+    if requested != "auto":
+        return requested
+    T, S = queries.shape[1], keys.shape[1]
+    if queries.order_BT is not None or T != S:
+        return "xla" if T * S <= SHORT * SHORT else "chunked"
+    device = jax.config.jax_default_device or jax.local_devices()[0]
+    return choose("auto", device, need, length=T, packed=queries.packed)
 
 
 def _refusal(backend: str, device: jax.Device, need: Need, length: int, packed: bool) -> str | None:

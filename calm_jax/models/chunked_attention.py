@@ -29,58 +29,77 @@ def chunked_attention(
     v_BSKH: jax.Array,
     query_segments_BT: jax.Array,
     key_segments_BS: jax.Array,
+    query_order_BT: jax.Array | None = None,
+    key_order_BS: jax.Array | None = None,
     *,
     scale: float,
     logit_cap: float | None = None,
     window: int | None = None,
 ) -> jax.Array:
-    """Attention as `calm_jax.models.attention` defines it; as many keys as queries.
+    """Attention as `calm_jax.models.attention` defines it.
+
+    Without orders that of the arrays counts, and blocks that no query may see are left out.
 
     Returns:
         values [B, T, N, H] in the dtype of `v_BSKH`; exactly 0 where a query sees nothing.
     """
-    B, length, N, H = q_BTNH.shape
+    B, T, N, H = q_BTNH.shape
     K = k_BSKH.shape[2]
-    blocks = -(-length // BLOCK)
-    size = -(-length // blocks)
+    queries, keys = _Blocks.of(T), _Blocks.of(k_BSKH.shape[1])
 
-    def cut(x, *rest):
-        """[B, length, ...] as [blocks, B, size, ...]; what is added has segment 0."""
-        x = jnp.pad(x, [(0, 0), (0, blocks * size - length)] + [(0, 0)] * (x.ndim - 2))
-        return jnp.moveaxis(x.reshape(B, blocks, size, *rest), 1, 0)
+    def cut(x, blocks, *rest):
+        """[B, T, ...] as [blocks, B, size, ...]; what is added has segment 0."""
+        added = blocks.number * blocks.size - x.shape[1]
+        x = jnp.pad(x, [(0, 0), (0, added)] + [(0, 0)] * (x.ndim - 2))
+        return jnp.moveaxis(x.reshape(B, blocks.number, blocks.size, *rest), 1, 0)
 
+    ordered = query_order_BT is not None
     x_IBKGTH = _attend(
-        _Form(blocks, size, scale, logit_cap, window),
-        jnp.einsum("IBTKGH->IBKGTH", cut(q_BTNH, K, N // K, H)),
-        jnp.einsum("JBSKH->JBKSH", cut(k_BSKH, K, H)),
-        jnp.einsum("JBSKH->JBKSH", cut(v_BSKH, K, H)),
-        cut(query_segments_BT),
-        cut(key_segments_BS),
+        _Walk(queries, keys, ordered, scale, logit_cap, window),
+        jnp.einsum("IBTKGH->IBKGTH", cut(q_BTNH, queries, K, N // K, H)),
+        jnp.einsum("JBSKH->JBKSH", cut(k_BSKH, keys, K, H)),
+        jnp.einsum("JBSKH->JBKSH", cut(v_BSKH, keys, K, H)),
+        (cut(query_segments_BT, queries), cut(query_order_BT, queries) if ordered else None),
+        (cut(key_segments_BS, keys), cut(key_order_BS, keys) if ordered else None),
     )
     x_BITKGH = jnp.einsum("IBKGTH->BITKGH", x_IBKGTH)
-    return x_BITKGH.reshape(B, blocks * size, N, H)[:, :length]
+    return x_BITKGH.reshape(B, queries.number * queries.size, N, H)[:, :T]
 
 
 @dataclasses.dataclass(frozen=True)
-class _Form:
-    blocks: int
+class _Blocks:
+    number: int
     size: int
+
+    @classmethod
+    def of(cls, length: int) -> "_Blocks":
+        number = -(-length // BLOCK)
+        return cls(number, -(-length // number))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Walk:
+    """Which blocks of queries meet which blocks of keys, and how."""
+
+    queries: _Blocks
+    keys: _Blocks
+    ordered: bool  # by orders that are given, not by those of the arrays
     scale: float
     logit_cap: float | None
     window: int | None
 
     def pairs(self) -> np.ndarray:
         """int32 [pairs, 2]: a query block and a key block that some of its queries may see."""
-        reach = self.blocks * self.size if self.window is None else self.window
-        return np.array(
-            [
-                (i, j)
-                for i in range(self.blocks)
-                for j in range(i + 1)
-                if i * self.size - ((j + 1) * self.size - 1) < reach
-            ],
-            np.int32,
-        )
+
+        def meet(i: int, j: int) -> bool:
+            if self.ordered:
+                return True
+            nearest = i * self.queries.size - ((j + 1) * self.keys.size - 1)
+            last = (i + 1) * self.queries.size - 1 - j * self.keys.size
+            return last >= 0 and (self.window is None or nearest < self.window)
+
+        pairs = np.ndindex(self.queries.number, self.keys.number)
+        return np.array([(i, j) for i, j in pairs if meet(i, j)], np.int32)
 
     def logits(self, q_BKGTH, k_BKSH) -> jax.Array:
         """Float32 [B, K, G, T, S], capped."""
@@ -91,30 +110,36 @@ class _Form:
             return logits_BKGTS
         return self.logit_cap * jnp.tanh(logits_BKGTS / self.logit_cap)
 
-    def mask(self, i, j, queries_BT, keys_BS) -> jax.Array:
+    def mask(self, i, j, queries, keys) -> jax.Array:
         """Bool [B, 1, 1, T, S]: what queries of block i see of the keys of block j."""
-        within = jnp.arange(self.size)
-        distance_TS = (i - j) * self.size + within[:, None] - within[None, :]
-        near_TS = distance_TS >= 0
+        (segments_IBT, order_IBT), (segments_JBS, order_JBS) = queries, keys
+        queries_BT, keys_BS = segments_IBT[i], segments_JBS[j]
+        if self.ordered:
+            distance = order_IBT[i][:, :, None] - order_JBS[j][:, None, :]
+        else:
+            query_T = i * self.queries.size + jnp.arange(self.queries.size)
+            key_S = j * self.keys.size + jnp.arange(self.keys.size)
+            distance = query_T[:, None] - key_S[None, :]
+        near = distance >= 0
         if self.window is not None:
-            near_TS &= distance_TS < self.window
+            near &= distance < self.window
         same_BTS = queries_BT[:, :, None] == keys_BS[:, None, :]
-        return (near_TS & same_BTS & (keys_BS != 0)[:, None, :])[:, None, None]
+        return (near & same_BTS & (keys_BS != 0)[:, None, :])[:, None, None]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attend(form: _Form, q_IBKGTH, k_JBKSH, v_JBKSH, queries_IBT, keys_JBS):
-    return _forward(form, q_IBKGTH, k_JBKSH, v_JBKSH, queries_IBT, keys_JBS)[0]
+def _attend(walk: _Walk, q_IBKGTH, k_JBKSH, v_JBKSH, queries, keys):
+    return _forward(walk, q_IBKGTH, k_JBKSH, v_JBKSH, queries, keys)[0]
 
 
-def _forward(form: _Form, q_IBKGTH, k_JBKSH, v_JBKSH, queries_IBT, keys_JBS):
+def _forward(walk: _Walk, q_IBKGTH, k_JBKSH, v_JBKSH, queries, keys):
     """The values, and what the backward pass needs."""
 
     def step(carry, pair):
         values_IBKGTH, sums_IBKGT, maxima_IBKGT = carry
         i, j = pair
-        mask = form.mask(i, j, queries_IBT[i], keys_JBS[j])
-        logits = jnp.where(mask, form.logits(q_IBKGTH[i], k_JBKSH[j]), _MASKED_LOGIT)
+        mask = walk.mask(i, j, queries, keys)
+        logits = jnp.where(mask, walk.logits(q_IBKGTH[i], k_JBKSH[j]), _MASKED_LOGIT)
         maxima = jnp.maximum(maxima_IBKGT[i], jnp.max(logits, axis=-1))
         weights = jnp.where(mask, jnp.exp(logits - maxima[..., None]), 0.0)
         kept = jnp.exp(maxima_IBKGT[i] - maxima)
@@ -136,17 +161,17 @@ def _forward(form: _Form, q_IBKGTH, k_JBKSH, v_JBKSH, queries_IBT, keys_JBS):
         jnp.full(rows, _MASKED_LOGIT, jnp.float32),
     )
     values_IBKGTH, sums_IBKGT, maxima_IBKGT = _in_one_piece(
-        lambda start: jax.lax.scan(step, start, form.pairs())[0], start
+        lambda start: jax.lax.scan(step, start, walk.pairs())[0], start
     )
     sums_IBKGT = jnp.where(sums_IBKGT == 0, 1.0, sums_IBKGT)  # a query that sees nothing
     x_IBKGTH = values_IBKGTH / sums_IBKGT[..., None]
     log_sums_IBKGT = maxima_IBKGT + jnp.log(sums_IBKGT)
-    kept = (q_IBKGTH, k_JBKSH, v_JBKSH, queries_IBT, keys_JBS, x_IBKGTH, log_sums_IBKGT)
+    kept = (q_IBKGTH, k_JBKSH, v_JBKSH, queries, keys, x_IBKGTH, log_sums_IBKGT)
     return x_IBKGTH.astype(v_JBKSH.dtype), kept
 
 
-def _backward(form: _Form, kept, dx_IBKGTH):
-    q_IBKGTH, k_JBKSH, v_JBKSH, queries_IBT, keys_JBS, x_IBKGTH, log_sums_IBKGT = kept
+def _backward(walk: _Walk, kept, dx_IBKGTH):
+    q_IBKGTH, k_JBKSH, v_JBKSH, queries, keys, x_IBKGTH, log_sums_IBKGT = kept
     # The softmax's own share of each logit's gradient: the same for all keys of a query. By values
     # in float32: rounded ones double the error of the gradients in bfloat16.
     shared_IBKGT = jnp.sum(dx_IBKGTH.astype(jnp.float32) * x_IBKGTH, axis=-1)
@@ -155,14 +180,14 @@ def _backward(form: _Form, kept, dx_IBKGTH):
         dq_IBKGTH, dk_JBKSH, dv_JBKSH = carry
         i, j = pair
         q, k, v, dx = q_IBKGTH[i], k_JBKSH[j], v_JBKSH[j], dx_IBKGTH[i]
-        mask = form.mask(i, j, queries_IBT[i], keys_JBS[j])
-        logits = form.logits(q, k)
+        mask = walk.mask(i, j, queries, keys)
+        logits = walk.logits(q, k)
         weights = jnp.where(mask, jnp.exp(logits - log_sums_IBKGT[i][..., None]), 0.0)
         dweights = jnp.einsum("BKGTH,BKSH->BKGTS", dx, v, preferred_element_type=jnp.float32)
         dlogits = weights * (dweights - shared_IBKGT[i][..., None])
-        if form.logit_cap is not None:
-            dlogits *= 1 - jnp.square(logits / form.logit_cap)
-        dlogits = (form.scale * dlogits).astype(q.dtype)
+        if walk.logit_cap is not None:
+            dlogits *= 1 - jnp.square(logits / walk.logit_cap)
+        dlogits = (walk.scale * dlogits).astype(q.dtype)
         add = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
         dq = add("BKGTS,BKSH->BKGTH", dlogits, k)
         dk = add("BKGTS,BKGTH->BKSH", dlogits, q)
@@ -176,7 +201,7 @@ def _backward(form: _Form, kept, dx_IBKGTH):
 
     inputs = (q_IBKGTH, k_JBKSH, v_JBKSH)
     start = tuple(jnp.zeros(x.shape, jnp.float32) for x in inputs)
-    gradients, _ = jax.lax.scan(step, start, form.pairs())
+    gradients, _ = jax.lax.scan(step, start, walk.pairs())
     gradients = [dx.astype(x.dtype) for dx, x in zip(gradients, inputs, strict=True)]
     return (*gradients, None, None)
 

@@ -1,8 +1,10 @@
 """The composed model: a frozen anchor that reads frozen augments through a trainable bridge.
 
 CALM, arXiv 2401.02412. The augments run first, forward only, each up to its last tap; their
-language model heads are never computed. Every rule of what a token may see is in
-`calm_jax.models.bridge`.
+language model heads are never computed. What a token may see is told in
+`calm_jax.models.attention`.
+
+Axes: B batch, T query, S key, D anchor width, E augment width, N heads, V vocabulary.
 """
 
 import dataclasses
@@ -15,16 +17,19 @@ import jax.numpy as jnp
 from flax import nnx
 
 from calm_jax.errors import CalmError
-from calm_jax.models.attention import SelfAttentionInputs
-from calm_jax.models.bridge import BridgeInputs, CrossAttention, heads
-from calm_jax.models.config import CompositionConfig, DecoderConfig
-from calm_jax.models.connections import Connection, ConnectionPlan, Round, plan_connections
-from calm_jax.models.decoder import Decoder, fill_inputs
+from calm_jax.models.bridge import Bridge
+from calm_jax.models.cache import ComposedCache, KeysValues
+from calm_jax.models.calling import call, zeros_beside
+from calm_jax.models.config import CompositionConfig, heads
+from calm_jax.models.connections import Connection, plan_connections
+from calm_jax.models.cross_attention import BridgePass
+from calm_jax.models.decoder import Decoder
 from calm_jax.models.execution import Execution
-from calm_jax.models.parameters import Structure, module_tree, stacked
-
-# (hidden states [..., B, S, E], augment, first of their layers) -> the states to read instead.
-Perturb = Callable[[jax.Array, int, int], jax.Array]
+from calm_jax.models.inputs import Inputs
+from calm_jax.models.layer import ForwardPass
+from calm_jax.models.parameters import Structure, module_tree
+from calm_jax.models.stack import run_layers
+from calm_jax.models.taps import Augment, Perturb
 
 
 def compose(
@@ -36,13 +41,12 @@ def compose(
 ) -> "ComposedDecoder":
     """Joins an anchor and one or more augments by a new bridge.
 
-    The layers of the models are cut at the connections in place, so no second copy of the weights
-    is held; the models stay usable and compute what they did.
+    The composed model holds the models themselves: their weights are neither copied nor changed.
 
     Args:
         anchor: m_B, the model that generates.
-        augment_or_list: m_A, or several.
-        config_or_list: one `CompositionConfig` an augment; default: the default config for each.
+        augment_or_list: m_A, or several; one may be the anchor itself.
+        config_or_list: one `CompositionConfig` an augment, or one for all; default: the default.
         rngs: draws the bridge's initial values.
 
     Raises:
@@ -63,18 +67,16 @@ def compose(
     >>> composed(jnp.ones((1, 5), jnp.int32)).shape
     (1, 5, 32)
     """
-    augments = [augment_or_list] if isinstance(augment_or_list, Decoder) else list(augment_or_list)
-    if config_or_list is None:
-        config_or_list = [CompositionConfig()] * len(augments)
-    configs = (
-        [config_or_list] if isinstance(config_or_list, CompositionConfig) else list(config_or_list)
-    )
-    # One model in two roles is cut in two ways: each role is a module of its own over the arrays.
+    several = isinstance(augment_or_list, Sequence)
     models = [anchor]
-    for augment in augments:
+    for augment in augment_or_list if several else [augment_or_list]:
+        # A model in two roles is two modules over the same arrays, so that each role has a tree.
         alone = all(augment is not model for model in models)
         models.append(augment if alone else nnx.merge(*nnx.split(augment)))
-    return ComposedDecoder(anchor, models[1:], configs, rngs)
+    augments = models[1:]
+    config = CompositionConfig() if config_or_list is None else config_or_list
+    configs = [config] * len(augments) if isinstance(config, CompositionConfig) else list(config)
+    return ComposedDecoder(anchor, augments, configs, rngs)
 
 
 class ComposedDecoder(nnx.Module):
@@ -92,30 +94,36 @@ class ComposedDecoder(nnx.Module):
     def __init__(
         self,
         anchor: Decoder,
-        augments: Sequence[Decoder],
+        augments: Sequence[Augment],
         configs: Sequence[CompositionConfig],
         rngs: nnx.Rngs,
     ):
         if not augments:
             raise CalmError("compose needs at least one augment")
         self.configs = tuple(configs)
-        self.plan = plan_connections(
-            configs, anchor.config.num_layers, [a.config.num_layers for a in augments]
-        )
-        self.head_dims = tuple(heads(config, anchor.config)[1] for config in configs)
+        self.plan = plan_connections(configs, anchor.depth, [augment.depth for augment in augments])
         for number, augment in enumerate(augments):
-            check_vocabularies(
-                anchor.vocabulary, "the anchor", augment.vocabulary, f"augment {number}"
-            )
+            theirs = getattr(augment, "vocabulary", None)
+            check_vocabularies(anchor.vocabulary, "the anchor", theirs, f"augment {number}")
         self.execution = Execution()
         self.anchor = anchor
         self.augments = nnx.List(augments)
         self.bridge = self._init_bridge(rngs)
-        self.cut()
 
     @property
     def connections(self) -> tuple[Connection, ...]:
         return self.plan.connections
+
+    @property
+    def models(self) -> list[Any]:
+        """All that read tokens: the anchor and the augments."""
+        return [self.anchor, *self.augments]
+
+    @property
+    def part_paths(self) -> dict[str, tuple[str, ...]]:
+        """The names of its parts, and the path of each in its tree."""
+        augments = {f"augment {k}": ("augments", str(k)) for k in range(len(self.augments))}
+        return {"anchor": ("anchor",), **augments, "bridge": ("bridge",)}
 
     @property
     def vocabulary(self):
@@ -126,100 +134,56 @@ class ComposedDecoder(nnx.Module):
         """The anchor's `DecoderConfig`: what the composed model looks like from outside."""
         return self.anchor.config
 
-    def __call__(
-        self,
-        tokens_BT: jax.Array,
-        positions_BT: jax.Array | None = None,
-        segment_ids_BT: jax.Array | None = None,
-        prompt_mask_BT: jax.Array | None = None,
-    ) -> jax.Array:
+    def __call__(self, inputs: Inputs | jax.Array) -> jax.Array:
         """Logits of the next token at every position.
 
         Args:
-            tokens_BT: int32 [B, T], read by the anchor and by every augment.
-            positions_BT, segment_ids_BT: as for `Decoder`.
-            prompt_mask_BT: int32 [B, T], 1 on prompt tokens (`decoder_causal_attention`); needed by
-                `encoder_only` alone.
+            inputs: `Inputs`, or tokens, int32 [B, T], read by the anchor and by every augment.
 
         Returns:
             float32 [B, T, V], V of the anchor.
 
         Raises:
-            CalmError: `encoder_only` without `prompt_mask_BT`.
+            CalmError: `encoder_only` without a mask of the prompt.
         """
-        return self._apply("forward", tokens_BT, positions_BT, segment_ids_BT, prompt_mask_BT)
+        return call(self, "forward", inputs)
 
-    def attention_maps(
-        self,
-        tokens_BT: jax.Array,
-        positions_BT: jax.Array | None = None,
-        segment_ids_BT: jax.Array | None = None,
-        prompt_mask_BT: jax.Array | None = None,
-    ) -> list[dict[str, Any]]:
+    def attention_maps(self, inputs: Inputs | jax.Array) -> list[dict[str, Any]]:
         """What f_cross attends to: for each connection a dict.
 
         "augment", "from" and "to" name the connection; "weights" is float32 [B, N, T, S].
         """
-        weights = self._apply("weights", tokens_BT, positions_BT, segment_ids_BT, prompt_mask_BT)
+        weights = call(self, "attention_weights", inputs)
         return [
             {"augment": c.augment, "from": c.layer, "to": c.anchor_layer, "weights": w_BNTS}
             for c, w_BNTS in zip(self.connections, weights, strict=True)
         ]
 
-    def forward(
-        self, tokens_BT, positions_BT=None, segment_ids_BT=None, prompt_mask_BT=None
-    ) -> jax.Array:
+    def forward(self, inputs: Inputs | jax.Array) -> jax.Array:
         """`__call__` without a compilation of its own: for use inside `jax.jit`."""
-        return self.logits(self.residual(tokens_BT, positions_BT, segment_ids_BT, prompt_mask_BT))
+        return self.logits(self.residual(Inputs.of(inputs))[0])
 
     def residual(
-        self, tokens_BT, positions_BT=None, segment_ids_BT=None, prompt_mask_BT=None
-    ) -> jax.Array:
-        """The anchor's residual stream [B, T, D], bridged, that `logits` reads."""
-        return self.bridged(tokens_BT, positions_BT, segment_ids_BT, prompt_mask_BT)[0]
+        self, inputs: Inputs, cache: ComposedCache | None = None
+    ) -> tuple[jax.Array, ComposedCache | None]:
+        """The anchor's residual stream [B, T, D], bridged, and the cache with `inputs` in it."""
+        x_BTD, cache, _ = self._run(inputs, cache)
+        return x_BTD, cache
 
     def logits(self, x_BTD: jax.Array) -> jax.Array:
         """The anchor's final norm and head."""
         return self.anchor.logits(x_BTD)
 
-    def weights(self, tokens_BT, positions_BT=None, segment_ids_BT=None, prompt_mask_BT=None):
+    def attention_weights(self, inputs: Inputs | jax.Array) -> list[jax.Array]:
         """Attention weights of each connection, float32 [B, N, T, S], inside `jax.jit`."""
-        positions_BT, segment_ids_BT = fill_inputs(tokens_BT, positions_BT, segment_ids_BT)
         return self._run(
-            tokens_BT, positions_BT, segment_ids_BT, prompt_mask_BT, lambda h, y, weights: weights,
-            bridge_attention="xla",
-        )[1]  # fmt: skip
+            Inputs.of(inputs), observe=lambda h, y, weights: weights, bridge_attention="xla"
+        )[2]
 
-    def run_augment(self, number: int, tokens_BT, positions_BT=None, segment_ids_BT=None) -> "Taps":
-        """Runs one augment up to its last tap; no gradient flows back into it."""
-        augment, remaining = self.augments[number], list(self.plan.tap_layers[number])
-        positions_BT, segment_ids_BT = fill_inputs(tokens_BT, positions_BT, segment_ids_BT)
-        shared = SelfAttentionInputs(
-            augment.config, positions_BT, segment_ids_BT, augment.execution
-        )
-        x_BTE = augment.embed(tokens_BT)
-        taps = Taps({}, (), None)
-        for piece, shape in enumerate(augment.layers.shapes):
-            if not remaining:
-                break
-            x_BTE, outputs = augment.layers.run(piece, x_BTE, shared, taps=True)
-            outputs = jax.lax.stop_gradient(outputs)
-            if len(shape) == 1:
-                taps.by_layer[remaining.pop(0)] = outputs
-            else:
-                taps.stacked_layers, taps.stacked = tuple(remaining[: shape[0]]), outputs
-                del remaining[: shape[0]]
-        return taps
-
-    def bridged(
-        self,
-        tokens_BT,
-        positions_BT=None,
-        segment_ids_BT=None,
-        prompt_mask_BT=None,
-        perturb: Perturb | None = None,
+    def perturbed(
+        self, inputs: Inputs, perturb: Perturb | None
     ) -> tuple[jax.Array, list[jax.Array]]:
-        """`residual`, and how strong each bridge is.
+        """The residual stream as training reads it, and how strong each bridge is.
 
         Args:
             perturb: what training does to the taps before a bridge reads them.
@@ -228,112 +192,163 @@ class ComposedDecoder(nnx.Module):
             the stream [B, T, D]; and for each connection the float32 squared norms [2] of f_cross'
             result and of the anchor's stream it is added to, over all tokens but padding.
         """
-        positions_BT, segment_ids_BT = fill_inputs(tokens_BT, positions_BT, segment_ids_BT)
+        real_BT1 = (inputs.filled().segments_BT != 0)[:, :, None]
 
         def squared_norms(h_BTD, y_BTD, weights_BNTS):
-            real_BT1 = (segment_ids_BT != 0)[:, :, None]
             pair = [jnp.where(real_BT1, x.astype(jnp.float32), 0) for x in (y_BTD, h_BTD)]
             return jnp.stack([jnp.sum(jnp.square(x)) for x in pair])
 
-        return self._run(
-            tokens_BT, positions_BT, segment_ids_BT, prompt_mask_BT, squared_norms, perturb
+        x_BTD, _, norms = self._run(inputs, observe=squared_norms, perturb=perturb)
+        return x_BTD, norms
+
+    def run_alone(self, name: str, inputs: Inputs) -> Any:
+        """What one of the models, by the name of its part, computes in a forward pass."""
+        if name == "anchor":
+            return self.anchor.forward(inputs)
+        number = int(self.part_paths[name][-1])
+        return self.augments[number].taps(inputs, self.plan.tap_layers[number])[0]
+
+    def init_cache(self, batch: int, slots: int, dtype: Any = None) -> ComposedCache:
+        """An empty cache of both models and of f_cross, for `batch` rows of `slots` tokens.
+
+        `dtype`: of keys and values; default: each model's own.
+        """
+
+        def bridge_cache(entry: tuple[Connection, ...]) -> KeysValues:
+            N, H = heads(self.configs[entry[0].augment], self.config)
+            kept = dtype or self.config.dtype
+            return KeysValues.empty(len(entry), batch, slots, N, H, kept)
+
+        return ComposedCache(
+            self.anchor.init_cache(batch, slots, dtype=dtype),
+            tuple(
+                augment.init_cache(batch, slots, layers[-1] + 1, dtype)
+                for augment, layers in zip(self.augments, self.plan.tap_layers, strict=True)
+            ),
+            zeros_beside(
+                lambda: tuple(
+                    tuple(map(bridge_cache, round_.entries)) for round_ in self.plan.rounds
+                ),
+                self.anchor.embedding.get_value(),
+            ),
         )
 
-    def _apply(self, method: str, *inputs):
-        self.cut()
-        graphdef, state = nnx.split(self)
-        return _apply(graphdef, method, state, *inputs)
-
-    def _init_bridge(self, rngs: nnx.Rngs) -> "Bridge":
+    def _init_bridge(self, rngs: nnx.Rngs) -> Bridge:
         """A new bridge, born on the anchor's mesh: at full size no single device could hold it."""
-        configs = [augment.config for augment in self.augments]
-        make = functools.partial(Bridge, self.plan, self.configs, self.anchor.config, configs)
+        widths = [augment.width for augment in self.augments]
+        make = functools.partial(Bridge, self.plan, self.configs, self.anchor.config, widths)
         structure = Structure(nnx.eval_shape(lambda: make(nnx.Rngs(0))))
         table = self.anchor.embedding.get_value()
-        place = None if isinstance(table, jax.core.Tracer) else getattr(table, "sharding", None)
-        on_mesh = isinstance(place, jax.sharding.NamedSharding)
+        sharding = None if isinstance(table, jax.core.Tracer) else getattr(table, "sharding", None)
+        on_mesh = isinstance(sharding, jax.sharding.NamedSharding)
         key = rngs.params()
         tree = jax.jit(
             lambda: module_tree(make(nnx.Rngs(params=key))),
-            out_shardings=structure.shardings(place.mesh) if on_mesh else None,
+            out_shardings=structure.shardings(sharding.mesh) if on_mesh else None,
         )()
         return structure.merge(tree)
 
-    def cut(self) -> None:
-        """Cuts the models' layers at the connections, unless they are."""
-        self.anchor.layers.cut(self.plan.anchor_shapes)
-        for augment, shapes in zip(self.augments, self.plan.augment_shapes, strict=True):
-            augment.layers.cut(shapes)
-
     def _run(
-        self, tokens_BT, positions_BT, segment_ids_BT, prompt_mask_BT, observe, perturb=None,
-        bridge_attention=None,
-    ):  # fmt: skip
-        """The anchor's residual stream with every bridge's result in it, and what was observed.
+        self,
+        inputs: Inputs,
+        cache: ComposedCache | None = None,
+        *,
+        observe: Callable[..., Any] = lambda h, y, weights: None,
+        perturb: Perturb | None = None,
+        bridge_attention: str | None = None,
+    ) -> tuple[jax.Array, ComposedCache | None, list[Any]]:
+        """The anchor's residual stream with every bridge's result in it, the next cache.
 
-        For each connection that is what `observe(h, f_cross result, attention weights)` returns.
+        And for each connection what `observe(h, f_cross result, attention weights)` returns.
         """
-        self.cut()  # a later composition may have cut the shared anchor elsewhere
-        taps = [
-            self.run_augment(number, tokens_BT, positions_BT, segment_ids_BT)
-            for number in range(len(self.augments))
-        ]
-        if perturb is not None:
-            taps = [tap.perturbed(perturb, number) for number, tap in enumerate(taps)]
+        inputs = inputs.filled(None if cache is None else cache.anchor.slots.length_B)
+        slots = None if cache is None else cache.anchor.slots.write(inputs)
+        taps, augment_caches = [], []
+        for number, (augment, tap_layers) in enumerate(
+            zip(self.augments, self.plan.tap_layers, strict=True)
+        ):
+            before = None if cache is None else cache.augments[number]
+            tap, after = augment.taps(inputs, tap_layers, before)
+            taps.append(tap if perturb is None else tap.perturbed(perturb, number))
+            augment_caches.append(after)
+
         execution = self.execution
         if bridge_attention is not None:
             execution = dataclasses.replace(execution, attention=bridge_attention)
-        bridge_inputs = [
-            BridgeInputs(config, head_dim, positions_BT, segment_ids_BT, prompt_mask_BT, execution)
-            for config, head_dim in zip(self.configs, self.head_dims, strict=True)
+        passes = [
+            BridgePass(config, self.config, execution, inputs, slots=slots)
+            for config in self.configs
         ]
-        shared = SelfAttentionInputs(
-            self.anchor.config, positions_BT, segment_ids_BT, self.anchor.execution
-        )
-        observed = {}
+        forward = ForwardPass(self.config, self.anchor.execution, inputs, slots)
+        layers, kept = self.anchor.layers, None if cache is None else cache.anchor.layers
+        bridge_caches = ((),) * len(self.plan.rounds) if cache is None else cache.bridge
+        observed, next_bridge_caches = {}, []
 
-        def bridged(entries, graphdef, h_BTD, state, entry_taps):
+        def bridged(round_, graphdef, h_BTD, state, entry_taps, kept, number):
             """h + the sum of the bridges' results, all of which read h as it came."""
-            sum_BTD, seen = h_BTD, []
-            crossings = nnx.merge(graphdef, state)
-            for crossing, entry, tap_BSE in zip(crossings, entries, entry_taps, strict=True):
+            sum_BTD, seen, kept = h_BTD, [], list(kept)
+            for k, (crossing, entry) in enumerate(
+                zip(nnx.merge(graphdef, state), round_.entries, strict=True)
+            ):
+                bridge_pass = passes[entry[0].augment]
                 with jax.named_scope("f_cross"):
-                    y_BTD, weights = crossing(h_BTD, tap_BSE, bridge_inputs[entry[0].augment])
+                    k_BSNH, v_BSNH = crossing.keys_and_values(
+                        entry_taps[k], h_BTD.dtype, bridge_pass
+                    )
+                    if kept:
+                        kept[k] = kept[k].write(number, bridge_pass.slots_BS, k_BSNH, v_BSNH)
+                        k_BSNH, v_BSNH = kept[k].of_layer(number, h_BTD.dtype)
+                    y_BTD, weights = crossing.attend(h_BTD, k_BSNH, v_BSNH, bridge_pass)
                 sum_BTD += y_BTD
                 seen.append(observe(h_BTD, y_BTD, weights))
-            return sum_BTD, seen
+            return sum_BTD, seen, tuple(kept)
 
-        layers = self.anchor.layers
-        h_BTD, _ = layers.run(0, self.anchor.embed(tokens_BT), shared)
-        for round_, crossings in zip(self.plan.rounds, self.bridge.rounds, strict=True):
-            entry_taps = [
-                taps[entry[0].augment].of(entry, round_.stacked) for entry in round_.entries
-            ]
+        x_BTD = self.anchor.embed(inputs)
+        first = self.connections[0].anchor_layer + 1
+        h_BTD, kept = run_layers(layers, x_BTD, forward, kept, count=first)
+        for round_, crossings, bridge_kept in zip(
+            self.plan.rounds, self.bridge.rounds, bridge_caches, strict=True
+        ):
             graphdef, state = nnx.split(crossings)
             bridge = execution.rematerialised(
-                functools.partial(bridged, round_.entries, graphdef), in_loop=round_.stacked
+                functools.partial(bridged, round_, graphdef), in_loop=round_.stacked
             )
+            follow = functools.partial(run_layers, layers, forward=forward, count=round_.layers)
+            entry_taps = [
+                taps[entry[0].augment].of(tuple(c.layer for c in entry), round_.stacked)
+                for entry in round_.entries
+            ]
             if round_.stacked:
 
-                def step(h_BTD, inputs, bridge=bridge, round_=round_):
-                    state, entry_taps, group = inputs
-                    h_BTD, seen = bridge(*gradients_at_once((h_BTD, state)), entry_taps)
-                    return layers.run_group(round_.piece, group, h_BTD, shared), seen
+                def step(carry, inputs, bridge=bridge, follow=follow):
+                    (h_BTD, kept, bridge_kept), (state, entry_taps, number, first) = carry, inputs
+                    h_BTD, state = gradients_at_once((h_BTD, state))
+                    h_BTD, seen, bridge_kept = bridge(h_BTD, state, entry_taps, bridge_kept, number)
+                    h_BTD, kept = follow(h_BTD, cache=kept, first=first)
+                    return (h_BTD, kept, bridge_kept), seen
 
-                groups = jnp.arange(layers.shapes[round_.piece][0])
-                h_BTD, seen = jax.lax.scan(
-                    step, h_BTD, (state, entry_taps, groups), unroll=execution.unroll
+                numbers = jnp.arange(len(round_.entries[0]))
+                firsts = round_.first + round_.layers * numbers
+                (h_BTD, kept, bridge_kept), seen = jax.lax.scan(
+                    step,
+                    (h_BTD, kept, bridge_kept),
+                    (state, entry_taps, numbers, firsts),
+                    unroll=execution.unroll,
                 )
             else:
                 if round_ is not self.plan.rounds[0]:  # the stream before it has no gradient
                     h_BTD, state = gradients_at_once((h_BTD, state))
-                h_BTD, seen = bridge(h_BTD, state, entry_taps)
-                seen = [x[None] for x in seen]
-                if round_.piece is not None:
-                    h_BTD, _ = layers.run(round_.piece, h_BTD, shared)
+                h_BTD, seen, bridge_kept = bridge(h_BTD, state, entry_taps, bridge_kept, 0)
+                seen = [None if x is None else x[None] for x in seen]
+                h_BTD, kept = follow(h_BTD, cache=kept, first=round_.first)
+            next_bridge_caches.append(bridge_kept)
             for entry, values in zip(round_.entries, seen, strict=True):
-                observed.update(zip(entry, values, strict=True))
-        return h_BTD, [observed[connection] for connection in self.connections]
+                each = [None] * len(entry) if values is None else values
+                observed.update(zip(entry, each, strict=True))
+        if cache is not None:
+            anchor = dataclasses.replace(cache.anchor, layers=kept, slots=slots)
+            cache = ComposedCache(anchor, tuple(augment_caches), tuple(next_bridge_caches))
+        return h_BTD, cache, [observed[connection] for connection in self.connections]
 
 
 @jax.custom_vjp
@@ -351,69 +366,6 @@ gradients_at_once.defvjp(
 )
 
 
-class Bridge(nnx.Module):
-    """All trainable parameters: for each round its cross-attentions, stacked where the round is.
-
-    The initial values of a connection depend on its number alone, not on how rounds are stacked.
-    """
-
-    def __init__(
-        self,
-        plan: ConnectionPlan,
-        configs: Sequence[CompositionConfig],
-        anchor: DecoderConfig,
-        augments: Sequence[DecoderConfig],
-        rngs: nnx.Rngs,
-    ):
-        keys = jax.random.split(rngs.params(), len(plan.connections))
-        number = {connection: index for index, connection in enumerate(plan.connections)}
-
-        def crossings(round_: Round) -> nnx.List:
-            made = []
-            for entry in round_.entries:
-                augment = entry[0].augment
-                make = functools.partial(
-                    CrossAttention, configs[augment], anchor, augments[augment].embed_dim
-                )
-                entry_keys = jnp.stack([keys[number[connection]] for connection in entry])
-                made.append(stacked(make, entry_keys if round_.stacked else entry_keys[0]))
-            return nnx.List(made)
-
-        self.rounds = nnx.List([crossings(round_) for round_ in plan.rounds])
-
-
-@dataclasses.dataclass
-class Taps:
-    """An augment's hidden states after its tapped layers; those of stacked groups as one array."""
-
-    by_layer: dict[int, jax.Array]  # [B, S, E] each
-    stacked_layers: tuple[int, ...]
-    stacked: jax.Array | None  # [G, B, S, E]
-
-    def of(self, entry: tuple[Connection, ...], stacked: bool) -> jax.Array:
-        """[G, B, S, E] for a stacked round's entry, else [B, S, E]."""
-        if not stacked:
-            return self.layer(entry[0].layer)
-        layers = tuple(connection.layer for connection in entry)
-        if layers == self.stacked_layers:
-            return self.stacked
-        return jnp.stack([self.layer(layer) for layer in layers])
-
-    def perturbed(self, perturb: Perturb, augment: int) -> "Taps":
-        """Every hidden state through `perturb`."""
-        by_layer = {layer: perturb(x, augment, layer) for layer, x in self.by_layer.items()}
-        if self.stacked is None:
-            return Taps(by_layer, (), None)
-        stacked = perturb(self.stacked, augment, self.stacked_layers[0])
-        return Taps(by_layer, self.stacked_layers, stacked)
-
-    def layer(self, layer: int) -> jax.Array:
-        """[B, S, E] after one tapped layer."""
-        if layer in self.by_layer:
-            return self.by_layer[layer]
-        return self.stacked[self.stacked_layers.index(layer)]
-
-
 def check_vocabularies(ours: Any, our_name: str, theirs: Any, their_name: str) -> None:
     """Raises `CalmError` naming the first token that differs; knows nothing without both."""
     if ours is None or theirs is None:
@@ -425,8 +377,3 @@ def check_vocabularies(ours: Any, our_name: str, theirs: Any, their_name: str) -
             f"the vocabularies differ: token {index} is {our_token!r} for {our_name} and "
             f"{their_token!r} for {their_name}"
         )
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _apply(graphdef, method, state, *inputs):
-    return getattr(nnx.merge(graphdef, state), method)(*inputs)

@@ -6,6 +6,7 @@ subclass.
 
 import dataclasses
 import math
+import numbers
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
@@ -96,8 +97,10 @@ class DecoderConfig:
 
     def __post_init__(self):
         for name in _SIZES:
-            if getattr(self, name) < 1:
-                raise CalmError(f"decoder.{name} is {getattr(self, name)}; it must be at least 1")
+            if not _is_whole(value := getattr(self, name)):
+                raise CalmError(f"decoder.{name} is {value!r}; it must be a whole number")
+            if value < 1:
+                raise CalmError(f"decoder.{name} is {value}; it must be at least 1")
         for name, allowed in _CHOICES.items():
             if getattr(self, name) not in allowed:
                 raise CalmError(f"decoder.{name} is {getattr(self, name)!r}; known are {allowed}")
@@ -226,7 +229,7 @@ class CompositionConfig:
     def __post_init__(self):
         for name in ("every", "num_heads", "head_dim"):
             value = getattr(self, name)
-            if value is not None and not isinstance(value, int):
+            if not _is_whole(value) and (value is not None or name == "every"):
                 raise CalmError(f"composition.{name} is {value!r}; it must be a whole number")
         if self.init not in ("zero", "paper"):
             raise CalmError(f"composition.init is {self.init!r}; known are 'zero' and 'paper'")
@@ -235,11 +238,7 @@ class CompositionConfig:
                 tuple(pair) if isinstance(pair, Sequence) else pair for pair in self.connections
             )
             for pair in pairs:
-                if not (
-                    isinstance(pair, tuple)
-                    and len(pair) == 2
-                    and all(isinstance(layer, int) for layer in pair)
-                ):
+                if not (isinstance(pair, tuple) and len(pair) == 2 and all(map(_is_whole, pair))):
                     raise CalmError(
                         f"composition.connections: {pair!r} is not an (augment layer, anchor "
                         "layer); one connection is written ((3, 7),)"
@@ -295,6 +294,38 @@ class CompositionConfig:
         """The inverse of `to_dict`; raises `CalmError` on unknown fields."""
         values = dict(_known_fields(cls, values, "composition"))
         return cls(**values)
+
+
+def heads(config: CompositionConfig, anchor: DecoderConfig) -> tuple[int, int]:
+    """(number of heads, head width) of f_cross for an anchor.
+
+    Raises `CalmError` when the heads do not divide the anchor's width and no width is given, or
+    when they do not fill it although there is no output projection.
+    """
+    N = anchor.num_heads if config.num_heads is None else config.num_heads
+    if N < 1:
+        raise CalmError(f"composition.num_heads is {N}; it must be at least 1")
+    if config.head_dim is None and anchor.embed_dim % N:
+        raise CalmError(
+            f"composition.num_heads {N} does not divide the anchor's width {anchor.embed_dim}; "
+            "give composition.head_dim, or other heads"
+        )
+    H = anchor.embed_dim // N if config.head_dim is None else config.head_dim
+    if H < 1:
+        raise CalmError(f"composition.head_dim is {H}; it must be at least 1")
+    if not config.output_projection and anchor.embed_dim != N * H:
+        raise CalmError(
+            f"composition.output_projection=False needs num_heads x head_dim = {N} x {H} to be the "
+            f"anchor's width {anchor.embed_dim}"
+        )
+    if config.rotary and H % 2:
+        raise CalmError(f"composition.rotary needs an even head_dim, not {H}")
+    return N, H
+
+
+def _is_whole(value: Any) -> bool:
+    """Whether a value is a whole number, which Python takes True for too."""
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
 
 
 def _known_fields(cls, values: Mapping[str, Any], where: str) -> Mapping[str, Any]:

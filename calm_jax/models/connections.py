@@ -11,7 +11,6 @@ from collections.abc import Sequence
 
 from calm_jax.errors import CalmError
 from calm_jax.models.config import CompositionConfig
-from calm_jax.models.stack import Shape, cut_at
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,23 +26,30 @@ class Connection:
 class Round:
     """Bridges, then anchor layers.
 
-    `entries` holds, for each bridge at a connected layer, its connection; in a stacked round, its
-    connections, one a step of the scan. `piece` is the anchor's piece that follows, or None.
+    Attributes:
+        entries: for each bridge at a connected layer its connection; in a stacked round, its
+            connections, one a step of the scan.
+        stacked: whether it is a scan.
+        first, layers: the anchor layers that follow, `layers` of them from number `first` on; in a
+            stacked round as many after every step.
     """
 
     entries: tuple[tuple[Connection, ...], ...]
     stacked: bool
-    piece: int | None
+    first: int
+    layers: int
 
 
 @dataclasses.dataclass(frozen=True)
 class ConnectionPlan:
-    """The whole plan: `connections` in the order of their numbers, cuts, and rounds."""
+    """All connections in the order of their numbers, the tapped layers of each augment, the rounds.
+
+    `tap_layers` are ascending. The anchor's layers before the first connected one, and that one,
+    run before the first round.
+    """
 
     connections: tuple[Connection, ...]
-    anchor_shapes: tuple[Shape, ...]
-    augment_shapes: tuple[tuple[Shape, ...], ...]
-    tap_layers: tuple[tuple[int, ...], ...]  # of each augment, ascending
+    tap_layers: tuple[tuple[int, ...], ...]
     rounds: tuple[Round, ...]
 
     @property
@@ -77,33 +83,26 @@ def plan_connections(
     )
     anchor_layers = sorted({c.anchor_layer for c in connections})
     at_layer = [tuple(c for c in connections if c.anchor_layer == j) for j in anchor_layers]
-    stackable = scan and _evenly_spaced(anchor_layers) and _same_form(at_layer)
+    stackable = scan and evenly_spaced(anchor_layers) and _same_form(at_layer)
 
+    following = [after - j for j, after in itertools.pairwise([*anchor_layers, anchor_depth - 1])]
     if stackable:
-        anchor_shapes = cut_at(anchor_depth, anchor_layers, slice(1, len(anchor_layers)))
         rounds = [
-            Round(tuple(zip(*at_layer[:-1], strict=True)), True, 1),
-            Round(tuple((c,) for c in at_layer[-1]), False, 2),
+            Round(tuple(zip(*at_layer[:-1], strict=True)), True, anchor_layers[0] + 1, following[0])
         ]
     else:
-        anchor_shapes = cut_at(anchor_depth, anchor_layers, None)
-        rounds = [Round(tuple((c,) for c in here), False, k + 1) for k, here in enumerate(at_layer)]
-    if rounds[-1].piece == len(anchor_shapes):  # nothing follows the last connected layer
-        rounds[-1] = dataclasses.replace(rounds[-1], piece=None)
+        rounds = [
+            Round(tuple((c,) for c in here), False, j + 1, layers)
+            for j, here, layers in zip(anchor_layers, at_layer, following, strict=True)
+        ][:-1]
+    last = tuple((c,) for c in at_layer[-1])
+    rounds.append(Round(last, False, anchor_layers[-1] + 1, following[-1]))
 
     tap_layers = tuple(
         tuple(sorted({c.layer for c in connections if c.augment == augment}))
         for augment in range(len(configs))
     )
-    augment_shapes = tuple(
-        cut_at(
-            depth,
-            taps,
-            slice(0, len(taps) - 1) if scan and _evenly_spaced([-1, *taps[:-1]]) else None,
-        )
-        for depth, taps in zip(augment_depths, tap_layers, strict=True)
-    )
-    return ConnectionPlan(connections, anchor_shapes, augment_shapes, tap_layers, tuple(rounds))
+    return ConnectionPlan(connections, tap_layers, tuple(rounds))
 
 
 def _resolve(
@@ -115,7 +114,8 @@ def _resolve(
         raise CalmError(f"augment {augment}: {error}") from None
 
 
-def _evenly_spaced(layers: Sequence[int]) -> bool:
+def evenly_spaced(layers: Sequence[int]) -> bool:
+    """Whether there are more than two layers, as far from each other as the first two."""
     gaps = {after - before for before, after in itertools.pairwise(layers)}
     return len(layers) > 2 and len(gaps) == 1
 

@@ -1,6 +1,6 @@
 """A decoder-only language model of any family, told apart by its `DecoderConfig` alone."""
 
-import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -8,13 +8,20 @@ import jax.numpy as jnp
 from flax import nnx
 
 from calm_jax import sharding
-from calm_jax.models.attention import SelfAttentionInputs
-from calm_jax.models.block import Norm, stream, whole
+from calm_jax.models.cache import DecoderCache, KeysValues, Slots
+from calm_jax.models.calling import call, zeros_beside
 from calm_jax.models.config import DecoderConfig
+from calm_jax.models.connections import evenly_spaced
 from calm_jax.models.execution import Execution
-from calm_jax.models.parameters import constant, matrix, weight
-from calm_jax.models.quantized import product, quantize_module, rows
-from calm_jax.models.stack import Stack
+from calm_jax.models.inputs import Inputs
+from calm_jax.models.layer import ForwardPass, Layer, Norm
+from calm_jax.models.layouts import residual_layout, whole_length
+from calm_jax.models.origin import Origin, of_origin
+from calm_jax.models.parameters import constant, matrix, stacked, weight
+from calm_jax.models.products import look_up, product
+from calm_jax.models.quantized import quantize_module
+from calm_jax.models.stack import run_groups, run_layers
+from calm_jax.models.taps import Taps
 
 
 class Decoder(nnx.Module):
@@ -23,12 +30,18 @@ class Decoder(nnx.Module):
     They are float32; with `config.weights="int8"` matrices are int8 (`calm_jax.models.quantized`).
 
     Attributes:
+        layers: a `Layer` whose arrays lead with an axis of layers.
         vocabulary: a `calm_jax.data.vocabulary.Vocabulary`, or None when the model has none yet.
         source: the frozen folder that the parameters came from, or None.
         loaded_dtype: what they were cast to while they were loaded, or None.
         fingerprint: of the frozen folder and that dtype, or None.
         execution: how it is computed; may be set at any time.
     """
+
+    vocabulary = of_origin("vocabulary")
+    source = of_origin("source")
+    loaded_dtype = of_origin("loaded_dtype")
+    fingerprint = of_origin("fingerprint")
 
     def __init__(self, config: DecoderConfig, rngs: nnx.Rngs):
         V, D = config.vocab_size, config.embed_dim
@@ -37,31 +50,21 @@ class Decoder(nnx.Module):
         std = D**-0.5 / config.logit_scale if config.tied_head else 1.0 / config.embed_scale
         table_VD = std * jax.random.normal(rngs.params(), (V, D), jnp.float32)
         self.embedding = weight(table_VD, ("vocab", "embed"), summed=(-1,))
-        self.layers = Stack(config, rngs)
+        keys = jax.random.split(rngs.params(), config.num_layers)
+        self.layers = stacked(lambda rngs: Layer(config, rngs), keys)
         self.final_norm = Norm(D, "embed", config)
         self.head = None if config.tied_head else matrix(rngs, (D, V), ("embed", "vocab"), inputs=1)
         self.head_bias = constant(0.0, (V,), ("vocab",)) if config.head_bias else None
-        self.vocabulary: Any = None
-        self.source: str | None = None
-        self.loaded_dtype: str | None = None
-        self.fingerprint: str | None = None
+        self.origin = Origin()
         self.execution = Execution()
         if config.weights == "int8":
             quantize_module(self)
 
-    def __call__(
-        self,
-        tokens_BT: jax.Array,
-        positions_BT: jax.Array | None = None,
-        segment_ids_BT: jax.Array | None = None,
-    ) -> jax.Array:
+    def __call__(self, inputs: Inputs | jax.Array) -> jax.Array:
         """Logits of the next token at every position.
 
         Args:
-            tokens_BT: int32 [B, T].
-            positions_BT: int32 [B, T], the position in its segment of each token; default 0 .. T-1.
-            segment_ids_BT: int32 [B, T]; a token sees its own segment only, 0 is padding; default:
-                all 1.
+            inputs: `Inputs`, or tokens, int32 [B, T].
 
         Returns:
             float32 [B, T, V].
@@ -74,42 +77,119 @@ class Decoder(nnx.Module):
         >>> Decoder(config, nnx.Rngs(0))(jnp.ones((1, 5), jnp.int32)).shape
         (1, 5, 32)
         """
-        graphdef, state = nnx.split(self)
-        return _call(graphdef, state, tokens_BT, positions_BT, segment_ids_BT)
+        return call(self, "forward", inputs)
 
-    def forward(self, tokens_BT, positions_BT=None, segment_ids_BT=None) -> jax.Array:
+    @property
+    def anchor(self) -> "Decoder":
+        """Itself: the decoder that has the head, as in a composed model."""
+        return self
+
+    @property
+    def models(self) -> list[Any]:
+        """Itself, the only model that reads tokens."""
+        return [self]
+
+    @property
+    def part_paths(self) -> dict[str, tuple[str, ...]]:
+        """The name of its only part, and the path of that in its tree."""
+        return {"decoder": ()}
+
+    @property
+    def width(self) -> int:
+        """Features of the residual stream."""
+        return self.config.embed_dim
+
+    @property
+    def depth(self) -> int:
+        """Number of layers."""
+        return self.config.num_layers
+
+    def forward(self, inputs: Inputs | jax.Array) -> jax.Array:
         """`__call__` without a compilation of its own: for use inside `jax.jit`."""
-        return self.logits(self.residual(tokens_BT, positions_BT, segment_ids_BT))
+        return self.logits(self.residual(Inputs.of(inputs))[0])
 
     def residual(
-        self, tokens_BT, positions_BT=None, segment_ids_BT=None, prompt_mask_BT=None
-    ) -> jax.Array:
-        """The residual stream [B, T, D] that `logits` reads; the prompt means nothing to it."""
-        del prompt_mask_BT
-        positions_BT, segment_ids_BT = fill_inputs(tokens_BT, positions_BT, segment_ids_BT)
-        return self.hidden(self.embed(tokens_BT), positions_BT, segment_ids_BT)
+        self, inputs: Inputs, cache: DecoderCache | None = None
+    ) -> tuple[jax.Array, DecoderCache | None]:
+        """The residual stream [B, T, D] that `logits` reads, and the cache with `inputs` in it."""
+        forward, inputs, slots = self._forward_pass(inputs, cache)
+        x_BTD, layers = run_layers(self.layers, self.embed(inputs), forward, _layers_of(cache))
+        return x_BTD, None if cache is None else DecoderCache(layers, slots)
 
-    def embed(self, tokens_BT: jax.Array) -> jax.Array:
-        """The residual stream's start, [B, T, D] in the config's dtype."""
-        x_BTD = rows(
-            self, "embedding", tokens_BT, self.config.dtype, self.execution.weight_sharding
+    def perturbed(
+        self, inputs: Inputs, perturb: Callable[[jax.Array], jax.Array] | None
+    ) -> tuple[jax.Array, list[jax.Array]]:
+        """The residual stream as training reads it, and nothing, as there is no bridge.
+
+        `perturb`: what training does to the embeddings before the first layer reads them.
+        """
+        if perturb is not None:
+            inputs = inputs.replace(features_BTD=perturb(self.embed(inputs)))
+        return self.residual(inputs)[0], []
+
+    def taps(
+        self, inputs: Inputs, layers: Sequence[int], cache: DecoderCache | None = None
+    ) -> tuple[Taps, DecoderCache | None]:
+        """The residual stream after each of `layers`, ascending, and the next cache.
+
+        Layers above the last of them do not run; no gradient flows back into the decoder.
+        """
+        forward, inputs, slots = self._forward_pass(inputs, cache)
+        x_BTD, kept, taps = self.embed(inputs), _layers_of(cache), Taps({})
+        first, apart = 0, tuple(layers)
+        # The last apart: the rounds of a composition that run in one loop leave it out too.
+        if evenly_spaced([-1, *layers[:-1]]):
+            in_loop, apart = apart[:-1], apart[-1:]
+            first = in_loop[-1] + 1
+            x_BTD, kept, outputs = run_groups(
+                self.layers, x_BTD, forward, kept, groups=len(in_loop), size=in_loop[0] + 1
+            )
+            taps = Taps({}, in_loop, jax.lax.stop_gradient(outputs))
+        for layer in apart:
+            x_BTD, kept = run_layers(
+                self.layers, x_BTD, forward, kept, first=first, count=layer + 1 - first
+            )
+            taps.by_layer[layer] = jax.lax.stop_gradient(x_BTD)
+            first = layer + 1
+        return taps, None if cache is None else DecoderCache(kept, slots)
+
+    def run_alone(self, name: str, inputs: Inputs) -> jax.Array:
+        """What the part of that name computes in a forward pass: all of it."""
+        del name
+        return self.forward(inputs)
+
+    def init_cache(
+        self, batch: int, slots: int, layers: int | None = None, dtype: Any = None
+    ) -> DecoderCache:
+        """An empty cache for `batch` rows of `slots` tokens.
+
+        Args:
+            layers: of the first so many layers; default: all.
+            dtype: of keys and values; default: the config's.
+        """
+        config = self.config
+        size = (batch, slots, config.num_kv_heads, config.head_dim)
+        return zeros_beside(
+            lambda: DecoderCache(
+                KeysValues.empty(layers or config.num_layers, *size, dtype or config.dtype),
+                Slots.empty(batch, slots),
+            ),
+            self.embedding.get_value(),
+        )
+
+    def embed(self, inputs: Inputs) -> jax.Array:
+        """The residual stream's start, [B, T, D] in the config's dtype: features, or embeddings."""
+        if inputs.features_BTD is not None:
+            return residual_layout(inputs.features_BTD.astype(self.config.dtype))
+        x_BTD = look_up(
+            self, "embedding", inputs.tokens_BT, self.config.dtype, self.execution.weight_sharding
         )
         # Gemma rounds the scale to the compute dtype before it multiplies.
-        x_BTD = x_BTD * jnp.asarray(self.config.embed_scale, x_BTD.dtype)
-        return stream(x_BTD)
-
-    def hidden(
-        self, x_BTD: jax.Array, positions_BT: jax.Array, segment_ids_BT: jax.Array
-    ) -> jax.Array:
-        """The residual stream after all layers, before the final norm."""
-        shared = SelfAttentionInputs(self.config, positions_BT, segment_ids_BT, self.execution)
-        for piece in range(len(self.layers.shapes)):
-            x_BTD, _ = self.layers.run(piece, x_BTD, shared)
-        return x_BTD
+        return residual_layout(x_BTD * jnp.asarray(self.config.embed_scale, x_BTD.dtype))
 
     def logits(self, x_BTD: jax.Array) -> jax.Array:
         """Final norm and head: float32 [B, T, V] for a residual stream [B, T, D]."""
-        x_BTD = whole(self.final_norm(x_BTD))
+        x_BTD = whole_length(self.final_norm(x_BTD))
         if self.head is None:
             logits_BTV = product("BTD,VD->BTV", x_BTD, self, "embedding", dtype=jnp.float32)
         else:
@@ -122,16 +202,14 @@ class Decoder(nnx.Module):
             logits_BTV = cap * jnp.tanh(logits_BTV / cap)
         return sharding.constrain(logits_BTV, "batch", "length", "vocab")
 
+    def _forward_pass(
+        self, inputs: Inputs, cache: DecoderCache | None
+    ) -> tuple[ForwardPass, Inputs, Slots | None]:
+        """What the layers share, `filled` inputs, and the slots of the cache with them."""
+        inputs = inputs.filled(None if cache is None else cache.slots.length_B)
+        slots = None if cache is None else cache.slots.write(inputs)
+        return ForwardPass(self.config, self.execution, inputs, slots), inputs, slots
 
-def fill_inputs(tokens_BT, positions_BT, segment_ids_BT) -> tuple[jax.Array, jax.Array]:
-    """Positions and segments, where the caller gave none: one segment a row, no padding."""
-    if positions_BT is None:
-        positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1]), tokens_BT.shape)
-    if segment_ids_BT is None:
-        segment_ids_BT = jnp.ones_like(tokens_BT)
-    return positions_BT, segment_ids_BT
 
-
-@functools.partial(jax.jit, static_argnums=0)
-def _call(graphdef, state, tokens_BT, positions_BT, segment_ids_BT):
-    return nnx.merge(graphdef, state).forward(tokens_BT, positions_BT, segment_ids_BT)
+def _layers_of(cache: DecoderCache | None) -> KeysValues | None:
+    return None if cache is None else cache.layers

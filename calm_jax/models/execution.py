@@ -22,7 +22,7 @@ class Execution:
     """Choices of one model.
 
     Attributes:
-        attention: the backend of its attention.
+        attention: the backend of its attention; "auto": by the device and the inputs.
         remat: what the backward pass computes again instead of keeping it: "none"; "full",
             everything but each layer's input; "dots", everything but the products with weights;
             "offload", as "full" with the inputs in the host's memory.
@@ -30,7 +30,7 @@ class Execution:
         unroll: without loops, as XLA counts the FLOPs of a loop's body once.
     """
 
-    attention: str = "xla"
+    attention: str = "auto"
     remat: str = "none"
     weight_sharding: str = "fsdp"
     unroll: bool = False

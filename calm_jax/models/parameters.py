@@ -65,6 +65,11 @@ class Structure:
         nnx.replace_by_pure_dict(state, nnx.statelib.restore_int_paths(tree))
         return nnx.merge(self.graphdef, state)
 
+    def variables(self) -> dict[tuple[str, ...], nnx.Variable]:
+        """Every variable by its path in the tree."""
+        flat = nnx.to_flat_state(self.state)
+        return {tuple(map(str, path)): variable for path, variable in flat}
+
     def abstract(self) -> Tree:
         """`jax.ShapeDtypeStruct` of every array."""
         return _string_keys(nnx.to_pure_dict(self.state))

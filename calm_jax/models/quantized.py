@@ -1,4 +1,4 @@
-"""Frozen weights in int8, and products with matrices stored either way.
+"""Frozen weights in int8.
 
 A matrix W is stored as int8 q with one float32 scale s for each output channel (each row of the
 embedding), symmetric: W ≈ q s. The scale multiplies the product, x W ≈ (x q) s, so that no float
@@ -14,7 +14,6 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from calm_jax import sharding
 from calm_jax.models.parameters import Structure, Tree, path_name
 
 SCALE = "_scale"
@@ -82,62 +81,6 @@ def quantized_leaves(
             yield path + SCALE, scale
         else:
             yield path, array
-
-
-def product(
-    equation: str, x: jax.Array, module: nnx.Module, name: str, *, dtype: jnp.dtype | None = None
-) -> jax.Array:
-    """`einsum(equation, x, W)` for the matrix `name` of `module`, computed in the dtype of `x`.
-
-    Args:
-        equation: the result's last axes are those of W that are not summed over.
-        dtype: of the result; default: that of `x`.
-    """
-    weight, scale = getattr(module, name)[...], getattr(module, name + SCALE, None)
-
-    def multiply(x, weight):
-        weight = weight.astype(x.dtype)
-        if dtype is None or dtype == x.dtype:
-            return jnp.einsum(equation, x, weight)
-        return _wide_product(equation, dtype, x, weight)
-
-    if scale is None:
-        return multiply(x, weight)
-
-    # Recomputed backward: else a scan over layers would keep all their weights cast to float.
-    @functools.partial(jax.checkpoint, prevent_cse=False)
-    def scaled(x, weight, scale):
-        y = multiply(x, weight)
-        return (y * scale).astype(y.dtype)
-
-    return scaled(x, weight, scale[...])
-
-
-def rows(
-    module: nnx.Module, name: str, ids: jax.Array, dtype: jnp.dtype, weight_sharding: str
-) -> jax.Array:
-    """The rows `ids` of the table `name` of `module`, [B, T, D] in `dtype`."""
-    scale_V = getattr(module, name + SCALE, None)
-    x = sharding.look_up(getattr(module, name)[...], ids, weight_sharding, dtype)
-    return x if scale_V is None else (x * scale_V[...][ids][..., None]).astype(dtype)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _wide_product(equation: str, dtype: jnp.dtype, x: jax.Array, weight: jax.Array) -> jax.Array:
-    """A product in `dtype` of narrower factors, whose gradients are products of narrow ones too."""
-    return jnp.einsum(equation, x, weight, preferred_element_type=dtype)
-
-
-def _wide_product_forward(equation, dtype, x, weight):
-    return _wide_product(equation, dtype, x, weight), (x, weight)
-
-
-def _wide_product_backward(equation, dtype, factors, gradient):
-    _, backward = jax.vjp(functools.partial(jnp.einsum, equation), *factors)
-    return backward(gradient.astype(factors[0].dtype))
-
-
-_wide_product.defvjp(_wide_product_forward, _wide_product_backward)
 
 
 def _quantized_stack(

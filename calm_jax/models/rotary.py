@@ -53,9 +53,10 @@ def apply_rope(x_BTNH: jax.Array, angles_BTR: jax.Array, style: str) -> jax.Arra
 
 
 def xpos_scale(positions_BT: jax.Array, dim: int, scale_base: float) -> jax.Array:
-    """Decay of xPos (arXiv 2212.10554), float32 [B, T, 1, dim], on queries; on keys its inverse."""
+    """Decay of xPos (arXiv 2212.10554), float32 [B, T, 1, dim], on queries; on keys its inverse.
+
+    It stays within float32 for positions up to 65 times `scale_base`.
+    """
     decay = (jnp.arange(0, dim, 2, dtype=jnp.float32) + 0.4 * dim) / (1.4 * dim)
-    # Only differences of positions matter; centring keeps both factors near one.
-    power = (positions_BT - positions_BT.shape[1] // 2) / scale_base
-    scale_BTR = decay ** power[..., None]
+    scale_BTR = decay ** (positions_BT / scale_base)[..., None]
     return jnp.concatenate([scale_BTR, scale_BTR], axis=-1)[:, :, None]

@@ -15,8 +15,7 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from calm_jax import sharding
-from calm_jax.models.bridge import heads
-from calm_jax.models.config import DecoderConfig
+from calm_jax.models.config import DecoderConfig, heads
 from calm_jax.models.connections import plan_connections
 from calm_jax.models.parameters import size_in_bytes
 from calm_jax.planning import compiled_plan, counting, roofline
@@ -78,7 +77,8 @@ class Formula:
         self.trainable, self.frozen = self.parts.abstract()
         self.optimizer, _ = make_optimizer(config.optimizer, config.train.num_steps)
         self.opt_state = jax.eval_shape(self.optimizer.init, self.trainable)
-        self.compositions = composition_configs(config) if self.parts.composed else []
+        self.composed = config.kind == "composed"
+        self.compositions = composition_configs(config) if self.composed else []
         # Trained layers are float32, and are cast before they are gathered.
         self.cast = jnp.dtype(self.configs[0].dtype).itemsize / 4
         self._counted: dict[tuple[str, int, int], tuple[int, int]] = {}
@@ -151,7 +151,7 @@ class Formula:
         rows = tree_shards(self.parts, shardings, self.trainable, self.opt_state, self.frozen)
         trained = shard_bytes(self.trainable, shardings.trainable)
         layers, split = self.trainable, shardings.trainable
-        if not self.parts.composed:  # an embedding's gradient is float32, a layer's is cast
+        if not self.composed:  # an embedding's gradient is float32, a layer's is cast
             layers, split = layers["layers"], split["layers"]
         return rows, trained, trained - (1 - self.cast) * shard_bytes(layers, split)
 
@@ -160,7 +160,7 @@ class Formula:
         backend = config.attention
         sizes = functools.partial(_layers, tokens=rows * T, tensor=tensor)
         block = T if backend == "xla" else min(T, _BLOCK)
-        if not self.parts.composed:
+        if not self.composed:
             (decoder,) = self.configs
             weights = _bytes_of_layer(self.trainable["layers"], decoder.num_layers)
             return [sizes(decoder, decoder.num_layers, True, weights * self.cast, keys=block)]
@@ -175,7 +175,7 @@ class Formula:
             sizes(anchor, anchor.num_layers - below, True, weights, keys=block),
         ]
         for tree, augment, taps in zip(
-            self.frozen["augments"], augments, connected.tap_layers, strict=True
+            self.frozen["augments"].values(), augments, connected.tap_layers, strict=True
         ):
             weights = _bytes_of_layer(tree["layers"], augment.num_layers)
             groups.append(sizes(augment, taps[-1] + 1, False, weights, keys=block))

@@ -7,8 +7,7 @@ number. Nothing is traced, so it is an independent check of what `calm_jax.train
 import dataclasses
 from collections.abc import Sequence
 
-from calm_jax.models.bridge import heads
-from calm_jax.models.config import CompositionConfig, DecoderConfig
+from calm_jax.models.config import CompositionConfig, DecoderConfig, heads
 from calm_jax.models.connections import plan_connections
 
 

@@ -18,10 +18,11 @@ from ml_collections import ConfigDict
 
 from calm_jax import sharding
 from calm_jax.errors import CalmError
+from calm_jax.models.parts import Parts
 from calm_jax.planning.topologies import Topology
 from calm_jax.training.abstract_run import abstract_run
 from calm_jax.training.fitting import compile_lowered
-from calm_jax.training.step import BATCH_KEYS, Parts, Shardings, make_train_step
+from calm_jax.training.step import BATCH_KEYS, Shardings, make_train_step
 
 Mesh = jax.sharding.Mesh | jax.sharding.AbstractMesh
 

@@ -13,15 +13,17 @@ from calm_jax import presets, sharding
 from calm_jax.checkpoints import frozen
 from calm_jax.models import Decoder, DecoderConfig, compose
 from calm_jax.models.parameters import Tree, path_name
+from calm_jax.models.parts import Parts
 from calm_jax.models.quantized import SCALE
 from calm_jax.training.optimizer import make_optimizer
 from calm_jax.training.run_model import (
+    add_update,
     composition_configs,
     decoder_config,
     frozen_dtypes,
     set_execution,
 )
-from calm_jax.training.step import Parts, Shardings
+from calm_jax.training.step import Shardings
 
 Mesh = jax.sharding.Mesh | jax.sharding.AbstractMesh
 
@@ -60,18 +62,17 @@ def abstract_parts(config: ConfigDict, device: jax.Device) -> Parts:
     Raises:
         CalmError: the device does not support that `attention` or `train.remat`.
     """
-    if config.kind != "composed":
-        (model,) = _decoders(decoder_configs(config), jnp.float32)
-    else:
-        compositions = composition_configs(config)
 
-        def make():
-            anchor, *augments = _decoders(decoder_configs(config), None)
-            return compose(anchor, augments, compositions, rngs=nnx.Rngs(0))
+    def make():
+        first, *augments = _decoders(decoder_configs(config))
+        add_update(first.layers, config)
+        if config.kind != "composed":
+            return first
+        return compose(first, augments, composition_configs(config), rngs=nnx.Rngs(0))
 
-        model = nnx.eval_shape(make)
+    model = nnx.eval_shape(make)
     set_execution(model, config, device)
-    return Parts(model)
+    return Parts(model, config.train.trainable)
 
 
 def decoder_configs(config: ConfigDict) -> list[DecoderConfig]:
@@ -83,7 +84,7 @@ def decoder_configs(config: ConfigDict) -> list[DecoderConfig]:
     if config.kind != "composed":
         source = config.decoder["from"]
         given = frozen.describe(source).config if source else decoder_config(config)
-        return [dataclasses.replace(given, weights=None)]
+        return [given if config.lora.rank else dataclasses.replace(given, weights=None)]
     paths = (config.anchor, *config.augments)
     return [
         _cast(_frozen_config(path), dtype)
@@ -97,15 +98,15 @@ def _frozen_config(path: str) -> DecoderConfig:
     return frozen.describe(path).config
 
 
-def _decoders(configs: list[DecoderConfig], dtype) -> list[Decoder]:
-    """Decoders as shapes, in the dtypes that loading gives: `dtype`, or their own where None."""
+def _decoders(configs: list[DecoderConfig]) -> list[Decoder]:
+    """Decoders as shapes, in the dtypes that loading gives."""
 
     def make(config: DecoderConfig) -> Decoder:
         decoder = Decoder(config, nnx.Rngs(0))
         nnx.update(
             decoder,
             jax.tree.map_with_path(
-                lambda path, x: x if _keeps_dtype(path, x) else x.astype(dtype or config.dtype),
+                lambda path, x: x if _keeps_dtype(path, x) else x.astype(config.dtype),
                 nnx.state(decoder),
             ),
         )

@@ -119,6 +119,16 @@ def _common(kind: str) -> ConfigDict:
     config.train.profile_start = 0  # first step of the profile
     config.train.profile_steps = 0  # steps of the profile; 0: none
 
+    # Of a decoder "all" or "lora", of a composed model "bridge" and "lora"; (): the bridge and the
+    # low-rank update, whichever there is, else all.
+    config.train.trainable = ()
+
+    # A low-rank update (LoRA) of the layers of the anchor, or of the decoder of decoder.from.
+    config.lora = ConfigDict()
+    config.lora.rank = 0  # 0: no update
+    config.lora.alpha = 0.0  # scaled by alpha / rank; 0: by 1
+    config.lora.targets = ()  # of query, key, value, output, gate, up, down; (): all of them
+
     config.evaluate = ConfigDict()
     config.evaluate.tasks = ()  # registered tasks with a test split, or files of JSON lines
     config.evaluate.limit = 0  # examples of each at most; 0: all
@@ -162,6 +172,8 @@ _LEAST = {
     "data.seed": 0,
     "evaluate.limit": 0,
     "evaluate.max_new_tokens": 1,
+    "lora.alpha": 0,
+    "lora.rank": 0,
     "optimizer.b1": 0,
     "optimizer.b2": 0,
     "optimizer.clip_norm": 0,
@@ -223,6 +235,18 @@ def validate(config: ConfigDict) -> None:
         for key in ("b1", "b2"):
             if optimizer[key] != defaults[key]:
                 raise CalmError(f"optimizer.{key} is set, but optimizer.name is {optimizer.name!r}")
+    # Frozen models are told apart by fingerprints, so a composed run leaves theirs as it was.
+    known = ("bridge", "lora") if config.kind == "composed" else ("all", "lora")
+    for name in train.trainable:
+        if name not in known:
+            raise CalmError(
+                f"train.trainable has {name!r}; known for a {config.kind} run are {known}"
+            )
+    if config.lora.rank and config.kind == "decoder" and not config.decoder["from"]:
+        raise CalmError(
+            f"lora.rank is {config.lora.rank}, but decoder.from is empty: an update of random "
+            "weights learns nothing of them"
+        )
     _check_composed(config) if config.kind == "composed" else _check_decoder(config)
 
 

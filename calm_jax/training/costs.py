@@ -7,21 +7,24 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from calm_jax.models import ComposedDecoder
+from calm_jax.models import Inputs
 from calm_jax.models.parameters import Tree, count, size_in_bytes
+from calm_jax.models.parts import Parts
 from calm_jax.training.flops import matmul_flops
-from calm_jax.training.step import Parts, Shardings
+from calm_jax.training.step import Shardings
 
 
 def tree_costs(parts: Parts, trainable: Tree, opt_state: Any, frozen: Tree) -> list[dict[str, Any]]:
     """For each tree: name, parameters, bytes, whether it is trained, forward FLOPs a token."""
     flops = _forward_flops(parts)
+    names = [name for name, tree in parts.named(trainable).items() if tree]
+    trained = {*map(_trained, names), *(name for name in names if not parts.named(frozen)[name])}
     return [
         {
             "name": name,
             "parameters": count(tree),
             "bytes": size_in_bytes(tree),
-            "trained": tree is trainable,
+            "trained": name in trained,
             "flops_per_token": flops.get(name),
         }
         for name, tree in _by_name(parts, trainable, opt_state, frozen).items()
@@ -48,11 +51,17 @@ def shard_bytes(tree: Any, shardings: Any) -> int:
     )
 
 
-def _by_name(parts: Parts, trainable: Any, opt_state: Any, frozen: Any) -> dict[str, Any]:
-    if not parts.composed:
-        return {"decoder": trainable, "optimizer": opt_state}
-    augments = {f"augment {k}": tree for k, tree in enumerate(frozen["augments"])}
-    return {"anchor": frozen["anchor"], **augments, "bridge": trainable, "optimizer": opt_state}
+def _by_name(parts: Parts, trainable: Tree, opt_state: Any, frozen: Tree) -> dict[str, Any]:
+    """Each tree by its name; where a part of the model is trained in part, it makes two."""
+    trees: dict[str, Any] = {name: tree for name, tree in parts.named(frozen).items() if tree}
+    for name, tree in parts.named(trainable).items():
+        if tree:
+            trees[_trained(name) if name in trees else name] = tree
+    return {**trees, "optimizer": opt_state}
+
+
+def _trained(name: str) -> str:
+    return f"{name}, trained"
 
 
 def _forward_flops(parts: Parts, length: int = 32) -> dict[str, float]:
@@ -60,29 +69,19 @@ def _forward_flops(parts: Parts, length: int = 32) -> dict[str, float]:
     tokens_BT = jax.ShapeDtypeStruct((1, length), jnp.int32)
     tree = parts.structure.abstract()
 
-    def flops(of: Callable[[Any], Callable]) -> float:
+    def flops(run: Callable[[Any, Inputs], Any]) -> float:
+        def traced(tree, tokens_BT):
+            inputs = Inputs(tokens_BT, prompt_mask_BT=tokens_BT)
+            return run(parts.structure.merge(tree), inputs)
+
         # A single row cannot be split over a mesh.
         with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), ())):
-            return (
-                matmul_flops(
-                    lambda tree, tokens: of(parts.structure.merge(tree))(tokens), tree, tokens_BT
-                )
-                / length
-            )
+            return matmul_flops(traced, tree, tokens_BT) / length
 
-    if not parts.composed:
-        return {"decoder": flops(lambda model: model.forward)}
-
-    def whole(model: ComposedDecoder):
-        return lambda tokens: model.forward(tokens, prompt_mask_BT=tokens)
-
-    def anchor(model: ComposedDecoder):
-        return model.anchor.forward
-
-    result = {"anchor": flops(anchor)}
-    for k in range(len(tree["augments"])):
-        result[f"augment {k}"] = flops(
-            lambda model, k=k: lambda tokens: model.run_augment(k, tokens).by_layer
-        )
-    result["bridge"] = flops(whole) - sum(result.values())
-    return result
+    alone = {
+        name: flops(lambda model, inputs, name=name: model.run_alone(name, inputs))
+        for name in parts.names
+        if name != "bridge"
+    }
+    whole = flops(lambda model, inputs: model.forward(inputs))
+    return {name: alone.get(name, whole - sum(alone.values())) for name in parts.names}

@@ -10,7 +10,7 @@ from flax import nnx
 
 from calm_jax import sharding
 from calm_jax.models import ComposedDecoder, Decoder
-from calm_jax.models.block import stream
+from calm_jax.models.layouts import residual_layout
 from calm_jax.models.quantized import SCALE
 
 
@@ -33,11 +33,9 @@ def head_loss(
     B, T = targets_BT.shape
     if not 0 < chunk < T:
         return _loss_of_logits(model.logits(x_BTD), targets_BT, weights_BT)
-    composed = isinstance(model, ComposedDecoder)
-    graphdef, head, rest = nnx.split(model.anchor if composed else model, _in_head, ...)
+    graphdef, head, rest = nnx.split(model.anchor, _in_head, ...)
     # Else XLA would gather it anew for every chunk.
     head = jax.lax.optimization_barrier(jax.tree.map(_gathered, head, is_leaf=_is_variable))
-    trained, frozen = ({}, head) if composed else (head, {})
     chunks = -(-T // chunk)
 
     def in_chunks(x):
@@ -52,38 +50,44 @@ def head_loss(
 
     targets, weights = in_chunks(targets_BT), in_chunks(weights_BT)
 
-    def loss_of_chunk(trained, x_BCD, targets_BC, weights_BC):
-        logits_BCV = nnx.merge(graphdef, trained or frozen, rest).logits(x_BCD)
+    def loss_of_chunk(head, x_BCD, targets_BC, weights_BC):
+        logits_BCV = nnx.merge(graphdef, head, rest).logits(x_BCD)
         return _loss_of_logits(logits_BCV, targets_BC, weights_BC)
 
     @jax.custom_vjp
-    def loss(trained, x_BTD):
+    def loss(head, x_BTD):
         def step(total, chunk):
-            loss, right_BC = loss_of_chunk(trained, *chunk)
+            loss, right_BC = loss_of_chunk(head, *chunk)
             return total + loss, right_BC
 
         total, right = jax.lax.scan(step, 0.0, (in_chunks(x_BTD), targets, weights))
         return total, joined(right)
 
-    def loss_and_gradients(trained, x_BTD):
+    def loss_and_gradients(head, x_BTD):
+        # A frozen head has no gradient: that of every chunk would be a product as large as logits.
+        trained = any(leaf.perturbed for leaf in jax.tree.leaves(head, is_leaf=_is_primal))
+        head = jax.tree.map(lambda leaf: leaf.value, head, is_leaf=_is_primal)
+        wanted = (0, 1) if trained else (1,)
+
         def step(totals, chunk):
             x_BCD, *rest = chunk
-            (loss, right_BC), gradients = jax.value_and_grad(
-                loss_of_chunk, argnums=(0, 1), has_aux=True
-            )(trained, x_BCD, *rest)
-            return jax.tree.map(jnp.add, totals, (loss, gradients[0])), (right_BC, gradients[1])
+            (loss, right_BC), (*head_gradient, x_gradient) = jax.value_and_grad(
+                loss_of_chunk, argnums=wanted, has_aux=True
+            )(head, x_BCD, *rest)
+            return jax.tree.map(jnp.add, totals, (loss, head_gradient)), (right_BC, x_gradient)
 
-        zeros = (0.0, jax.tree.map(jnp.zeros_like, trained))
+        zeros = (0.0, [jax.tree.map(jnp.zeros_like, head)] if trained else [])
         (total, head_gradient), (right, x_gradient) = jax.lax.scan(
-            step, zeros, (in_chunks(x_BTD), targets, weights)
+            step, zeros, (in_chunks(x_BTD.value), targets, weights)
         )
-        return (total, joined(right)), (head_gradient, stream(joined(x_gradient)))
+        gradients = (head_gradient[0] if trained else None, residual_layout(joined(x_gradient)))
+        return (total, joined(right)), gradients
 
     def scaled(gradients, cotangents):
         return jax.tree.map(lambda g: (cotangents[0] * g).astype(g.dtype), gradients)
 
-    loss.defvjp(loss_and_gradients, scaled)
-    return loss(trained, x_BTD)
+    loss.defvjp(loss_and_gradients, scaled, symbolic_zeros=True)
+    return loss(head, x_BTD)
 
 
 def _loss_of_logits(logits_BTV, targets_BT, weights_BT) -> tuple[jax.Array, jax.Array]:
@@ -104,3 +108,7 @@ def _gathered(variable: nnx.Variable) -> nnx.Variable:
 
 def _is_variable(x) -> bool:
     return isinstance(x, nnx.Variable)
+
+
+def _is_primal(x) -> bool:
+    return isinstance(x, jax.custom_derivatives.CustomVJPPrimal)

@@ -21,6 +21,7 @@ from calm_jax.data.source import Part, Source
 from calm_jax.data.stream import Stream, batches_once
 from calm_jax.data.vocabulary import Vocabulary
 from calm_jax.errors import CalmError
+from calm_jax.models.lora import merge_lora
 from calm_jax.models.parameters import Tree
 from calm_jax.training import agreement, config_keys, configuration
 from calm_jax.training.abstract_run import AbstractRun, abstract_run
@@ -162,7 +163,7 @@ class _Session:
         if self.first_step < num_steps:
             step = self._compile()
             self._loop(step, preemption)
-        if not self.parts.composed:
+        if self.config.kind == "decoder":
             self._save_frozen()
 
     def _restore_or_start(self) -> int:
@@ -338,7 +339,7 @@ class _Session:
             "frozen": self.described.identities,
             "data": {split: source.fingerprint for split, source in self.sources.items()},
             "composition": [config.to_dict() for config in composition_configs(self.config)]
-            if self.parts.composed
+            if self.config.kind == "composed"
             else [],
         }
         metrics = None if scores is None else {"loss": scores["loss"]}
@@ -352,7 +353,8 @@ class _Session:
             return
         abstract, _ = self.parts.abstract()
         best = self.checkpoints.restore(step, abstract_like(abstract, self.shardings.trainable))
-        decoder = self.parts.merge(best.trainable, {})
+        decoder = self.parts.merge(best.trainable, self.model.frozen)
+        merge_lora(decoder.layers)
         if processes.is_first():
             for stale in (self.run / "frozen_step.json", self.run / "frozen"):
                 if stale.exists():

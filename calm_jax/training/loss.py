@@ -3,12 +3,13 @@
 Axes: B batch, T position, D model width, V vocabulary.
 """
 
+import functools
 from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
 
-from calm_jax.models import ComposedDecoder, Decoder
+from calm_jax.models import ComposedDecoder, Decoder, Inputs
 from calm_jax.training.cross_entropy import head_loss
 
 Batch = Mapping[str, jax.Array]
@@ -26,7 +27,7 @@ def loss_sums(
 
     Args:
         batch: arrays [B, T] under seqio's decoder keys.
-        key, noise: random noise (see `noisy`) on a decoder's embeddings, or on the taps of a
+        key, noise: random noise (see `noisy`) on a decoder's embeddings, or on each tap of a
             composed model; 0: none.
         loss_chunk: positions of each row whose logits exist at once; 0: all of them.
 
@@ -35,40 +36,30 @@ def loss_sums(
         "correct" (weighted right tokens), "exact" and "sequences" (segments with every weighted
         token right; all), and for a composed model "connections" [connections, 2].
     """
-    tokens_BT, targets_BT = batch["decoder_input_tokens"], batch["decoder_target_tokens"]
-    positions_BT, segments_BT = batch["decoder_positions"], batch["decoder_segment_ids"]
+    inputs, targets_BT = Inputs.of_batch(batch), batch["decoder_target_tokens"]
+    segments_BT = inputs.segments_BT
     weights_BT = batch["decoder_loss_weights"] * (segments_BT != 0)
-    sums: Sums = {}
-    if isinstance(model, ComposedDecoder):
 
-        def perturb(tap, augment, layer):
-            tap_key = jax.random.fold_in(jax.random.fold_in(key, augment), layer)
-            return noisy(tap, segments_BT, tap_key, noise)
+    def perturb(x, *numbers):
+        return noisy(x, segments_BT, functools.reduce(jax.random.fold_in, numbers, key), noise)
 
-        prompt_mask_BT = batch["decoder_causal_attention"]
-        x_BTD, norms = model.bridged(
-            tokens_BT, positions_BT, segments_BT, prompt_mask_BT, perturb if noise else None
-        )
-        sums["connections"] = jnp.stack(norms)
-    else:
-        x_BTD = model.embed(tokens_BT)
-        if noise:
-            x_BTD = noisy(x_BTD, segments_BT, key, noise)
-        x_BTD = model.hidden(x_BTD, positions_BT, segments_BT)
+    x_BTD, connections = model.perturbed(inputs, perturb if noise else None)
     loss, right_BT = head_loss(model, x_BTD, targets_BT, weights_BT, loss_chunk)
     exact, sequences = _sequences(segments_BT, weights_BT > 0, right_BT)
-    sums |= {
+    sums: Sums = {
         "loss": loss,
         "weight": jnp.sum(weights_BT),
         "correct": jnp.sum(weights_BT * right_BT),
         "exact": exact,
         "sequences": sequences,
     }
+    if connections:
+        sums["connections"] = jnp.stack(connections)
     return loss, jax.lax.stop_gradient(sums)
 
 
 def noisy(x: jax.Array, segments_BT: jax.Array, key: jax.Array, noise: float) -> jax.Array:
-    """Gaussian noise on vectors [..., B, T, D], of up to `noise` x each vector's own rms.
+    """Gaussian noise on vectors [B, T, D], of up to `noise` x each vector's own rms.
 
     Its strength is drawn for each sequence. An anchor trained so reads vectors that are not exactly
     one of its embeddings, which is what a bridge will give it; a bridge trained so finds what the

@@ -4,7 +4,6 @@ import dataclasses
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 from ml_collections import ConfigDict
 
@@ -16,13 +15,14 @@ from calm_jax.data.vocabulary import Vocabulary
 from calm_jax.errors import CalmError
 from calm_jax.models import ComposedDecoder, CompositionConfig, Decoder, DecoderConfig, compose
 from calm_jax.models.attention_choice import Need, choose
-from calm_jax.models.bridge import heads
 from calm_jax.models.composed import check_vocabularies
+from calm_jax.models.config import heads
 from calm_jax.models.connections import plan_connections
 from calm_jax.models.execution import Execution, check_remat
+from calm_jax.models.lora import add_lora, lora_of
 from calm_jax.models.parameters import Tree, module_tree
+from calm_jax.models.parts import Parts
 from calm_jax.training import config_keys
-from calm_jax.training.step import Parts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,8 +89,8 @@ def describe_models(config: ConfigDict) -> Described:
                 f"{vocabulary.base_size} tokens of {name}"
             )
     vocabulary.rows = min(form.vocab_size for form in forms)
-    if config.kind != "composed":
-        return Described(vocabulary, [], [])
+    if config.kind != "composed" and not config.lora.rank:
+        return Described(vocabulary, [], [])  # nothing is frozen
     identities = [
         {
             "role": role,
@@ -100,7 +100,7 @@ def describe_models(config: ConfigDict) -> Described:
         }
         for role, folder, dtype in zip(roles, folders, frozen_dtypes(config), strict=True)
     ]
-    return Described(vocabulary, identities, plan.names)
+    return Described(vocabulary, identities, plan.names if config.kind == "composed" else [])
 
 
 def load_run_model(config: ConfigDict, mesh: jax.sharding.Mesh) -> RunModel:
@@ -166,22 +166,25 @@ def frozen_dtypes(config: ConfigDict) -> list[str | None]:
     return [config.anchor_dtype or None, *[config.augment_dtype or None] * len(config.augments)]
 
 
+def add_update(layers: nnx.Module, config: ConfigDict) -> None:
+    """Gives the layers of a decoder, or of the anchor, the low-rank update of a run."""
+    update = lora_of(config_keys.to_dict(config.lora))
+    if update is not None:
+        add_lora(layers, update, nnx.Rngs(config.train.seed + 1))
+
+
 def _decoder(config: ConfigDict, mesh) -> RunModel:
-    """A decoder to train whole: from random values, or from a frozen folder; in float32."""
+    """A decoder to train: of random values, or a frozen folder, whole or by a low-rank update."""
     device = mesh.devices.flat[0]
     if not config.decoder["from"]:
         form = decoder_config(config)
         decoder = nnx.eval_shape(lambda: Decoder(form, nnx.Rngs(0)))
         set_execution(decoder, config, device)
-        return RunModel(Parts(decoder), None, {})
+        return RunModel(Parts(decoder, config.train.trainable), None, {})
     described = frozen_folders.describe(config.decoder["from"])
-    shapes = ((described.config.num_layers,),)
     rules = sharding.WEIGHT_RULES[config.weight_sharding]
-    decoder = frozen_folders.load_cut(described, shapes, mesh=mesh, rules=rules)
-    set_execution(decoder, config, device)
-    nnx.update(decoder, jax.tree.map(lambda x: x.astype(jnp.float32), nnx.state(decoder)))
-    parts = Parts(decoder)
-    return RunModel(parts, *parts.of(decoder))
+    decoder = frozen_folders.load_described(described, mesh=mesh, rules=rules)
+    return _in_place(decoder, decoder.layers, config, mesh)
 
 
 def _composed(config: ConfigDict, mesh) -> RunModel:
@@ -191,9 +194,17 @@ def _composed(config: ConfigDict, mesh) -> RunModel:
     rules = sharding.WEIGHT_RULES[config.weight_sharding]
     anchor, *augments = load_parts(places, frozen_dtypes(config), configs, mesh, rules)
     composed = compose(anchor, augments, configs, rngs=nnx.Rngs(config.train.seed))
-    set_execution(composed, config, mesh.devices.flat[0])
-    parts = Parts(composed)
-    bridge, frozen = parts.of(composed)
-    places, _ = parts.shardings(mesh, rules)
-    bridge = sharding.moved(bridge, places)  # it was born by the default rules
-    return RunModel(parts, bridge, frozen)
+    return _in_place(composed, composed.anchor.layers, config, mesh)
+
+
+def _in_place(
+    model: Decoder | ComposedDecoder, layers: nnx.Module, config: ConfigDict, mesh
+) -> RunModel:
+    """The parts of a loaded model, `layers` of it with the run's update, laid out for training."""
+    add_update(layers, config)
+    set_execution(model, config, mesh.devices.flat[0])
+    parts = Parts(model, config.train.trainable)
+    trainable, frozen = parts.of(model)
+    # A bridge is born by the default rules, an update on one device.
+    shardings, _ = parts.shardings(mesh, sharding.WEIGHT_RULES[config.weight_sharding])
+    return RunModel(parts, sharding.moved(trainable, shardings), frozen)

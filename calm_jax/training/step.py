@@ -1,7 +1,6 @@
 """The one training step: `train_step(trainable, opt_state, frozen, batch, step)`.
 
-For a decoder everything is trainable and `frozen` is empty; for a composed model the bridge is
-trainable and `frozen` is `{"anchor": ..., "augments": [...]}`, which is never differentiated,
+What is trained is a matter of `calm_jax.models.parts`. The frozen tree is never differentiated,
 donated or given to the optimizer.
 """
 
@@ -12,11 +11,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from flax import nnx
 
 from calm_jax import sharding
-from calm_jax.models import ComposedDecoder
-from calm_jax.models.parameters import Structure, Tree, module_tree
+from calm_jax.models.parameters import Tree
+from calm_jax.models.parts import Parts
 from calm_jax.training.loss import Sums, loss_sums, means
 
 BATCH_KEYS = (
@@ -27,44 +25,6 @@ BATCH_KEYS = (
     "decoder_segment_ids",
     "decoder_causal_attention",
 )
-
-
-class Parts:
-    """How a model's arrays fall into a trainable and a frozen tree."""
-
-    def __init__(self, model: nnx.Module):
-        self.structure = Structure(model)
-        self.composed = isinstance(model, ComposedDecoder)
-
-    def split(self, tree: Tree) -> tuple[Tree, Tree]:
-        """(trainable, frozen) of a whole model's tree."""
-        if not self.composed:
-            return tree, {}
-        augments = [tree["augments"][str(k)] for k in range(len(tree["augments"]))]
-        return tree["bridge"], {"anchor": tree["anchor"], "augments": augments}
-
-    def merge(self, trainable: Tree, frozen: Tree) -> nnx.Module:
-        """The model of the two trees."""
-        if not self.composed:
-            return self.structure.merge(trainable)
-        augments = {str(k): augment for k, augment in enumerate(frozen["augments"])}
-        return self.structure.merge(
-            {"anchor": frozen["anchor"], "augments": augments, "bridge": trainable}
-        )
-
-    def of(self, model: nnx.Module) -> tuple[Tree, Tree]:
-        """(trainable, frozen) arrays of a model of this structure."""
-        return self.split(module_tree(model))
-
-    def abstract(self) -> tuple[Tree, Tree]:
-        """(trainable, frozen) shapes and dtypes."""
-        return self.split(self.structure.abstract())
-
-    def shardings(
-        self, mesh: jax.sharding.Mesh, rules: sharding.Rules = sharding.RULES
-    ) -> tuple[Tree, Tree]:
-        """(trainable, frozen) shardings."""
-        return self.split(self.structure.shardings(mesh, rules))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -85,22 +85,10 @@ def test_onto_a_mesh(decoder, folder, shape):
     assert frozen.fingerprint(loaded) == loaded.fingerprint
 
 
-def test_the_fingerprint_does_not_depend_on_how_the_layers_are_cut(folder):
-    whole = frozen.load(folder)
-    for config in (
-        CompositionConfig(connections=((3, 0), (3, 2))),
-        CompositionConfig(every=1),
-    ):
-        anchor = frozen.load(folder)
-        composed = compose(anchor, tiny_models.decoder(embed_dim=16), config, rngs=nnx.Rngs(0))
-        assert len(composed.anchor.layers.shapes) > 1
-        assert frozen.fingerprint(anchor) == whole.fingerprint
-        assert len(anchor.layers.shapes) > 1  # computing it did not join them
-
-
-def test_a_cut_decoder_is_saved_whole(decoder, folder, tmp_path):
+def test_a_composed_decoder_is_saved_as_it_was(decoder, folder, tmp_path):
     anchor = frozen.load(folder)
     compose(anchor, tiny_models.decoder(embed_dim=16), CompositionConfig(), rngs=nnx.Rngs(0))
+    assert frozen.fingerprint(anchor) == anchor.fingerprint
     identity = frozen.save_frozen(anchor, tmp_path / "again")
     assert identity == frozen.load(folder).fingerprint
     loaded = frozen.load(tmp_path / "again")
@@ -134,22 +122,8 @@ def test_many_chunks(decoder, tmp_path, chunks_of):
         frozen.load(tmp_path / "model")
 
 
-@pytest.mark.parametrize("mesh_shape", [None, {"data": 2, "fsdp": 2, "tensor": 2}])
-def test_layers_cut_while_they_are_loaded(folder, mesh_shape):
-    mesh = mesh_shape and sharding.make_mesh(mesh_shape)
-    for shapes in (((1,), (2, 1), (1,)), ((3,), (1,)), ((2, 2),)):
-        whole = frozen.load(folder, mesh=mesh)
-        cut = frozen.load_cut(frozen.describe(folder), shapes, mesh=mesh)
-        whole.layers.cut(shapes)
-        assert cut.layers.shapes == whole.layers.shapes
-        assert stored_bytes(cut) == stored_bytes(whole)
-        for one, other in zip(*map(jax.tree.leaves, map(nnx.state, (cut, whole))), strict=True):
-            assert one.sharding.is_equivalent_to(other.sharding, one.ndim)
-
-
 def test_orbax_restores_the_weights(decoder, folder):
     wanted = module_tree(decoder)
-    wanted["layers"] = wanted["layers"]["pieces"]["0"]
     place = NamedSharding(sharding.make_mesh({"fsdp": 8}), PartitionSpec())
     abstract = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), wanted
@@ -184,14 +158,14 @@ def test_dtype(decoder, folder, tmp_path):
 @pytest.mark.parametrize("mesh_shape", [None, {"fsdp": 4, "tensor": 2}])
 def test_int8(decoder, folder, tmp_path, mesh_shape):
     mesh = mesh_shape and sharding.make_mesh(mesh_shape)
-    loaded = frozen.load_cut(frozen.describe(folder), ((2,), (2, 1)), mesh=mesh, dtype="int8")
+    loaded = frozen.load(folder, mesh=mesh, dtype="int8")
     assert loaded.config == dataclasses.replace(decoder.config, weights="int8")
     assert loaded.fingerprint == frozen.load(folder).fingerprint + " as int8"
-    weight_DF = np.asarray(decoder.layers.pieces[0].mlp.gate.get_value())[2]
-    found = loaded.layers.pieces[1].mlp
+    weight_DF = np.asarray(decoder.layers.mlp.gate.get_value())[2]
+    found = loaded.layers.mlp
     scale_F = np.abs(weight_DF).max(0) / 127
-    np.testing.assert_allclose(found.gate_scale.get_value()[0, 0], scale_F, rtol=1e-6)
-    values_DF = np.asarray(found.gate.get_value()[0, 0])
+    np.testing.assert_allclose(found.gate_scale.get_value()[2], scale_F, rtol=1e-6)
+    values_DF = np.asarray(found.gate.get_value()[2])
     assert values_DF.dtype == np.int8
     assert np.abs(values_DF * scale_F - weight_DF).max() <= scale_F.max() * 0.501
     logits, exact = np.asarray(loaded(TOKENS)), np.asarray(decoder(TOKENS))

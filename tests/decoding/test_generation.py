@@ -11,7 +11,7 @@ from flax import nnx
 from calm_jax.data.vocabularies import load_vocabulary, vocabulary_of_folder
 from calm_jax.decoding import generate
 from calm_jax.errors import CalmError
-from calm_jax.models import ComposedDecoder, CompositionConfig, compose
+from calm_jax.models import CompositionConfig, Inputs, compose
 
 PROMPTS = [[3, 1, 4, 1, 5], [9], list(range(20, 41))]  # the last is longer than one bucket
 NEW = 5
@@ -31,11 +31,11 @@ MODELS = dict(models())
 
 def greedy_choices(model, tokens, prompt_length):
     """The most probable token after each prefix of one row, without padding or batch."""
-    inputs = [jnp.asarray([tokens], jnp.int32)]
-    if isinstance(model, ComposedDecoder):
-        prompt_mask = np.arange(len(tokens))[None] < prompt_length
-        inputs += [None, None, jnp.asarray(prompt_mask, jnp.int32)]
-    return np.argmax(model(*inputs)[0], axis=-1)
+    prompt_mask = np.arange(len(tokens))[None] < prompt_length
+    inputs = Inputs(
+        jnp.asarray([tokens], jnp.int32), prompt_mask_BT=jnp.asarray(prompt_mask, jnp.int32)
+    )
+    return np.argmax(model(inputs)[0], axis=-1)
 
 
 @functools.cache

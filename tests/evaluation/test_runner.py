@@ -41,7 +41,7 @@ def frozen_decoder(folder, width: int, seed: int) -> Decoder:
         num_layers=2, num_heads=2, num_kv_heads=1, head_dim=8, mlp_dim=32,
     )  # fmt: skip
     decoder = Decoder(config, nnx.Rngs(seed))
-    block = decoder.layers.pieces[0]
+    block = decoder.layers
     for branch in (block.attention.output, block.mlp.down):
         # Random branches are small, and what a token says would hardly depend on those before.
         branch.set_value(3 * branch.get_value())

@@ -12,7 +12,7 @@ import tiny_models  # noqa: F401  (compiles quickly)
 from jax.experimental.pallas.ops.tpu import splash_attention as splash
 
 from calm_jax import sharding
-from calm_jax.models import attention_kernels, chunked_attention
+from calm_jax.models import Inputs, attention_kernels, chunked_attention
 from calm_jax.models.attention import Attention
 
 SHAPES = st.fixed_dictionaries(
@@ -58,12 +58,22 @@ def random_segments(length, hidden_keys, batch=2, seed=0, **_):
     return queries_BT, (keys_BS if hidden_keys else None)
 
 
-def visible(queries_BT, keys_BS, window):
+def sides(queries_BT, keys_BS=None, query_order_BT=None, key_order_BS=None):
+    """Queries and keys, by their segments."""
+    queries = Inputs(segments_BT=jnp.asarray(queries_BT), order_BT=query_order_BT)
+    if keys_BS is None:
+        return (queries,)
+    return queries, Inputs(segments_BT=jnp.asarray(keys_BS), order_BT=key_order_BS)
+
+
+def visible(queries_BT, keys_BS, window, query_order_BT=None, key_order_BS=None):
     """Bool [B, T, S] by the rule, one pair at a time."""
-    allowed = np.zeros((*queries_BT.shape, queries_BT.shape[1]), bool)
+    allowed = np.zeros((*queries_BT.shape, keys_BS.shape[1]), bool)
     for b, t, s in np.ndindex(allowed.shape):
         same = queries_BT[b, t] == keys_BS[b, s] != 0
-        allowed[b, t, s] = s <= t and same and (window is None or t - s < window)
+        query = t if query_order_BT is None else query_order_BT[b, t]
+        key = s if key_order_BS is None else key_order_BS[b, s]
+        allowed[b, t, s] = key <= query and same and (window is None or query - key < window)
     return allowed
 
 
@@ -71,7 +81,7 @@ def compare(backend, inputs, segments, local=True, tolerance=None, **fields):
     """Values and gradients of a backend are XLA's."""
 
     def values_and_gradients(backend, q, k, v, dx, local):
-        attend = Attention(backend, *segments, scale=q.shape[-1] ** -0.5, **fields)
+        attend = Attention(backend, *sides(*segments), scale=q.shape[-1] ** -0.5, **fields)
         x, backward = jax.vjp(lambda *inputs: attend(*inputs, local), q, k, v)
         return [x, *backward(dx)]
 
@@ -98,6 +108,39 @@ def test_chunked_equals_xla(shape):
     window = shape["window"] if shape["local"] else None
     allowed = visible(queries_BT, queries_BT if keys_BS is None else keys_BS, window)
     assert np.all(np.asarray(x_BTNH)[~allowed.any(-1)] == 0)
+
+
+@hypothesis.settings(max_examples=8)
+@hypothesis.given(
+    backend=st.sampled_from(["xla", "chunked", "splash", "cudnn"]),
+    queries=st.integers(1, 20),
+    keys=st.integers(1, 20),
+    orders=st.sampled_from(["none", "queries", "both"]),
+    window=st.none() | st.integers(1, 9),
+    logit_cap=st.sampled_from([None, 2.0]),
+    seed=st.integers(0, 99),
+)
+def test_queries_that_are_not_the_keys(backend, queries, keys, orders, window, logit_cap, seed):
+    """Any number of either, in any order, by every backend: weights and values by numpy."""
+    random = np.random.default_rng(seed)
+    q, k, v = (random.normal(size=(2, n, 2, 4)).astype(np.float32) for n in (queries, keys, keys))
+    segments = [random.integers(0, 3, (2, n), dtype=np.int32) for n in (queries, keys)]
+    order = [random.integers(0, 25, (2, n), dtype=np.int32) for n in (queries, keys)]
+    order = {"none": [None, None], "queries": [order[0], None], "both": order}[orders]
+    attend = Attention(
+        backend, *sides(*segments, *order), scale=0.5, window=window, logit_cap=logit_cap
+    )
+    found = attend(*map(jnp.asarray, (q, k, v)), True)
+
+    allowed = visible(*segments, window, *order)[:, None]
+    logits = 0.5 * np.einsum("btnh,bsnh->bnts", q, k).astype(np.float64)
+    logits = logits if logit_cap is None else logit_cap * np.tanh(logits / logit_cap)
+    weights = np.where(allowed, np.exp(logits), 0)
+    weights /= np.maximum(weights.sum(-1, keepdims=True), 1e-30)
+    expected = np.einsum("bnts,bsnh->btnh", weights, v)
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+    blind = ~allowed[:, 0].any(-1)
+    assert np.all(np.asarray(found)[blind] == 0)
 
 
 @pytest.mark.parametrize(
@@ -133,7 +176,7 @@ def test_cudnn_is_asked_for_the_same(window, monkeypatch):
 def test_gradients_reach_what_is_visible_and_nothing_else(window):
     q, k, v, _ = arrays(21, (1, 1), 4)
     queries_BT, keys_BS = random_segments(21, hidden_keys=True, seed=3)
-    attend = Attention("chunked", queries_BT, keys_BS, scale=0.5, window=window)
+    attend = Attention("chunked", *sides(queries_BT, keys_BS), scale=0.5, window=window)
 
     @jax.jit
     def moved(k, v):
@@ -154,7 +197,8 @@ def test_a_window_that_hides_nothing_is_not_computed_apart(window, ways):
     segments_BT = np.ones((2, 21), np.int32)
 
     def values(local):
-        return Attention("chunked", segments_BT, scale=0.5, window=window)(q, k, v, local)
+        attend = Attention("chunked", *sides(segments_BT), scale=0.5, window=window)
+        return attend(q, k, v, local)
 
     conditions = str(jax.make_jaxpr(values)(True)).count("cond[")
     assert conditions == ways - 1

@@ -7,7 +7,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny_models
-from random_models import assert_close, gemma, llama, packed_batch, random_composed, random_decoder
+from random_models import (
+    as_inputs,
+    assert_close,
+    gemma,
+    llama,
+    packed_batch,
+    random_composed,
+    random_decoder,
+)
 
 from calm_jax import sharding
 from calm_jax.models import ComposedDecoder, CompositionConfig, chunked_attention
@@ -48,7 +56,7 @@ def logits_and_gradients(model, batch, attention, remat="none"):
     @jax.jit
     def run(tree):
         def loss(tree):
-            logits = structure.merge(tree).forward(*batch)
+            logits = structure.merge(tree).forward(as_inputs(*batch))
             return jnp.sum(jnp.sin(logits) * (batch[2] != 0)[:, :, None]), logits
 
         return jax.grad(loss, has_aux=True)(tree)
@@ -75,9 +83,9 @@ def test_a_composed_model(remat):
     composed = random_composed(gemma(**WINDOWS), (llama(embed_dim=8),), config)
     batch = packed_batch()
     found = logits_and_gradients(composed, batch, "chunked", remat)
-    maps = composed.attention_maps(*batch)
+    maps = composed.attention_maps(as_inputs(*batch))
     assert_equal(found, logits_and_gradients(composed, batch, "xla"), batch)
-    for ours, theirs in zip(maps, composed.attention_maps(*batch), strict=True):
+    for ours, theirs in zip(maps, composed.attention_maps(as_inputs(*batch)), strict=True):
         assert_close(ours["weights"], theirs["weights"])
 
 
@@ -111,7 +119,9 @@ def test_no_square_of_the_length_exists(monkeypatch, optimised):
         @jax.jit
         def gradients(bridge):
             def loss(bridge):
-                return jnp.sum(structure.merge({**tree, "bridge": bridge}).residual(*batch))
+                return jnp.sum(
+                    structure.merge({**tree, "bridge": bridge}).residual(as_inputs(*batch))
+                )
 
             return jax.grad(loss)(bridge)
 

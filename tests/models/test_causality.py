@@ -7,11 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from random_models import llama, packed_batch, palm, random_composed, random_tree
+from random_models import as_inputs, llama, packed_batch, palm, random_composed, random_tree
 
 from calm_jax.errors import CalmError
-from calm_jax.models import ComposedDecoder, CompositionConfig
-from calm_jax.models.bridge import BridgeInputs, CrossAttention
+from calm_jax.models import CompositionConfig
+from calm_jax.models.cross_attention import BridgePass, CrossAttention
 from calm_jax.models.execution import Execution
 from calm_jax.models.parameters import Structure
 
@@ -47,40 +47,37 @@ def test_gradient_of_the_bridge_by_its_tap(name):
     structure = Structure(nnx.eval_shape(lambda: CrossAttention(config, palm(), 6, nnx.Rngs(0))))
     crossing = structure.merge(random_tree(structure, 0))
     _, positions, segments, prompt = packed_batch()
-    shared = BridgeInputs(config, crossing.head_dim, positions, segments, prompt, Execution())
+    inputs = as_inputs(segments, positions, segments, prompt)
+    bridge_pass = BridgePass(config, palm(), Execution(), inputs)
+
+    def result(tap_BSE):
+        keys_and_values = crossing.keys_and_values(tap_BSE, jnp.float32, bridge_pass)
+        return crossing.attend(h_BTD, *keys_and_values, bridge_pass)[0]
+
     random = np.random.default_rng(0)
     h_BTD = random.normal(size=(3, 11, 16)).astype(np.float32)
     tap_BSE = random.normal(size=(3, 11, 6)).astype(np.float32)
 
-    jacobian = jax.jit(jax.jacrev(lambda tap: crossing(h_BTD, tap, shared)[0].sum(-1)))(tap_BSE)
+    jacobian = jax.jit(jax.jacrev(lambda tap: result(tap).sum(-1)))(tap_BSE)
     moved = np.any(np.asarray(jacobian) != 0, axis=-1)
     expected = across_rows(visible(segments, prompt if config.encoder_only else None))
     np.testing.assert_array_equal(moved, expected)
 
-    y_BTD, _ = crossing(h_BTD, tap_BSE, shared)
+    y_BTD = result(jnp.asarray(tap_BSE))
     blind_BT = ~visible(segments, prompt if config.encoder_only else None).any(-1)
     assert blind_BT.any()
     assert np.all(np.asarray(y_BTD)[blind_BT] == 0)
     assert np.all(np.asarray(y_BTD)[~blind_BT] != 0)
 
 
-def test_gradient_of_logits_by_the_taps(monkeypatch):
+def test_gradient_of_logits_by_the_taps():
     composed = random_composed(palm(), (llama(embed_dim=8),), CompositionConfig.paper(every=1))
     tokens, positions, segments, prompt = packed_batch()
-    run_augment = ComposedDecoder.run_augment
-
-    def run_perturbed(delta_BSE):
-        def run(self, *args):
-            taps = run_augment(self, *args)
-            taps.by_layer = {layer: tap + delta_BSE for layer, tap in taps.by_layer.items()}
-            taps.stacked = None if taps.stacked is None else taps.stacked + delta_BSE
-            return taps
-
-        return run
 
     def logits_of(delta_BSE):
-        monkeypatch.setattr(ComposedDecoder, "run_augment", run_perturbed(delta_BSE))
-        return composed.forward(tokens, positions, segments, prompt)[..., 0]
+        inputs = as_inputs(tokens, positions, segments, prompt)
+        x_BTD, _ = composed.perturbed(inputs, lambda tap_BSE, *_: tap_BSE + delta_BSE)
+        return composed.logits(x_BTD)[..., 0]
 
     jacobian = jax.jit(jax.jacrev(logits_of))(jnp.zeros((3, 11, 8)))
     moved = np.any(np.asarray(jacobian) != 0, axis=-1)
@@ -118,8 +115,8 @@ def test_what_a_token_may_not_see_changes_nothing(data):
 
     composed = random_composed(llama(num_layers=3), (augment,), config)
     with jax.disable_jit():  # operation by operation, so that no two examples compile anew
-        before = composed(tokens, None, segments, prompt)
-        after = composed(changed, None, segments, prompt)
+        before = composed(as_inputs(tokens, None, segments, prompt))
+        after = composed(as_inputs(changed, None, segments, prompt))
     np.testing.assert_array_equal(before[row, t], after[row, t])
 
 
@@ -131,10 +128,10 @@ def prompted():
 
 def test_a_query_with_nothing_to_see_adds_exactly_nothing(prompted):
     tokens, positions, segments, prompt = packed_batch()
-    alone = np.asarray(prompted.anchor(tokens, positions, segments))
-    no_prompt = np.asarray(prompted(tokens, positions, segments, np.zeros_like(prompt)))
+    alone = np.asarray(prompted.anchor(as_inputs(tokens, positions, segments)))
+    no_prompt = np.asarray(prompted(as_inputs(tokens, positions, segments, np.zeros_like(prompt))))
     np.testing.assert_array_equal(no_prompt, alone)
-    logits = np.asarray(prompted(tokens, positions, segments, prompt))
+    logits = np.asarray(prompted(as_inputs(tokens, positions, segments, prompt)))
     sees_BT = visible(segments, prompt).any(-1)
     np.testing.assert_array_equal(np.any(logits != alone, axis=-1), sees_BT)
 
@@ -146,11 +143,11 @@ def test_only_prompt_tokens_reach_the_logits_through_the_bridge(prompted):
     row = composed.anchor.embedding[...][:1]
     composed.anchor.embedding.set_value(jnp.tile(row, (composed.config.vocab_size, 1)))
     tokens, positions, segments, prompt = packed_batch()
-    before = np.asarray(composed(tokens, positions, segments, prompt))
+    before = np.asarray(composed(as_inputs(tokens, positions, segments, prompt)))
     for s in range(tokens.shape[1]):
         changed = tokens.copy()
         changed[:, s] = (changed[:, s] + 5) % composed.config.vocab_size
-        after = np.asarray(composed(changed, positions, segments, prompt))
+        after = np.asarray(composed(as_inputs(changed, positions, segments, prompt)))
         moved_BT = np.any(before != after, axis=-1)
         np.testing.assert_array_equal(moved_BT, visible(segments, prompt)[:, :, s])
 

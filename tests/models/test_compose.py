@@ -9,6 +9,7 @@ import numpy_calm
 import pytest
 from flax import nnx
 from random_models import (
+    as_inputs,
     assert_close,
     connection_parameters,
     llama,
@@ -20,10 +21,9 @@ from random_models import (
 
 from calm_jax.errors import CalmError
 from calm_jax.models import CompositionConfig, Decoder, compose
-from calm_jax.models import stack as stack_module
-from calm_jax.models.bridge import BridgeInputs, CrossAttention
+from calm_jax.models.cross_attention import BridgePass, CrossAttention
 from calm_jax.models.execution import Execution
-from calm_jax.models.parameters import Structure, module_tree, size_in_bytes
+from calm_jax.models.parameters import Structure, module_tree, path_name, size_in_bytes
 
 ZERO = {
     "output": CompositionConfig(every=1, bias=True),
@@ -50,11 +50,10 @@ def fresh_bridge(composed, config):
 def test_step_zero_is_the_anchor_bit_for_bit(name):
     composed = random_composed(llama(num_layers=7), (palm(),), ZERO[name])
     batch = packed_batch()
-    alone = np.asarray(composed.anchor(*batch[:3]))  # its layers are cut as the composition needs
-    assert composed.anchor.layers.shapes == ((2,), (2, 2), (1,))
-    assert np.any(np.asarray(composed(*batch)) != alone)  # with a random bridge
+    alone = np.asarray(composed.anchor(as_inputs(*batch[:3])))
+    assert np.any(np.asarray(composed(as_inputs(*batch))) != alone)  # with a random bridge
     fresh_bridge(composed, ZERO[name])
-    np.testing.assert_array_equal(composed(*batch), alone)
+    np.testing.assert_array_equal(composed(as_inputs(*batch)), alone)
 
 
 @pytest.mark.parametrize("name", ZERO)
@@ -65,12 +64,12 @@ def test_exactly_one_factor_begins_at_zero_and_then_all_learn(name):
     random = np.random.default_rng(0)
     h_BTD, goal_BTD = random.normal(size=(2, 1, 5, 16)).astype(np.float32)
     tap_BSE = random.normal(size=(1, 5, 6)).astype(np.float32)
-    shared = BridgeInputs(
-        config, 4, np.arange(5)[None], np.ones((1, 5), np.int32), None, Execution()
-    )
+    bridge_pass = BridgePass(config, palm(), Execution(), as_inputs(np.ones((1, 5))).filled())
 
     def loss(tree):
-        return jnp.sum(structure.merge(tree)(h_BTD, tap_BSE, shared)[0] * goal_BTD)
+        crossing = structure.merge(tree)
+        k_BSNH, v_BSNH = crossing.keys_and_values(tap_BSE, jnp.float32, bridge_pass)
+        return jnp.sum(crossing.attend(h_BTD, k_BSNH, v_BSNH, bridge_pass)[0] * goal_BTD)
 
     zeros = {key for key, x in tree.items() if not key.endswith("_bias") and not np.any(x)}
     assert zeros == {name}
@@ -102,7 +101,7 @@ def test_the_augment_stops_at_its_last_tap_and_the_bridge_alone_is_differentiate
     @jax.jit
     def logits_and_gradients(tree):
         def loss(differentiated):
-            logits = structure.merge({**tree, **differentiated}).forward(*batch)
+            logits = structure.merge({**tree, **differentiated}).forward(as_inputs(*batch))
             return jnp.sum(logits**2), logits
 
         differentiated = {key: tree[key] for key in ("augments", "bridge")}
@@ -114,14 +113,12 @@ def test_the_augment_stops_at_its_last_tap_and_the_bridge_alone_is_differentiate
 
     # NaN in all that must not be read: layers after the last tap, the final norm and the head.
     augment = tree["augments"]["0"]
-    pieces = augment["layers"]["pieces"]
-    assert composed.augments[0].layers.shapes == ((1,), (2,), (2,))
-    layers, norm, head = jax.tree.map(
-        lambda x: jnp.full_like(x, jnp.nan), (pieces["2"], augment["final_norm"], augment["head"])
+    norm, head = jax.tree.map(
+        lambda x: jnp.full_like(x, jnp.nan), (augment["final_norm"], augment["head"])
     )
     poisoned = {
         "embedding": augment["embedding"],
-        "layers": {"pieces": {**pieces, "2": layers}},
+        "layers": jax.tree.map(lambda x: x.at[3:].set(jnp.nan), augment["layers"]),
         "final_norm": norm,
         "head": head,
     }
@@ -134,9 +131,9 @@ def test_bfloat16_models_with_a_float32_bridge():
     composed = random_composed(palm(dtype="bfloat16"), (llama(dtype="bfloat16"),), config)
     assert {x.dtype for x in jax.tree.leaves(module_tree(composed.bridge))} == {np.dtype("float32")}
     batch = packed_batch()
-    residual = jax.eval_shape(lambda: composed.residual(*batch))
+    residual, _ = jax.eval_shape(lambda: composed.residual(as_inputs(*batch)))
     assert residual.dtype == jnp.bfloat16
-    logits = composed(*batch)
+    logits = composed(as_inputs(*batch))
     assert logits.dtype == np.float32
     models = [
         (model.config, jax.device_get(module_tree(model)))
@@ -153,28 +150,42 @@ def live_bytes():
     return sum(x.nbytes for x in jax.live_arrays())
 
 
-def test_composing_holds_no_second_copy(monkeypatch):
+def arrays_of(model):
+    return {path_name(path): x for path, x in jax.tree.leaves_with_path(module_tree(model))}
+
+
+def test_composing_leaves_its_models_alone():
+    """Neither copied nor replaced, by a second composition with other connections either."""
     anchor = random_decoder(llama(num_layers=8, embed_dim=64, mlp_dim=256), 0)
     augment = random_decoder(palm(num_layers=6, embed_dim=64), 1)
-    largest = max(x.nbytes for x in jax.tree.leaves(module_tree(anchor)))
-    weights = size_in_bytes(module_tree(anchor)) + size_in_bytes(module_tree(augment))
-    before = live_bytes()
-    peaks = []
-    recut = stack_module._recut
-
-    def measured(*args):
-        result = recut(*args)
-        peaks.append(live_bytes())
-        return result
-
-    monkeypatch.setattr(stack_module, "_recut", measured)
-    composed = compose(anchor, augment, CompositionConfig(every=2), rngs=nnx.Rngs(0))
+    before, arrays = live_bytes(), [arrays_of(anchor), arrays_of(augment)]
+    configs = [CompositionConfig(every=2), CompositionConfig(connections=((1, 0), (4, 3)))]
+    pairs = [compose(anchor, augment, config, rngs=nnx.Rngs(0)) for config in configs]
+    bridges = sum(size_in_bytes(module_tree(pair.bridge)) for pair in pairs)
     small = 4096  # keys and masks
-    bridge = size_in_bytes(module_tree(composed.bridge))
-    assert live_bytes() <= before + bridge + small
-    assert peaks
-    assert max(peaks) <= before + bridge + largest + small
-    assert 3 * largest < weights  # so that a second copy would show
+    assert live_bytes() <= before + bridges + small
+    assert size_in_bytes(module_tree(anchor)) > 2 * small  # so that a copy would show
+    tokens = np.ones((1, 3), np.int32)
+    for pair in (*pairs, *pairs):
+        pair(tokens)
+        for model, was in zip((pair.anchor, pair.augments[0]), arrays, strict=True):
+            now = arrays_of(model)
+            assert now.keys() == was.keys()
+            assert all(now[path] is was[path] for path in was)
+
+
+@pytest.mark.parametrize("connections", [None, ((0, 1), (2, 3), (2, 6))])
+def test_no_stack_of_weights_is_made_inside_a_call(connections):
+    composed = random_composed(
+        llama(num_layers=8), (palm(num_layers=4),), CompositionConfig(connections, every=1)
+    )
+    structure, tree = Structure(composed), module_tree(composed)
+    jaxpr = jax.make_jaxpr(lambda tree, tokens: structure.merge(tree).forward(tokens))(
+        tree, np.ones((1, 3), np.int32)
+    )
+    stacks = {x.shape for model in ("anchor", "augments") for x in jax.tree.leaves(tree[model])}
+    made = {x.aval.shape for equation in jaxpr.jaxpr.eqns for x in equation.outvars}
+    assert not {shape for shape in stacks & made if len(shape) > 2}
 
 
 class Tokens:
@@ -211,7 +222,7 @@ def test_embedding_rows_may_differ_and_logits_have_the_anchors():
     composed = random_composed(
         palm(vocab_size=30), (llama(vocab_size=26),), CompositionConfig(every=1)
     )
-    shape = jax.eval_shape(lambda: composed.forward(*packed_batch())).shape
+    shape = jax.eval_shape(lambda: composed.forward(as_inputs(*packed_batch()))).shape
     assert shape == (3, 11, 30)
 
 
@@ -225,11 +236,19 @@ def test_embedding_rows_may_differ_and_logits_have_the_anchors():
         ([CompositionConfig(every=1)] * 2, "2 composition configs were given for 1 augments"),
     ],
 )
-def test_refused_before_anything_is_cut(config, message):
+def test_refused(config, message):
     anchor, augment = random_decoder(palm()), random_decoder(llama())
     with pytest.raises(CalmError, match=message):
         compose(anchor, augment, config, rngs=nnx.Rngs(0))
-    assert anchor.layers.shapes == augment.layers.shapes == ((3,),)
+
+
+def test_one_config_for_several_augments():
+    models = [random_decoder(palm(), seed) for seed in range(3)]
+    pair = compose(models[0], models[1:], CompositionConfig(every=3), rngs=nnx.Rngs(0))
+    assert [(c.augment, c.layer, c.anchor_layer) for c in pair.connections] == [
+        (0, 2, 2),
+        (1, 2, 2),
+    ]
 
 
 def test_no_augment():

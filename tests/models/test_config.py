@@ -9,7 +9,7 @@ from random_models import SIZES, palm
 
 from calm_jax.errors import CalmError
 from calm_jax.models import CompositionConfig, DecoderConfig, RopeScaling
-from calm_jax.models.bridge import heads
+from calm_jax.models.config import heads
 
 REQUIRED = {**SIZES, "num_layers": 2, "num_kv_heads": 2}
 

@@ -1,7 +1,5 @@
 """Plans of compositions: every layer runs once, and each bridge at its place."""
 
-import math
-
 import hypothesis
 import hypothesis.strategies as st
 import pytest
@@ -9,7 +7,6 @@ import pytest
 from calm_jax.errors import CalmError
 from calm_jax.models import CompositionConfig
 from calm_jax.models.connections import plan_connections
-from calm_jax.models.stack import cut_at
 
 
 def spaced(every, augment_layers, anchor_layers):
@@ -70,19 +67,14 @@ def steps(plan):
         found.extend(("layer", number) for number in range(layer, layer + count))
         layer += count
 
-    run(math.prod(plan.anchor_shapes[0]))
+    run(plan.connections[0].anchor_layer + 1)
     for round_ in plan.rounds:
-        if round_.stacked:
-            groups, length = plan.anchor_shapes[round_.piece]
-            for step in range(groups):
-                found.append(("bridges", {entry[step] for entry in round_.entries}))
-                run(length)
-            assert all(len(entry) == groups for entry in round_.entries)
-        else:
-            assert all(len(entry) == 1 for entry in round_.entries)
-            found.append(("bridges", {entry[0] for entry in round_.entries}))
-            if round_.piece is not None:
-                run(math.prod(plan.anchor_shapes[round_.piece]))
+        assert round_.first == layer
+        steps = {len(entry) for entry in round_.entries}
+        assert round_.stacked or steps == {1}
+        for step in range(*steps):
+            found.append(("bridges", {entry[step] for entry in round_.entries}))
+            run(round_.layers)
     return found
 
 
@@ -109,42 +101,25 @@ def test_every_layer_runs_once_and_every_bridge_at_its_place(composition):
     # A round is of one form: each entry belongs to one augment.
     for round_ in plan.rounds:
         assert all(len({c.augment for c in entry}) == 1 for entry in round_.entries)
-    pieces = {round_.piece for round_ in plan.rounds} - {None}
-    assert pieces == set(range(1, len(plan.anchor_shapes)))
 
 
 @hypothesis.settings(deadline=None)
 @hypothesis.given(compositions())
-def test_augments_are_cut_so_that_every_tap_ends_a_group(composition):
+def test_tapped_layers(composition):
     configs, anchor_depth, depths = composition
     plan = plan_connections(configs, anchor_depth, depths)
-    for number, (shapes, depth) in enumerate(zip(plan.augment_shapes, depths, strict=True)):
+    for number in range(len(depths)):
         taps = sorted({c.layer for c in plan.connections if c.augment == number})
         assert plan.tap_layers[number] == tuple(taps)
-        lengths = [shape[-1] for shape in shapes for _ in range(math.prod(shape[:-1]))]
-        ends = [sum(lengths[: k + 1]) - 1 for k in range(len(lengths))]
-        assert ends[-1] == depth - 1
-        assert ends == taps if taps[-1] == depth - 1 else ends[:-1] == taps
 
 
 def test_evenly_spaced_connections_are_one_scan():
     plan = plan_connections([CompositionConfig(every=2)], 14, [8])
-    assert plan.anchor_shapes == ((3,), (3, 3), (2,))
-    assert plan.augment_shapes == (((3, 2), (2,)),)
-    assert [(round_.stacked, round_.piece) for round_ in plan.rounds] == [(True, 1), (False, 2)]
+    rounds = [(len(r.entries[0]), r.stacked, r.first, r.layers) for r in plan.rounds]
+    assert rounds == [(3, True, 3, 3), (1, False, 12, 2)]
     unrolled = plan_connections([CompositionConfig(every=2, scan=False)], 14, [8])
     assert not any(round_.stacked for round_ in unrolled.rounds)
-    assert unrolled.anchor_shapes == ((3,), (3,), (3,), (3,), (2,))
-
-
-@hypothesis.settings(deadline=None)
-@hypothesis.given(st.data())
-def test_cut_at(data):
-    depth = data.draw(st.integers(1, 12))
-    last = sorted(data.draw(st.sets(st.integers(0, depth - 1), min_size=1)))
-    shapes = cut_at(depth, last, None)
-    ends = [sum(length for (length,) in shapes[: k + 1]) - 1 for k in range(len(shapes))]
-    assert ends == sorted({*last, depth - 1})
+    assert [(r.first, r.layers) for r in unrolled.rounds] == [(3, 3), (6, 3), (9, 3), (12, 2)]
 
 
 def test_errors_say_of_which_augment_they_are():

@@ -11,6 +11,7 @@ import numpy_calm
 import pytest
 from flax import nnx
 from random_models import (
+    as_inputs,
     assert_close,
     connection_parameters,
     llama,
@@ -72,12 +73,12 @@ def test_any_connection_list(data):
     ]
     augments = [palm(num_layers=depth) for depth in depths]
     composed = random_composed(llama(num_layers=anchor_layers), augments, configs)
-    assert_close(composed(*BATCH), expected_logits(composed))
+    assert_close(composed(as_inputs(*BATCH)), expected_logits(composed))
 
 
 def test_one_anchor_in_several_compositions():
     anchor, augment = random_decoder(llama(num_layers=7), 1), random_decoder(palm(num_layers=6), 2)
-    before = [np.asarray(model(*BATCH[:3])) for model in (anchor, augment)]
+    before = [np.asarray(model(as_inputs(*BATCH[:3]))) for model in (anchor, augment)]
     regular, irregular, other = (
         compose(anchor, augment, config, rngs=nnx.Rngs(3))
         for config in (
@@ -94,19 +95,19 @@ def test_one_anchor_in_several_compositions():
     assert one.keys() == two.keys() == {(0, 1, 1), (0, 3, 3), (0, 5, 5)}
     jax.tree.map(np.testing.assert_array_equal, one, two)
 
-    logits = [np.asarray(model(*BATCH)) for model in (regular, irregular, other)]
+    logits = [np.asarray(model(as_inputs(*BATCH))) for model in (regular, irregular, other)]
     assert_close(logits[0], logits[1], 1e-5)
     for model, found in zip((regular, irregular, other), logits, strict=True):
         assert_close(found, expected_logits(model))
-    # Each call cut the shared layers anew: the first is still right, and so are the models alone.
-    np.testing.assert_array_equal(regular(*BATCH), logits[0])
+    # The models are shared and stay as they were.
+    np.testing.assert_array_equal(regular(as_inputs(*BATCH)), logits[0])
     for model, found in zip((anchor, augment), before, strict=True):
-        assert_close(model(*BATCH[:3]), found, 1e-6)
+        assert_close(model(as_inputs(*BATCH[:3])), found, 1e-6)
 
 
 def test_one_model_as_anchor_and_augment():
     model = random_decoder(palm(num_layers=4))
-    before = np.asarray(model(*BATCH[:3]))
+    before = np.asarray(model(as_inputs(*BATCH[:3])))
     composed = compose(
         model,
         [model, model],
@@ -116,5 +117,5 @@ def test_one_model_as_anchor_and_augment():
         ],
         rngs=nnx.Rngs(1),
     )
-    assert_close(composed(*BATCH), expected_logits(composed))
-    assert_close(model(*BATCH[:3]), before, 1e-6)
+    assert_close(composed(as_inputs(*BATCH)), expected_logits(composed))
+    assert_close(model(as_inputs(*BATCH[:3])), before, 1e-6)

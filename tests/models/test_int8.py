@@ -16,6 +16,7 @@ import tiny_models
 from flax import nnx
 from jax.sharding import PartitionSpec
 from random_models import (
+    as_inputs,
     assert_close,
     decoder_structure,
     gemma,
@@ -118,7 +119,7 @@ def float_twin(decoder: Decoder) -> Decoder:
 def test_logits_are_those_of_the_weights_it_stands_for(family):
     model = quantized(random_decoder(DECODERS[family]))
     tree, batch = stood_for(module_tree(model)), packed_batch()[:3]
-    found = model(*batch)
+    found = model(as_inputs(*batch))
     assert found.dtype == np.float32
     assert_close(found, numpy_calm.decoder_logits(model.config, tree, *batch))
 
@@ -170,33 +171,23 @@ def test_a_random_decoder_is_the_quantized_one_of_its_seed():
     jax.tree.map(np.testing.assert_array_equal, found, expected)
 
 
-def layers_apart(path, stack, shapes):
-    """In place of a stack an iterator of its layers."""
-    if not path.startswith("layers/pieces/"):
-        return stack
-    axes = len(shapes[int(path.split("/")[2])])
-    return (stack[at] for at in np.ndindex(stack.shape[:axes]))
-
-
 @pytest.mark.parametrize("apart", [False, True])
-@pytest.mark.parametrize("shapes", [((3,),), ((2, 1), (1,))])
-def test_leaves_of_layers_that_are_cut(shapes, apart):
-    whole, cut = random_decoder(llama()), random_decoder(llama())
-    cut.layers.cut(shapes)
-    expected = quantized(whole)
-    expected.layers.cut(shapes)
+def test_leaves_of_stacked_layers(apart):
+    """A stack comes whole, or as an iterator of its layers."""
+    whole = random_decoder(llama())
+    expected = quantized(random_decoder(llama()))
     structure = Structure(expected)
     mesh = sharding.make_mesh({"tensor": 2}, jax.devices()[:2])
-    leaves = flat(module_tree(cut))
+    leaves = flat(module_tree(whole))
     if apart:
-        summed = Structure(cut).summed()
-        leaves |= {path: layers_apart(path, leaves[path], shapes) for path in summed}
-    leaves = quantized_leaves(leaves.items(), Structure(cut), structure.shardings(mesh))
+        layers = [path for path in Structure(whole).summed() if path.startswith("layers/")]
+        leaves |= {path: iter(leaves[path]) for path in layers}
+    leaves = quantized_leaves(leaves.items(), Structure(whole), structure.shardings(mesh))
     found = nested(dict(leaves))
     jax.tree.map(np.testing.assert_array_equal, found, module_tree(expected))
     places = flat(structure.shardings(mesh))
     made = {path for path, x in flat(found).items() if path.endswith("_scale") or x.dtype == "int8"}
-    assert len(made) == 2 * (1 + 1 + 7 * len(shapes))
+    assert len(made) == 2 * (1 + 1 + 7)
     assert {path: flat(found)[path].sharding for path in made} == {p: places[p] for p in made}
 
 
@@ -266,7 +257,7 @@ def test_on_eight_devices_it_computes_the_same(shape):
     model = quantized(random_decoder(llama(attention_bias=True)))  # 2 key heads
     structure = decoder_structure(model.config)
     places = structure.shardings(mesh)
-    attention = places["layers"]["pieces"]["0"]["attention"]
+    attention = places["layers"]["attention"]
     kept = None if shape["tensor"] > 2 else "tensor"
     assert attention["key"].spec == PartitionSpec(None, "fsdp", kept, None)
     assert attention["key_scale"].spec == PartitionSpec(None, kept, None)

@@ -5,6 +5,7 @@ import numpy as np
 import numpy_calm
 import pytest
 from random_models import (
+    as_inputs,
     assert_close,
     connection_parameters,
     gemma,
@@ -64,7 +65,7 @@ def test_decoder(family):
     model = random_decoder(config)
     batch = packed_batch()[:3]
     expected = numpy_calm.decoder_logits(config, jax.device_get(module_tree(model)), *batch)
-    found = model(*batch)
+    found = model(as_inputs(*batch))
     assert found.dtype == np.float32
     assert_close(found, expected)
 
@@ -141,7 +142,7 @@ def test_composed_logits_and_norms(composed_case):
 
     @jax.jit
     def run(batch):
-        x_BTD, norms = composed.bridged(*batch)
+        x_BTD, norms = composed.perturbed(as_inputs(*batch), None)
         return composed.logits(x_BTD), norms
 
     found, norms = run(batch)
@@ -161,7 +162,7 @@ def test_composed_logits_and_norms(composed_case):
 )
 def test_attention_maps(composed_case):
     composed, _, seen = composed_case
-    maps = composed.attention_maps(*packed_batch())
+    maps = composed.attention_maps(as_inputs(*packed_batch()))
     assert {(m["augment"], m["from"], m["to"]) for m in maps} == seen.keys()
     for m in maps:
         assert m["weights"].dtype == np.float32

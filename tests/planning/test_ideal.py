@@ -6,10 +6,11 @@ import pytest
 import random_models
 
 from calm_jax.models import CompositionConfig
+from calm_jax.models.parts import Parts
 from calm_jax.planning.ideal import ideal_flops
 from calm_jax.training.flops import matmul_flops
 from calm_jax.training.loss import loss_sums
-from calm_jax.training.step import BATCH_KEYS, Parts
+from calm_jax.training.step import BATCH_KEYS
 
 B, T = 2, 16
 ANCHOR = random_models.llama(num_layers=7, num_kv_heads=1)

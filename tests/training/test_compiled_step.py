@@ -12,10 +12,11 @@ from random_models import llama, palm
 from calm_jax import sharding
 from calm_jax.models import CompositionConfig, Decoder, compose
 from calm_jax.models.execution import Execution
+from calm_jax.models.parts import Parts
 from calm_jax.planning.ideal import ideal_flops
 from calm_jax.training import configuration
 from calm_jax.training.optimizer import make_optimizer
-from calm_jax.training.step import BATCH_KEYS, Parts, Shardings, make_train_step
+from calm_jax.training.step import BATCH_KEYS, Shardings, make_train_step
 
 # Wide, so that products are nearly all that is counted; nothing of it is run.
 ROWS, LENGTH, VOCAB = 16, 256, 5120

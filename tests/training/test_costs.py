@@ -9,8 +9,8 @@ from flax import nnx
 
 from calm_jax import sharding
 from calm_jax.models import CompositionConfig
+from calm_jax.models.parts import Parts
 from calm_jax.training.costs import shard_bytes, tree_costs
-from calm_jax.training.step import Parts
 
 T, V = 32, tiny_models.VOCAB
 

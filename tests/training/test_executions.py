@@ -11,9 +11,10 @@ import tiny_models
 from calm_jax import sharding
 from calm_jax.models import CompositionConfig
 from calm_jax.models.execution import REMAT, Execution
+from calm_jax.models.parts import Parts
 from calm_jax.training import configuration
 from calm_jax.training.optimizer import make_optimizer
-from calm_jax.training.step import Parts, Shardings, make_train_step
+from calm_jax.training.step import Shardings, make_train_step
 
 STEPS = 20
 # Three evenly spaced connections of an anchor of eight layers: groups, a tail and a first piece.

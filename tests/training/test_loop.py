@@ -23,7 +23,7 @@ from calm_jax.checkpoints.training import TrainingCheckpoints
 from calm_jax.data.stream import Stream, batches_once
 from calm_jax.data.vocabularies import load_vocabulary
 from calm_jax.errors import CalmError
-from calm_jax.models import CompositionConfig, DecoderConfig
+from calm_jax.models import CompositionConfig, DecoderConfig, Inputs
 from calm_jax.models.parameters import module_tree, path_name
 from calm_jax.training import config_keys, configuration, fitting, loop, step
 
@@ -219,8 +219,7 @@ def test_step_0_of_a_composed_run_is_the_anchor(composed_run, place):
     data, vocabulary = composed_run.config.data, load_vocabulary("bytes")
     batch = Stream(loop.open_source(data, "train", vocabulary), batch_size=8, seed=0)[0]
     anchor = frozen.load(place / "anchor")
-    keys = ("input_tokens", "positions", "segment_ids")
-    logits = np.asarray(anchor(*(batch[f"decoder_{key}"] for key in keys)), np.float64)
+    logits = np.asarray(anchor(Inputs.of_batch(batch)), np.float64)
     log_total = np.log(np.sum(np.exp(logits), axis=-1, keepdims=True))
     losses = -np.take_along_axis(logits - log_total, batch["decoder_target_tokens"][..., None], -1)
     weights = batch["decoder_loss_weights"]
@@ -239,8 +238,7 @@ def validation_scores(decoder, config):
     assert len(source) % 8  # so that the last batch of a run has rows of padding
     loss = weight = right = 0.0
     for batch in batches_once(source, 1):
-        keys = ("input_tokens", "positions", "segment_ids")
-        logits = np.asarray(decoder(*(batch[f"decoder_{key}"] for key in keys)), np.float64)[0]
+        logits = np.asarray(decoder(Inputs.of_batch(batch)), np.float64)[0]
         log_total = np.log(np.sum(np.exp(logits), axis=-1))
         targets = batch["decoder_target_tokens"][0]
         for t in np.flatnonzero(batch["decoder_loss_weights"][0]):

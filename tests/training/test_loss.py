@@ -7,6 +7,7 @@ import pytest
 import tiny_models
 from flax import nnx
 
+from calm_jax.models import Inputs
 from calm_jax.training import loss as loss_module
 from calm_jax.training.loss import means, noisy
 
@@ -43,8 +44,7 @@ def independent_sums(logits_BTV, batch):
 
 
 def logits_of(model, batch):
-    inputs = [batch[f"decoder_{key}"] for key in ("input_tokens", "positions", "segment_ids")]
-    return np.asarray(model(*inputs), np.float64)
+    return np.asarray(model(Inputs.of_batch(batch)), np.float64)
 
 
 @pytest.mark.parametrize("packed", [False, True])

@@ -9,9 +9,10 @@ import tiny_models
 
 from calm_jax import sharding
 from calm_jax.errors import CalmError
+from calm_jax.models.parts import Parts
 from calm_jax.training.configuration import decoder_run
 from calm_jax.training.optimizer import make_optimizer, make_schedule
-from calm_jax.training.step import Parts, Shardings
+from calm_jax.training.step import Shardings
 
 
 def config(**values):

@@ -14,9 +14,10 @@ from calm_jax import sharding
 from calm_jax.errors import CalmError
 from calm_jax.models import CompositionConfig
 from calm_jax.models.parameters import module_tree
+from calm_jax.models.parts import Parts
 from calm_jax.training import loss
 from calm_jax.training import step as step_module
-from calm_jax.training.step import Parts, Shardings, make_eval_step, make_train_step
+from calm_jax.training.step import Shardings, make_eval_step, make_train_step
 
 
 def one_device():
@@ -228,16 +229,16 @@ def test_eight_devices_do_what_one_does(name):
         expected.trainable,
         trainer.trainable,
     )
-    crossing = trainer.trainable["rounds"]["0"]["0"]
+    crossing = trainer.trainable["bridge"]["rounds"]["0"]["0"]
     fsdp, tensor = (axis if mesh.shape[axis] > 1 else None for axis in ("fsdp", "tensor"))
-    for tree in (crossing, trainer.opt_state[0].mu["rounds"]["0"]["0"]):
+    for tree in (crossing, trainer.opt_state[0].mu["bridge"]["rounds"]["0"]["0"]):
         # Three connections [G], stacked; then [D, N, H], [E, D] and [D_A, D].
         assert_placed(tree["query"], mesh, (None, fsdp, tensor, None))
         assert_placed(tree["output"], mesh, (None, tensor, None, fsdp))
         assert_placed(tree["projection"], mesh, (None, tensor, fsdp))
     assert_placed(trainer.frozen["anchor"]["embedding"], mesh, (tensor, fsdp))
-    pieces = trainer.frozen["augments"][0]["layers"]["pieces"]
-    assert_placed(pieces["0"]["mlp"]["down"], mesh, (None, None, tensor, fsdp))
+    layers = trainer.frozen["augments"]["0"]["layers"]
+    assert_placed(layers["mlp"]["down"], mesh, (None, tensor, fsdp))
 
 
 def assert_placed(array, mesh, spec):

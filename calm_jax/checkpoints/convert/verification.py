@@ -11,7 +11,7 @@ import numpy as np
 from etils import epath
 
 from calm_jax.checkpoints.files import first_line, write_json
-from calm_jax.checkpoints.frozen import Description, load_cut
+from calm_jax.checkpoints.frozen import Description, load_described
 from calm_jax.checkpoints.sources.source import Source
 from calm_jax.errors import CalmError
 from calm_jax.models import DecoderConfig
@@ -36,7 +36,7 @@ def verify_model(
         CalmError: the folder cannot be loaded, a logit is not finite, transformers does not run
             the source, or the two differ by more than `TOLERANCE` of the largest.
     """
-    decoder = load_cut(described, ((described.config.num_layers,),), dtype="float32")
+    decoder = load_described(described, dtype="float32")
     tokens_BT = fixed_prompts(described.config)
     logits_BTV = np.asarray(decoder(tokens_BT))
     if not np.isfinite(logits_BTV).all():

@@ -269,7 +269,7 @@ def test_the_option_tells_a_gating_that_shapes_cannot(layout):
     options = {**Golden("gemma_deepmind_3").options, "gating": layout}
     decoder = decoder_in_memory(GemmaDeepMind(), in_memory(tree), **options)
     up_DF = gate_up[1].T if layout == "transposed" else gate_up[1]
-    assert np.array_equal(decoder.layers.pieces[0].mlp.up[1], up_DF)
+    assert np.array_equal(decoder.layers.mlp.up[1], up_DF)
 
 
 def without(tree, name):

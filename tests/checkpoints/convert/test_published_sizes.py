@@ -151,5 +151,5 @@ def abstract_arrays(config):
 
 def flat(tree, path=()):
     if hasattr(tree, "shape"):
-        return {"/".join(path).replace("layers/pieces/0/", "layers/"): tree.shape}
+        return {"/".join(path).replace("layers/", "layers/"): tree.shape}
     return {k: v for key, x in tree.items() for k, v in flat(x, (*path, str(key))).items()}

@@ -1,6 +1,7 @@
 """One transformer layer: norms, self-attention and MLP, sequential or parallel.
 
-Axes: B batch, T position, D model width, N heads, K key heads, H head width, F MLP width.
+Axes: B batch, T query position, S key position, D model width, N heads, K key heads, H head width,
+F MLP width.
 """
 
 import functools
@@ -10,10 +11,16 @@ import jax.numpy as jnp
 from flax import nnx
 
 from calm_jax import sharding
-from calm_jax.models.attention import SelfAttentionInputs
+from calm_jax.models.attention import Attention
+from calm_jax.models.attention_choice import Need, chosen
+from calm_jax.models.cache import KeysValues, Slots
 from calm_jax.models.config import DecoderConfig
+from calm_jax.models.execution import Execution
+from calm_jax.models.inputs import Inputs
+from calm_jax.models.layouts import residual_layout, split_by_heads, whole_length
 from calm_jax.models.parameters import constant, matrix
-from calm_jax.models.quantized import product
+from calm_jax.models.products import product
+from calm_jax.models.rotary import apply_rope, rope_angles, xpos_scale
 
 ACTIVATIONS = {
     "silu": jax.nn.silu,
@@ -29,26 +36,53 @@ def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
     return (x_f32 * inverse_rms * scale.astype(jnp.float32)).astype(x.dtype)
 
 
-def stream(x_BTD: jax.Array) -> jax.Array:
-    """Lays activations out as the residual stream: its length split over devices too."""
-    return sharding.constrain(x_BTD, "batch", "stream_length", "activation_embed")
+class ForwardPass:
+    """What the layers of a decoder share while they read one set of inputs.
 
-
-@jax.custom_vjp
-def whole(x_BTD: jax.Array) -> jax.Array:
-    """Gathers the length, as products need it whose results are split by heads or features.
-
-    The gradient, which they leave as parts of a sum, is laid out as the residual stream.
+    Args:
+        inputs: `filled` inputs.
+        slots: those of a cache, `inputs` among them; default: tokens see `inputs` alone.
     """
-    return sharding.constrain(x_BTD, "batch", "length", "activation_embed")
 
+    def __init__(
+        self,
+        config: DecoderConfig,
+        execution: Execution,
+        inputs: Inputs,
+        slots: Slots | None = None,
+    ):
+        self.config, self.execution = config, execution
+        self.slots_BT = None if slots is None else slots.slots_of(inputs)
+        keys = inputs if slots is None else slots.keys()
+        need = Need.of_decoder("the decoder", config)
+        self.attend = Attention(
+            chosen(execution.attention, need, inputs, keys),
+            inputs,
+            None if keys is inputs else keys,
+            scale=config.scale,
+            logit_cap=config.attention_logit_cap,
+            window=config.window if any(config.local_layers) else None,
+        )
+        rotated = config.head_dim if config.rope_dim is None else config.rope_dim
+        positions_BT = inputs.positions_BT
+        if config.rope:
+            self.angles = rope_angles(positions_BT, rotated, config.rope_base, config.rope_scaling)
+            if any(config.local_layers) and config.local_rope_base is not None:
+                self.local_angles = rope_angles(positions_BT, rotated, config.local_rope_base)
+        if config.xpos_scale_base is not None:
+            self.xpos = xpos_scale(positions_BT, config.head_dim, config.xpos_scale_base)
 
-whole.defvjp(lambda x_BTD: (whole(x_BTD), None), lambda _, gradient: (stream(gradient),))
-
-
-def by_heads(x_BTNH: jax.Array, heads: str = "heads") -> jax.Array:
-    """Splits queries, keys or values, and so their gradients, by heads."""
-    return sharding.constrain(x_BTNH, "batch", "length", heads, "head_dim")
+    def rotate(self, x_BTNH: jax.Array, local: jax.Array, *, keys: bool) -> jax.Array:
+        """Queries, or keys, with their positions in them."""
+        if self.config.rope:
+            angles = self.angles
+            if hasattr(self, "local_angles"):
+                angles = jnp.where(local, self.local_angles, angles)
+            x_BTNH = apply_rope(x_BTNH, angles, self.config.rope)
+        if self.config.xpos_scale_base is not None:
+            scaled = x_BTNH / self.xpos if keys else x_BTNH * self.xpos
+            x_BTNH = scaled.astype(x_BTNH.dtype)
+        return x_BTNH
 
 
 class Norm(nnx.Module):
@@ -96,28 +130,44 @@ class SelfAttention(nnx.Module):
             self.query_norm = constant(1.0, (H,), ("head_dim",))
             self.key_norm = constant(1.0, (H,), ("head_dim",))
 
-    def __call__(
-        self, x_BTD: jax.Array, shared: SelfAttentionInputs, local: jax.Array
+    def keys_and_values(
+        self, x_BSD: jax.Array, forward: ForwardPass, local: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        """What others attend to in these states: [B, S, K, H] each, keys rotated."""
+        k_BSKH = self._project("BSD,DKH->BSKH", x_BSD, "key")
+        v_BSKH = self._project("BSD,DKH->BSKH", x_BSD, "value")
+        k_BSKH = forward.rotate(self._normed("key", k_BSKH), local, keys=True)
+        return split_by_heads(k_BSKH, "kv_heads"), split_by_heads(v_BSKH, "kv_heads")
+
+    def attend(
+        self,
+        x_BTD: jax.Array,
+        k_BSKH: jax.Array,
+        v_BSKH: jax.Array,
+        forward: ForwardPass,
+        local: jax.Array,
     ) -> jax.Array:
-        cast = x_BTD.dtype
-        q_BTNH = product("BTD,DNH->BTNH", x_BTD, self, "query")
-        k_BSKH = product("BSD,DKH->BSKH", x_BTD, self, "key")
-        v_BSKH = product("BSD,DKH->BSKH", x_BTD, self, "value")
-        if self.config.attention_bias:
-            q_BTNH += self.query_bias[...].astype(cast)
-            k_BSKH += self.key_bias[...].astype(cast)
-            v_BSKH += self.value_bias[...].astype(cast)
-        if self.config.qk_norm == "rms":
-            q_BTNH, k_BSKH = self.query_norm(q_BTNH), self.key_norm(k_BSKH)
-        elif self.config.qk_norm == "l2":
-            q_BTNH = _l2_norm(q_BTNH, self.query_norm[...])
-            k_BSKH = _l2_norm(k_BSKH, self.key_norm[...])
-        q_BTNH, k_BSKH = shared.rotate(q_BTNH, k_BSKH, local)
-        q_BTNH = by_heads(q_BTNH)
-        k_BSKH, v_BSKH = by_heads(k_BSKH, "kv_heads"), by_heads(v_BSKH, "kv_heads")
-        x_BTNH = shared.attend(q_BTNH, k_BSKH, v_BSKH, local)
-        y_BTD = product("BTNH,NHD->BTD", by_heads(x_BTNH), self, "output")
-        return y_BTD + self.output_bias[...].astype(cast) if self.config.output_bias else y_BTD
+        """What these states find with keys and values: [B, T, D]."""
+        q_BTNH = self._normed("query", self._project("BTD,DNH->BTNH", x_BTD, "query"))
+        q_BTNH = split_by_heads(forward.rotate(q_BTNH, local, keys=False))
+        x_BTNH = split_by_heads(forward.attend(q_BTNH, k_BSKH, v_BSKH, local))
+        y_BTD = product("BTNH,NHD->BTD", x_BTNH, self, "output")
+        if not self.config.output_bias:
+            return y_BTD
+        return y_BTD + self.output_bias[...].astype(y_BTD.dtype)
+
+    def _project(self, equation: str, x: jax.Array, name: str) -> jax.Array:
+        y = product(equation, x, self, name)
+        if not self.config.attention_bias:
+            return y
+        return y + getattr(self, f"{name}_bias")[...].astype(y.dtype)
+
+    def _normed(self, name: str, x_BTNH: jax.Array) -> jax.Array:
+        """Queries or keys after the norm of each head, if there is one."""
+        if self.config.qk_norm is None:
+            return x_BTNH
+        norm = getattr(self, f"{name}_norm")
+        return norm(x_BTNH) if self.config.qk_norm == "rms" else _l2_norm(x_BTNH, norm[...])
 
 
 class Mlp(nnx.Module):
@@ -149,7 +199,7 @@ class Mlp(nnx.Module):
         return y + getattr(self, f"{name}_bias")[...].astype(x.dtype) if self.config.mlp_bias else y
 
 
-class Block(nnx.Module):
+class Layer(nnx.Module):
     """One layer of the residual stream."""
 
     def __init__(self, config: DecoderConfig, rngs: nnx.Rngs):
@@ -164,23 +214,43 @@ class Block(nnx.Module):
             self.post_mlp_norm = Norm(config.embed_dim, "embed", config)
 
     def __call__(
-        self, x_BTD: jax.Array, shared: SelfAttentionInputs, local: jax.Array
-    ) -> jax.Array:
-        """The layer's output [B, T, D], in the dtype of `x_BTD`; `local`: it sees its window."""
-        x_BTD = stream(x_BTD)
+        self,
+        x_BTD: jax.Array,
+        cache: KeysValues | None,
+        forward: ForwardPass,
+        local: jax.Array,
+        number: jax.Array | None = None,
+    ) -> tuple[jax.Array, KeysValues | None]:
+        """Runs the layer.
+
+        Args:
+            x_BTD: the residual stream.
+            cache: that of all layers, of which this is `number`; None: tokens see `x_BTD` alone.
+            local: whether the layer sees its window only; a bool scalar.
+
+        Returns:
+            the layer's output [B, T, D] in the dtype of `x_BTD`; and the cache with its keys and
+            values.
+        """
+        x_BTD = residual_layout(x_BTD)
         with jax.named_scope("attention"):
-            normed_BTD = whole(self.attention_norm(x_BTD))
-            attended_BTD = self.attention(normed_BTD, shared, local)
+            normed_BTD = whole_length(self.attention_norm(x_BTD))
+            k_BSKH, v_BSKH = self.attention.keys_and_values(normed_BTD, forward, local)
+            if cache is not None:
+                cache = cache.write(number, forward.slots_BT, k_BSKH, v_BSKH)
+                k_BSKH, v_BSKH = cache.of_layer(number, x_BTD.dtype)
+            attended_BTD = self.attention.attend(normed_BTD, k_BSKH, v_BSKH, forward, local)
             if self.config.post_norms:
-                attended_BTD = self.post_attention_norm(stream(attended_BTD))
+                attended_BTD = self.post_attention_norm(residual_layout(attended_BTD))
         with jax.named_scope("mlp"):
             if self.config.block == "parallel":
-                return stream(x_BTD + stream(attended_BTD + self.mlp(normed_BTD)))
-            x_BTD += stream(attended_BTD)
-            hidden_BTD = stream(self.mlp(whole(self.mlp_norm(x_BTD))))
+                sum_BTD = residual_layout(attended_BTD + self.mlp(normed_BTD))
+                return residual_layout(x_BTD + sum_BTD), cache
+            x_BTD += residual_layout(attended_BTD)
+            hidden_BTD = residual_layout(self.mlp(whole_length(self.mlp_norm(x_BTD))))
             if self.config.post_norms:
                 hidden_BTD = self.post_mlp_norm(hidden_BTD)
-            return stream(x_BTD + hidden_BTD)
+            return residual_layout(x_BTD + hidden_BTD), cache
 
 
 def _branch_scale(config: DecoderConfig) -> float:

@@ -1,0 +1,49 @@
+"""Compiled calls of models: one program for all models of one form, run where their arrays lie."""
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+from flax import nnx
+
+from calm_jax import sharding
+
+
+def call(model: nnx.Module, method: str, *arguments: Any) -> Any:
+    """`model.method(*arguments)`, compiled once for all models of one form.
+
+    `arguments` are arrays or trees of them. It runs on the devices that hold the model, laid out by
+    the sharding rules where these are a mesh, and with the attention that suits them.
+    """
+    with on_devices_of(model):
+        graphdef, state = nnx.split(model)
+        return _call(graphdef, method, state, *arguments)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _call(graphdef, method, state, *arguments):
+    return getattr(nnx.merge(graphdef, state), method)(*arguments)
+
+
+@contextlib.contextmanager
+def on_devices_of(model: nnx.Module) -> Iterator[None]:
+    """Makes a device that holds the model the default, by which attention is chosen."""
+    array = jax.tree.leaves(nnx.state(model))[0]
+    if not isinstance(array, jax.Array) or isinstance(array, jax.core.Tracer):
+        yield
+        return
+    devices = sorted(array.sharding.addressable_devices, key=lambda device: device.id)
+    with jax.default_device(devices[0]):
+        yield
+
+
+def zeros_beside(make: Callable[[], Any], array: jax.Array) -> Any:
+    """The arrays that `make` returns, laid out by its constraints on the mesh of `array`."""
+
+    def on_mesh(array):
+        with sharding.mesh_of(array):
+            return make()
+
+    return jax.jit(on_mesh, keep_unused=True)(array)

@@ -1,0 +1,89 @@
+"""What a model reads: one value for all that travels beside the tokens.
+
+Axes: B batch, T position, D model width.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Inputs:
+    """Rows of tokens, or of vectors in their place. What is None has a default: see `filled`.
+
+    Attributes:
+        tokens_BT: int32 [B, T]; None where `features_BTD` is given alone.
+        features_BTD: float [B, T, D], read in place of the tokens' embeddings.
+        segments_BT: int32 [B, T]; a token sees its own segment only, and 0 is padding, which is
+            seen by nothing.
+        order_BT: int32 [B, T]: of its segment a query sees the keys whose order is at most its own.
+            None means the order of the array, which attention kernels know while they are compiled.
+        positions_BT: int32 [B, T], the position of each token in its segment, for rotary angles.
+        prompt_mask_BT: int32 [B, T], 1 on the prompt; `encoder_only` bridges alone read it.
+        packed: whether a row may hold several segments, or padding before its tokens; some kernels
+            cannot compute those.
+    """
+
+    tokens_BT: jax.Array | None = None
+    features_BTD: jax.Array | None = None
+    segments_BT: jax.Array | None = None
+    order_BT: jax.Array | None = None
+    positions_BT: jax.Array | None = None
+    prompt_mask_BT: jax.Array | None = None
+    packed: bool = dataclasses.field(default=True, metadata={"static": True})
+
+    @classmethod
+    def of(cls, tokens_or_inputs: "jax.Array | Inputs") -> "Inputs":
+        """Inputs as they are, or those of tokens [B, T]."""
+        if isinstance(tokens_or_inputs, Inputs):
+            return tokens_or_inputs
+        return cls(jnp.asarray(tokens_or_inputs))
+
+    @classmethod
+    def of_batch(cls, batch: Mapping[str, jax.Array]) -> "Inputs":
+        """Those of a batch under seqio's decoder keys."""
+        return cls(
+            batch["decoder_input_tokens"],
+            segments_BT=batch["decoder_segment_ids"],
+            positions_BT=batch["decoder_positions"],
+            prompt_mask_BT=batch["decoder_causal_attention"],
+        )
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(B, T)."""
+        known = (self.tokens_BT, self.features_BTD, self.segments_BT)
+        return next(x for x in known if x is not None).shape[:2]
+
+    def replace(self, **fields) -> "Inputs":
+        """The same with other `fields`."""
+        return dataclasses.replace(self, **fields)
+
+    def filled(self, cached_B: jax.Array | None = None) -> "Inputs":
+        """The same with defaults: one segment a row, no padding, positions in the array's order.
+
+        Args:
+            cached_B: int32 [B], tokens of each row that a cache holds already. Then tokens are
+                numbered from there on, padding not counted, in order and position.
+        """
+        segments_BT, order_BT, positions_BT = self.segments_BT, self.order_BT, self.positions_BT
+        packed = self.packed and segments_BT is not None
+        if segments_BT is None:
+            segments_BT = jnp.ones(self.shape, jnp.int32)
+        if order_BT is None and cached_B is not None:
+            counted_BT = jnp.cumsum(segments_BT != 0, axis=1, dtype=jnp.int32)
+            order_BT = cached_B[:, None] + counted_BT - 1
+        if positions_BT is None:
+            in_array_BT = jnp.broadcast_to(jnp.arange(self.shape[1]), self.shape)
+            positions_BT = in_array_BT if order_BT is None else order_BT
+        return self.replace(
+            segments_BT=segments_BT, order_BT=order_BT, positions_BT=positions_BT, packed=packed
+        )
+
+    def prompt(self) -> "Inputs":
+        """The same with all but the prompt hidden. `prompt_mask_BT` must be there."""
+        return self.replace(segments_BT=jnp.where(self.prompt_mask_BT == 1, self.segments_BT, 0))

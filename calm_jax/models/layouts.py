@@ -1,0 +1,32 @@
+"""How activations lie on the mesh between the parts of a layer.
+
+Axes: B batch, T position, D model width, N heads, H head width.
+"""
+
+import jax
+
+from calm_jax import sharding
+
+
+def residual_layout(x_BTD: jax.Array) -> jax.Array:
+    """Lays activations out as the residual stream is: its length split over devices too."""
+    return sharding.constrain(x_BTD, "batch", "stream_length", "activation_embed")
+
+
+@jax.custom_vjp
+def whole_length(x_BTD: jax.Array) -> jax.Array:
+    """Gathers the length, for products whose results are split by heads or features.
+
+    Their gradient is left as parts of a sum; it is laid out as the residual stream is.
+    """
+    return sharding.constrain(x_BTD, "batch", "length", "activation_embed")
+
+
+whole_length.defvjp(
+    lambda x_BTD: (whole_length(x_BTD), None), lambda _, gradient: (residual_layout(gradient),)
+)
+
+
+def split_by_heads(x_BTNH: jax.Array, heads: str = "heads") -> jax.Array:
+    """Splits queries, keys or values, and so their gradients, by heads."""
+    return sharding.constrain(x_BTNH, "batch", "length", heads, "head_dim")

@@ -1,0 +1,158 @@
+"""Low-rank updates of frozen matrices (LoRA, arXiv 2106.09685): W + alpha / rank · A B.
+
+A and B stand beside the matrix in its module: `query_lora_a` and `query_lora_b` beside `query`. A
+is random and B zero at first, so that a fresh update changes nothing.
+"""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from calm_jax.errors import CalmError
+from calm_jax.models.quantized import SCALE
+
+A, B = "_lora_a", "_lora_b"
+
+
+class LoRAParam(nnx.Param):
+    """A factor of a low-rank update."""
+
+
+@dataclasses.dataclass(frozen=True)
+class LoRAConfig:
+    """A low-rank update of the layers of a model. Raises `CalmError` for values without a meaning.
+
+    Attributes:
+        rank: r of A [..., r] and B [r, ...].
+        alpha: the update is scaled by alpha / rank; None: by 1.
+        targets: names of matrices, such as ("query", "value"); empty: all of them.
+    """
+
+    rank: int
+    alpha: float | None = None
+    targets: tuple[str, ...] = ()
+
+    def __post_init__(self):
+        if self.rank < 1:
+            raise CalmError(f"lora.rank is {self.rank}; it must be at least 1")
+        if self.alpha is not None and not 0 < self.alpha < math.inf:
+            raise CalmError(f"lora.alpha is {self.alpha}; it must be a number above 0")
+
+    @property
+    def scale(self) -> float:
+        """The factor of A B."""
+        return 1.0 if self.alpha is None else self.alpha / self.rank
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON, which `lora_of` takes."""
+        return {"rank": self.rank, "alpha": self.alpha or 0.0, "targets": list(self.targets)}
+
+
+def lora_of(fields: Mapping[str, Any]) -> LoRAConfig | None:
+    """The update that the section `lora` of a run's config describes; None for one of rank 0."""
+    if not fields["rank"]:
+        return None
+    return LoRAConfig(fields["rank"], fields["alpha"] or None, tuple(fields["targets"]))
+
+
+def add_lora(layers: nnx.Module, config: LoRAConfig, rngs: nnx.Rngs) -> None:
+    """Adds an update to the matrices of stacked `layers`, in place.
+
+    Its factors are float32: A uniform as in the paper's code, B zero.
+
+    Args:
+        layers: the `layers` of a decoder, whose arrays lead with an axis of layers.
+
+    Raises:
+        CalmError: a target that the layers lack, or a matrix that has an update.
+    """
+    matrices = {
+        name: (module, param)
+        for _, module in nnx.iter_modules(layers)
+        for name, param in vars(module).items()
+        if isinstance(param, nnx.Param) and param.has_metadata("summed")
+    }
+    for name in config.targets or sorted(matrices):
+        if name not in matrices:
+            raise CalmError(f"lora.targets names {name!r}; the layers have {sorted(matrices)}")
+        module, param = matrices[name]
+        if hasattr(module, name + A):
+            raise CalmError(f"{name} has a LoRA update already")
+        axes, summed = param.get_metadata("axes"), param.get_metadata("summed")
+        shape = param.get_value().shape
+        stacked, size = shape[: len(shape) - len(axes)], shape[len(shape) - len(axes) :]
+        inputs = [i for i in range(len(axes)) if i - len(axes) in summed]
+        outputs = [i for i in range(len(axes)) if i - len(axes) not in summed]
+        limit = math.prod(size[i] for i in inputs) ** -0.5
+        a_shape = (*stacked, *(size[i] for i in inputs), config.rank)
+        b_shape = (*stacked, config.rank, *(size[i] for i in outputs))
+        a = jax.random.uniform(rngs.params(), a_shape, jnp.float32, -limit, limit)
+        setattr(module, name + A, LoRAParam(a, axes=(*(axes[i] for i in inputs), "lora_rank")))
+        setattr(
+            module,
+            name + B,
+            LoRAParam(
+                jnp.zeros(b_shape, jnp.float32), axes=("lora_rank", *(axes[i] for i in outputs))
+            ),
+        )
+        module.lora_scale = config.scale
+
+
+def lora_in(layers: nnx.Module) -> LoRAConfig | None:
+    """The update that stacked `layers` have; None without one."""
+    names, ranks, scales = [], set(), set()
+    for _, module in nnx.iter_modules(layers):
+        for attribute, param in vars(module).items():
+            if attribute.endswith(A):
+                names.append(attribute.removesuffix(A))
+                ranks.add(param.get_value().shape[-1])
+                scales.add(module.lora_scale)
+    if not names:
+        return None
+    (rank,), (scale,) = ranks, scales
+    return LoRAConfig(rank, None if scale == 1 else scale * rank, tuple(sorted(names)))
+
+
+def lora_product(equation: str, x: jax.Array, module: nnx.Module, name: str) -> jax.Array | None:
+    """The update's share of `einsum(equation, x, W)`, in the dtype of `x`; None without one."""
+    if not hasattr(module, name + A):
+        return None
+    factors, result = equation.split("->")
+    of_x, of_weight = factors.split(",")
+    inputs = "".join(axis for axis in of_weight if axis not in result)
+    outputs = "".join(axis for axis in of_weight if axis in result)
+    kept = "".join(axis for axis in of_x if axis not in inputs)
+    a, b = (getattr(module, name + factor)[...].astype(x.dtype) for factor in (A, B))
+    low = jnp.einsum(f"{of_x},{inputs}r->{kept}r", x, a)
+    return jnp.einsum(f"{kept}r,r{outputs}->{result}", low * module.lora_scale, b)
+
+
+def merge_lora(layers: nnx.Module) -> None:
+    """Adds every update of stacked `layers` to its matrix and takes it away, in place.
+
+    Raises:
+        CalmError: a matrix in int8, which cannot hold the sum.
+    """
+    for _, module in list(nnx.iter_modules(layers)):
+        for attribute in [name for name in vars(module) if name.endswith(A)]:
+            name = attribute.removesuffix(A)
+            if hasattr(module, name + SCALE):
+                raise CalmError(f"{name} is int8; a LoRA update is merged into floats alone")
+            matrix = getattr(module, name)
+            weight = matrix.get_value()
+            axes = weight.ndim - len(matrix.get_metadata("axes"))
+            a, b = getattr(module, name + A).get_value(), getattr(module, name + B).get_value()
+            product = jnp.tensordot
+            for _ in range(axes):
+                product = jax.vmap(product, in_axes=(0, 0, None))
+            update = module.lora_scale * product(a, b, 1)
+            matrix.set_value((weight.astype(jnp.float32) + update).astype(weight.dtype))
+            delattr(module, name + A)
+            delattr(module, name + B)
+        if hasattr(module, "lora_scale"):
+            del module.lora_scale
