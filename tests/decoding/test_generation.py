@@ -67,10 +67,24 @@ def test_what_is_generated_is_not_part_of_the_prompt():
     model, prompt, new = MODELS["encoder only"], PROMPTS[0], generated("encoder only")[0]
     tokens = [*prompt, *new[:-1]]
     closed, opened = (
-        model(jnp.asarray([tokens]), None, None, jnp.arange(len(tokens))[None] < length)
+        model(Inputs(jnp.asarray([tokens]), prompt_mask_BT=jnp.arange(len(tokens))[None] < length))
         for length in (len(prompt), len(tokens))
     )
     assert float(jnp.abs(closed - opened)[0, len(prompt) :].max()) > 1e-3
+
+
+def test_ids_without_meaning_are_never_answered():
+    """Rows beyond the vocabulary, and rows of the anchor that the augment lacks."""
+    vocabulary = load_vocabulary("key_value/tiny")
+    anchor = tiny_models.decoder(vocab_size=vocabulary.size + 5, head_bias=True)
+    anchor.head_bias.set_value(jnp.zeros(vocabulary.size + 5).at[-9:].set(1e3))
+    augment = tiny_models.decoder(vocab_size=vocabulary.size - 3)
+    assert generate(anchor, PROMPTS, max_new_tokens=2).max() == vocabulary.size + 4
+    anchor.vocabulary = vocabulary
+    assert generate(anchor, PROMPTS, max_new_tokens=2).max() < vocabulary.size
+    pair = compose(anchor, augment, CompositionConfig(every=2), rngs=nnx.Rngs(0))
+    found = generate(pair, PROMPTS, max_new_tokens=2)
+    assert vocabulary.size - 9 < found.max() < vocabulary.size - 3
 
 
 @pytest.mark.parametrize("name", ["decoder", "composed"])
