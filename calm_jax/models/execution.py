@@ -16,6 +16,9 @@ REMAT = ("none", "full", "dots", "offload")
 
 _INPUT = "layer_input"
 
+# What takes a layer's weights out of a stack and casts them.
+_OF_WEIGHTS = ("dynamic_slice", "squeeze", "reshape", "convert_element_type")
+
 
 @dataclasses.dataclass(frozen=True)
 class Execution:
@@ -60,7 +63,7 @@ class Execution:
 
 def _all_but_weights(primitive, *_, **__) -> bool:
     """Keeps all but what a layer makes of stacked weights: else copies of all of them are kept."""
-    return primitive.name not in ("dynamic_slice", "reshape", "convert_element_type")
+    return primitive.name not in _OF_WEIGHTS
 
 
 def check_remat(remat: str, device: jax.Device) -> None:

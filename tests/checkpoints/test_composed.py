@@ -15,6 +15,7 @@ from calm_jax.checkpoints.composed import export_bridge, identities, load_compos
 from calm_jax.checkpoints.training import TrainingCheckpoints
 from calm_jax.errors import CalmError
 from calm_jax.models import CompositionConfig, compose
+from calm_jax.models.lora import LoRAConfig, add_lora
 from calm_jax.models.parameters import module_tree
 
 TOKENS = np.random.default_rng(0).integers(0, tiny_models.VOCAB, (2, 7)).astype(np.int32)
@@ -44,7 +45,7 @@ def composed(places):
 def run(composed, tmp_path_factory):
     """A run's directory with checkpoints of steps 1 and 2, of which 1 is the best."""
     run = tmp_path_factory.mktemp("runs") / "run"
-    tree = module_tree(composed.bridge)
+    tree = {"bridge": module_tree(composed.bridge)}
     state = {
         "batch_index": 0,
         "config": {},
@@ -87,6 +88,24 @@ def test_a_step_of_a_run(run, composed):
 
 def test_from_an_exported_bridge(exported, composed):
     check_same(load_composed(exported), composed)
+
+
+def test_with_a_low_rank_update_of_the_anchor(composed, tmp_path):
+    anchor, augments = nnx.clone(composed.anchor), composed.augments
+    add_lora(anchor.layers, LoRAConfig(rank=2, alpha=4.0, targets=("query", "up")), nnx.Rngs(0))
+    factor = anchor.layers.mlp.up_lora_b
+    factor.set_value(factor.get_value() + 0.1)
+    pair = tiny_models.randomised(compose(anchor, augments, CONFIG, rngs=nnx.Rngs(4)))
+    export_bridge(pair, tmp_path / "bridge")
+    loaded = load_composed(tmp_path / "bridge")
+    check_same(loaded, pair)
+    assert np.any(np.asarray(loaded(TOKENS)) != np.asarray(composed(TOKENS)))
+    # An anchor that is given stays as it is, and its folder is that of the weights alone.
+    given = frozen.load(composed.anchor.source)
+    check_same(load_composed(tmp_path / "bridge", anchor=given), pair)
+    assert stored_bytes(given) == stored_bytes(composed.anchor)
+    with pytest.raises(CalmError, match="has a low-rank update apart from its weights"):
+        frozen.save_frozen(pair.anchor, tmp_path / "anchor")
 
 
 def test_export_from_a_run(run, composed, tmp_path):

@@ -120,7 +120,7 @@ def test_no_square_of_the_length_exists(monkeypatch, optimised):
         def gradients(bridge):
             def loss(bridge):
                 return jnp.sum(
-                    structure.merge({**tree, "bridge": bridge}).residual(as_inputs(*batch))
+                    structure.merge({**tree, "bridge": bridge}).residual(as_inputs(*batch))[0]
                 )
 
             return jax.grad(loss)(bridge)

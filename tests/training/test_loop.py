@@ -314,7 +314,7 @@ def test_checkpoints_hold_no_frozen_weight(composed_run):
     bridge = {
         path_name(path): value
         for path, value in jax.tree.leaves_with_path(
-            module_tree(load_composed(composed_run.path, step=12).bridge)
+            {"bridge": module_tree(load_composed(composed_run.path, step=12).bridge)}
         )
     }
     trainable, opt_state = (stored_arrays(folder / name) for name in ("trainable", "opt_state"))
@@ -520,6 +520,38 @@ def test_a_decoder_goes_on_from_a_frozen_folder(decoder_run, place, tmp_path):
     scores = records(run, "validation")
     assert (second.fingerprint != first.fingerprint) == (scores[4]["loss"] < scores[2]["loss"])
     assert len({source.fingerprint, first.fingerprint, second.fingerprint}) >= 2
+
+
+def test_a_low_rank_update_of_a_frozen_decoder(place, tmp_path):
+    """It alone is trained and saved; the frozen folder at the end has it in its weights."""
+    config = of_tests(configuration.decoder_run(), place)
+    config.decoder["from"] = str(place / "anchor")
+    config.lora.update(rank=2, alpha=4.0, targets=("query", "down"))
+    run = loop.train(changed(config, train={"num_steps": 6}), tmp_path / "run")
+    trained = stored_arrays(run / "checkpoints" / "6" / "trainable")
+    factors = [f"attention/query_lora_{x}" for x in "ab"] + [f"mlp/down_lora_{x}" for x in "ab"]
+    assert trained.keys() == {f"layers/{name}" for name in factors}
+    with TrainingCheckpoints(run / "checkpoints", read_only=True) as checkpoints:
+        assert [entry["role"] for entry in checkpoints.read_state(6)["frozen"]] == ["decoder"]
+    before, after = (stored_bytes(frozen.load(path)) for path in (place / "anchor", run / "frozen"))
+    different = {path for path in before if before[path] != after[path]}
+    assert different == {"layers/attention/query", "layers/mlp/down"}
+    rows = json.loads((run / "costs.json").read_text())["trees"]
+    assert [row["name"] for row in rows] == ["decoder", "decoder, trained", "optimizer"]
+
+
+def test_a_low_rank_update_beside_the_bridge(place, tmp_path):
+    config = composed_config(place)
+    config.lora.update(rank=2, targets=("up",))
+    run = loop.train(changed(config, train={"num_steps": 6}), tmp_path / "run")
+    trained = stored_arrays(run / "checkpoints" / "6" / "trainable")
+    assert {name for name in trained if not name.startswith("bridge/")} == {
+        f"anchor/layers/mlp/up_lora_{x}" for x in "ab"
+    }
+    loaded = load_composed(run)
+    factor = np.asarray(loaded.anchor.layers.mlp.up_lora_b.get_value())
+    np.testing.assert_array_equal(factor, trained["anchor/layers/mlp/up_lora_b"])
+    assert np.any(factor)
 
 
 def test_bad_input_ends_before_a_run_is_begun(place, tmp_path, monkeypatch):
