@@ -69,7 +69,7 @@ def load_composed(
             if step is None:
                 raise CalmError(f"{folder} has no checkpoint yet")
             state = checkpoints.read_state(step)
-            if not state["composition"]:
+            if not state.get("composition"):
                 raise CalmError(f"{folder} trains a lone decoder; load its frozen folder instead")
             state["lora"] = state["config"].get("lora")
             composed = _frozen_parts(state, anchor, augments, mesh, str(folder))

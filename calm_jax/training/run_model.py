@@ -162,7 +162,9 @@ def composition_configs(config: ConfigDict) -> list[CompositionConfig]:
 
 
 def frozen_dtypes(config: ConfigDict) -> list[str | None]:
-    """What to cast the anchor and each augment to while loading; None: as stored."""
+    """The dtype to cast each frozen model to while loading it; None: as stored."""
+    if config.kind != "composed":
+        return [None]
     return [config.anchor_dtype or None, *[config.augment_dtype or None] * len(config.augments)]
 
 

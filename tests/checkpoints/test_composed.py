@@ -238,7 +238,7 @@ def test_neither_run_nor_export(places, exported, run, tmp_path):
     [
         (
             {"format": "calm_jax bridge, version 9"},
-            r"config\.json: format is .*version 9.*version 1",
+            r"config\.json: format is .*version 9.*version 2",
         ),
         ({"model_type": "llama"}, r"is a Hugging Face folder, not a composed run or an exported"),
         ({"kind": "decoder"}, r"is a decoder's run, not a composed run or an exported bridge"),

@@ -488,7 +488,7 @@ def test_data_or_a_frozen_model_that_changed_since_the_run_began(composed_run, p
 
     text = data.read_text()
     data.write_text(text.replace('"inputs": "', '"inputs": "d'))
-    with pytest.raises(CalmError, match=rf"{run} began with other data\.train"):
+    with pytest.raises(CalmError, match=rf"{run} started with other data\.train"):
         loop.train(config, run)
     data.write_text(text)
 
