@@ -67,9 +67,10 @@ def main(argv: list[str]) -> int:
     if values.chat:
         texts = _chats(model.vocabulary, prompts, values.system, values.workdir)
     answers = generate(model, texts, max_new_tokens=values.max_new_tokens)
-    for prompt, tokens in zip(prompts, answers, strict=True):
-        answer = model.vocabulary.decode(tokens.tolist())
-        print(f"user: {prompt}\nassistant: {answer}" if values.chat else prompt + answer)
+    for prompt, text, tokens in zip(prompts, texts, answers, strict=True):
+        answer = model.vocabulary.decode_after(model.vocabulary.encode_sequence(text), tokens)
+        chat = f"user: {prompt}\nassistant: {answer.lstrip(' ')}"
+        print(chat if values.chat else prompt + answer)
         if not answer:
             print(f"the answer to {prompt!r} is empty", file=sys.stderr)
     return 0

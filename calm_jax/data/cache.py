@@ -3,7 +3,8 @@
 A cache is a folder, named by a hash of all that determines its content:
 
     index.json            its parts (one for a Task; a Mixture has several), with counts
-    0/targets.npy         int32 [N, T] target ids
+    0/inputs.npy          int32 [N, T] input ids
+    0/targets.npy         int32 [N, T] the ids that they predict
     0/segment_ids.npy     int32 [N, T] 1, 2, … for the sequences of a row, 0 for padding
     0/prompt.npy          uint8 [N, T] 1 where the target belongs to the prompt
 
@@ -26,7 +27,7 @@ from calm_jax.data.rows import RowWriter, Sequences
 from calm_jax.data.source import DTYPES
 from calm_jax.errors import CalmError
 
-FORMAT = 3
+FORMAT = 4
 
 INDEX_FILE = "index.json"
 

@@ -55,8 +55,8 @@ def encode_examples(
     model learns to go on from the very ids that generation gives it. Where a token would reach over
     the border, the answer is tokenised by itself.
 
-    The start token is every sequence's first input and not one of its ids, so the one that the
-    template writes goes. An answer that the template closes with one of `vocabulary.eos_ids` ends
+    The ids that start every sequence are not among them, also where the text brings them itself, as
+    that of a chat does. An answer that the template closes with one of `vocabulary.eos_ids` ends
     as the model was published to end: at a token where generation stops, and with what the
     template writes behind it (often a line break). To any other answer the end token is added, or
     the model would never learn to stop.
@@ -68,11 +68,11 @@ def encode_examples(
         prompt = prompt_ids[row]
         if whole[: len(prompt)] == prompt:
             answer_ids[row] = whole[len(prompt) :]
-        if prompt[:1] == [vocabulary.start_id]:
-            prompt_ids[row] = prompt[1:]
-    for ids, turn in zip(answer_ids, is_turn, strict=True):
+    for row, (ids, turn) in enumerate(zip(answer_ids, is_turn, strict=True)):
         if not (turn and _is_closed(vocabulary, ids)):
             ids.append(vocabulary.eos_id)
+        first = prompt_ids if prompts[row] else answer_ids
+        first[row] = vocabulary.without_start(first[row])
     return prompt_ids, answer_ids
 
 

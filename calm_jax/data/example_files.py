@@ -93,7 +93,8 @@ class ExampleFiles:
                 [example[name] for example in chunk] for name in ("inputs", "targets")
             )
             is_turn = [example.get("is_turn", False) for example in chunk]
-            yield Sequences.of(*chat.encode_examples(vocabulary, prompts, answers, is_turn))
+            ids = chat.encode_examples(vocabulary, prompts, answers, is_turn)
+            yield Sequences.of(*ids, vocabulary.start_ids)
 
 
 def _matching(pattern: str) -> list[str]:

@@ -215,6 +215,9 @@ def vocabulary(name: str = "") -> TokenizerVocabulary:
     )
     tokenizer.decoder = tokenizers.decoders.Fuse()
     tokenizer.add_special_tokens(list(SPECIALS))
+    tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
+        single="<bos> $A", special_tokens=[("<bos>", ids["<bos>"])]
+    )
     return TokenizerVocabulary(tokenizer.to_str(), ids["<bos>"], ids["<eos>"])
 
 

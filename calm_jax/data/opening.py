@@ -8,6 +8,7 @@ import pathlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 from absl import logging
 from ml_collections import ConfigDict
 from tqdm import tqdm
@@ -45,7 +46,7 @@ def open_source(data: Mapping[str, Any], split: str, vocabulary: Vocabulary) -> 
     if not parts:
         raise CalmError(f"data.{split} names no task")
     fingerprint = hashlib.sha256(json.dumps(digests).encode()).hexdigest()
-    return Source(tuple(parts), data["length"], vocabulary.start_id, fingerprint)
+    return Source(tuple(parts), data["length"], f"{cache.FORMAT}-{fingerprint}")
 
 
 def evaluation_examples(
@@ -197,7 +198,8 @@ def _open_parts(
     for task, rate in _tasks(entry, split, vocabulary, cache_dir):
         total = min(filter(None, (task.num_input_examples(split), limit)), default=None)
         progress = tqdm(total=total, desc=f"{task.name} {split}", unit=" examples")
-        yield task.name, rate, _with_progress(tasks.sequences(task, split, limit), progress)
+        sequences = tasks.sequences(task, split, vocabulary.start_ids, limit)
+        yield task.name, rate, _with_progress(sequences, progress)
 
 
 def _with_progress(chunks: Iterator[Sequences], progress: tqdm) -> Iterator[Sequences]:
@@ -210,7 +212,8 @@ def _with_progress(chunks: Iterator[Sequences], progress: tqdm) -> Iterator[Sequ
 def _checked(chunks: Iterator[Sequences], name: str, vocabulary: Vocabulary) -> Iterator[Sequences]:
     for chunk in chunks:
         if vocabulary.rows is not None:
-            check_ids(chunk.ids_M, vocabulary.rows, f"{name}:", vocabulary)
+            ids = np.concatenate([chunk.before_N, chunk.ids_M])
+            check_ids(ids, vocabulary.rows, f"{name}:", vocabulary)
         yield chunk
 
 

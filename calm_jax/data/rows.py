@@ -20,44 +20,85 @@ OPEN_ROWS = 256
 
 @dataclasses.dataclass(frozen=True)
 class Sequences:
-    """N sequences of M ids in all; each is a prompt and what follows it.
+    """N sequences of M target ids in all; each is a prompt and what follows it.
 
     Attributes:
-      ids_M: int32, one sequence after another.
-      lengths_N: the number of ids in each sequence.
+      ids_M: int32, the targets, one sequence after another.
+      lengths_N: the number of targets in each sequence.
       prompts_N: how many of these, from the first on, belong to the prompt.
+      before_N: int32, the input from which the first target of each sequence is predicted.
+      is_text_N: bool, whether a sequence has no prompt; such a sequence may be split.
+      start_id: the first input of every part of a split sequence; None: the id before the part.
     """
 
     ids_M: np.ndarray
     lengths_N: np.ndarray
     prompts_N: np.ndarray
+    before_N: np.ndarray
+    is_text_N: np.ndarray
+    start_id: int | None
 
     @classmethod
-    def of(cls, prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]]) -> Self:
-        """Sequences of each prompt followed by its answer."""
+    def of(
+        cls,
+        prompts: Sequence[Sequence[int]],
+        answers: Sequence[Sequence[int]],
+        start_ids: Sequence[int] = (),
+    ) -> Self:
+        """Sequences of `start_ids`, a prompt and its answer.
+
+        Without `start_ids` the first id of a sequence is only an input: there is nothing before it
+        from which it could be predicted.
+        """
+        is_text_N = np.array([not prompt for prompt in prompts], bool)
+        head = list(start_ids[1:])
+        if head:
+            prompts = [[*head, *prompt] for prompt in prompts]
         prompts_N = np.fromiter(map(len, prompts), np.int64, len(prompts))
         lengths_N = prompts_N + np.fromiter(map(len, answers), np.int64, len(answers))
         pairs = itertools.chain.from_iterable(zip(prompts, answers, strict=True))
         ids_M = np.fromiter(itertools.chain.from_iterable(pairs), np.int32, lengths_N.sum())
-        return cls(ids_M, lengths_N, prompts_N)
+        if start_ids:
+            before_N = np.full(len(lengths_N), start_ids[0], np.int32)
+            return cls(ids_M, lengths_N, prompts_N, before_N, is_text_N, start_ids[0])
+        is_first_M = _within(lengths_N) == 0
+        before_N = np.zeros(len(lengths_N), np.int32)
+        before_N[lengths_N > 0] = ids_M[is_first_M]
+        lengths_N, prompts_N = (np.maximum(count - 1, 0) for count in (lengths_N, prompts_N))
+        return cls(ids_M[~is_first_M], lengths_N, prompts_N, before_N, is_text_N, None)
 
     def __len__(self) -> int:
         return len(self.lengths_N)
 
     def continued(self, length: int) -> Self:
-        """The same ids; a sequence without a prompt is split into sequences of at most `length`."""
-        pieces_N = np.where(self.prompts_N == 0, np.maximum(-(-self.lengths_N // length), 1), 1)
-        lengths_P = np.repeat(self.lengths_N, pieces_N)
-        left_P = lengths_P - _within(pieces_N) * length
-        whole_P = np.repeat(pieces_N == 1, pieces_N)
-        lengths_P = np.where(whole_P, lengths_P, np.minimum(left_P, length))
-        return type(self)(self.ids_M, lengths_P, np.repeat(self.prompts_N, pieces_N))
+        """The same targets; text is split into sequences of at most `length` targets."""
+        pieces_N = np.where(self.is_text_N, np.maximum(-(-self.lengths_N // length), 1), 1)
+        piece_P = _within(pieces_N)
+        lengths_P, prompts_P, before_P, is_text_P = (
+            np.repeat(of_N, pieces_N)
+            for of_N in (self.lengths_N, self.prompts_N, self.before_N, self.is_text_N)
+        )
+        lengths_P = np.where(is_text_P, np.minimum(lengths_P - piece_P * length, length), lengths_P)
+        if self.start_id is None:
+            first_P = np.cumsum(lengths_P) - lengths_P
+            before_P[piece_P > 0] = self.ids_M[first_P[piece_P > 0] - 1]
+        return dataclasses.replace(
+            self,
+            lengths_N=lengths_P,
+            prompts_N=prompts_P,
+            before_N=before_P,
+            is_text_N=is_text_P,
+        )
 
     def cut(self, length: int) -> Self:
-        """The first `length` ids of each sequence."""
+        """The first `length` targets of each sequence."""
         kept_N = np.minimum(self.lengths_N, length)
-        ids_M = self.ids_M[_within(self.lengths_N) < np.repeat(kept_N, self.lengths_N)]
-        return type(self)(ids_M, kept_N, np.minimum(self.prompts_N, length))
+        return dataclasses.replace(
+            self,
+            ids_M=self.ids_M[_within(self.lengths_N) < np.repeat(kept_N, self.lengths_N)],
+            lengths_N=kept_N,
+            prompts_N=np.minimum(self.prompts_N, length),
+        )
 
     def rows(self, length: int, pack: bool) -> dict[str, np.ndarray]:
         """The sequences in rows [R, length] as `DTYPES`; none may be longer than a row.
@@ -71,7 +112,10 @@ class Sequences:
             row_N, start_N, segment_N = np.arange(len(self)), 0, np.ones(len(self), np.int64)
         within_M = _within(self.lengths_N)
         place_M = np.repeat(row_N * length + start_N, self.lengths_N) + within_M
+        inputs_M = np.roll(self.ids_M, 1)
+        inputs_M[within_M == 0] = self.before_N[self.lengths_N > 0]
         values = {
+            "inputs": inputs_M,
             "targets": self.ids_M,
             "segment_ids": np.repeat(segment_N, self.lengths_N),
             "prompt": within_M < np.repeat(self.prompts_N, self.lengths_N),

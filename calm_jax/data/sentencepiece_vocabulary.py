@@ -1,6 +1,7 @@
 """SentencePiece models as vocabularies."""
 
 import functools
+import itertools
 import re
 from collections.abc import Sequence
 from typing import Any, Self
@@ -15,8 +16,8 @@ from calm_jax.errors import CalmError
 class SentencePieceVocabulary(Vocabulary):
     """A SentencePiece model. `model` is the file's bytes, `path` names it in errors.
 
-    Special tokens written in a text become their ids, as they do in a tokenizer.json of the model;
-    the library by itself would spell them out.
+    Special and added tokens written in a text become their ids, as they do in a tokenizer.json of
+    the model; the library by itself would spell them out.
     """
 
     kind = "sentencepiece"
@@ -30,11 +31,31 @@ class SentencePieceVocabulary(Vocabulary):
         except RuntimeError as error:
             raise CalmError(f"{path} is not a SentencePiece model") from error
         self._model, self.published = model, published
-        self.size = self._processor.get_piece_size()
+        self._pieces = self._processor.get_piece_size()
+        self._added = self._tokens_behind_pieces(path)
+        self.size = self._pieces + len(self._added)
         self.bos_id, self.eos_id = (
             token if token >= 0 else None
             for token in (self._processor.bos_id(), self._processor.eos_id())
         )
+        self._set_start()
+
+    def _tokens_behind_pieces(self, path: str) -> list[str]:
+        """The added tokens that the model has no pieces for, in the order of their ids."""
+        added = sorted(self.published.added_tokens.items())
+        behind = [(index, token["content"]) for index, token in added if index >= self._pieces]
+        for expected, (index, name) in enumerate(behind, self._pieces):
+            if index != expected:
+                raise CalmError(
+                    f"{path}: the added token {name!r} has the id {index}, but no token has the id "
+                    f"{expected}"
+                )
+        return [name for _, name in behind]
+
+    def _set_start(self) -> None:
+        # The model itself does not say whether its start token comes first.
+        named = self.bos_id is not None and self.published.adds_start_token is not False
+        self.start_ids = (self.bos_id,) if named else ()
 
     @classmethod
     def from_published(cls, path: epath.Path) -> Self:
@@ -42,18 +63,39 @@ class SentencePieceVocabulary(Vocabulary):
         published = TokenizerFiles.read(path.parent, cls.file_name)
         vocabulary = cls(read_file(path), str(path), published)
         vocabulary._take_special_tokens(path.name)
+        vocabulary._set_start()
         return vocabulary
+
+    @property
+    def base_size(self) -> int:
+        return self._pieces
 
     @functools.cached_property
     def _specials(self) -> set[str]:
+        """Tokens that decoding leaves out."""
         processor = self._processor
-        control = {processor.id_to_piece(i) for i in range(self.size) if processor.is_control(i)}
-        return control | {t for t in self.published.all_special if self.token_id(t) is not None}
+        control = {processor.id_to_piece(i) for i in range(self._pieces) if processor.is_control(i)}
+        added = {t["content"] for t in self.published.added_tokens.values() if t.get("special")}
+        named = {t for t in self.published.all_special if self.token_id(t) is not None}
+        return control | added | named
 
     @functools.cached_property
-    def _special_pattern(self) -> re.Pattern[str]:
-        longest_first = sorted(self._specials, key=len, reverse=True)
-        return re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
+    def _whole_tokens(self) -> tuple[re.Pattern[str], list[str]]:
+        """A pattern of the tokens that are found in a text before it is split into pieces.
+
+        Group i + 1 of the pattern is the i-th of the tokens.
+        """
+        added = {token["content"]: token for token in self.published.added_tokens.values()}
+        tokens = sorted({*self._specials, *added}, key=len, reverse=True)
+        patterns = []
+        for token in tokens:
+            flags = added.get(token, {})
+            pattern = re.escape(token)
+            if flags.get("single_word"):
+                pattern = rf"(?<!\w){pattern}(?!\w)"
+            left, right = (r"\s*" if flags.get(flag) else "" for flag in ("lstrip", "rstrip"))
+            patterns.append(f"({left}{pattern}{right})")
+        return re.compile("|".join(patterns) or "(?!)"), tokens
 
     @functools.cached_property
     def _inner_processor(self) -> Any:
@@ -67,16 +109,18 @@ class SentencePieceVocabulary(Vocabulary):
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         rows = self._processor.encode(list(texts), out_type=int, num_threads=1)
+        pattern, _ = self._whole_tokens
         for row, text in enumerate(texts):
-            if self._special_pattern.search(text):
-                rows[row] = self._encode_around_specials(text)
+            if pattern.search(text):
+                rows[row] = self._encode_around_tokens(text)
         return rows
 
-    def _encode_around_specials(self, text: str) -> list[int]:
+    def _encode_around_tokens(self, text: str) -> list[int]:
+        pattern, tokens = self._whole_tokens
         ids, end = [], 0
-        for found in self._special_pattern.finditer(text):
+        for found in pattern.finditer(text):
             ids += self._encode_part(text, end, found.start())
-            ids.append(self._processor.piece_to_id(found[0]))
+            ids.append(self.token_id(tokens[found.lastindex - 1]))
             end = found.end()
         return ids + self._encode_part(text, end, len(text))
 
@@ -85,13 +129,23 @@ class SentencePieceVocabulary(Vocabulary):
         return processor.encode(text[start:end]) if end > start else []
 
     def _decode(self, ids: list[int]) -> str:
-        hidden = {self._processor.piece_to_id(token) for token in self._specials}
-        return self._processor.decode([i for i in ids if 0 <= i < self.size and i not in hidden])
+        hidden = {self.token_id(token) for token in self._specials}
+        shown = [i for i in ids if 0 <= i < self.size and i not in hidden]
+        text, processor = "", self._processor
+        for behind, group in itertools.groupby(shown, lambda i: i >= self._pieces):
+            if behind:
+                text += "".join(self._added[i - self._pieces] for i in group)
+            else:
+                text += processor.decode(list(group))
+            processor = self._inner_processor  # keeps the space that later pieces begin with
+        return text
 
     def tokens(self) -> list[str]:
-        return [self._processor.id_to_piece(i) for i in range(self.size)]
+        return [*(self._processor.id_to_piece(i) for i in range(self._pieces)), *self._added]
 
     def token_id(self, token: str) -> int | None:
+        if token in self._added:
+            return self._pieces + self._added.index(token)
         index = self._processor.piece_to_id(token)
         return index if self._processor.id_to_piece(index) == token else None
 

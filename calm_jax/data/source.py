@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import numpy as np
 
 # What is stored of a row [T]; all else follows from it.
-DTYPES = {"targets": np.int32, "segment_ids": np.int32, "prompt": np.uint8}
+DTYPES = {"inputs": np.int32, "targets": np.int32, "segment_ids": np.int32, "prompt": np.uint8}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,14 +32,13 @@ class Part:
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """Rows of one length, of one or more parts, and what starts a sequence.
+    """Rows of one length, of one or more parts.
 
     `fingerprint` names the rows: equal exactly if they are.
     """
 
     parts: tuple[Part, ...]
     length: int
-    bos_id: int
     fingerprint: str = ""
 
     def __len__(self) -> int:
@@ -55,11 +54,13 @@ class Source:
         Indices run through the parts in turn. int32, but `decoder_loss_weights` float32.
         """
         shape = len(rows), self.length
-        targets_BT, segments_BT = np.zeros(shape, np.int32), np.zeros(shape, np.int32)
-        prompt_BT, weights_BT = np.zeros(shape, np.int32), np.zeros(shape, np.float32)
+        inputs_BT, targets_BT = np.zeros(shape, np.int32), np.zeros(shape, np.int32)
+        segments_BT, prompt_BT = np.zeros(shape, np.int32), np.zeros(shape, np.int32)
+        weights_BT = np.zeros(shape, np.float32)
         for start, part in zip(self._starts, self.parts, strict=False):
             (mine,) = np.nonzero((rows >= start) & (rows < start + len(part)))
             inside = rows[mine] - start
+            inputs_BT[mine] = part.arrays["inputs"][inside]
             targets_BT[mine] = part.arrays["targets"][inside]
             segments_BT[mine] = part.arrays["segment_ids"][inside]
             prompt_BT[mine] = part.arrays["prompt"][inside]
@@ -69,10 +70,9 @@ class Source:
         starts_BT = real_BT & (segments_BT != _shift_right(segments_BT))
         index_BT = np.broadcast_to(np.arange(self.length, dtype=np.int32), shape)
         first_BT = np.maximum.accumulate(np.where(starts_BT, index_BT, 0), axis=1)
-        inputs_BT = np.where(starts_BT, np.int32(self.bos_id), _shift_right(targets_BT))
         causal_BT = np.where(starts_BT, np.int32(1), _shift_right(prompt_BT))
         return {
-            "decoder_input_tokens": inputs_BT * real_BT,
+            "decoder_input_tokens": inputs_BT,
             "decoder_target_tokens": targets_BT,
             "decoder_loss_weights": weights_BT,
             "decoder_positions": (index_BT - first_BT) * real_BT,

@@ -7,7 +7,7 @@ user's own seqio Task may hold ids from the start.
 import dataclasses
 import importlib
 import pathlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -104,7 +104,9 @@ def with_vocabulary(task: seqio.Task, vocabulary: Vocabulary) -> seqio.Task:
     )
 
 
-def sequences(task: seqio.Task, split: str, limit: int) -> Iterator[Sequences]:
+def sequences(
+    task: seqio.Task, split: str, start_ids: Sequence[int], limit: int
+) -> Iterator[Sequences]:
     """The ids of a Task's prompts and answers, in its order; `limit` 0 is all."""
     dataset = task.get_dataset(None, split, shuffle=False)
     if limit:
@@ -114,7 +116,7 @@ def sequences(task: seqio.Task, split: str, limit: int) -> Iterator[Sequences]:
     for batch in dataset.ragged_batch(CHUNK).prefetch(1):
         answers = batch["targets"].to_list()
         prompts = batch["inputs"].to_list() if "inputs" in batch else [[]] * len(answers)
-        yield Sequences.of(prompts, answers)
+        yield Sequences.of(prompts, answers, start_ids)
 
 
 def text_examples(task: seqio.Task, split: str, limit: int) -> Iterator[dict[str, Any]]:

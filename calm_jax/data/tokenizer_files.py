@@ -1,13 +1,16 @@
 """The files that a published model's tokenizer consists of, and what they say.
 
-    tokenizer.json            the token map and how text becomes tokens; or else tokenizer.model
+    tokenizer.json            the token map and how text becomes tokens; or else tokenizer.model,
+                              or else vocab.json with merges.txt
     tokenizer_config.json     names of the special tokens, added tokens, often the chat template
     special_tokens_map.json   older: names of the special tokens, where the config adds none itself
+    added_tokens.json         older: ids of added tokens, where the config adds none itself
     chat_template.jinja       newer: the chat template; it stands above the config's
     chat_template.json        the chat template of a model that takes more than text
-    generation_config.json    ids of all tokens that end an answer
+    generation_config.json    ids of all tokens that end an answer; or else the model's config.json
 
-They are kept byte for byte, so that an exported model has the files it came with.
+They are kept byte for byte, but for config.json, so that an exported model has the files it came
+with.
 """
 
 import dataclasses
@@ -24,17 +27,22 @@ from calm_jax.text_files import parse_json
 CONFIG_FILE = "tokenizer_config.json"
 TEMPLATE_FILE = "chat_template.jinja"
 SPECIAL_TOKENS_FILE = "special_tokens_map.json"
+ADDED_TOKENS_FILE = "added_tokens.json"
 GENERATION_FILE = "generation_config.json"
-TOKEN_MAPS = ("tokenizer.json", "tokenizer.model")
+MODEL_FILE = "config.json"
+BYTE_LEVEL_FILE, MERGES_FILE = "vocab.json", "merges.txt"
+TOKEN_MAPS = ("tokenizer.json", "tokenizer.model", BYTE_LEVEL_FILE)
 BESIDE = (
+    MERGES_FILE,
     CONFIG_FILE,
     SPECIAL_TOKENS_FILE,
-    "added_tokens.json",
+    ADDED_TOKENS_FILE,
     TEMPLATE_FILE,
     "chat_template.json",
     GENERATION_FILE,
 )
 
+ADDED_TOKENS_KEY = "added_tokens_decoder"
 ADDED_TOKEN_FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
 
 # What chat templates know special tokens by.
@@ -49,21 +57,30 @@ START_AND_END_NAMES = (
 
 @dataclasses.dataclass(frozen=True)
 class TokenizerFiles:
-    """The files beside a token map, by name, and the folder they come from (for messages)."""
+    """The files beside a token map.
+
+    Attributes:
+      folder: where they come from, for messages.
+      files: their bytes, by name.
+      model_file: config.json, which is not one of them but the model's; None if there is none.
+    """
 
     folder: str = ""
     files: Mapping[str, bytes] = dataclasses.field(default_factory=dict)
+    model_file: bytes | None = None
 
     @classmethod
     def read(cls, folder: epath.Path, token_map: str | None) -> Self:
         """Reads what stands in `folder` beside the file `token_map`; nothing need be there."""
         names = [name for name in (*TOKEN_MAPS, *BESIDE) if name != token_map]
         found = {name: read_file(folder / name) for name in names if (folder / name).exists()}
-        return cls(str(folder), found)
+        model = folder / MODEL_FILE
+        return cls(str(folder), found, read_file(model) if model.exists() else None)
 
     def json(self, name: str) -> dict[str, Any]:
         """The object in a JSON file; empty where there is no such file."""
-        values = parse_json(self.files.get(name, b"{}"), f"{self.folder}/{name}")
+        data = self.model_file if name == MODEL_FILE else self.files.get(name)
+        values = parse_json(b"{}" if data is None else data, f"{self.folder}/{name}")
         if not isinstance(values, dict):
             raise CalmError(f"{self.folder}/{name} holds {type(values).__name__}, not an object")
         return values
@@ -72,7 +89,7 @@ class TokenizerFiles:
     def config(self) -> dict[str, Any]:
         """tokenizer_config.json, over it special_tokens_map.json as transformers lays it."""
         config = self.json(CONFIG_FILE)
-        if "added_tokens_decoder" in config:
+        if ADDED_TOKENS_KEY in config:
             return config
         return config | self.json(SPECIAL_TOKENS_FILE)
 
@@ -100,16 +117,36 @@ class TokenizerFiles:
 
     @functools.cached_property
     def added_tokens(self) -> dict[int, dict[str, Any]]:
-        """Tokens outside the token map proper by id, as tokenizer_config.json describes them."""
-        key = "added_tokens_decoder"
-        given = self.config.get(key) or {}
+        """Tokens outside the token map proper by id, with their flags."""
+        if not self.config_adds_tokens:
+            return self._older_added_tokens
+        given = self.config[ADDED_TOKENS_KEY] or {}
         try:
             listed = {int(index): token for index, token in given.items()}
             if all(isinstance(token["content"], str) for token in listed.values()):
                 return listed
         except (AttributeError, KeyError, TypeError, ValueError):
             pass
-        raise CalmError(f"{self.folder}/{CONFIG_FILE}: {key} is not a map of ids to tokens")
+        where = f"{self.folder}/{CONFIG_FILE}: {ADDED_TOKENS_KEY}"
+        raise CalmError(f"{where} is not a map of ids to tokens")
+
+    @property
+    def config_adds_tokens(self) -> bool:
+        """Whether tokenizer_config.json describes added tokens; its flags are those that count."""
+        return ADDED_TOKENS_KEY in self.config
+
+    @property
+    def _older_added_tokens(self) -> dict[int, dict[str, Any]]:
+        """Those of added_tokens.json: special where another file names them as such."""
+        given = self.json(ADDED_TOKENS_FILE)
+        for content, index in given.items():
+            if type(index) is not int:
+                where = f"{self.folder}/{ADDED_TOKENS_FILE}"
+                raise CalmError(f"{where}: {content!r} has the id {index!r}, not a number")
+        return {
+            index: {"content": content, "special": content in self.all_special}
+            for content, index in given.items()
+        }
 
     def _content(self, key: str, token: Any) -> str | None:
         # A special token is written as its text or as a description of it.
@@ -128,20 +165,43 @@ class TokenizerFiles:
         for index, token in self.added_tokens.items():
             name, found = token["content"], token_id(token["content"])
             if found != index:
+                file = CONFIG_FILE if self.config_adds_tokens else ADDED_TOKENS_FILE
                 raise CalmError(
-                    f"{self.folder}: {CONFIG_FILE} gives {name!r} the id {index}, "
+                    f"{self.folder}: {file} gives {name!r} the id {index}, "
                     f"{token_map} {'has no such token' if found is None else found}"
                 )
 
     def end_ids(self, size: int) -> list[int]:
-        """Ids that end an answer, by generation_config.json; every one below `size`."""
-        where = f"{self.folder}/{GENERATION_FILE}"
-        given = self.json(GENERATION_FILE).get("eos_token_id")
-        ids = [] if given is None else given if isinstance(given, list) else [given]
-        for index in ids:
-            if type(index) is not int or not 0 <= index < size:
-                raise CalmError(f"{where}: eos_token_id {index!r} is not an id below {size}")
-        return ids
+        """Ids that end an answer, by generation_config.json or else config.json; all below `size`.
+
+        Empty where neither names any.
+        """
+        for name in (GENERATION_FILE, MODEL_FILE):
+            values = self.json(name)
+            given = values.get("eos_token_id")
+            if given is None and isinstance(values.get("text_config"), dict):
+                given = values["text_config"].get("eos_token_id")
+            ids = [] if given is None else given if isinstance(given, list) else [given]
+            for index in ids:
+                if type(index) is not int or not 0 <= index < size:
+                    where = f"{self.folder}/{name}"
+                    raise CalmError(f"{where}: eos_token_id {index!r} is not an id below {size}")
+            if ids:
+                return ids
+        return []
+
+    @property
+    def adds_start_token(self) -> bool | None:
+        """Whether the tokenizer puts the start token before a text, where no tokenizer.json tells.
+
+        None where nothing is known of the tokenizer but its token map.
+        """
+        if not self.names_tokens and self.model_file is None:
+            return None
+        given = self.config.get("add_bos_token") or False
+        if not isinstance(given, bool):
+            raise CalmError(f"{self.folder}/{CONFIG_FILE}: add_bos_token is {given!r}, not a bool")
+        return given
 
     @functools.cached_property
     def chat_template(self) -> str | None:

@@ -1,12 +1,15 @@
 """Tokenizers of the `tokenizers` library: what a `tokenizer.json` holds."""
 
+import itertools
 from collections.abc import Iterable, Sequence
 from typing import Any, Self
 
 from etils import epath
 
+from calm_jax.data import byte_level
 from calm_jax.data.tokenizer_files import (
     ADDED_TOKEN_FLAGS,
+    BYTE_LEVEL_FILE,
     NOTHING,
     START_AND_END_NAMES,
     TokenizerFiles,
@@ -43,17 +46,20 @@ class TokenizerVocabulary(Vocabulary):
         self._add_published_tokens()
         self.size = max(self._tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
         self.bos_id, self.eos_id = bos_id, eos_id
+        self.start_ids = self._put_before_text()
 
     def _add_published_tokens(self) -> None:
-        """Tokens that only tokenizer_config.json adds, or calls special, as transformers does."""
+        """Takes tokens and flags from the files beside tokenizer.json, as transformers does."""
         import tokenizers
 
-        known = self._tokenizer.get_added_tokens_decoder().values()
-        names = {token.content for token in known}
-        for _, token in sorted(self.published.added_tokens.items()):
-            if token["content"] not in names:
+        known = self._tokenizer.get_added_tokens_decoder()
+        added = []
+        for index, token in sorted(self.published.added_tokens.items()):
+            if self.published.config_adds_tokens or index not in known:
                 flags = {key: bool(token[key]) for key in ADDED_TOKEN_FLAGS if key in token}
-                self._tokenizer.add_tokens([tokenizers.AddedToken(token["content"], **flags)])
+                added.append(tokenizers.AddedToken(token["content"], **flags))
+        self._tokenizer.add_tokens(added)
+        known = self._tokenizer.get_added_tokens_decoder().values()
         special = {token.content for token in known if token.special}
         missing = [
             tokenizers.AddedToken(token, special=True, normalized=False)
@@ -62,12 +68,27 @@ class TokenizerVocabulary(Vocabulary):
         ]
         self._tokenizer.add_special_tokens(missing)
 
+    def _put_before_text(self) -> tuple[int, ...]:
+        """Ids that the tokenizer's post-processor puts before a text."""
+        if self._tokenizer.post_processor is None:
+            return ()
+        # Any text will do that has a token in this vocabulary.
+        for text in itertools.chain(["a"], (self._tokenizer.id_to_token(i) for i in range(100))):
+            encoding = self._tokenizer.encode(text or "")
+            if 0 in encoding.special_tokens_mask:
+                return tuple(encoding.ids[: encoding.special_tokens_mask.index(0)])
+        return ()
+
     @classmethod
     def from_published(cls, path: epath.Path) -> Self:
-        """Reads `path` and what stands beside it."""
+        """Reads tokenizer.json, or vocab.json with merges.txt, and the files beside it."""
         published = TokenizerFiles.read(path.parent, cls.file_name)
-        vocabulary = cls(read_file(path), None, None, str(path), published)
-        if not published.names_tokens:
+        is_pair = path.name == BYTE_LEVEL_FILE
+        text = byte_level.tokenizer_json(published) if is_pair else read_file(path)
+        vocabulary = cls(text, None, None, str(path), published)
+        if is_pair:
+            vocabulary.eos_id = vocabulary.token_id(byte_level.END)
+        elif not published.names_tokens:
             vocabulary.bos_id, vocabulary.eos_id = map(vocabulary._first_id, START_AND_END_NAMES)
         vocabulary._take_special_tokens(path.name)
         return vocabulary

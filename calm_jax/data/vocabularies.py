@@ -1,12 +1,19 @@
 """Vocabularies by name: what a config, a frozen folder or a published model names, opened."""
 
 import os
+from typing import Any
 
+from absl import logging
 from etils import epath
 
 from calm_jax.data import built_in
 from calm_jax.data.sentencepiece_vocabulary import SentencePieceVocabulary
-from calm_jax.data.tokenizer_files import TOKEN_MAPS, TokenizerFiles
+from calm_jax.data.tokenizer_files import (
+    BYTE_LEVEL_FILE,
+    MERGES_FILE,
+    TOKEN_MAPS,
+    TokenizerFiles,
+)
 from calm_jax.data.tokenizer_vocabulary import TokenizerVocabulary
 from calm_jax.data.vocabulary import INDEX_FILE, ByteVocabulary, Vocabulary
 from calm_jax.errors import CalmError
@@ -48,8 +55,9 @@ def load_vocabulary(spec: str | os.PathLike) -> Vocabulary:
 def vocabulary_of_folder(folder: str | os.PathLike) -> Vocabulary | None:
     """The vocabulary of the published model in `folder`; None if there is none.
 
-    That is tokenizer.json, or else a SentencePiece model: tokenizer.model, or the only file
-    "….model" or "….spm"; with the files that `calm_jax.data.tokenizer_files` names beside it.
+    That is tokenizer.json, or else tokenizer.model, or else vocab.json with merges.txt, or else the
+    only SentencePiece model "….model" or "….spm"; with the files that
+    `calm_jax.data.tokenizer_files` names beside it.
 
     Raises:
         CalmError: a file is damaged or contradicts another.
@@ -63,11 +71,12 @@ def vocabulary_of_folder(folder: str | os.PathLike) -> Vocabulary | None:
 
 
 def token_maps(folder: epath.Path) -> list[epath.Path]:
-    """The files in a folder that turn text into ids: tokenizer.json and SentencePiece models."""
+    """The files in a folder that turn text into ids, such as tokenizer.json, by name."""
+    names = {"tokenizer.json"}
+    if (folder / MERGES_FILE).exists():
+        names.add(BYTE_LEVEL_FILE)
     return sorted(
-        path
-        for path in folder.iterdir()
-        if path.name == "tokenizer.json" or path.suffix in (".model", ".spm")
+        path for path in folder.iterdir() if path.name in names or path.suffix in (".model", ".spm")
     )
 
 
@@ -83,8 +92,33 @@ def _from_saved(folder: epath.Path) -> Vocabulary:
         published = TokenizerFiles.read(folder, kind.file_name)
         vocabulary = kind.from_folder(folder, index, published)
         vocabulary.other_eos_ids = tuple(index.get("other_eos_ids", ()))
+        _set_start(vocabulary, index, folder)
         return vocabulary
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         if isinstance(error, CalmError):
             raise
         raise CalmError(f"{path} is damaged: {type(error).__name__}: {error}") from error
+
+
+def _set_start(vocabulary: Vocabulary, index: dict[str, Any], folder: epath.Path) -> None:
+    """What every text starts with, as recorded; older folders record nothing.
+
+    They keep what their model may have been trained with: the start token, or else the end token,
+    or else id 0, whatever the tokenizer itself does.
+    """
+    if "start_ids" in index:
+        vocabulary.start_ids = tuple(index["start_ids"])
+        return
+    candidates = (vocabulary.bos_id, vocabulary.eos_id, 0)
+    older = next(token for token in candidates if token is not None)
+    if vocabulary.start_ids != (older,):
+        names = vocabulary.tokens()
+        own = " ".join(names[token] for token in vocabulary.start_ids) or "nothing"
+        logging.warning(
+            "%s was made by an older version of calm_jax: its texts still start with %r, where the "
+            "tokenizer itself puts %r; to follow the tokenizer, convert or train the model again",
+            folder,
+            names[older],
+            own,
+        )
+    vocabulary.start_ids = (older,)

@@ -26,8 +26,10 @@ class Vocabulary:
     """A map between text and ids.
 
     Attributes:
-      bos_id: the id that starts a sequence, or None.
-      eos_id: the id that training puts at the end of a sequence, or None.
+      bos_id: the id of the token that is named the start token, or None.
+      start_ids: what the tokenizer itself puts before every text; often nothing, even where a start
+        token is named.
+      eos_id: the id that training puts at the end of an answer, or None.
       eos_ids: every id that ends an answer, `eos_id` first; chat models have several.
       size: number of ids; every id is in [0, size). Any id, 0 too, may be ordinary text.
       rows: number of rows of the smallest embedding that data is made for; None: not known.
@@ -36,6 +38,7 @@ class Vocabulary:
     kind: str
     file_name: str | None = None
     bos_id: int | None
+    start_ids: tuple[int, ...] = ()
     eos_id: int | None
     other_eos_ids: tuple[int, ...] = ()
     size: int
@@ -50,9 +53,13 @@ class Vocabulary:
         return self.encode_batch([text])[0]
 
     def encode_sequence(self, text: str) -> list[int]:
-        """Ids of `text` behind the start token, which the text may bring itself, as chats do."""
-        ids = self.encode(text)
-        return ids if ids[:1] == [self.start_id] else [self.start_id, *ids]
+        """Ids of `text` behind `start_ids`, which the text may bring itself, as chats do."""
+        return [*self.start_ids, *self.without_start(self.encode(text))]
+
+    def without_start(self, ids: list[int]) -> list[int]:
+        """`ids` without the `start_ids` that they begin with, if they do."""
+        count = len(self.start_ids)
+        return ids[count:] if tuple(ids[:count]) == self.start_ids else ids
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Ids of each text, without start or end tokens."""
@@ -60,8 +67,26 @@ class Vocabulary:
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text of `ids` up to the first end token; start and other special tokens say nothing."""
-        kept = itertools.takewhile(lambda token: token not in self.eos_ids, map(int, ids))
-        return self._decode([token for token in kept if token != self.bos_id])
+        return self._decode_visible(self._until_end(ids))
+
+    def decode_after(self, prompt_ids: Iterable[int], ids: Iterable[int]) -> str:
+        """Text that `ids` add behind `prompt_ids`, up to the first end token among `ids`.
+
+        A token may be written differently at the beginning of a text, such as without its space.
+        So both are decoded together, and the text of the prompt is cut off.
+        """
+        prompt = list(map(int, prompt_ids))
+        before = self._decode_visible(prompt)
+        whole = self._decode_visible([*prompt, *self._until_end(ids)])
+        # Bytes of a character that the prompt leaves open change its last "�".
+        same = (a == b for a, b in zip(before, whole, strict=False))
+        return whole[sum(itertools.takewhile(bool, same)) :]
+
+    def _until_end(self, ids: Iterable[int]) -> list[int]:
+        return list(itertools.takewhile(lambda token: token not in self.eos_ids, map(int, ids)))
+
+    def _decode_visible(self, ids: list[int]) -> str:
+        return self._decode([token for token in ids if token != self.bos_id])
 
     def _decode(self, ids: list[int]) -> str:
         raise NotImplementedError
@@ -143,11 +168,6 @@ class Vocabulary:
                 f"{where}: the vocabulary has {self.base_size} tokens, the embedding {rows} rows"
             )
 
-    @property
-    def start_id(self) -> int:
-        """What every sequence starts with: the start token, else the end token, else 0."""
-        return next(token for token in (self.bos_id, self.eos_id, 0) if token is not None)
-
     def first_difference(self, other: "Vocabulary") -> tuple[int, str | None, str | None] | None:
         """The first id that means another thing in `other`, and both meanings; None if equal."""
         if self.fingerprint == other.fingerprint:
@@ -172,6 +192,7 @@ class Vocabulary:
         return {
             "kind": self.kind,
             "bos_id": self.bos_id,
+            "start_ids": list(self.start_ids),
             "eos_id": self.eos_id,
             "other_eos_ids": list(self.other_eos_ids),
             "size": self.size,
@@ -195,10 +216,10 @@ class Vocabulary:
                     file = published.source_of(role)
                     raise CalmError(f"{file}: {role} {token!r} is not in {where}")
                 setattr(self, role.replace("token", "id"), self.token_id(token))
-        ends = published.end_ids(self.size)
-        if self.eos_id is None and ends:
-            self.eos_id = ends[0]
-        self.other_eos_ids = tuple(token for token in ends if token != self.eos_id)
+        if ends := published.end_ids(self.size):
+            self.eos_id = self.eos_id if self.eos_id in ends else ends[0]
+            others = dict.fromkeys(token for token in ends if token != self.eos_id)
+            self.other_eos_ids = tuple(others)
         if published.chat_template is not None:
             chat_template.compile_template(published.chat_template, published.template_file)
 

@@ -50,10 +50,11 @@ def best_constant(targets: Iterable[str]) -> tuple[str, float]:
 
 
 def score(predictions: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
-    """`{"exact_match", "count", "empty", "interval": [low, high]}` of predictions.
+    """`{"exact_match", "count", "empty", "rewritten", "interval": [low, high]}` of predictions.
 
     Args:
-        predictions: records with a bool "correct" and the text "prediction".
+        predictions: records with a bool "correct" and the text "prediction"; "written" where the
+            vocabulary writes the target in another way.
 
     Raises `CalmError` without records.
     """
@@ -65,6 +66,7 @@ def score(predictions: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
         "exact_match": 100 * right / count,
         "count": count,
         "empty": sum(not record["prediction"].strip() for record in records),
+        "rewritten": sum("written" in record for record in records),
         "interval": list(wilson_interval(right, count)),
     }
 
@@ -73,4 +75,8 @@ def in_words(score: Mapping[str, Any]) -> str:
     """A result of `score` as one line."""
     low, high = score["interval"]
     words = f"{score['exact_match']:.1f}% of {score['count']:,} (95% interval {low:.1f}–{high:.1f})"
-    return words + (f"; {score['empty']:,} answers are empty" if score.get("empty") else "")
+    if score.get("empty"):
+        words += f"; {score['empty']:,} answers are empty"
+    if score.get("rewritten"):
+        words += f"; {score['rewritten']:,} targets are scored as the vocabulary writes them"
+    return words

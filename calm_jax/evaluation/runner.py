@@ -80,8 +80,8 @@ def evaluate(
         command: the command line that asks for it, kept in summary.json for the report.
 
     Returns:
-        `{task: {"exact_match": percent, "count": n, "empty": n, "interval": [low, high]}}`; under
-        "_run" what was scored, when and on what; under "_parts" the same scores of each part.
+        what `metrics.score` says of each task, by name; under "_run" what was scored, when and on
+        what; under "_parts" the same scores of each part.
 
     Raises:
         CalmError: no model, an unknown step or task, a task without examples, parts of a model that
@@ -227,15 +227,37 @@ def _examples(
         raise CalmError(f"{task}: none of {found} examples has a prompt whose answer can be scored")
     if len(examples) < found:
         log.warning("%s: %d of %d have no prompt to answer", task, found - len(examples), found)
-    for example in examples:
-        if example.get("is_turn"):  # what the template writes to end a turn is never decoded
-            example["targets"] = vocabulary.decode(vocabulary.encode(example["targets"]))
-    longest = max(len(vocabulary.encode(example["targets"])) for example in examples) + 1
+    longest = max(_write_target(example, vocabulary) for example in examples)
     if longest > room:
         raise CalmError(
             f"--max_new_tokens is {room}, but an answer of {task} with its end token has {longest}"
         )
+    changed = [example for example in examples if "written" in example]
+    if changed:
+        log.warning(
+            "%s: the vocabulary cannot write %d of %d answers as they are: %r becomes %r; they are "
+            "scored as it writes them",
+            task,
+            len(changed),
+            len(examples),
+            changed[0]["targets"],
+            changed[0]["written"],
+        )
     return examples
+
+
+def _write_target(example: dict[str, Any], vocabulary: Vocabulary) -> int:
+    """Adds "written" where the target is not what its own tokens decode to; returns their number.
+
+    No model can answer what its vocabulary cannot write, such as characters that it normalizes.
+    """
+    ids = vocabulary.encode(example["targets"])
+    written = vocabulary.decode_after(vocabulary.encode_sequence(example["inputs"]), ids)
+    if example.get("is_turn"):  # what the template writes to end a turn is never decoded
+        example["targets"], ids = written, vocabulary.encode(written)
+    elif not metrics.is_exact_match(written, example["targets"]):
+        example["written"] = written
+    return len(ids) + 1
 
 
 def _answers(
@@ -249,23 +271,26 @@ def _answers(
     """The examples, in their order, with "prediction" and "correct"; `name` is shown meanwhile."""
     if model.vocabulary is None:  # an augment may have none, and then reads by the anchor's
         model.vocabulary = vocabulary
-    lengths = [len(vocabulary.encode(example["inputs"])) for example in examples]
+    prompts = [model.vocabulary.encode_sequence(example["inputs"]) for example in examples]
+    lengths = [len(prompt) for prompt in prompts]
     # Like lengths together, and the last batch filled up: few shapes, so few compilations.
     order = np.argsort(lengths, kind="stable")
     predictions: dict[int, str] = {}
     with tqdm(total=len(examples), desc=" ".join(filter(None, name)), unit="example") as progress:
         for start in range(0, len(order), batch_size):
             rows = order[start : start + batch_size]
-            prompts = [examples[row]["inputs"] for row in np.resize(rows, batch_size)]
-            tokens_BN = generate(model, prompts, max_new_tokens=settings["max_new_tokens"])
+            asked = [prompts[row] for row in np.resize(rows, batch_size)]
+            tokens_BN = generate(model, asked, max_new_tokens=settings["max_new_tokens"])
             for row, tokens_N in zip(rows, tokens_BN[: len(rows)], strict=True):
-                predictions[row] = vocabulary.decode(tokens_N)
+                predictions[row] = vocabulary.decode_after(prompts[row], tokens_N)
             progress.update(len(rows))
     return [
         {
             **example,
             "prediction": predictions[row],
-            "correct": metrics.is_exact_match(predictions[row], example["targets"]),
+            "correct": metrics.is_exact_match(
+                predictions[row], example.get("written", example["targets"])
+            ),
         }
         for row, example in enumerate(examples)
     ]

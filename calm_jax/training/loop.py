@@ -114,9 +114,12 @@ def _check_resumed(run, checkpoints: TrainingCheckpoints, described: Described, 
     for split, source in sources.items():
         was = state["data"].get(split)
         if was is not None and was != source.fingerprint:
+            now, remedy = source.fingerprint, "restore the data, or give another --workdir"
+            if was.partition("-")[0] != now.partition("-")[0]:
+                remedy = "an older version of calm_jax made its rows; give another --workdir"
             raise CalmError(
                 f"{run} started with other data.{split}: its fingerprint was {was[:16]}, now it is "
-                f"{source.fingerprint[:16]}; restore the data, or give another --workdir"
+                f"{now[:16]}; {remedy}"
             )
 
 

@@ -87,10 +87,25 @@ def test_every_sequence_is_there_once_packed_or_not(data, vocabulary, examples, 
         assert len(padding) == len(examples)
 
 
-def test_a_vocabulary_without_a_start_token_starts_with_its_end_token(data):
-    batch = all_rows(open_source(data("augment", length=64), "train", ByteVocabulary()))
-    first = batch["decoder_positions"] == 0
-    assert (batch["decoder_input_tokens"][first & (batch["decoder_segment_ids"] > 0)] == 1).all()
+def test_without_a_start_token_the_first_token_has_no_target(data, examples):
+    vocabulary = ByteVocabulary()
+    batch = all_rows(open_source(data("augment", length=64), "train", vocabulary))
+    expected = []
+    for example in examples:
+        prompt, answer = vocabulary.encode(example["inputs"]), vocabulary.encode(example["targets"])
+        ids = [*prompt, *answer, vocabulary.eos_id]
+        of_prompt = max(len(prompt) - 1, 0)
+        of_answer = len(ids) - 1 - of_prompt
+        expected.append(
+            (
+                tuple(ids[:-1]),
+                tuple(ids[1:]),
+                (0.0,) * of_prompt + (1.0,) * of_answer,
+                tuple(range(len(ids) - 1)),
+                (1,) * (of_prompt + 1) + (0,) * (of_answer - 1),
+            )
+        )
+    assert sequences(batch) == sorted(expected)
 
 
 def test_tokens_without_an_embedding_row_are_named(data, vocabulary):
@@ -155,7 +170,7 @@ def test_text_longer_than_a_row_goes_on_in_further_rows(data, tmp_path, caplog):
     config = data({"jsonl": str(tmp_path / "long.jsonl")}, length=8, strict=True)
     batch = all_rows(open_source(config, "train", ByteVocabulary()))
     trained = batch["decoder_target_tokens"][batch["decoder_loss_weights"] == 1]
-    assert trained.tolist() == [*ByteVocabulary().encode(text), 1]
+    assert trained.tolist() == [*ByteVocabulary().encode(text)[1:], 1]
     assert len(batch["decoder_target_tokens"]) == 4 and not caplog.text
 
 
@@ -192,7 +207,7 @@ def test_a_changed_file_is_read_anew(data, tmp_path):
     for text in ("one", "two"):
         path.write_text(f'{{"text": "{text}"}}\n')
         batch = all_rows(open_source(data({"jsonl": str(path)}), "train", ByteVocabulary()))
-        texts.append(ByteVocabulary().decode(batch["decoder_target_tokens"][0].tolist()))
+        texts.append(ByteVocabulary().decode(batch["decoder_input_tokens"][0].tolist()))
     assert texts == ["one", "two"]
 
 

@@ -103,9 +103,10 @@ def test_a_sequence_starts_once(form, vocabularies):
     vocabulary = vocabularies[form]
     text = vocabulary.chat(CHAT[:1])
     ids = vocabulary.encode_sequence(text)
-    assert ids[0] == vocabulary.start_id
-    assert ids.count(vocabulary.start_id) == 1 + (form == "qwen") * text.count("<|im_end|>")
-    assert vocabulary.encode_sequence("Hi") == [vocabulary.start_id, *vocabulary.encode("Hi")]
+    start = [] if form == "qwen" else [vocabulary.bos_id]
+    assert ids == vocabulary.encode(text)
+    assert ids[:1] == start or form == "qwen"
+    assert vocabulary.encode_sequence("Hi") == [*start, *vocabulary.encode("Hi")]
 
 
 def test_turns_are_cut_from_the_text_of_the_whole_chat(form, vocabularies):
@@ -118,8 +119,8 @@ def test_ids_of_a_turn_go_on_from_what_generation_starts_with(form, vocabularies
     vocabulary = vocabularies[form]
     for prompt, answer in chat.turns(vocabulary, CHAT):
         (inputs,), (targets,) = chat.encode_examples(vocabulary, [prompt], [answer], [True])
-        assert [vocabulary.start_id, *inputs] == vocabulary.encode_sequence(prompt)
-        assert [vocabulary.start_id, *inputs, *targets] == vocabulary.encode_sequence(
+        assert [*vocabulary.start_ids, *inputs] == vocabulary.encode_sequence(prompt)
+        assert [*vocabulary.start_ids, *inputs, *targets] == vocabulary.encode_sequence(
             prompt + answer
         )
         # The end token that the template wrote, and no second one.
@@ -335,10 +336,12 @@ def test_chats_reach_the_rows_of_training(form, vocabularies, chats, data):
         [prompt, prompt + answer + between],
         strict=False,
     ):
-        assert [vocabulary.start_id, *ids] == vocabulary.encode_sequence(text)
+        assert ids == vocabulary.encode_sequence(text)[1:]
         assert sum(is_prompt) == len(vocabulary.encode_sequence(start)) - 1
-    assert rows[2][0] == [*vocabulary.encode("1+1="), *vocabulary.encode("2"), vocabulary.eos_id]
-    assert rows[3][0] == [*vocabulary.encode("Hello"), vocabulary.eos_id]
+    plain = [*vocabulary.start_ids, *vocabulary.encode("1+1="), *vocabulary.encode("2")]
+    assert rows[2][0] == [*plain, vocabulary.eos_id][1:]
+    plain = [*vocabulary.start_ids, *vocabulary.encode("Hello")]
+    assert rows[3][0] == [*plain, vocabulary.eos_id][1:]
 
 
 def test_another_template_is_another_cache(tmp_path, chats, data):
@@ -395,7 +398,7 @@ def test_the_command_puts_prompts_into_the_template(vocabularies, monkeypatch, c
         "<|im_start|>assistant\n"
         for prompt in ("Hi", "Grüße <|im_end|>")
     ]
-    ids = [[vocabulary.start_id, *vocabulary.encode(text)] for text in texts]
+    ids = [vocabulary.encode(text) for text in texts]
     answers = generate(model, ids, max_new_tokens=3)
     printed = "".join(
         f"user: {prompt}\nassistant: {vocabulary.decode(answer)}\n"

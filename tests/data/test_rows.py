@@ -12,6 +12,7 @@ from calm_jax.data import cache
 from calm_jax.data.rows import OPEN_ROWS, Sequences
 
 LENGTH = 8
+START = [77]
 IDS = st.lists(st.integers(0, 2**31 - 1), max_size=3 * LENGTH)
 
 
@@ -27,7 +28,7 @@ def test_packing_is_grains_first_fit(count):
     random = np.random.default_rng(count)
     sizes = random.integers(1, LENGTH + 1, (count, 2))
     prompts, answers = ([random.integers(0, 99, n).tolist() for n in column] for column in sizes.T)
-    rows = Sequences.of(prompts, answers).cut(LENGTH).rows(LENGTH, pack=True)
+    rows = Sequences.of(prompts, answers, START).cut(LENGTH).rows(LENGTH, pack=True)
     source = [{"row": row} for row in columns(prompts, answers)]
     packed = grain.experimental.FirstFitPackIterDataset(
         grain.MapDataset.source(source).to_iter_dataset(grain.ReadOptions(num_threads=0)),
@@ -46,17 +47,19 @@ def test_packing_is_grains_first_fit(count):
 @given(st.lists(st.tuples(IDS, IDS), max_size=9))
 def test_unpacked_a_sequence_is_a_row(pairs):
     prompts, answers = ([pair[side] for pair in pairs] for side in (0, 1))
-    rows = Sequences.of(prompts, answers).cut(LENGTH).rows(LENGTH, pack=False)
+    rows = Sequences.of(prompts, answers, START).cut(LENGTH).rows(LENGTH, pack=False)
     for number, row in enumerate(columns(prompts, answers)):
         assert rows["segment_ids"][number].tolist() == [1] * len(row) + [0] * (LENGTH - len(row))
         assert rows["targets"][number].tolist() == [*row[:, 0], *[0] * (LENGTH - len(row))]
+        inputs = [*START, *row[:, 0]][: len(row)]
+        assert rows["inputs"][number].tolist() == inputs + [0] * (LENGTH - len(row))
         assert rows["prompt"][number].tolist() == [*row[:, 1], *[0] * (LENGTH - len(row))]
 
 
 @given(st.lists(st.tuples(IDS, IDS), max_size=9), st.booleans())
 def test_text_goes_on_in_further_sequences_and_answers_do_not(pairs, pack):
     prompts, answers = ([pair[side] for pair in pairs] for side in (0, 1))
-    found = Sequences.of(prompts, answers).continued(LENGTH)
+    found = Sequences.of(prompts, answers, START).continued(LENGTH)
     expected = []
     for prompt, answer in pairs:
         starts = [0] if prompt else range(0, max(len(answer), 1), LENGTH)
@@ -67,13 +70,44 @@ def test_text_goes_on_in_further_sequences_and_answers_do_not(pairs, pack):
     assert list(zip(ids, found.prompts_N.tolist(), strict=True)) == expected
 
 
+@given(st.lists(st.tuples(IDS, IDS), max_size=9), st.sampled_from([(), (77,), (77, 78)]))
+def test_every_id_is_predicted_from_the_one_before_it(pairs, start):
+    """The first id of a sequence without a start is an input alone."""
+    prompts, answers = ([pair[side] for pair in pairs] for side in (0, 1))
+    sequences = Sequences.of(prompts, answers, start).continued(LENGTH).cut(LENGTH)
+    rows = sequences.rows(LENGTH, pack=True)
+    found, expected = [], []
+    for row in zip(*rows.values(), strict=True):
+        inputs, targets, segments, prompt = row
+        for segment in range(1, segments.max(initial=0) + 1):
+            at = segments == segment
+            if at.any():
+                columns = (column[at].tolist() for column in (inputs, targets, prompt))
+                found.append(list(zip(*columns, strict=True)))
+    for prompt, answer in pairs:
+        ids = [*start, *prompt, *answer]
+        is_prompt = [1] * (len(start[1:]) + len(prompt)) + [0] * len(answer)
+        pairs = list(zip(ids, ids[1:], is_prompt if start else is_prompt[1:], strict=False))
+        if prompt or len(start) > 1:
+            pieces = [pairs[:LENGTH]]
+        else:
+            pieces = [pairs[at : at + LENGTH] for at in range(0, len(pairs), LENGTH)]
+        for number, piece in enumerate(pieces):
+            if start and number:
+                piece[0] = (start[0], *piece[0][1:])
+        expected += [piece for piece in pieces if piece]
+    assert sorted(found) == sorted(expected)
+
+
 def test_counts_and_the_digest_of_a_part(tmp_path):
     prompts = [[], [1], [1] * 9, [], [1] * 8]
     answers = [list(range(20)), [2] * 9, [3], [4], []]
     parts = []
     for name, order in (("a", [0, 1, 2, 3, 4]), ("b", [0, 1, 2, 3, 4]), ("c", [1, 0, 2, 3, 4])):
         pairs = [prompts[i] for i in order], [answers[i] for i in order]
-        parts.append(cache.write_part(tmp_path / name, [Sequences.of(*pairs)], LENGTH, False))
+        parts.append(
+            cache.write_part(tmp_path / name, [Sequences.of(*pairs, START)], LENGTH, False)
+        )
     assert {
         key: parts[0][key] for key in ("examples", "rows", "cut", "answers_lost", "longest")
     } == {

@@ -14,12 +14,13 @@ def source_of(*sizes: int, weights: tuple[float, ...] = ()) -> Source:
     for number, size in enumerate(sizes):
         targets = np.stack([np.full(size, number), np.arange(size)], axis=1).astype(np.int32)
         arrays = {
+            "inputs": targets,
             "targets": targets,
             "segment_ids": np.ones_like(targets),
             "prompt": np.zeros_like(targets, np.uint8),
         }
         parts.append(Part(str(number), weights[number] if weights else 1.0, False, arrays))
-    return Source(tuple(parts), 2, 0)
+    return Source(tuple(parts), 2)
 
 
 def rows(batch) -> list[tuple[int, int]]:

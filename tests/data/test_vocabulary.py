@@ -169,14 +169,22 @@ def contents(folder):
 def test_published_files_go_along_byte_for_byte(form, tmp_path):
     folder = tiny_tokenizers.FORMS[form](tmp_path / "published")
     (folder / "tokenizer.json").write_text((folder / "tokenizer.json").read_text() + "\n \n")
-    (folder / "added_tokens.json").write_text('{ "a":\r\n1}')
+    index = load_vocabulary(folder / "tokenizer.json").token_id("a")
+    (folder / "added_tokens.json").write_text(f'{{ "a":\r\n{index}}}')
     original = vocabulary_of_folder(folder)
     original.save(tmp_path / "saved")
     copy = load_vocabulary(tmp_path / "saved")
     copy.save_published(tmp_path / "exported")
     assert contents(tmp_path / "exported") == contents(folder)
     chat = [{"role": "user", "content": "Grüße"}]
-    for name in ("fingerprint", "tokenization_fingerprint", "bos_id", "eos_ids", "size"):
+    for name in (
+        "fingerprint",
+        "tokenization_fingerprint",
+        "bos_id",
+        "start_ids",
+        "eos_ids",
+        "size",
+    ):
         assert getattr(copy, name) == getattr(original, name), name
     assert copy.chat(chat) == original.chat(chat)
     shutil.rmtree(folder)  # nothing of the copy stands there
@@ -196,7 +204,7 @@ def test_a_folder_with_a_sentencepiece_model(model_path, tmp_path, name):
     shutil.copy(model_path, tmp_path / name)
     piece = load_vocabulary(str(model_path)).tokens()[9]
     edit(tmp_path, "tokenizer_config.json", eos_token=piece, chat_template="{{ bos_token }}x")
-    edit(tmp_path, "generation_config.json", eos_token_id=[2])
+    edit(tmp_path, "generation_config.json", eos_token_id=[2, 9])
     vocabulary = vocabulary_of_folder(tmp_path)
     assert vocabulary.eos_ids == (9, 2)
     vocabulary.save(tmp_path / "saved")

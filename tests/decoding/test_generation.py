@@ -122,11 +122,11 @@ def test_text_is_encoded_behind_the_start_token():
     np.testing.assert_array_equal(from_text, given)
 
 
-def test_vocabulary_without_a_start_token_starts_with_its_end_token():
+def test_where_the_tokenizer_puts_nothing_before_a_text_nothing_is():
     model = tiny_models.decoder(vocab_size=264)
     model.vocabulary = load_vocabulary("bytes")
     assert model.vocabulary.bos_id is None
-    ids = [[model.vocabulary.eos_id, *model.vocabulary.encode("héllo")]]
+    ids = [model.vocabulary.encode("héllo")]
     np.testing.assert_array_equal(
         generate(model, ["héllo"], max_new_tokens=3), generate(model, ids, max_new_tokens=3)
     )

@@ -6,6 +6,7 @@ import json
 import os
 import pathlib
 
+import published_tokenizers
 import pytest
 import tiny_tokenizers
 
@@ -14,6 +15,8 @@ from calm_jax.data.vocabularies import load_vocabulary, vocabulary_of_folder
 transformers = pytest.importorskip(
     "transformers", reason="transformers is not installed: pip install calm_jax[parity]"
 )
+
+from tests.parity import make_tokenizer_golden  # noqa: E402 - imports transformers
 
 SPECIALS = {
     "llama3": ["<|begin_of_text|>", "<|eot_id|>", "<|start_header_id|>"],
@@ -251,3 +254,22 @@ def test_sentencepiece(tmp_path, text, dummy_prefix):
     if dummy_prefix:
         texts = [line for line in texts if not line.startswith((" ", "▁"))]
     assert_equal(ours, theirs, texts)
+
+
+@pytest.mark.parametrize("name", published_tokenizers.FOLDERS)
+def test_what_is_committed_is_what_transformers_does(name, tmp_path):
+    published_tokenizers.FOLDERS[name](tmp_path)
+    committed = json.loads(make_tokenizer_golden.TARGET.read_text())
+    assert make_tokenizer_golden.reading(tmp_path) == committed[name]
+
+
+def test_sequences_start_as_those_of_transformers(pair):
+    _, ours, theirs = pair
+    for text in [text for text in HARD if text]:
+        assert ours.encode_sequence(text) == theirs(text)["input_ids"], repr(text)
+        prompt, answer = theirs(text)["input_ids"], ours.encode(" and more")
+        before, whole = (
+            theirs.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+            for ids in (prompt, prompt + answer)
+        )
+        assert ours.decode_after(prompt, answer) == whole[len(before) :]

@@ -45,7 +45,7 @@ def export(source: epath.PathLike, target: epath.PathLike, *, to: str = "hugging
     vocabulary = described.vocabulary
     # A model that was converted has the ids of its origin's config.json.
     if described.origin is None and vocabulary is not None:
-        values |= {"bos_token_id": vocabulary.start_id, "eos_token_id": vocabulary.eos_id}
+        values |= {"bos_token_id": vocabulary.bos_id, "eos_token_id": vocabulary.eos_id}
     tensors = _Tensors(described, family.rules(described.config))
     with whole_folder(target) as folder:
         shards = tensors.in_shards()
