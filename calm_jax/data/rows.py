@@ -50,10 +50,9 @@ class Sequences:
         Without `start_ids` the first id of a sequence is only an input: there is nothing before it
         from which it could be predicted.
         """
-        is_text_N = np.array([not prompt for prompt in prompts], bool)
-        head = list(start_ids[1:])
-        if head:
+        if head := list(start_ids[1:]):
             prompts = [[*head, *prompt] for prompt in prompts]
+        is_text_N = np.array([not prompt for prompt in prompts], bool)
         prompts_N = np.fromiter(map(len, prompts), np.int64, len(prompts))
         lengths_N = prompts_N + np.fromiter(map(len, answers), np.int64, len(answers))
         pairs = itertools.chain.from_iterable(zip(prompts, answers, strict=True))
