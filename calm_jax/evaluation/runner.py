@@ -235,8 +235,8 @@ def _examples(
     changed = [example for example in examples if "written" in example]
     if changed:
         log.warning(
-            "%s: the vocabulary cannot write %d of %d answers as they are: %r becomes %r; they are "
-            "scored as it writes them",
+            "%s: the vocabulary cannot write %d of %d answers exactly, such as %r, which it writes "
+            "as %r; what it writes counts as right",
             task,
             len(changed),
             len(examples),
@@ -288,8 +288,10 @@ def _answers(
         {
             **example,
             "prediction": predictions[row],
-            "correct": metrics.is_exact_match(
-                predictions[row], example.get("written", example["targets"])
+            "correct": any(
+                metrics.is_exact_match(predictions[row], example[key])
+                for key in ("targets", "written")
+                if key in example
             ),
         }
         for row, example in enumerate(examples)

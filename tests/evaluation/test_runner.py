@@ -2,10 +2,13 @@
 
 import functools
 import json
+import types
 
 import jax
 import numpy as np
+import published_tokenizers
 import pytest
+import sentencepiece
 from flax import nnx
 from tokenizers import Tokenizer
 from tokenizers.decoders import ByteLevel as ByteLevelDecoder
@@ -18,7 +21,7 @@ from calm_jax.checkpoints.frozen import load, save_frozen
 from calm_jax.checkpoints.training import TrainingCheckpoints
 from calm_jax.cli import evaluate as command
 from calm_jax.data import key_value
-from calm_jax.data.vocabularies import load_vocabulary
+from calm_jax.data.vocabularies import load_vocabulary, vocabulary_of_folder
 from calm_jax.decoding import generate
 from calm_jax.errors import CalmError
 from calm_jax.evaluation import runner
@@ -390,3 +393,51 @@ def test_bad_input(decoder_run, composed_run, ask, tmp_path):
     write_config(tmp_path, "decoder")
     with pytest.raises(CalmError, match="has no checkpoint yet"):
         runner.evaluate(tmp_path)
+
+
+def nfc_vocabulary(folder):
+    published_tokenizers.FOLDERS["vocab.json, Qwen 2"](folder)
+    return vocabulary_of_folder(folder)
+
+
+def nfkc_vocabulary(folder):
+    """SentencePiece's own default, nmt_nfkc, which also makes one space of several."""
+    text = [f"the first number {n} is not {n + 7}" for n in range(50)]
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(text), model_prefix=str(folder / "m"), vocab_size=35, minloglevel=2
+    )
+    return load_vocabulary(folder / "m.model")
+
+
+@pytest.mark.parametrize(
+    ("make", "targets", "written"),
+    [
+        (nfc_vocabulary, ["dog", "cafe\u0301"], {"cafe\u0301": "caf\u00e9"}),
+        (
+            nfkc_vocabulary,
+            ["is", "the  first", "\ufb01rst number"],
+            {"the  first": "the first", "\ufb01rst number": "first number"},
+        ),
+    ],
+)
+def test_a_perfect_model_is_right_where_its_vocabulary_cannot_write_the_targets(
+    make, targets, written, tmp_path, monkeypatch, caplog
+):
+    vocabulary = make(tmp_path)
+    path = tmp_path / "a.jsonl"
+    lines = [json.dumps({"inputs": "the first", "targets": target}) for target in targets]
+    path.write_text("\n".join(lines) + "\n")
+    model, entry = types.SimpleNamespace(vocabulary=vocabulary), {"jsonl": str(path)}
+    settings = {"limit": 0, "max_new_tokens": 30}
+    examples = runner._examples(model, "a", entry, {}, settings)
+    rows = [[*vocabulary.encode(target), vocabulary.eos_id] for target in targets]
+    answers = np.full((len(rows), 30), vocabulary.eos_id)
+    for row, ids in zip(answers, rows, strict=True):
+        row[: len(ids)] = ids
+    monkeypatch.setattr(runner, "generate", lambda *_, **__: answers)
+    records = runner._answers(model, vocabulary, ("", "a"), examples, settings, len(rows))
+    assert [record["correct"] for record in records] == [True] * len(rows)
+    found = {r["targets"]: r["written"].strip() for r in records if "written" in r}
+    assert found == written
+    assert runner.metrics.score(records)["rewritten"] == len(written)
+    assert f"cannot write {len(written)} of {len(rows)} answers exactly" in caplog.text
