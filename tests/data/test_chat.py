@@ -6,8 +6,10 @@ against transformers itself they are held in tests/parity/test_tokenizers.py.
 
 import datetime
 import json
+import types
 
 import numpy as np
+import published_tokenizers
 import pytest
 import tiny_models
 import tiny_tokenizers
@@ -421,3 +423,28 @@ def test_the_command_needs_a_template(arguments, vocabulary, message, monkeypatc
     monkeypatch.setattr("calm_jax.checkpoints.any_model.load_model", lambda place, **options: model)
     with pytest.raises(CalmError, match=message):
         command.main(["--workdir=m", "--prompt=a", *arguments])
+
+
+def test_turns_end_as_config_json_says(tmp_path):
+    """Generation ends at both tokens, and a turn is trained to end with its own."""
+    folder = tiny_tokenizers.gemma(tmp_path / "g")
+    (folder / "generation_config.json").unlink()
+    (folder / "config.json").write_text(json.dumps({"eos_token_id": [1, 6]}))
+    vocabulary = vocabulary_of_folder(folder)
+    assert vocabulary.eos_ids == (1, 6)
+    prompt, answer, _, _ = TURNS["gemma"]
+    _, (ids,) = chat.encode_examples(vocabulary, [prompt], [answer], [True])
+    assert ids.count(6) == 1 and 1 not in ids
+
+
+def test_the_command_writes_an_answer_behind_its_prompt(tmp_path, monkeypatch, capsys):
+    """By itself "▁dog" would lose its space."""
+    published_tokenizers.FOLDERS["tokenizer.model"](tmp_path)
+    vocabulary = vocabulary_of_folder(tmp_path)
+    answer = [vocabulary.token_id("▁dog"), vocabulary.eos_id]
+    assert vocabulary.decode(answer) == "dog"
+    model = types.SimpleNamespace(vocabulary=vocabulary)
+    monkeypatch.setattr("calm_jax.checkpoints.any_model.load_model", lambda *_, **__: model)
+    monkeypatch.setattr("calm_jax.decoding.generate", lambda *_, **__: np.array([answer]))
+    assert command.main(["--workdir=m", "--prompt=the first"]) == 0
+    assert capsys.readouterr().out == "the first dog\n"

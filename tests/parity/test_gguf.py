@@ -174,6 +174,10 @@ def test_tokenizers(tokenizer, flags, tmp_path):
     for text in texts:
         ids = theirs(text, add_special_tokens=False)["input_ids"]
         assert ours.encode(text) == ids, repr(text)
+        whole = theirs(text)["input_ids"]
+        end = [theirs.eos_token_id] if flags.get("add_eos_token") else []
+        if ids[:1] != [theirs.bos_token_id]:  # a text may bring the start token itself
+            assert [*ours.encode_sequence(text), *end] == whole, repr(text)
         until = next((n for n, token in enumerate(ids) if token in ours.eos_ids), len(ids))
         assert ours.decode(ids) == theirs.decode(ids[:until], skip_special_tokens=True)
 

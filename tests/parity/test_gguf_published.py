@@ -78,7 +78,7 @@ def test_ids(ours, their_tokenizer):
     ]
     for text in texts:
         ids = their_tokenizer(text)["input_ids"]
-        assert ours.vocabulary.encode(text) == ids, repr(text)
+        assert ours.vocabulary.encode_sequence(text) == ids, repr(text)
 
 
 @pytest.mark.parametrize("chat", [False, True])
@@ -93,9 +93,8 @@ def test_greedy_text(ours, theirs, their_tokenizer, chat):
             )
             for messages in chats
         ]
-    # Its tokenizer puts no start token.
-    prompts = [ours.vocabulary.encode(text) for text in texts]
-    answers = calm_jax.generate(ours, prompts, max_new_tokens=NEW_TOKENS)
+    # Its tokenizer names a start token and puts none.
+    answers = calm_jax.generate(ours, texts, max_new_tokens=NEW_TOKENS)
     for text, answer in zip(texts, answers, strict=True):
         prompt = their_tokenizer(text, return_tensors="pt")
         whole = theirs.generate(**prompt, max_new_tokens=NEW_TOKENS, do_sample=False)
