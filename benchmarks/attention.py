@@ -26,18 +26,18 @@ ROWS = flags.DEFINE_integer("rows", 1, "of each length")
 
 
 def main(_) -> None:
-    form = chosen().anchor
-    need = Need.of_decoder("the anchor", form)
+    config = chosen().anchor
+    need = Need.of_decoder("the anchor", config)
     rows = [
         ("length", "backend", "forward s", "/ xla", "with gradient s", "/ xla ", "temporaries MiB",
          "/ xla  ", "error", "note")
     ]  # fmt: skip
     for length in map(int, LENGTHS.value):
-        arrays, first = random_arrays(form, ROWS.value, length), None
+        arrays, first = random_arrays(config, ROWS.value, length), None
         for backend in BACKENDS.value:
             try:
                 choose(backend, jax.devices()[0], need, length=length, packed=False)
-                figures, results = measured(backend, arrays, form.scale, STEPS.value)
+                figures, results = measured(backend, arrays, config.scale, STEPS.value)
             except (CalmError, jax.errors.JaxRuntimeError) as error:
                 rows.append((length, backend, *[None] * 7, str(error).splitlines()[0][:100]))
                 continue
@@ -49,12 +49,12 @@ def main(_) -> None:
     tell("attention", rows, OUTPUT.value)
 
 
-def random_arrays(form: DecoderConfig, rows: int, length: int) -> list[jax.Array]:
+def random_arrays(config: DecoderConfig, rows: int, length: int) -> list[jax.Array]:
     """Queries [B, T, N, H], keys and values [B, T, K, H], and the gradient of the result."""
-    N, K, H = form.num_heads, form.num_kv_heads, form.head_dim
+    N, K, H = config.num_heads, config.num_kv_heads, config.head_dim
     keys = jax.random.split(jax.random.key(0), 4)
     return [
-        jax.random.normal(key, (rows, length, heads, H), form.dtype)
+        jax.random.normal(key, (rows, length, heads, H), config.dtype)
         for key, heads in zip(keys, (N, K, K, N), strict=True)
     ]
 

@@ -2,7 +2,7 @@
 
   python benchmarks/convert.py [--gigabytes=4] [--folder=/tmp/calm_benchmark] [--output=FILE.json]
 
-Makes random bfloat16 checkpoints of Llama's form in sharded safetensors, copies them, converts
+Makes random bfloat16 Llama checkpoints in sharded safetensors, copies them, converts
 them, and loads the result onto 8 simulated devices, each in a process of its own. FOLDER needs four
 times the size and is removed at the end.
 
@@ -58,7 +58,7 @@ def make_checkpoint(folder: pathlib.Path, size: float) -> int:
     shards += [{f"model.layers.{i}.{k}": v for k, v in layer.items()} for i in range(layers)]
     shards += [{"lm_head": (tokens, WIDTH)}]
     random = np.random.default_rng(0)
-    places = {}
+    file_of = {}
     for number, shapes in enumerate(shards):
         tensors = {
             f"{name}.weight": random.standard_normal(shape, np.float32).astype(ml_dtypes.bfloat16)
@@ -66,8 +66,8 @@ def make_checkpoint(folder: pathlib.Path, size: float) -> int:
         }
         file = f"model-{number + 1:05}-of-{len(shards):05}.safetensors"
         save_file(tensors, folder / file, {"format": "pt"})
-        places |= dict.fromkeys(tensors, file)
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": places}))
+        file_of |= dict.fromkeys(tensors, file)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": file_of}))
     config = {
         "architectures": ["LlamaForCausalLM"],
         "hidden_size": WIDTH,

@@ -74,14 +74,14 @@ class Pair:
 def _pair(anchor, augment, *, vocab_size, dtype, batch_size, length) -> Pair:
     """`anchor`, `augment`: layers, width, heads, key heads, head width, MLP width."""
     names = ("num_layers", "embed_dim", "num_heads", "num_kv_heads", "head_dim", "mlp_dim")
-    forms = [
+    configs = [
         DecoderConfig.llama(
             vocab_size=vocab_size, dtype=dtype, **dict(zip(names, sizes, strict=True))
         )
         for sizes in (anchor, augment)
     ]
     # Nothing starts at zero: products with zeros draw less power, and a chip would run faster.
-    return Pair(*forms, CompositionConfig(init="paper"), batch_size, length)
+    return Pair(*configs, CompositionConfig(init="paper"), batch_size, length)
 
 
 SIZES = {
@@ -183,17 +183,23 @@ class RandomStep:
 
     def abstract(self) -> tuple[Any, ...]:
         """The step's arguments as shapes with their shardings."""
-        places = self.shardings
+        shardings = self.shardings
         return jax.tree.map(
-            lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
+            lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
             jax.eval_shape(self._arguments),
-            (places.trainable, places.opt_state, places.frozen, places.batch, places.replicated),
+            (
+                shardings.trainable,
+                shardings.opt_state,
+                shardings.frozen,
+                shardings.batch,
+                shardings.replicated,
+            ),
         )
 
     def arguments(self) -> tuple[Any, ...]:
-        """The step's arguments with random values, each born in its place."""
-        places = jax.tree.map(lambda x: x.sharding, self.abstract())
-        return sharding.init_in_place(self._arguments, places)
+        """The step's arguments with random values, each made on the devices that hold it."""
+        shardings = jax.tree.map(lambda x: x.sharding, self.abstract())
+        return sharding.init_in_place(self._arguments, shardings)
 
     def compile(self) -> jax.stages.Compiled:
         """The step, compiled for the mesh's devices, which need not be here."""
@@ -241,13 +247,13 @@ def random_batch(pair: Pair, packed: bool = False) -> dict[str, np.ndarray]:
     """Rows of random tokens, every one to be predicted; one sequence each, `packed` two."""
     random, shape = np.random.default_rng(0), (pair.batch_size, pair.length)
     tokens, targets = random.integers(1, pair.anchor.vocab_size, (2, *shape)).astype(np.int32)
-    places = np.arange(pair.length, dtype=np.int32)
+    positions = np.arange(pair.length, dtype=np.int32)
     first = pair.length // 2 if packed else pair.length
     return {
         "decoder_input_tokens": tokens,
         "decoder_target_tokens": targets,
         "decoder_loss_weights": np.ones(shape, np.float32),
-        "decoder_positions": np.broadcast_to(places % first, shape),
-        "decoder_segment_ids": np.broadcast_to(1 + places // first, shape),
+        "decoder_positions": np.broadcast_to(positions % first, shape),
+        "decoder_segment_ids": np.broadcast_to(1 + positions // first, shape),
         "decoder_causal_attention": np.zeros(shape, np.int32),
     }

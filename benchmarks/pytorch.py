@@ -3,10 +3,11 @@
   python benchmarks/pytorch.py [--size=small|h200] [--attention=auto] [--loss_chunk=256]
                                [--steps=5] [--output=FILE.json]
 
-`torch_pair.py` has PyTorch's two forms: the careful one is compiled (`torch.compile`), the naive
-one is not. Shapes, dtypes and the scale of the random weights are the same; each is measured in a
-process of its own. A form that does not fit the device takes the batch in as few pieces as fit.
-First, both forms get calm_jax's weights at a tiny size, and must give its loss and its gradient.
+`torch_pair.py` has two PyTorch versions: the careful one is compiled (`torch.compile`), the naive
+one is not. Shapes, dtypes and the scale of the random weights are the same; each is measured in its
+own process. A version that does not fit the device splits the batch into as few micro-batches as
+fit. First, both versions get calm_jax's weights at a tiny size and must match its loss and
+gradient.
 """
 
 import dataclasses
@@ -35,10 +36,10 @@ BOUNDS = {"PyTorch, careful": ">= 1.2", "PyTorch, naive": ">= 2"}
 
 @dataclasses.dataclass(frozen=True)
 class Figures:
-    """Of one way to run the step: its seconds, pieces of the batch, and peak bytes on a GPU."""
+    """One version's seconds a step, micro-batches a step, and peak bytes on a GPU."""
 
     seconds: float
-    pieces: int
+    micro_batches: int
     peak_bytes: int | None
 
 
@@ -56,17 +57,25 @@ def main(_) -> None:
         "PyTorch, naive": that_fits(measure_torch, pair, STEPS.value, True),
     }
     rows = [
-        ("form", "seconds a step", "tokens a second", "pieces", "peak GiB", "/ calm_jax", "bound")
+        (
+            "version",
+            "seconds a step",
+            "tokens a second",
+            "micro-batches",
+            "peak GiB",
+            "/ calm_jax",
+            "bound",
+        )
     ]
-    for name, form in figures.items():
+    for name, measured in figures.items():
         rows.append(
             (
                 name,
-                short(form.seconds),
-                short(pair.tokens / form.seconds),
-                form.pieces,
-                None if form.peak_bytes is None else short(form.peak_bytes / 2**30),
-                short(form.seconds / figures["calm_jax"].seconds),
+                short(measured.seconds),
+                short(pair.tokens / measured.seconds),
+                measured.micro_batches,
+                None if measured.peak_bytes is None else short(measured.peak_bytes / 2**30),
+                short(measured.seconds / figures["calm_jax"].seconds),
                 BOUNDS.get(name, ""),
             )
         )
@@ -74,17 +83,17 @@ def main(_) -> None:
 
 
 def that_fits(measure, pair: Pair, *arguments) -> Figures:
-    """What `measure` finds with the batch in as few pieces as fit the device's memory."""
-    pieces = 1
-    while pieces <= pair.batch_size:
-        figures = in_process(measure, pair, pieces, *arguments)
+    """What `measure` finds with as few micro-batches as fit the device's memory."""
+    micro_batches = 1
+    while micro_batches <= pair.batch_size:
+        figures = in_process(measure, pair, micro_batches, *arguments)
         if figures is not None:
             return figures
-        pieces *= 2
+        micro_batches *= 2
     raise MemoryError(f"{measure.__name__} {arguments}: a single row does not fit this device")
 
 
-def measure_jax(pair: Pair, pieces: int, steps: int, attention: str, loss_chunk: int):
+def measure_jax(pair: Pair, micro_batches: int, steps: int, attention: str, loss_chunk: int):
     """`Figures` of calm_jax, or None when they do not fit."""
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.95")
     import jax
@@ -97,7 +106,7 @@ def measure_jax(pair: Pair, pieces: int, steps: int, attention: str, loss_chunk:
         make_mesh({}, [device]),
         attention=attention,
         loss_chunk=loss_chunk,
-        accumulate=pieces,
+        accumulate=micro_batches,
     )
     try:
         with jax.set_mesh(random.mesh):
@@ -106,11 +115,11 @@ def measure_jax(pair: Pair, pieces: int, steps: int, attention: str, loss_chunk:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         return None
-    return Figures(seconds, pieces, (device.memory_stats() or {}).get("peak_bytes_in_use"))
+    return Figures(seconds, micro_batches, (device.memory_stats() or {}).get("peak_bytes_in_use"))
 
 
-def measure_torch(pair: Pair, pieces: int, steps: int, naive: bool):
-    """`Figures` of a form of PyTorch, or None when they do not fit."""
+def measure_torch(pair: Pair, micro_batches: int, steps: int, naive: bool):
+    """`Figures` of a PyTorch version, or None when they do not fit."""
     import torch
     from torch_pair import Composed, Trainer
 
@@ -118,7 +127,9 @@ def measure_torch(pair: Pair, pieces: int, steps: int, naive: bool):
     device = "cuda" if on_gpu else "cpu"
     try:
         model = Composed(pair, device, naive=naive)
-        trainer = Trainer(model, OPTIMIZER.learning_rate, compiled=not naive, pieces=pieces)
+        trainer = Trainer(
+            model, OPTIMIZER.learning_rate, compiled=not naive, micro_batches=micro_batches
+        )
         batch, seconds = torch_batch(pair, device), []
         for _ in range(2 + steps):
             start = time.perf_counter()
@@ -127,7 +138,7 @@ def measure_torch(pair: Pair, pieces: int, steps: int, naive: bool):
     except torch.OutOfMemoryError:
         return None
     peak = torch.cuda.max_memory_allocated() if on_gpu else None
-    return Figures(statistics.median(seconds[2:]), pieces, peak)
+    return Figures(statistics.median(seconds[2:]), micro_batches, peak)
 
 
 def torch_batch(pair: Pair, device: str):
@@ -156,7 +167,7 @@ def losses_and_gradients(pair: Pair) -> list[tuple[float, float]]:
     for naive in (False, True):
         model = Composed(pair, "cpu", naive=naive)
         copy_weights(random.parts.merge(*weights), model)
-        trainer = Trainer(model, OPTIMIZER.learning_rate, compiled=False, pieces=1 + naive)
+        trainer = Trainer(model, OPTIMIZER.learning_rate, compiled=False, micro_batches=1 + naive)
         results.append(trainer.step(*torch_batch(pair, "cpu")))
     return results
 

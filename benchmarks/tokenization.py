@@ -65,8 +65,8 @@ def main(_) -> None:
     pairs = make_texts(EXAMPLES.value)
     texts = [text for pair in pairs for text in pair]
     seconds = {"encode_batch": [], "open_source": []}
-    with tempfile.TemporaryDirectory() as place:
-        folder = pathlib.Path(place)
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = pathlib.Path(temporary)
         file = make_tokenizer(folder, texts[:10_000])
         with (folder / "examples.jsonl").open("w") as lines:
             for inputs, targets in pairs:

@@ -1,4 +1,4 @@
-"""The pair of `pair.py` and its bridge in plain PyTorch, in a careful and in a naive form.
+"""The pair of `pair.py` and its bridge in plain PyTorch, in a careful and in a naive version.
 
 Careful: scaled-dot-product attention, the augment without gradients and up to its last tap,
 gradients of no frozen weight, and so nothing of the anchor below its first connection in the graph.
@@ -24,21 +24,21 @@ from calm_jax.models.parameters import Tree, module_tree, path_name
 
 
 class Layer(nn.Module):
-    """One layer of Llama's form; matrices are [out, in], as `F.linear` wants them."""
+    """One Llama layer; matrices are [out, in], as `F.linear` wants them."""
 
-    def __init__(self, config: DecoderConfig, **place):
+    def __init__(self, config: DecoderConfig, **options):
         super().__init__()
         D, H, F_ = config.embed_dim, config.head_dim, config.mlp_dim
         N, K, branch = config.num_heads, config.num_kv_heads, (2 * config.num_layers) ** -0.5
         self.config = config
-        self.query = _matrix(N * H, D, **place)
-        self.key = _matrix(K * H, D, **place)
-        self.value = _matrix(K * H, D, **place)
-        self.output = _matrix(D, N * H, scale=branch, **place)
-        self.gate, self.up = _matrix(F_, D, **place), _matrix(F_, D, **place)
-        self.down = _matrix(D, F_, scale=branch, **place)
-        self.attention_norm = nn.Parameter(torch.ones(D, **place))
-        self.mlp_norm = nn.Parameter(torch.ones(D, **place))
+        self.query = _matrix(N * H, D, **options)
+        self.key = _matrix(K * H, D, **options)
+        self.value = _matrix(K * H, D, **options)
+        self.output = _matrix(D, N * H, scale=branch, **options)
+        self.gate, self.up = _matrix(F_, D, **options), _matrix(F_, D, **options)
+        self.down = _matrix(D, F_, scale=branch, **options)
+        self.attention_norm = nn.Parameter(torch.ones(D, **options))
+        self.mlp_norm = nn.Parameter(torch.ones(D, **options))
 
     def forward(self, x_BTD: Tensor, turn: tuple[Tensor, Tensor], naive: bool) -> Tensor:
         H, eps = self.config.head_dim, self.config.norm_eps
@@ -57,12 +57,12 @@ class Model(nn.Module):
 
     def __init__(self, config: DecoderConfig, device: str):
         super().__init__()
-        place = {"device": device, "dtype": getattr(torch, config.dtype)}
+        options = {"device": device, "dtype": getattr(torch, config.dtype)}
         self.config = config
-        self.embedding = _matrix(config.vocab_size, config.embed_dim, std=1.0, **place)
-        self.layers = nn.ModuleList(Layer(config, **place) for _ in range(config.num_layers))
-        self.final_norm = nn.Parameter(torch.ones(config.embed_dim, **place))
-        self.head = _matrix(config.vocab_size, config.embed_dim, **place)
+        self.embedding = _matrix(config.vocab_size, config.embed_dim, std=1.0, **options)
+        self.layers = nn.ModuleList(Layer(config, **options) for _ in range(config.num_layers))
+        self.final_norm = nn.Parameter(torch.ones(config.embed_dim, **options))
+        self.head = _matrix(config.vocab_size, config.embed_dim, **options)
 
     def logits(self, x_BTD: Tensor) -> Tensor:
         return F.linear(_rms_norm(x_BTD, self.final_norm, self.config.norm_eps), self.head).float()
@@ -82,13 +82,13 @@ class Crossing(nn.Module):
     def __init__(self, config: CompositionConfig, anchor: DecoderConfig, augment_dim: int, device):
         super().__init__()
         D, E, (N, H) = anchor.embed_dim, augment_dim, heads(config, anchor)
-        place = {"device": device, "dtype": torch.float32}
+        options = {"device": device, "dtype": torch.float32}
         self.head_dim = H
-        self.projection = _matrix(D, E, **place)
-        self.query, self.key, self.value = (_matrix(N * H, D, **place) for _ in range(3))
-        self.output = _matrix(D, N * H, **place)
-        self.query_norm = nn.Parameter(torch.ones(D, **place))
-        self.tap_norm = nn.Parameter(torch.ones(E, **place))
+        self.projection = _matrix(D, E, **options)
+        self.query, self.key, self.value = (_matrix(N * H, D, **options) for _ in range(3))
+        self.output = _matrix(D, N * H, **options)
+        self.query_norm = nn.Parameter(torch.ones(D, **options))
+        self.tap_norm = nn.Parameter(torch.ones(E, **options))
 
     def forward(self, h_BTD: Tensor, tap_BTE: Tensor, naive: bool) -> Tensor:
         def linear(x, weight):
@@ -135,7 +135,7 @@ class Composed(nn.Module):
         return F.cross_entropy(logits_BTV.flatten(0, 1), targets_BT.flatten())
 
     def _taps(self, tokens_BT: Tensor) -> list[Tensor]:
-        """The output of each layer of the augment, as far as this form runs it."""
+        """The output of each layer of the augment, as far as this version runs it."""
         taps, x_BTE = [], F.embedding(tokens_BT, self.augment.embedding)
         turn = self.augment.turn(tokens_BT.shape[1])
         last = len(self.augment.layers) if self.naive else self.connections[-1][0] + 1
@@ -150,8 +150,10 @@ class Composed(nn.Module):
 class Trainer:
     """The same step as calm_jax's: clipped gradients of the bridge, AdamW."""
 
-    def __init__(self, model: Composed, learning_rate: float, *, compiled: bool, pieces: int = 1):
-        self.model, self.pieces = model, pieces
+    def __init__(
+        self, model: Composed, learning_rate: float, *, compiled: bool, micro_batches: int = 1
+    ):
+        self.model, self.micro_batches = model, micro_batches
         self.loss = torch.compile(model) if compiled else model
         on_gpu = model.anchor.embedding.is_cuda
         self.optimizer = torch.optim.AdamW(
@@ -162,8 +164,8 @@ class Trainer:
         """The loss and the norm of its gradient, before clipping."""
         self.model.zero_grad(set_to_none=True)
         total = torch.zeros((), device=tokens_BT.device)
-        for tokens, targets in _micro_batches(tokens_BT, targets_BT, self.pieces):
-            loss = self.loss(tokens, targets) / self.pieces
+        for tokens, targets in _micro_batches(tokens_BT, targets_BT, self.micro_batches):
+            loss = self.loss(tokens, targets) / self.micro_batches
             loss.backward()
             total += loss.detach()
         norm = torch.nn.utils.clip_grad_norm_(self.model.bridge.parameters(), 1.0)
@@ -195,7 +197,7 @@ def _layers(decoder: Decoder) -> list[dict[str, np.ndarray]]:
 
 
 def _unstacked(tree: Tree, leading: int) -> list[dict[str, np.ndarray]]:
-    """Arrays by the last of their names, for each place along the `leading` dimensions."""
+    """Arrays by the last of their names, for each index along the `leading` dimensions."""
     arrays = {
         path_name(path).removesuffix("/scale").rsplit("/")[-1]: np.asarray(x).reshape(
             -1, *x.shape[leading:]
@@ -203,7 +205,7 @@ def _unstacked(tree: Tree, leading: int) -> list[dict[str, np.ndarray]]:
         for path, x in jax.tree.leaves_with_path(tree)
     }
     count = len(next(iter(arrays.values())))
-    return [{name: x[place] for name, x in arrays.items()} for place in range(count)]
+    return [{name: x[index] for name, x in arrays.items()} for index in range(count)]
 
 
 def _fill(module: nn.Module, arrays: dict[str, np.ndarray]) -> None:
@@ -219,14 +221,16 @@ def _tensor(x) -> Tensor:
     return torch.as_tensor(np.array(x))
 
 
-def _micro_batches(tokens: Tensor, targets: Tensor, pieces: int) -> Iterator[tuple[Tensor, Tensor]]:
-    return zip(tokens.chunk(pieces), targets.chunk(pieces), strict=True)
+def _micro_batches(
+    tokens: Tensor, targets: Tensor, micro_batches: int
+) -> Iterator[tuple[Tensor, Tensor]]:
+    return zip(tokens.chunk(micro_batches), targets.chunk(micro_batches), strict=True)
 
 
-def _matrix(rows: int, columns: int, *, scale: float = 1.0, std: float | None = None, **place):
+def _matrix(rows: int, columns: int, *, scale: float = 1.0, std: float | None = None, **options):
     """N(0, 1/columns) times `scale`, or N(0, std²)."""
     std = scale * columns**-0.5 if std is None else std
-    return nn.Parameter(torch.empty(rows, columns, **place).normal_(std=std))
+    return nn.Parameter(torch.empty(rows, columns, **options).normal_(std=std))
 
 
 def _rms_norm(x: Tensor, scale: Tensor, eps: float) -> Tensor:

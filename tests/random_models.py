@@ -69,8 +69,8 @@ def connection_parameters(composed) -> dict:
     tree = jax.tree.map(np.asarray, module_tree(composed.bridge))
     found = {}
     for number, round_ in enumerate(composed.plan.rounds):
-        for place, entry in enumerate(round_.entries):
-            arrays = tree["rounds"][str(number)][str(place)]
+        for position, entry in enumerate(round_.entries):
+            arrays = tree["rounds"][str(number)][str(position)]
             for step, c in enumerate(entry):
                 found[c.augment, c.layer, c.anchor_layer] = (
                     jax.tree.map(lambda x, step=step: x[step], arrays) if round_.stacked else arrays

@@ -1,4 +1,4 @@
-"""Writes parameters as T5X does, in its forms, without T5X."""
+"""Writes parameters as T5X does, in its layouts, without T5X."""
 
 import tensorstore as ts
 from flax import serialization, traverse_util
@@ -31,10 +31,10 @@ def spec(name, array, *, version=3, driver="file", path_on_top=False, chunks=Non
 
 
 def write_zarr(folder, path, array, dtype, chunks, compressor=None):
-    place = {"driver": "file", "path": f"{folder}/{path}"}
+    kvstore = {"driver": "file", "path": f"{folder}/{path}"}
     metadata = {"shape": array.shape, "chunks": chunks, "compressor": compressor}
     store = ts.open(
-        {"driver": "zarr", "dtype": dtype, "kvstore": place, "metadata": metadata}, create=True
+        {"driver": "zarr", "dtype": dtype, "kvstore": kvstore, "metadata": metadata}, create=True
     ).result()
     store.write(array.view(dtype) if dtype == "uint16" else array).result()
 

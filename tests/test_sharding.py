@@ -55,10 +55,10 @@ def run(mesh):
 
         return jax.grad(loss, has_aux=True)(tree["bridge"])
 
-    places = dict.fromkeys(batch, sharding.batch_sharding(mesh))
+    batch_shardings = dict.fromkeys(batch, sharding.batch_sharding(mesh))
     tree = jax.device_put(random_tree(structure, 0), shardings)
     with jax.set_mesh(mesh):
-        compiled = jax.jit(step, in_shardings=(shardings, places))
+        compiled = jax.jit(step, in_shardings=(shardings, batch_shardings))
         gradients, logits = compiled(tree, sharding.put_batch(batch, mesh))
     return tree, gradients, logits
 
@@ -110,18 +110,18 @@ def test_composing_on_a_mesh_keeps_every_array_on_it():
     composed = compose(*models, CONFIG, rngs=nnx.Rngs(0))
     wanted = composed_structure(ANCHOR, (AUGMENT,), (CONFIG,)).shardings(mesh)
 
-    def check(array, place):
+    def check(array, expected):
         assert array.sharding.mesh == mesh
-        assert array.sharding.is_equivalent_to(place, array.ndim)
+        assert array.sharding.is_equivalent_to(expected, array.ndim)
 
     jax.tree.map(check, module_tree(composed), wanted)
 
 
 def test_init_in_place_gives_birth_to_shards():
     mesh = sharding.make_mesh({"fsdp": 8})
-    place = sharding.array_sharding("w", (16, 4), ("embed", "mlp"), mesh)
-    array = sharding.init_in_place(lambda: jnp.arange(64.0).reshape(16, 4), place)
-    assert array.sharding == place
+    expected = sharding.array_sharding("w", (16, 4), ("embed", "mlp"), mesh)
+    array = sharding.init_in_place(lambda: jnp.arange(64.0).reshape(16, 4), expected)
+    assert array.sharding == expected
     assert array.addressable_shards[3].data.shape == (2, 4)
     np.testing.assert_array_equal(array, np.arange(64.0).reshape(16, 4))
 
@@ -243,8 +243,8 @@ def test_every_logical_axis_of_every_model_has_a_rule():
     config = CompositionConfig(every=1, bias=True, gate=True)
     structure = composed_structure(everything, (palm(qk_norm="l2"),), (config,))
     mesh = sharding.make_mesh({"data": 1}, jax.devices()[:1])
-    places = structure.shardings(mesh)
-    assert jax.tree.structure(places) == jax.tree.structure(structure.abstract())
+    batch_shardings = structure.shardings(mesh)
+    assert jax.tree.structure(batch_shardings) == jax.tree.structure(structure.abstract())
 
 
 def test_batch_divides_by_the_mesh():

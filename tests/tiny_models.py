@@ -15,7 +15,7 @@ VOCAB = 64
 jax.config.update("jax_disable_most_optimizations", True)
 
 
-def decoder(seed: int = 0, form: str = "palm", **fields) -> Decoder:
+def decoder(seed: int = 0, family: str = "palm", **fields) -> Decoder:
     """A random decoder of 4 layers; 8 divides every dimension that a mesh may split."""
     fields = (
         {
@@ -26,10 +26,10 @@ def decoder(seed: int = 0, form: str = "palm", **fields) -> Decoder:
             "head_dim": 4,
             "mlp_dim": 32,
         }
-        | ({"num_kv_heads": 2} if form == "llama" else {})
+        | ({"num_kv_heads": 2} if family == "llama" else {})
         | fields
     )
-    structure, init = _initialiser(getattr(DecoderConfig, form)(**fields))
+    structure, init = _initialiser(getattr(DecoderConfig, family)(**fields))
     return structure.merge(init(jax.random.key(seed)))
 
 
@@ -41,7 +41,7 @@ def _initialiser(config: DecoderConfig):
 
 
 def composed(config: CompositionConfig | None = None, seed: int = 0, **fields) -> ComposedDecoder:
-    """An anchor of the Llama form, an augment of the PaLM form and half the width, and a bridge."""
+    """A Llama anchor, a PaLM augment of half its width, and a random bridge."""
     config = CompositionConfig(every=2) if config is None else config
     return nnx.clone(_composed(config, seed, tuple(fields.items())))
 
@@ -53,7 +53,7 @@ def _composed(config: CompositionConfig, seed: int, fields) -> ComposedDecoder:
 
 
 def randomised(model: ComposedDecoder, seed: int = 0) -> ComposedDecoder:
-    """The same, with a bridge of which nothing is zero: as if it had been trained."""
+    """The same with a bridge that has no zeros, as if it had been trained."""
     random = np.random.default_rng(seed)
     state = jax.tree.map(
         lambda x: x + 0.1 * random.normal(size=x.shape).astype(np.float32), nnx.state(model.bridge)

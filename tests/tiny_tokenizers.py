@@ -147,7 +147,7 @@ def mistral(folder: pathlib.Path, text: Sequence[str] = TEXT, size: int = 800) -
     return folder
 
 
-FORMS = {"llama3": llama3, "qwen": qwen, "gemma": gemma, "mistral": mistral}
+FAMILIES = {"llama3": llama3, "qwen": qwen, "gemma": gemma, "mistral": mistral}
 
 
 def _byte_level(split, text, size, normalizer) -> tokenizers.Tokenizer:

@@ -1,4 +1,4 @@
-"""How arrays are cut into chunks on disk, and which chunks a slice of an array needs.
+"""How arrays are split into chunks on disk, and which chunks a slice of an array needs.
 
 The rule is part of the format of frozen folders: a model's fingerprint is computed from the hashes
 of its chunks, so another rule would give every model another fingerprint.
@@ -59,7 +59,7 @@ class Layout:
             )
         return sorted(found)
 
-    def cut(
+    def split(
         self, path: str, array: np.ndarray, layer: int | None
     ) -> Iterator[tuple[Index, np.ndarray]]:
         """The chunks, as (index, view), of a whole array or of one layer of it."""

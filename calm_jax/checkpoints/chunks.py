@@ -100,7 +100,7 @@ class Writer:
             CalmError: it holds NaN or infinity, before or after the cast, or cannot be written. The
                 error may be raised by a later call or at the end of the `with` block.
         """
-        for index, view in self._layout.cut(path, array, layer):
+        for index, view in self._layout.split(path, array, layer):
             self._free.acquire()
             future = self._pool.submit(self._write, path, index, view, name or path)
             self._futures.add(future)

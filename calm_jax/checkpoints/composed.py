@@ -72,7 +72,7 @@ def load_composed(
             if not state.get("composition"):
                 raise CalmError(f"{folder} trains a lone decoder; load its frozen folder instead")
             state["lora"] = state["config"].get("lora")
-            composed = _frozen_parts(state, anchor, augments, mesh, str(folder))
+            composed = _untrained(state, anchor, augments, mesh, str(folder))
             trained = checkpoints.restore(step, _abstract_trained(composed)).trainable
     else:
         values = read_json(folder / "config.json", "a run or an exported bridge")
@@ -82,7 +82,7 @@ def load_composed(
             raise CalmError(f"{folder} is an exported bridge: it has no step {step} to choose")
         for key in ("frozen", "composition"):
             read_field(values, key, folder / "config.json")
-        composed = _frozen_parts(values, anchor, augments, mesh, str(folder))
+        composed = _untrained(values, anchor, augments, mesh, str(folder))
         trained = restore_tree(folder / "weights", _abstract_trained(composed))
     parts = Parts(composed)
     return parts.merge(trained, parts.of(composed)[1])
@@ -124,8 +124,8 @@ def export_bridge(
         )
 
 
-def load_parts(
-    places: Sequence[Decoder | frozen.Description | epath.PathLike],
+def load_frozen_models(
+    sources: Sequence[Decoder | frozen.Description | epath.PathLike],
     dtypes: Sequence[str | None],
     configs: Sequence[CompositionConfig],
     mesh: jax.sharding.Mesh | None,
@@ -134,14 +134,16 @@ def load_parts(
     """The anchor and the augments for `compose`.
 
     Args:
-        places: frozen folders, described or not, or models, which are taken as they are.
-        dtypes: as for `calm_jax.load`, one a place.
-        rules: where their weights go on the mesh.
+        sources: frozen folders, described or not, or models, which are taken as they are.
+        dtypes: as for `calm_jax.load`, one for each source.
+        configs: how each augment is connected; checked before a weight is read.
+        mesh: the devices that hold the weights; None: the first device.
+        rules: how weights are split over the mesh.
 
     Raises:
-        CalmError: as `calm_jax.load`; or, before a weight is read, connections that do not fit.
+        CalmError: as `calm_jax.load`, or the connections do not fit the models.
     """
-    found = [_described(place) for place in places]
+    found = [_described(source) for source in sources]
     depths = [model.config.num_layers for model in found]
     plan_connections(configs, depths[0], depths[1:])
     return [
@@ -197,8 +199,8 @@ def _other_kind(folder: epath.Path, values: Mapping[str, Any]) -> str:
     return f"{folder} is {kind}, not a composed run or an exported bridge"
 
 
-def _frozen_parts(values, anchor, augments, mesh, where: str) -> ComposedDecoder:
-    """The composed model with its frozen models checked; its bridge is still random."""
+def _untrained(values, anchor, augments, mesh, where: str) -> ComposedDecoder:
+    """The composed model that was recorded, with its frozen models and a random bridge."""
     count = len(values["frozen"]) - 1
     given = [anchor, *(augments if augments is not None else [None] * count)]
     if len(given) - 1 != count:
@@ -211,7 +213,7 @@ def _frozen_parts(values, anchor, augments, mesh, where: str) -> ComposedDecoder
     # Checked first: if a model is another one, an error about connections would mislead.
     check_identities(values["frozen"], list(map(_found_identity, found, dtypes)), where)
     configs = [CompositionConfig.from_dict(config) for config in values["composition"]]
-    models = load_parts(found, dtypes, configs, mesh)
+    models = load_frozen_models(found, dtypes, configs, mesh)
     update = values.get("lora") and lora_of(values["lora"])
     if update:
         # An anchor that was given belongs to the caller and stays as it is.
@@ -253,7 +255,7 @@ def _found_identity(found: Decoder | frozen.Description, dtype: str | None) -> d
 
 
 def _abstract_trained(composed: ComposedDecoder) -> Tree:
-    """The bridge, and a low-rank update of the anchor where there is one, where they will lie."""
+    """Shapes, dtypes and shardings of the bridge and of the anchor's low-rank update, if any."""
     parts = Parts(composed)
     trained, _ = parts.of(composed)
     mesh = getattr(composed.anchor.embedding.get_value().sharding, "mesh", None)

@@ -98,7 +98,7 @@ def read_json(path: epath.Path, what: str) -> dict[str, Any]:
         refuse_lfs_pointer(path)
         raise
     if not isinstance(values, dict):
-        raise CalmError(f"{path} is damaged: it holds no JSON object")
+        raise CalmError(f"{path} is damaged: it is not a JSON object")
     return values
 
 

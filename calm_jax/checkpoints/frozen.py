@@ -30,8 +30,8 @@ from calm_jax.checkpoints.files import (
     write_json,
     write_text,
 )
-from calm_jax.checkpoints.in_place import LAYERS, read_leaves
 from calm_jax.checkpoints.kinds import BRIDGE, COMPOSED_RUN, DECODER_RUN, FROZEN, kind_of
+from calm_jax.checkpoints.sharded_loading import LAYERS, read_leaves
 from calm_jax.data.vocabularies import load_vocabulary
 from calm_jax.errors import CalmError
 from calm_jax.models import Decoder, DecoderConfig
@@ -47,7 +47,7 @@ DTYPES = (*STORED_DTYPES, "int8")
 
 
 @dataclasses.dataclass(frozen=True)
-class Block:
+class Weight:
     """One array of a model, or one layer of an array that stacks layers.
 
     Attributes:
@@ -81,30 +81,30 @@ def save_frozen(decoder: Decoder, target: epath.PathLike, *, vocabulary: Any = N
     """
     vocabulary = decoder.vocabulary if vocabulary is None else vocabulary
     with whole_folder(target) as folder:
-        return write_model(folder, decoder.config, _blocks(decoder), vocabulary=vocabulary)
+        return write_model(folder, decoder.config, _weights(decoder), vocabulary=vocabulary)
 
 
 def gather_weights(decoder: Decoder) -> None:
     """Called by the other processes while one process saves a decoder that all of them hold."""
-    for _ in _blocks(decoder):
+    for _ in _weights(decoder):
         pass
 
 
 def write_model(
     folder: epath.Path,
     config: DecoderConfig,
-    blocks: Iterable[Block],
+    weights: Iterable[Weight],
     *,
     vocabulary: Any = None,
     origin: Mapping[str, Any] | None = None,
     check: Callable[["Description"], None] | None = None,
 ) -> str:
-    """Fills a new folder with the blocks of a whole model, each written as it comes.
+    """Fills a new folder with the weights of a whole model, each written as it comes.
 
     Args:
         folder: the folder, which is empty.
         config: of the model; its dtype is that of the weights on disk.
-        blocks: every array of the model, each whole or layer by layer.
+        weights: every array of the model, each whole or layer by layer.
         vocabulary: a `calm_jax.data.vocabulary.Vocabulary`.
         origin: where the model came from; JSON values that `describe` returns.
         check: called when all but config.json is written. If it raises, the folder stays without
@@ -117,8 +117,8 @@ def write_model(
         CalmError: as `save_frozen`.
     """
     with Writer(folder / "weights", layout_of(config)) as writer:
-        for block in blocks:
-            writer.add(block.path, block.array, layer=block.layer, name=block.name)
+        for weight in weights:
+            writer.add(weight.path, weight.array, layer=weight.layer, name=weight.name)
     write_text(folder / "chunks.json", writer.digests.text())
     files = {}
     if vocabulary is not None:
@@ -276,11 +276,11 @@ def load_described(
     tree: dict[str, Any] = {}
     with Reader(described.folder, layout_of(described.config), described.chunks) as reader:
         # Quantised layer by layer: a stack of floats would be twice its int8 bytes.
-        apart = on_disk.summed() if config.weights == "int8" else ()
-        places = _places(on_disk, mesh, rules)
-        leaves = read_leaves(reader, on_disk, places, config.dtype, apart)
+        by_layer = on_disk.summed() if config.weights == "int8" else ()
+        shardings = _shardings(on_disk, mesh, rules)
+        leaves = read_leaves(reader, on_disk, shardings, config.dtype, by_layer)
         if config.weights == "int8":
-            leaves = quantized_leaves(leaves, on_disk, _places(structure, mesh, rules))
+            leaves = quantized_leaves(leaves, on_disk, _shardings(structure, mesh, rules))
         for path, array in leaves:
             insert(tree, path, array)
     decoder = structure.merge(tree)
@@ -290,7 +290,7 @@ def load_described(
     return decoder
 
 
-def _places(structure: Structure, mesh: jax.sharding.Mesh | None, rules: Rules) -> Tree:
+def _shardings(structure: Structure, mesh: jax.sharding.Mesh | None, rules: Rules) -> Tree:
     """The sharding of every array; without a mesh the first device."""
     if mesh is not None:
         return structure.shardings(mesh, rules)
@@ -316,13 +316,13 @@ def fingerprint(decoder: Decoder) -> str:
     """A hash of a decoder's config and weights in the config's dtype; the same on every mesh.
 
     It is the fingerprint of the folder that `save_frozen` would write, made from the hashes of all
-    chunks. How the format cuts arrays into chunks is therefore part of it.
+    chunks, and so depends on how the format splits arrays into chunks.
     """
     layout = layout_of(decoder.config)
     digests = Digests(layout)
-    for block in _blocks(decoder):
-        for index, data in layout.cut(block.path, block.array, block.layer):
-            digests.add(block.path, index, data)
+    for weight in _weights(decoder):
+        for index, data in layout.split(weight.path, weight.array, weight.layer):
+            digests.add(weight.path, index, data)
     return _identity(decoder.config, digests.sha256())
 
 
@@ -339,7 +339,7 @@ def _structure(config: DecoderConfig) -> Structure:
     return Structure(nnx.eval_shape(lambda: Decoder(config, nnx.Rngs(0))))
 
 
-def _blocks(decoder: Decoder) -> Iterator[Block]:
+def _weights(decoder: Decoder) -> Iterator[Weight]:
     """A decoder's arrays one by one, those of stacked layers layer by layer."""
     if decoder.config.weights is not None:
         raise CalmError(
@@ -351,10 +351,10 @@ def _blocks(decoder: Decoder) -> Iterator[Block]:
     for path, array in jax.tree.leaves_with_path(module_tree(decoder)):
         name = path_name(path)
         if not name.startswith(LAYERS):
-            yield Block(name, None, on_host(array))
+            yield Weight(name, None, on_host(array))
             continue
         for layer in range(len(array)):
-            yield Block(name, layer, on_host(array[layer]))
+            yield Weight(name, layer, on_host(array[layer]))
 
 
 def _identity(config: DecoderConfig, chunks: str) -> str:

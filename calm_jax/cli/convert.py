@@ -101,7 +101,7 @@ def _options(given: Sequence[str]) -> dict[str, Any]:
         if not equals:
             raise CalmError(f"--option={option} is not NAME=VALUE")
         if name in ("source", "target", "format", "dtype", "adapter", "verify"):
-            raise CalmError(f"--option={option} is no option of a family; give --{name}")
+            raise CalmError(f"--option={option} is not an option of a family; give --{name}")
         try:
             options[name] = ast.literal_eval(text)
         except (ValueError, SyntaxError):

@@ -9,7 +9,7 @@ from ml_collections import ConfigDict
 
 from calm_jax import sharding
 from calm_jax.checkpoints import frozen as frozen_folders
-from calm_jax.checkpoints.composed import load_parts
+from calm_jax.checkpoints.composed import load_frozen_models
 from calm_jax.data.vocabularies import load_vocabulary
 from calm_jax.data.vocabulary import Vocabulary
 from calm_jax.errors import CalmError
@@ -194,7 +194,7 @@ def _composed(config: ConfigDict, mesh) -> RunModel:
     configs = composition_configs(config)
     places = (config.anchor, *config.augments)
     rules = sharding.WEIGHT_RULES[config.weight_sharding]
-    anchor, *augments = load_parts(places, frozen_dtypes(config), configs, mesh, rules)
+    anchor, *augments = load_frozen_models(places, frozen_dtypes(config), configs, mesh, rules)
     composed = compose(anchor, augments, configs, rngs=nnx.Rngs(config.train.seed))
     return _in_place(composed, composed.anchor.layers, config, mesh)
 

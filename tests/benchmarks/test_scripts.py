@@ -59,7 +59,7 @@ def test_attention(run_benchmark):
 @pytest.mark.slow
 def test_pytorch(run_benchmark):
     rows = run_benchmark("pytorch", "--steps=1")
-    assert [row["form"] for row in rows] == ["calm_jax", "PyTorch, careful", "PyTorch, naive"]
+    assert [row["version"] for row in rows] == ["calm_jax", "PyTorch, careful", "PyTorch, naive"]
     assert_positive(rows, "seconds a step", "tokens a second", "/ calm_jax")
 
 

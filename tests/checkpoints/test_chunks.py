@@ -1,4 +1,4 @@
-"""How arrays are cut into chunks, which is part of the format, and which chunks a slice needs."""
+"""How arrays are split into chunks, which is part of the format, and which chunks a slice needs."""
 
 import numpy as np
 import pytest
@@ -10,7 +10,7 @@ from calm_jax.checkpoints.chunks import Digests, Reader, Writer
 
 # Of Gemma 2 2B and Llama 3 8B in bfloat16: the longest side is halved, the first of several, until
 # a chunk has at most 8 MiB.
-CUT = {
+CHUNKS = {
     ("embedding", (256_000, 2304)): (2000, 1152),
     ("layers/mlp/gate", (26, 2304, 9216)): (1, 1152, 2304),
     ("layers/attention/query", (32, 4096, 32, 128)): (1, 1024, 32, 128),
@@ -20,9 +20,9 @@ CUT = {
 
 
 def test_chunks_of_this_version_of_the_format():
-    stacked = {name for name, _ in CUT if name.startswith("layers/")}
-    layout = Layout(dict(CUT.keys()), stacked, "bfloat16")
-    assert layout.chunks == {name: chunk for (name, _), chunk in CUT.items()}
+    stacked = {name for name, _ in CHUNKS if name.startswith("layers/")}
+    layout = Layout(dict(CHUNKS.keys()), stacked, "bfloat16")
+    assert layout.chunks == {name: chunk for (name, _), chunk in CHUNKS.items()}
     assert CHUNK_BYTES == 8 * 2**20
 
 
@@ -32,7 +32,7 @@ def test_the_list_of_hashes_of_this_version_of_the_format():
     digests = Digests(layout)
     arrays = {"layers/a": np.arange(6, dtype=np.float32).reshape(2, 3), "b": np.ones(4, np.float32)}
     for path, array in arrays.items():
-        for index, data in layout.cut(path, array, None):
+        for index, data in layout.split(path, array, None):
             digests.add(path, index, data)
     pinned = "f466e376e0b1340b1aaf994439556148c7a2ca80088d246566e2f91d90e957fc"
     assert digests.sha256() == pinned

@@ -25,8 +25,8 @@ CLOSE = {"rtol": 1e-5, "atol": 1e-5}
 
 
 @pytest.fixture(scope="module")
-def places(tmp_path_factory):
-    """Frozen folders of an anchor, its augment, and another model of each one's form."""
+def models(tmp_path_factory):
+    """Frozen folders of an anchor, its augment, and another model of each one's config."""
     folder = tmp_path_factory.mktemp("frozen")
     for seed, name in enumerate(("anchor", "other anchor")):
         frozen.save_frozen(tiny_models.decoder(seed, "llama"), folder / name)
@@ -36,8 +36,8 @@ def places(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def composed(places):
-    anchor, augment = frozen.load(places / "anchor"), frozen.load(places / "augment")
+def composed(models):
+    anchor, augment = frozen.load(models / "anchor"), frozen.load(models / "augment")
     return tiny_models.randomised(compose(anchor, augment, CONFIG, rngs=nnx.Rngs(4)))
 
 
@@ -127,12 +127,12 @@ def test_an_export_is_small(exported, composed):
     assert b"embedding" not in names
 
 
-def test_what_an_export_says(exported, places):
+def test_what_an_export_says(exported, models):
     values = json.loads((exported / "config.json").read_text())
     assert [entry["role"] for entry in values["frozen"]] == ["anchor", "augment 0"]
     for entry, name in zip(values["frozen"], ("anchor", "augment"), strict=True):
-        assert entry["place"] == str(places / name)
-        config = json.loads((places / name / "config.json").read_text())
+        assert entry["place"] == str(models / name)
+        config = json.loads((models / name / "config.json").read_text())
         assert entry["fingerprint"] == config["fingerprint"]
     (composition,) = values["composition"]
     assert CompositionConfig.from_dict(composition) == CONFIG
@@ -149,29 +149,29 @@ def test_onto_a_mesh(run, composed):
 
 
 @pytest.mark.parametrize("kind", ["decoder", "folder"])
-def test_frozen_models_given(run, composed, places, tmp_path, kind):
-    """They were moved: the recorded places are not asked for."""
+def test_frozen_models_given(run, composed, models, tmp_path, kind):
+    """They were moved: the recorded models are not asked for."""
     for name in ("anchor", "augment"):
-        shutil.copytree(places / name, tmp_path / name)
+        shutil.copytree(models / name, tmp_path / name)
     given = [tmp_path / "anchor", tmp_path / "augment"]
     if kind == "decoder":
-        given = [frozen.load(place) for place in given]
+        given = [frozen.load(folder) for folder in given]
     check_same(load_composed(run, anchor=given[0], augments=[given[1]]), composed)
 
 
 @pytest.mark.parametrize("role", ["anchor", "augment"])
-def test_another_frozen_model_is_refused_with_both_fingerprints(run, exported, places, role):
-    other = frozen.load(places / f"other {role}")
-    right = frozen.load(places / role)
+def test_another_frozen_model_is_refused_with_both_fingerprints(run, exported, models, role):
+    other = frozen.load(models / f"other {role}")
+    right = frozen.load(models / role)
     given = {"anchor": other} if role == "anchor" else {"augments": [other]}
-    for place in (run, exported):
+    for folder in (run, exported):
         with pytest.raises(CalmError) as caught:
-            load_composed(place, **given)
-        for part in (role, right.fingerprint[:16], other.fingerprint[:16], str(place)):
+            load_composed(folder, **given)
+        for part in (role, right.fingerprint[:16], other.fingerprint[:16], str(folder)):
             assert part in str(caught.value)
 
 
-def test_a_frozen_model_in_memory_is_told_apart_by_its_weights(run, places):
+def test_a_frozen_model_in_memory_is_told_apart_by_its_weights(run, models):
     """A decoder without a folder is hashed."""
     right, wrong = tiny_models.decoder(0, "llama"), tiny_models.decoder(1, "llama")
     assert right.fingerprint is wrong.fingerprint is None
@@ -180,8 +180,8 @@ def test_a_frozen_model_in_memory_is_told_apart_by_its_weights(run, places):
         load_composed(run, anchor=wrong)
 
 
-def test_another_number_of_augments(run, places):
-    augment = places / "augment"
+def test_another_number_of_augments(run, models):
+    augment = models / "augment"
     message = r"was trained with 1 augments, not {}"
     for given in ([], [augment, augment]):
         with pytest.raises(CalmError, match=message.format(len(given))):
@@ -197,14 +197,14 @@ def test_models_never_on_disk_must_be_given(tmp_path):
     assert stored_bytes(loaded.bridge) == stored_bytes(model.bridge)
 
 
-def test_a_moved_frozen_model(exported, places, tmp_path):
+def test_a_moved_frozen_model(exported, models, tmp_path):
     copy = shutil.copytree(exported, tmp_path / "bridge")
     path = copy / "config.json"
-    path.write_text(path.read_text().replace(str(places / "augment"), str(tmp_path / "gone")))
+    path.write_text(path.read_text().replace(str(models / "augment"), str(tmp_path / "gone")))
     message = r"augment 0: .*gone.*; if it has moved, give --augments \(augments=\)$"
     with pytest.raises(CalmError, match=message):
         load_composed(copy)
-    load_composed(copy, augments=[places / "augment"])
+    load_composed(copy, augments=[models / "augment"])
 
 
 @pytest.mark.parametrize("key", ["frozen", "composition"])
@@ -224,11 +224,11 @@ def test_export_without_its_weights(exported, tmp_path):
         load_composed(copy)
 
 
-def test_neither_run_nor_export(places, exported, run, tmp_path):
+def test_neither_run_nor_export(models, exported, run, tmp_path):
     with pytest.raises(CalmError, match=r"is not a run or an exported bridge"):
         load_composed(tmp_path)
     with pytest.raises(CalmError, match=r"anchor is a frozen folder, not a composed run or an exp"):
-        load_composed(places / "anchor")
+        load_composed(models / "anchor")
     with pytest.raises(CalmError, match=r"is an exported bridge: it has no step 1 to choose"):
         load_composed(exported, step=1)
 

@@ -31,7 +31,7 @@ BIT, CUT, LONGER, EMPTY, GONE, SWAPPED, RENAMED, NUMBER, COPIED = DAMAGES = (
 def model(tmp_path_factory):
     folder = tmp_path_factory.mktemp("models") / "model"
     decoder = tiny_models.decoder(
-        form="llama", window=4, window_pattern=(True, False), num_layers=2
+        family="llama", window=4, window_pattern=(True, False), num_layers=2
     )
     frozen.save_frozen(decoder, folder, vocabulary=load_vocabulary("key_value/tiny"))
     return folder, frozen.load(folder)
@@ -56,7 +56,7 @@ def damage(folder, kind: str, seed: int) -> str:
     elif kind == EMPTY:
         data.clear()
     elif kind == NUMBER:
-        digits = [place for place, byte in enumerate(data) if chr(byte).isdigit()]
+        digits = [index for index, byte in enumerate(data) if chr(byte).isdigit()]
         if digits:
             data[choose.choice(digits)] = ord(choose.choice("0123456789"))
     elif kind == COPIED:

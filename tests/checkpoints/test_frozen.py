@@ -26,7 +26,7 @@ TOKENS = np.random.default_rng(0).integers(0, tiny_models.VOCAB, (2, 7)).astype(
 
 @pytest.fixture(scope="module")
 def decoder():
-    return tiny_models.decoder(form="llama")
+    return tiny_models.decoder(family="llama")
 
 
 @pytest.fixture(scope="module")
@@ -101,7 +101,7 @@ def test_any_change_of_a_bit_a_name_or_a_dtype_changes_the_fingerprint(decoder):
     table = np.array(decoder.embedding.get_value())
     table.view(np.uint32)[3, 5] ^= 1
     for changes in ({}, {"dtype": "bfloat16"}, {"tied_head": True}, {"rope_base": 5e3}):
-        other = tiny_models.decoder(form="llama", **changes)
+        other = tiny_models.decoder(family="llama", **changes)
         if not changes:
             assert frozen.fingerprint(other) in identities
             other.embedding.set_value(jnp.asarray(table))
@@ -117,16 +117,16 @@ def test_many_chunks(decoder, tmp_path, chunks_of):
         for mesh in (None, sharding.make_mesh({"fsdp": 4, "tensor": 2})):
             loaded = frozen.load(tmp_path / "model", mesh=mesh)
             assert stored_bytes(loaded) == stored_bytes(decoder)
-    # How arrays are cut is part of the format, and of the fingerprint.
+    # How arrays are split into chunks is part of the format, and of the fingerprint.
     with pytest.raises(CalmError, match=r"has chunk \(.*\), the model needs \("):
         frozen.load(tmp_path / "model")
 
 
 def test_orbax_restores_the_weights(decoder, folder):
     wanted = module_tree(decoder)
-    place = NamedSharding(sharding.make_mesh({"fsdp": 8}), PartitionSpec())
+    replicated = NamedSharding(sharding.make_mesh({"fsdp": 8}), PartitionSpec())
     abstract = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), wanted
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated), wanted
     )
     with ocp.StandardCheckpointer() as checkpointer:
         onto_a_mesh = checkpointer.restore(folder / "weights", abstract)
@@ -290,7 +290,7 @@ def test_config_that_was_edited(damaged):
     ("values", "message"),
     [
         ({"format": "calm_jax frozen folder, version 9"}, r"config\.json: format is .*version 9"),
-        ([], r"config\.json is damaged: it holds no JSON object"),
+        ([], r"config\.json is damaged: it is not a JSON object"),
         ({}, r"is a folder of another program, not a frozen folder; make .*: calm convert --so"),
         (
             {"model_type": "llama"},
@@ -390,7 +390,7 @@ def test_a_file_in_the_way_of_the_target(decoder, tmp_path):
 
 def test_every_field_of_the_form_survives(tmp_path):
     model = tiny_models.decoder(
-        form="gemma",
+        family="gemma",
         num_kv_heads=4,
         window=4,
         window_pattern=(True, False),

@@ -41,12 +41,12 @@ def publish(folder, config, vocabulary):
 
     config = config | {"vocab_size": vocabulary.size}
     family = find_family(Source(folder, "huggingface", {}, config))
-    form = family.decoder_config(config, "config.json")
+    decoder = family.decoder_config(config, "config.json")
     random = np.random.default_rng(0)
     tensors = {
-        name: (0.2 * random.normal(size=rule.source_shape(sizes(form)))).astype(np.float32)
-        for rule in family.rules(form)
-        for name in rule.names(form.num_layers)
+        name: (0.2 * random.normal(size=rule.source_shape(sizes(decoder)))).astype(np.float32)
+        for rule in family.rules(decoder)
+        for name in rule.names(decoder.num_layers)
     }
     folder.mkdir()
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})

@@ -1,7 +1,7 @@
 """Chat templates, turns as examples, and chats in `calm generate`.
 
-What the templates of the four forms must write stands here by hand, as their models' cards say it;
-against transformers itself they are held in tests/parity/test_tokenizers.py.
+What the templates of the four families must write is spelled out here, after their models' cards;
+tests/parity/test_tokenizers.py compares them with transformers.
 """
 
 import datetime
@@ -29,8 +29,8 @@ CHAT = [
     {"role": "assistant", "content": "So long"},
 ]
 QWEN_SYSTEM = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
-# By form: the first prompt and answer, what the template writes between them and the second prompt,
-# and the second answer.
+# By family: the first prompt and answer, what the template writes between the answer and the second
+# prompt, and the second answer.
 TURNS = {
     "llama3": (
         "<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\nHi<|eot_id|>"
@@ -69,17 +69,17 @@ EOS = {
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    place = tmp_path_factory.mktemp("published")
-    return {form: make(place / form) for form, make in tiny_tokenizers.FORMS.items()}
+    folder = tmp_path_factory.mktemp("published")
+    return {family: make(folder / family) for family, make in tiny_tokenizers.FAMILIES.items()}
 
 
 @pytest.fixture(scope="module")
 def vocabularies(folders):
-    return {form: vocabulary_of_folder(folder) for form, folder in folders.items()}
+    return {family: vocabulary_of_folder(folder) for family, folder in folders.items()}
 
 
 @pytest.fixture(params=TURNS)
-def form(request):
+def family(request):
     return request.param
 
 
@@ -88,37 +88,37 @@ def with_template(folder, template):
     return vocabulary_of_folder(folder)
 
 
-def test_templates_write_the_published_forms(form, vocabularies):
-    vocabulary, (prompt, answer, between, last) = vocabularies[form], TURNS[form]
+def test_templates_write_the_published_chats(family, vocabularies):
+    vocabulary, (prompt, answer, between, last) = vocabularies[family], TURNS[family]
     assert vocabulary.chat(CHAT[:1]) == prompt
     assert vocabulary.chat(CHAT[:3]) == prompt + answer + between
     assert vocabulary.chat(CHAT, add_generation_prompt=False) == prompt + answer + between + last
 
 
-def test_end_tokens(form, vocabularies):
-    vocabulary = vocabularies[form]
-    assert vocabulary.eos_ids == tuple(map(vocabulary.token_id, EOS[form]))
+def test_end_tokens(family, vocabularies):
+    vocabulary = vocabularies[family]
+    assert vocabulary.eos_ids == tuple(map(vocabulary.token_id, EOS[family]))
     assert vocabulary.eos_id == vocabulary.eos_ids[0]
 
 
-def test_a_sequence_starts_once(form, vocabularies):
-    vocabulary = vocabularies[form]
+def test_a_sequence_starts_once(family, vocabularies):
+    vocabulary = vocabularies[family]
     text = vocabulary.chat(CHAT[:1])
     ids = vocabulary.encode_sequence(text)
-    start = [] if form == "qwen" else [vocabulary.bos_id]
+    start = [] if family == "qwen" else [vocabulary.bos_id]
     assert ids == vocabulary.encode(text)
-    assert ids[:1] == start or form == "qwen"
+    assert ids[:1] == start or family == "qwen"
     assert vocabulary.encode_sequence("Hi") == [*start, *vocabulary.encode("Hi")]
 
 
-def test_turns_are_cut_from_the_text_of_the_whole_chat(form, vocabularies):
-    prompt, answer, between, last = TURNS[form]
-    turns = list(chat.turns(vocabularies[form], CHAT))
+def test_turns_are_cut_from_the_text_of_the_whole_chat(family, vocabularies):
+    prompt, answer, between, last = TURNS[family]
+    turns = list(chat.turns(vocabularies[family], CHAT))
     assert turns == [(prompt, answer), (prompt + answer + between, last)]
 
 
-def test_ids_of_a_turn_go_on_from_what_generation_starts_with(form, vocabularies):
-    vocabulary = vocabularies[form]
+def test_ids_of_a_turn_go_on_from_what_generation_starts_with(family, vocabularies):
+    vocabulary = vocabularies[family]
     for prompt, answer in chat.turns(vocabulary, CHAT):
         (inputs,), (targets,) = chat.encode_examples(vocabulary, [prompt], [answer], [True])
         assert [*vocabulary.start_ids, *inputs] == vocabulary.encode_sequence(prompt)
@@ -143,7 +143,7 @@ def test_an_answer_that_the_template_does_not_close_is_closed(tmp_path):
 
 
 def test_an_answer_is_tokenised_behind_its_prompt(tmp_path):
-    """By itself it would begin with a space, as every text of this form does."""
+    """By itself it would begin with a space, as every text of this family does."""
     vocabulary = with_template(tiny_tokenizers.mistral(tmp_path / "m"), "x")
     alone = vocabulary.encode("Hello")
     (inputs,), (targets,) = chat.encode_examples(vocabulary, ["[/INST]"], ["Hello"], [True])
@@ -234,9 +234,9 @@ def chats(tmp_path):
     return path
 
 
-def test_lines_of_chats_take_the_template(form, vocabularies, chats):
-    prompt, answer, between, last = TURNS[form]
-    assert list(ExampleFiles({"jsonl": chats}).examples(vocabularies[form])) == [
+def test_lines_of_chats_take_the_template(family, vocabularies, chats):
+    prompt, answer, between, last = TURNS[family]
+    assert list(ExampleFiles({"jsonl": chats}).examples(vocabularies[family])) == [
         {"inputs": prompt, "targets": answer, "is_turn": True},
         {"inputs": prompt + answer + between, "targets": last, "is_turn": True},
         {"inputs": "1+1=", "targets": "2", "is_turn": False},
@@ -320,8 +320,8 @@ def test_rows_of_another_day_are_other_data(tmp_path, chats, data, monkeypatch):
     assert opened(2, "a") == first
 
 
-def test_chats_reach_the_rows_of_training(form, vocabularies, chats, data):
-    vocabulary = vocabularies[form]
+def test_chats_reach_the_rows_of_training(family, vocabularies, chats, data):
+    vocabulary = vocabularies[family]
     config = data({"jsonl": str(chats)}, length=256, pack=False)
     source = open_source(config, "train", vocabulary)
     arrays = source.parts[0].arrays
@@ -331,7 +331,7 @@ def test_chats_reach_the_rows_of_training(form, vocabularies, chats, data):
             arrays["targets"], arrays["segment_ids"], arrays["prompt"], strict=True
         )
     ]
-    prompt, answer, between, last = TURNS[form]
+    prompt, answer, between, last = TURNS[family]
     for (ids, is_prompt), text, start in zip(
         rows,
         [prompt + answer, prompt + answer + between + last],
@@ -392,7 +392,7 @@ def test_generation_ends_at_any_of_the_end_tokens(vocabularies):
 def test_the_command_puts_prompts_into_the_template(vocabularies, monkeypatch, capsys):
     vocabulary = vocabularies["qwen"]
     model = model_with(vocabulary)
-    monkeypatch.setattr("calm_jax.checkpoints.any_model.load_model", lambda place, **options: model)
+    monkeypatch.setattr("calm_jax.checkpoints.any_model.load_model", lambda path, **options: model)
     arguments = ["--workdir=m", "--chat", "--system=Be brief.", "--max_new_tokens=3"]
     assert command.main([*arguments, "--prompt=Hi", "--prompt=Grüße <|im_end|>"]) == 0
     texts = [
@@ -420,7 +420,7 @@ def test_the_command_puts_prompts_into_the_template(vocabularies, monkeypatch, c
 def test_the_command_needs_a_template(arguments, vocabulary, message, monkeypatch):
     model = tiny_models.decoder(vocab_size=264)
     model.vocabulary = vocabulary and load_vocabulary(vocabulary)
-    monkeypatch.setattr("calm_jax.checkpoints.any_model.load_model", lambda place, **options: model)
+    monkeypatch.setattr("calm_jax.checkpoints.any_model.load_model", lambda path, **options: model)
     with pytest.raises(CalmError, match=message):
         command.main(["--workdir=m", "--prompt=a", *arguments])
 

@@ -165,9 +165,9 @@ def contents(folder):
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-@pytest.mark.parametrize("form", tiny_tokenizers.FORMS)
-def test_published_files_go_along_byte_for_byte(form, tmp_path):
-    folder = tiny_tokenizers.FORMS[form](tmp_path / "published")
+@pytest.mark.parametrize("family", tiny_tokenizers.FAMILIES)
+def test_published_files_go_along_byte_for_byte(family, tmp_path):
+    folder = tiny_tokenizers.FAMILIES[family](tmp_path / "published")
     (folder / "tokenizer.json").write_text((folder / "tokenizer.json").read_text() + "\n \n")
     index = load_vocabulary(folder / "tokenizer.json").token_id("a")
     (folder / "added_tokens.json").write_text(f'{{ "a":\r\n{index}}}')

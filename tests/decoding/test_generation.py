@@ -18,7 +18,7 @@ NEW = 5
 
 
 def models():
-    yield "decoder", tiny_models.decoder(form="gemma", num_kv_heads=1)
+    yield "decoder", tiny_models.decoder(family="gemma", num_kv_heads=1)
     for name, config in {
         "composed": CompositionConfig(every=2, rotary=True),
         "encoder only": CompositionConfig(every=2, encoder_only=True),
@@ -134,7 +134,7 @@ def test_where_the_tokenizer_puts_nothing_before_a_text_nothing_is():
 
 def test_a_token_that_the_tokenizer_adds_and_the_model_does_not_know(tmp_path):
     """As in Gemma 3 1B, whose tokenizer has a token for images behind the last row."""
-    folder = tiny_tokenizers.FORMS["gemma"](tmp_path / "published")
+    folder = tiny_tokenizers.FAMILIES["gemma"](tmp_path / "published")
     size = vocabulary_of_folder(folder).size
     values = json.loads((folder / "tokenizer.json").read_text())
     values["added_tokens"].append(values["added_tokens"][0] | {"id": size, "content": "<image>"})

@@ -247,11 +247,11 @@ def test_place_that_cannot_be_written(experiment):
 
 
 def test_command_prints_table1_and_writes_where_told(experiment, tmp_path, capsys):
-    place = tmp_path / "elsewhere" / "page.html"
-    assert command.main([f"--experiment={experiment}", f"--output={place}"]) == 0
+    output = tmp_path / "elsewhere" / "page.html"
+    assert command.main([f"--experiment={experiment}", f"--output={output}"]) == 0
     printed = capsys.readouterr().out
-    assert "Best constant answer" in printed and "84.3" in printed and str(place) in printed
-    assert place.exists() and (experiment / "table1.json").exists()
+    assert "Best constant answer" in printed and "84.3" in printed and str(output) in printed
+    assert output.exists() and (experiment / "table1.json").exists()
 
 
 def parts_scored(experiment, folder, **shares) -> None:
@@ -266,11 +266,11 @@ def parts_scored(experiment, folder, **shares) -> None:
     config["augments"] = [str(experiment / "models" / "augment")]
     (run / "config.json").write_text(json.dumps(config))
 
-    def scored(share: int, place) -> dict:
+    def scored(share: int, target) -> dict:
         records = [{"inputs": f"{n}", "targets": "yes", "prediction": "yes" if n < share else "",
                     "correct": n < share} for n in range(10)]  # fmt: skip
-        place.mkdir(parents=True, exist_ok=True)
-        (place / "test.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
+        target.mkdir(parents=True, exist_ok=True)
+        (target / "test.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
         return {"test.jsonl": {"exact_match": 10.0 * share, "count": 10, "empty": 10 - share,
                                "interval": [0.0, 100.0]}}  # fmt: skip
 
@@ -281,10 +281,10 @@ def parts_scored(experiment, folder, **shares) -> None:
             part = {"augment": "augment 0"}.get(name, name)
             parts[part] = scored(share, run / "evaluation" / part.replace(" ", "_"))
         else:
-            place = experiment / "models" / name / "evaluation"
-            found = scored(share, place) | {"another": {"exact_match": 0.0}}
-            (place / "another.jsonl").write_text("")
-            (place / "summary.json").write_text(json.dumps(found))
+            target = experiment / "models" / name / "evaluation"
+            found = scored(share, target) | {"another": {"exact_match": 0.0}}
+            (target / "another.jsonl").write_text("")
+            (target / "summary.json").write_text(json.dumps(found))
     (run / "evaluation" / "summary.json").write_text(json.dumps(summary | {"_parts": parts}))
 
 

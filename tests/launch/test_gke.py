@@ -127,10 +127,10 @@ def test_any_flag_of_the_training_arrives_as_it_is(words):
 )
 def test_the_schema_refuses_mistakes(path, value):
     jobset = manifest("--topology=v5e:4x8")
-    place = jobset
+    inner = jobset
     for key in path[:-1]:
-        place = place[key]
-    place[path[-1]] = value
+        inner = inner[key]
+    inner[path[-1]] = value
     with pytest.raises(jsonschema.ValidationError):
         jsonschema.validate(jobset, SCHEMA)
 

@@ -239,7 +239,7 @@ def test_ties_go_to_even_and_a_channel_of_zeros_stays_zero():
 )  # fmt: skip
 def test_half_the_bytes_of_bfloat16(config):
     found, stored = (
-        size_in_bytes(decoder_structure(form).abstract()) for form in (int8(config), config)
+        size_in_bytes(decoder_structure(each).abstract()) for each in (int8(config), config)
     )
     assert 0.5 < found / (stored / 2) <= 0.51
 

@@ -3,7 +3,7 @@
     python tests/parity/make_gguf_golden.py
 
 writes, where the extra [parity] is installed, tests/checkpoints/convert/golden/gguf/FORM.json for
-each form of tokenizer: `metadata`, as in the file without "tokenizer.", and the ids that
+each family of tokenizers: `metadata`, as in the file without "tokenizer.", and the ids that
 transformers makes of `texts`, with the start and end tokens that it puts.
 """
 
@@ -21,7 +21,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 import gguf_files  # noqa: E402
 import tiny_tokenizers  # noqa: E402
 
-from tests.parity.test_gguf import CONFIGS, FORMS, PRE, random_file  # noqa: E402
+from tests.parity.test_gguf import CONFIGS, MODEL_OF, PRE, random_file  # noqa: E402
 from tests.parity.test_tokenizers import HARD, SPECIALS  # noqa: E402
 
 GOLDEN = ROOT / "tests/checkpoints/convert/golden/gguf"
@@ -32,18 +32,20 @@ CHAT = [{"role": "user", "content": "Grüße"}, {"role": "assistant", "content":
 
 def main() -> None:
     GOLDEN.mkdir(parents=True, exist_ok=True)
-    for form, family in FORMS.items():
+    for family, model in MODEL_OF.items():
         with tempfile.TemporaryDirectory() as folder:
-            tokenizer = tiny_tokenizers.FORMS[form](pathlib.Path(folder, "own"), size=SIZE[form])
-            metadata = gguf_files.tokenizer_metadata(tokenizer, **FLAGS.get(form, {}))
-            if form in PRE:
-                metadata["ggml.pre"] = PRE[form]
-            config = CONFIGS[family](vocab_size=len(metadata["ggml.tokens"]), num_hidden_layers=1)
+            tokenizer = tiny_tokenizers.FAMILIES[family](
+                pathlib.Path(folder, "own"), size=SIZE[family]
+            )
+            metadata = gguf_files.tokenizer_metadata(tokenizer, **FLAGS.get(family, {}))
+            if family in PRE:
+                metadata["ggml.pre"] = PRE[family]
+            config = CONFIGS[model](vocab_size=len(metadata["ggml.tokens"]), num_hidden_layers=1)
             random_file(pathlib.Path(folder, "model.gguf"), config, tokenizer=metadata)
             tokenizer = transformers.AutoTokenizer.from_pretrained(folder, gguf_file="model.gguf")
-        texts = [*HARD, *tiny_tokenizers.TEXT, *(f" {name} x{name}" for name in SPECIALS[form])]
+        texts = [*HARD, *tiny_tokenizers.TEXT, *(f" {name} x{name}" for name in SPECIALS[family])]
         expected = {
-            "family": family,
+            "family": model,
             "metadata": metadata,
             "texts": texts,
             "ids": tokenizer(texts)["input_ids"],
@@ -52,8 +54,8 @@ def main() -> None:
             "chat": CHAT,
             "chat_text": tokenizer.apply_chat_template(CHAT, tokenize=False),
         }
-        (GOLDEN / f"{form}.json").write_text(json.dumps(expected, ensure_ascii=False) + "\n")
-        print(form, (GOLDEN / f"{form}.json").stat().st_size, "bytes")
+        (GOLDEN / f"{family}.json").write_text(json.dumps(expected, ensure_ascii=False) + "\n")
+        print(family, (GOLDEN / f"{family}.json").stat().st_size, "bytes")
 
 
 if __name__ == "__main__":

@@ -45,9 +45,9 @@ def reading(folder: pathlib.Path) -> dict[str, Any]:
 
 def readings() -> dict[str, Any]:
     found = {}
-    with tempfile.TemporaryDirectory() as place:
+    with tempfile.TemporaryDirectory() as temporary:
         for number, (name, write) in enumerate(published_tokenizers.FOLDERS.items()):
-            folder = pathlib.Path(place, str(number))
+            folder = pathlib.Path(temporary, str(number))
             write(folder)
             found[name] = reading(folder)
     return found

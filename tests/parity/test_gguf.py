@@ -137,15 +137,15 @@ def test_quantised(kind, tmp_path):
     assert difference(converted(path)(tokens), theirs) <= TOLERANCE
 
 
-FORMS = {"llama3": "llama", "qwen": "qwen2", "gemma": "gemma2", "mistral": "llama"}
+MODEL_OF = {"llama3": "llama", "qwen": "qwen2", "gemma": "gemma2", "mistral": "llama"}
 PRE = {"llama3": "llama-bpe", "qwen": "qwen2"}
 FLAGS = ({}, {"add_bos_token": True}, {"add_bos_token": False}, {"add_eos_token": True})
 
 
-@pytest.fixture(scope="module", params=FORMS)
+@pytest.fixture(scope="module", params=MODEL_OF)
 def tokenizer(request, tmp_path_factory):
-    """(form, what a file says of its tokenizer)."""
-    folder = tiny_tokenizers.FORMS[request.param](
+    """(family, what a file says of its tokenizer)."""
+    folder = tiny_tokenizers.FAMILIES[request.param](
         tmp_path_factory.mktemp("tokenizer"), tiny_tokenizers.TEXT + real_text()[::7], 1500
     )
     found = gguf_files.tokenizer_metadata(folder)
@@ -154,9 +154,9 @@ def tokenizer(request, tmp_path_factory):
     return request.param, found
 
 
-def with_tokenizer(path, form, metadata):
+def with_tokenizer(path, family, metadata):
     """(our vocabulary, that of transformers) of a file with this tokenizer."""
-    config = CONFIGS[FORMS[form]](vocab_size=len(metadata["ggml.tokens"]), num_hidden_layers=1)
+    config = CONFIGS[MODEL_OF[family]](vocab_size=len(metadata["ggml.tokens"]), num_hidden_layers=1)
     random_file(path, config, tokenizer=metadata, stored_as=Kind.Q8_0)
     theirs = transformers.AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
     return converted(path).vocabulary, theirs
@@ -164,12 +164,12 @@ def with_tokenizer(path, form, metadata):
 
 @pytest.mark.parametrize("flags", FLAGS, ids=str)
 def test_tokenizers(tokenizer, flags, tmp_path):
-    form, metadata = tokenizer
+    family, metadata = tokenizer
     metadata = metadata | {f"ggml.{key}": value for key, value in flags.items()}
-    ours, theirs = with_tokenizer(tmp_path / "model.gguf", form, metadata)
+    ours, theirs = with_tokenizer(tmp_path / "model.gguf", family, metadata)
     assert (ours.bos_id, ours.eos_id) == (theirs.bos_token_id, theirs.eos_token_id)
     texts = [*HARD, *real_text()]
-    for special in SPECIALS[form]:
+    for special in SPECIALS[family]:
         texts += [special, f"a{special}b", f" {special} x {special}{special}\n", f"{special} tail"]
     for text in texts:
         ids = theirs(text, add_special_tokens=False)["input_ids"]
@@ -183,8 +183,8 @@ def test_tokenizers(tokenizer, flags, tmp_path):
 
 
 def test_chats(tokenizer, tmp_path):
-    form, metadata = tokenizer
-    ours, theirs = with_tokenizer(tmp_path / "model.gguf", form, metadata)
+    family, metadata = tokenizer
+    ours, theirs = with_tokenizer(tmp_path / "model.gguf", family, metadata)
     for chat in CHATS:
         messages = [{"role": role, "content": content} for role, content in chat]
         try:
@@ -201,9 +201,9 @@ def test_chats(tokenizer, tmp_path):
 @pytest.mark.parametrize("flags", FLAGS, ids=str)
 def test_exported_tokenizers_are_read_alike(tokenizer, flags, tmp_path):
     """With start and end tokens: what tokenizer.json and tokenizer_config.json say together."""
-    form, metadata = tokenizer
+    family, metadata = tokenizer
     metadata = metadata | {f"ggml.{key}": value for key, value in flags.items()}
-    ours, theirs = with_tokenizer(tmp_path / "model.gguf", form, metadata)
+    ours, theirs = with_tokenizer(tmp_path / "model.gguf", family, metadata)
     ours.save_published(tmp_path / "exported")
     copy = transformers.AutoTokenizer.from_pretrained(tmp_path / "exported")
     for text in HARD:

@@ -95,8 +95,8 @@ def test_converted_and_exported(name, saved, tmp_path):
     calm_jax.convert(folder, tmp_path / "model", verify=True)
     calm_jax.export(tmp_path / "model", tmp_path / "exported")
     was, now = (
-        transformers.AutoModelForCausalLM.from_pretrained(str(place))
-        for place in (folder, tmp_path / "exported")
+        transformers.AutoModelForCausalLM.from_pretrained(str(path))
+        for path in (folder, tmp_path / "exported")
     )
     assert was.state_dict().keys() == now.state_dict().keys()
     for one, other in zip(was.state_dict().values(), now.state_dict().values(), strict=True):

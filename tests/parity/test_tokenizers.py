@@ -51,14 +51,14 @@ HARD = [
 
 def real_text() -> list[str]:
     """A few lines each of some thirty languages."""
-    place = os.environ.get("CALM_TEST_DATA")
-    if place is None:
+    folder = os.environ.get("CALM_TEST_DATA")
+    if folder is None:
         return []
     lines = []
-    for path in sorted(pathlib.Path(place, "data/ntrex").glob("*.txt.gz")):
+    for path in sorted(pathlib.Path(folder, "data/ntrex").glob("*.txt.gz")):
         with gzip.open(path, "rt", encoding="utf-8") as file:
             lines += [next(file).rstrip("\n") for _ in range(20)]
-    for path in sorted(pathlib.Path(place, "data/mgsm").glob("*.tsv")):
+    for path in sorted(pathlib.Path(folder, "data/mgsm").glob("*.tsv")):
         with path.open(encoding="utf-8") as file:
             lines += [row[0] for row in list(csv.reader(file, delimiter="\t"))[:20]]
     return lines
@@ -72,15 +72,15 @@ def text():
 
 @pytest.fixture(scope="module", params=[(f, c) for f in CLASSES for c in CLASSES[f]], ids=str)
 def pair(request, tmp_path_factory):
-    """(form, our vocabulary, that of transformers) of one folder."""
-    form, name = request.param
-    folder = tiny_tokenizers.FORMS[form](
-        tmp_path_factory.mktemp(form), tiny_tokenizers.TEXT + real_text()[::7], 1500
+    """(family, our vocabulary, that of transformers) of one folder."""
+    family, name = request.param
+    folder = tiny_tokenizers.FAMILIES[family](
+        tmp_path_factory.mktemp(family), tiny_tokenizers.TEXT + real_text()[::7], 1500
     )
     path = folder / "tokenizer_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"tokenizer_class": name}))
     theirs = transformers.AutoTokenizer.from_pretrained(folder)
-    return form, vocabulary_of_folder(folder), theirs
+    return family, vocabulary_of_folder(folder), theirs
 
 
 def assert_equal(ours, theirs, texts):
@@ -101,9 +101,9 @@ def test_special_ids(pair):
 
 
 def test_hard_text(pair):
-    form, ours, theirs = pair
+    family, ours, theirs = pair
     texts = list(HARD)
-    for special in SPECIALS[form]:
+    for special in SPECIALS[family]:
         texts += [special, f"a{special}b", f" {special} x {special}{special}\n", f"{special} tail"]
     assert_equal(ours, theirs, texts)
 

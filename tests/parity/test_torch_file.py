@@ -63,9 +63,9 @@ def test_what_torch_saves(tmp_path, wrap, protocol):
         "bytes": torch.zeros(3).untyped_storage(),
     }
     content = made if wrap is None else {**step, wrap: made}
-    place = epath.Path(tmp_path / "modèle café.pt")
-    torch.save(content, place, pickle_protocol=protocol)
-    found = torch_file.read(place).tensors
+    path = epath.Path(tmp_path / "modèle café.pt")
+    torch.save(content, path, pickle_protocol=protocol)
+    found = torch_file.read(path).tensors
     assert list(found) == list(made)
     for name, tensor in made.items():
         expected = as_numpy(tensor)

@@ -22,16 +22,16 @@ def mesh():
 
 
 def members(shape, used):
-    """Groups along the axes `used` of a mesh, by walking over its places."""
+    """Groups along the axes `used` of a mesh, by walking over its devices."""
     groups = {}
-    for place in range(math.prod(shape)):
-        coordinates, rest = [], place
+    for device in range(math.prod(shape)):
+        coordinates, rest = [], device
         for size in reversed(shape):
             coordinates.append(rest % size)
             rest //= size
         coordinates.reverse()
         fixed = tuple(c for axis, c in enumerate(coordinates) if axis not in used)
-        groups.setdefault(fixed, []).append(place)
+        groups.setdefault(fixed, []).append(device)
     return sorted(groups.values())
 
 

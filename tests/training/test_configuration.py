@@ -19,7 +19,7 @@ SIZES = {
     "head_dim": 8,
     "mlp_dim": 32,
 }
-FORMS = {
+FAMILIES = {
     "palm": DecoderConfig.palm(**SIZES),
     "llama": DecoderConfig.llama(**SIZES, num_kv_heads=1, window=4, window_pattern=(True, False)),
     "gemma": DecoderConfig.gemma(
@@ -28,8 +28,8 @@ FORMS = {
 }
 
 
-def decoder_config(form="palm") -> ConfigDict:
-    config = decoder_run(FORMS[form])
+def decoder_config(family="palm") -> ConfigDict:
+    config = decoder_run(FAMILIES[family])
     config.data.train = ({"task": "some/task"},)
     return config
 
@@ -42,13 +42,13 @@ def composed_config(*compositions) -> ConfigDict:
     return config
 
 
-@pytest.mark.parametrize("form", FORMS)
-def test_a_decoders_form_survives_config_and_json(form):
-    config = decoder_config(form)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_decoders_config_survives_config_and_json(family):
+    config = decoder_config(family)
     configuration.validate(config)
     fields = json.loads(json.dumps(to_dict(config)))["decoder"]
     assert fields.pop("from") == ""
-    assert DecoderConfig.from_dict(fields) == FORMS[form]
+    assert DecoderConfig.from_dict(fields) == FAMILIES[family]
 
 
 @pytest.mark.parametrize(

@@ -30,7 +30,7 @@ def costs_of(model):
 
 
 def test_a_lone_decoder():
-    rows = costs_of(tiny_models.decoder(form="llama"))
+    rows = costs_of(tiny_models.decoder(family="llama"))
     D, N, K, H, F, L = 32, 8, 2, 4, 32, 4
     layer = D * N * H + 2 * D * K * H + N * H * D + 3 * D * F + 2 * D
     parameters = V * D + L * layer + D + D * V

@@ -36,7 +36,7 @@ def assert_same(found, expected):
 @pytest.mark.parametrize("chunk", [1, 4, 5, 11])
 @pytest.mark.parametrize("head", HEADS)
 def test_of_a_decoder_that_is_trained(head, chunk):
-    decoder = tiny_models.decoder(form="llama", **HEADS[head])
+    decoder = tiny_models.decoder(family="llama", **HEADS[head])
     structure, (x_BTD, targets_BT, weights_BT) = Structure(decoder), arrays()
 
     def loss(tree, x_BTD, chunk):

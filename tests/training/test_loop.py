@@ -32,7 +32,7 @@ VOCAB = 264  # of bytes, padded
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory):
+def shared(tmp_path_factory):
     """A folder with data, two frozen models, and the caches of every run."""
     folder = tmp_path_factory.mktemp("runs")
     random = np.random.default_rng(0)
@@ -56,10 +56,10 @@ def save_model(target, seed):
     frozen.save_frozen(frozen_model(seed), target, vocabulary=load_vocabulary("bytes"))
 
 
-def of_tests(config, place):
-    entry = {"jsonl": str(place / "data.jsonl")}
+def of_tests(config, shared):
+    entry = {"jsonl": str(shared / "data.jsonl")}
     config.data.train = config.data.validation = (entry,)
-    config.data.update(length=16, cache_dir=str(place / "cache"))
+    config.data.update(length=16, cache_dir=str(shared / "cache"))
     config.vocabulary = "bytes"
     config.train.update(
         num_steps=STEPS,
@@ -71,21 +71,21 @@ def of_tests(config, place):
         tensorboard=False,
     )
     config.optimizer.learning_rate = 1e-2
-    config.cache_compiled = str(place / "xla")
+    config.cache_compiled = str(shared / "xla")
     return config
 
 
-def composed_config(place):
+def composed_config(shared):
     config = configuration.composed_run(CompositionConfig(every=1))
-    config.anchor, config.augments = str(place / "anchor"), (str(place / "augment"),)
-    return of_tests(config, place)
+    config.anchor, config.augments = str(shared / "anchor"), (str(shared / "augment"),)
+    return of_tests(config, shared)
 
 
-def decoder_config(place, **fields):
-    form = DecoderConfig.palm(
+def decoder_config(shared, **fields):
+    decoder = DecoderConfig.palm(
         vocab_size=VOCAB, embed_dim=16, num_layers=2, num_heads=2, head_dim=4, mlp_dim=32, **fields
     )
-    return of_tests(configuration.decoder_run(form), place)
+    return of_tests(configuration.decoder_run(decoder), shared)
 
 
 def changed(config, **sections):
@@ -112,19 +112,19 @@ class Recorded:
 
 
 @pytest.fixture(scope="module")
-def composed_run(place):
-    return Recorded(composed_config(place), place / "composed")
+def composed_run(shared):
+    return Recorded(composed_config(shared), shared / "composed")
 
 
 @pytest.fixture(scope="module")
-def decoder_run(place):
-    return Recorded(decoder_config(place), place / "decoder")
+def decoder_run(shared):
+    return Recorded(decoder_config(shared), shared / "decoder")
 
 
 @pytest.fixture(scope="module")
-def killed_run(place):
+def killed_run(shared):
     """The composed run's config in another process that SIGKILL ends at step `KILLED_AT`."""
-    (place / "config.json").write_text(json.dumps(config_keys.to_dict(composed_config(place))))
+    (shared / "config.json").write_text(json.dumps(config_keys.to_dict(composed_config(shared))))
     program = f"""
 import json, os, signal, sys, time
 import tiny_models
@@ -145,7 +145,7 @@ loop.train(ConfigDict(json.load(open("config.json"))), "killed")
     root = Path(__file__).parents[2]
     ended = subprocess.run(
         [sys.executable, "-c", program],
-        cwd=place,
+        cwd=shared,
         env={
             **os.environ,
             "PYTHONPATH": f"{root}:{root / 'tests'}",
@@ -158,7 +158,7 @@ loop.train(ConfigDict(json.load(open("config.json"))), "killed")
         check=False,
     )
     assert ended.returncode == -signal.SIGKILL, ended.stderr
-    return place / "killed"
+    return shared / "killed"
 
 
 def records(run, split="train"):
@@ -178,8 +178,8 @@ def stored_arrays(folder):
     """Every array of one item of a checkpoint, read without knowing what should be there."""
     with ocp.PyTreeCheckpointer() as checkpointer:
         as_numpy = ocp.RestoreArgs(restore_type=np.ndarray)
-        form = checkpointer.metadata(folder).item_metadata.tree
-        tree = checkpointer.restore(folder, restore_args=jax.tree.map(lambda _: as_numpy, form))
+        saved = checkpointer.metadata(folder).item_metadata.tree
+        tree = checkpointer.restore(folder, restore_args=jax.tree.map(lambda _: as_numpy, saved))
     return {path_name(path): np.asarray(x) for path, x in jax.tree.leaves_with_path(tree)}
 
 
@@ -187,7 +187,7 @@ def bridge_bytes(run):
     return stored_bytes(load_composed(run, step=STEPS).bridge)
 
 
-def test_composed_run_learns_and_leaves_what_it_should(composed_run, place):
+def test_composed_run_learns_and_leaves_what_it_should(composed_run, shared):
     lines, scores = records(composed_run.path), records(composed_run.path, "validation")
     assert list(lines) == list(range(1, STEPS + 1))
     assert list(scores) == [6, 12]
@@ -197,7 +197,7 @@ def test_composed_run_learns_and_leaves_what_it_should(composed_run, place):
     half_cosine = [1e-2 * 0.5 * (1 + np.cos(np.pi * k / STEPS)) for k in range(STEPS)]
     np.testing.assert_allclose(rates, half_cosine, rtol=1e-4)
     assert json.loads((composed_run.path / "config.json").read_text()) == config_keys.to_dict(
-        composed_config(place)
+        composed_config(shared)
     )
     costs = json.loads((composed_run.path / "costs.json").read_text())
     assert costs["global_batch"] == 8
@@ -214,11 +214,11 @@ def test_composed_run_learns_and_leaves_what_it_should(composed_run, place):
     assert not (composed_run.path / "frozen").exists()
 
 
-def test_step_0_of_a_composed_run_is_the_anchor(composed_run, place):
+def test_step_0_of_a_composed_run_is_the_anchor(composed_run, shared):
     """The first loss of the run is that of the anchor alone on the first batch."""
     data, vocabulary = composed_run.config.data, load_vocabulary("bytes")
     batch = Stream(loop.open_source(data, "train", vocabulary), batch_size=8, seed=0)[0]
-    anchor = frozen.load(place / "anchor")
+    anchor = frozen.load(shared / "anchor")
     logits = np.asarray(anchor(Inputs.of_batch(batch)), np.float64)
     log_total = np.log(np.sum(np.exp(logits), axis=-1, keepdims=True))
     losses = -np.take_along_axis(logits - log_total, batch["decoder_target_tokens"][..., None], -1)
@@ -227,9 +227,9 @@ def test_step_0_of_a_composed_run_is_the_anchor(composed_run, place):
     assert records(composed_run.path)[1]["loss"] == pytest.approx(expected, rel=1e-5)
 
 
-def test_training_leaves_frozen_folders_as_they_were(composed_run, place):
+def test_training_leaves_frozen_folders_as_they_were(composed_run, shared):
     for seed, name in enumerate(("anchor", "augment")):
-        assert stored_bytes(frozen.load(place / name)) == stored_bytes(frozen_model(seed))
+        assert stored_bytes(frozen.load(shared / name)) == stored_bytes(frozen_model(seed))
 
 
 def validation_scores(decoder, config):
@@ -258,13 +258,13 @@ def test_validation_scores_every_row_once(decoder_run):
     assert scores == validation_scores(decoder, decoder_run.config)
 
 
-def test_the_anchor_is_scored_before_step_1(composed_run, place, tmp_path, capsys):
+def test_the_anchor_is_scored_before_step_1(composed_run, shared, tmp_path, capsys):
     """Also where the bridge starts at random, so that the pair of step 0 is not the anchor."""
     (at_zero,) = records(composed_run.path, "anchor").values()
     config = changed(composed_run.config, train={"num_steps": 1}, composition={"init": "paper"})
     (at_random,) = records(loop.train(config, tmp_path / "run"), "anchor").values()
     assert at_random == at_zero and at_zero["step"] == 0
-    anchor = frozen.load(place / "anchor")
+    anchor = frozen.load(shared / "anchor")
     scores = {key: at_zero[key] for key in ("loss", "accuracy", "tokens")}
     assert scores == validation_scores(anchor, config)
     line = next(x for x in capsys.readouterr().out.splitlines() if "before step 1" in x)
@@ -477,10 +477,10 @@ def test_disk_full_while_saving_leaves_the_checkpoint_before(composed_run, tmp_p
     assert bridge_bytes(tmp_path / "run") == bridge_bytes(composed_run.path)
 
 
-def test_data_or_a_frozen_model_that_changed_since_the_run_began(composed_run, place, tmp_path):
+def test_data_or_a_frozen_model_that_changed_since_the_run_began(composed_run, shared, tmp_path):
     run, augment, data = tmp_path / "run", tmp_path / "augment", tmp_path / "data.jsonl"
     shutil.copytree(composed_run.config.augments[0], augment)
-    shutil.copy(place / "data.jsonl", data)
+    shutil.copy(shared / "data.jsonl", data)
     config = changed(composed_run.config, train={"num_steps": 4})
     config.augments, config.data.train = (str(augment),), ({"jsonl": str(data)},)
     loop.train(config, run)
@@ -503,9 +503,9 @@ def test_data_or_a_frozen_model_that_changed_since_the_run_began(composed_run, p
     assert max(records(run)) == 4
 
 
-def test_a_decoder_goes_on_from_a_frozen_folder(decoder_run, place, tmp_path):
+def test_a_decoder_goes_on_from_a_frozen_folder(decoder_run, shared, tmp_path):
     source = frozen.load(decoder_run.path / "frozen")
-    config = of_tests(configuration.decoder_run(), place)
+    config = of_tests(configuration.decoder_run(), shared)
     config.decoder["from"] = str(decoder_run.path / "frozen")
     config.train.num_steps = 2
     run = loop.train(config, tmp_path / "run")
@@ -522,10 +522,10 @@ def test_a_decoder_goes_on_from_a_frozen_folder(decoder_run, place, tmp_path):
     assert len({source.fingerprint, first.fingerprint, second.fingerprint}) >= 2
 
 
-def test_a_low_rank_update_of_a_frozen_decoder(place, tmp_path):
+def test_a_low_rank_update_of_a_frozen_decoder(shared, tmp_path):
     """It alone is trained and saved; the frozen folder at the end has it in its weights."""
-    config = of_tests(configuration.decoder_run(), place)
-    config.decoder["from"] = str(place / "anchor")
+    config = of_tests(configuration.decoder_run(), shared)
+    config.decoder["from"] = str(shared / "anchor")
     config.lora.update(rank=2, alpha=4.0, targets=("query", "down"))
     run = loop.train(changed(config, train={"num_steps": 6}), tmp_path / "run")
     trained = stored_arrays(run / "checkpoints" / "6" / "trainable")
@@ -533,15 +533,17 @@ def test_a_low_rank_update_of_a_frozen_decoder(place, tmp_path):
     assert trained.keys() == {f"layers/{name}" for name in factors}
     with TrainingCheckpoints(run / "checkpoints", read_only=True) as checkpoints:
         assert [entry["role"] for entry in checkpoints.read_state(6)["frozen"]] == ["decoder"]
-    before, after = (stored_bytes(frozen.load(path)) for path in (place / "anchor", run / "frozen"))
+    before, after = (
+        stored_bytes(frozen.load(path)) for path in (shared / "anchor", run / "frozen")
+    )
     different = {path for path in before if before[path] != after[path]}
     assert different == {"layers/attention/query", "layers/mlp/down"}
     rows = json.loads((run / "costs.json").read_text())["trees"]
     assert [row["name"] for row in rows] == ["decoder", "decoder, trained", "optimizer"]
 
 
-def test_a_low_rank_update_beside_the_bridge(place, tmp_path):
-    config = composed_config(place)
+def test_a_low_rank_update_beside_the_bridge(shared, tmp_path):
+    config = composed_config(shared)
     config.lora.update(rank=2, targets=("up",))
     run = loop.train(changed(config, train={"num_steps": 6}), tmp_path / "run")
     trained = stored_arrays(run / "checkpoints" / "6" / "trainable")
@@ -554,9 +556,9 @@ def test_a_low_rank_update_beside_the_bridge(place, tmp_path):
     assert np.any(factor)
 
 
-def test_bad_input_ends_before_a_run_is_begun(place, tmp_path, monkeypatch):
+def test_bad_input_ends_before_a_run_is_begun(shared, tmp_path, monkeypatch):
     def refused(message, **sections):
-        config = changed(decoder_config(place), **sections)
+        config = changed(decoder_config(shared), **sections)
         with pytest.raises(CalmError, match=message):
             loop.train(config, tmp_path / "run")
         assert not (tmp_path / "run").exists()
@@ -579,16 +581,16 @@ def test_overwriting_keeps_the_old_run_where_the_new_one_is_refused(composed_run
     assert bridge_bytes(run) == bridge_bytes(composed_run.path)
 
 
-def test_vocabulary_larger_than_the_decoder(place, tmp_path):
-    config = decoder_config(place)
+def test_vocabulary_larger_than_the_decoder(shared, tmp_path):
+    config = decoder_config(shared)
     config.decoder.vocab_size = 100
     with pytest.raises(CalmError, match=r"vocab_size 100 is less than the 259 tokens"):
         loop.train(config, tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
-def test_an_anchor_without_a_vocabulary(place, tmp_path):
-    config = composed_config(place)
+def test_an_anchor_without_a_vocabulary(shared, tmp_path):
+    config = composed_config(shared)
     config.vocabulary = ""
     config.anchor = str(tmp_path / "anchor")
     frozen.save_frozen(frozen_model(0), tmp_path / "anchor")
@@ -599,8 +601,8 @@ def test_an_anchor_without_a_vocabulary(place, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_missing_frozen_folder(place, tmp_path):
-    config = composed_config(place)
+def test_missing_frozen_folder(shared, tmp_path):
+    config = composed_config(shared)
     config.anchor = str(tmp_path / "nowhere")
     with pytest.raises(CalmError, match=r"nowhere is not a frozen folder: it does not exist"):
         loop.train(config, tmp_path / "run")

@@ -21,16 +21,16 @@ STEPS = 8
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory):
-    place = tmp_path_factory.mktemp("data")
+    shared = tmp_path_factory.mktemp("data")
     rows = [{"inputs": "a" * size, "targets": "b" * size} for size in range(1, 7)]
-    (place / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    form = DecoderConfig.palm(
+    (shared / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    decoder = DecoderConfig.palm(
         vocab_size=264, embed_dim=16, num_layers=2, num_heads=2, head_dim=4, mlp_dim=32
     )
-    config = configuration.decoder_run(form)
-    config.data.train = config.data.validation = ({"jsonl": str(place / "data.jsonl")},)
-    config.data.update(length=16, cache_dir=str(place / "cache"))
-    config.vocabulary, config.cache_compiled = "bytes", str(place / "xla")
+    config = configuration.decoder_run(decoder)
+    config.data.train = config.data.validation = ({"jsonl": str(shared / "data.jsonl")},)
+    config.data.update(length=16, cache_dir=str(shared / "cache"))
+    config.vocabulary, config.cache_compiled = "bytes", str(shared / "xla")
     config.train.update(num_steps=STEPS, batch_size=8, log_every=1, tensorboard=False)
     return config
 

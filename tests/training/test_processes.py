@@ -67,7 +67,7 @@ sys.exit(main(sys.argv[1:]))
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory):
+def shared(tmp_path_factory):
     """A folder with data, two frozen models, the caches of every run, and configs."""
     folder = tmp_path_factory.mktemp("runs")
     random = np.random.default_rng(0)
@@ -82,12 +82,12 @@ def place(tmp_path_factory):
         frozen.save_frozen(decoder, folder / name, vocabulary=load_vocabulary("bytes"))
     composed = configuration.composed_run(CompositionConfig(every=1))
     composed.anchor, composed.augments = str(folder / "anchor"), (str(folder / "augment"),)
-    form = DecoderConfig.palm(
+    decoder = DecoderConfig.palm(
         vocab_size=VOCAB, embed_dim=16, num_layers=2, num_heads=2, head_dim=4, mlp_dim=32
     )
     for name, config in {
         "composed": composed,
-        "decoder": configuration.decoder_run(form),
+        "decoder": configuration.decoder_run(decoder),
     }.items():
         config.data.train = config.data.validation = ({"jsonl": str(folder / "data.jsonl")},)
         config.data.update(length=16, cache_dir=str(folder / "cache"))
@@ -104,14 +104,14 @@ def place(tmp_path_factory):
     return folder
 
 
-def config_of(place, name):
-    return ConfigDict(json.loads((place / f"{name}.json").read_text()))
+def config_of(shared, name):
+    return ConfigDict(json.loads((shared / f"{name}.json").read_text()))
 
 
 @pytest.fixture(scope="module")
-def alone(place):
+def alone(shared):
     """The composed run in this one process, with 8 devices."""
-    return loop.train(config_of(place, "composed"), place / "alone")
+    return loop.train(config_of(shared, "composed"), shared / "alone")
 
 
 def free_address():
@@ -153,7 +153,7 @@ class Run:
 
     def __init__(
         self,
-        place,
+        shared,
         workdir,
         count,
         devices,
@@ -174,7 +174,7 @@ class Run:
             command = [
                 *(program_of_last if last else ("-m", "calm_jax")),
                 "train",
-                f"--config={place / name}.py",
+                f"--config={shared / name}.py",
                 f"--workdir={workdir}",
                 *(place_flags if count > 1 else ()),
                 *arguments,
@@ -233,8 +233,8 @@ def last_line(output):
     return output.strip().splitlines()[-1]
 
 
-def test_sigterm_to_one_of_two_then_four_go_on_as_one_process_would(place, alone, tmp_path):
-    run = Run(place, tmp_path / "run", 2, 2, "--config.mesh.fsdp=2")
+def test_sigterm_to_one_of_two_then_four_go_on_as_one_process_would(shared, alone, tmp_path):
+    run = Run(shared, tmp_path / "run", 2, 2, "--config.mesh.fsdp=2")
     run.await_step(3)
     run.processes[1].send_signal(signal.SIGTERM)
     statuses, outputs = run.end()
@@ -245,7 +245,7 @@ def test_sigterm_to_one_of_two_then_four_go_on_as_one_process_would(place, alone
     for output in outputs:
         assert f"stopped after step {stopped}, which is saved" in last_line(output)
 
-    outputs = Run(place, tmp_path / "run", 4, 1, "--config.mesh.tensor=2").finish()
+    outputs = Run(shared, tmp_path / "run", 4, 1, "--config.mesh.tensor=2").finish()
     assert f"continues after step {stopped}" in outputs[0]
     # Only the first process speaks.
     assert all("step" not in output for output in outputs[1:])
@@ -256,8 +256,8 @@ def test_sigterm_to_one_of_two_then_four_go_on_as_one_process_would(place, alone
         np.testing.assert_allclose(found, expected, atol=1e-4)
 
 
-def test_killed_process_ends_the_other_and_a_restart_goes_on(place, alone, tmp_path):
-    run = Run(place, tmp_path / "run", 2, 2, "--config.train.num_steps=100000")
+def test_killed_process_ends_the_other_and_a_restart_goes_on(shared, alone, tmp_path):
+    run = Run(shared, tmp_path / "run", 2, 2, "--config.train.num_steps=100000")
     run.await_checkpoint(10)
     run.processes[1].kill()
     killed = time.monotonic()
@@ -269,7 +269,7 @@ def test_killed_process_ends_the_other_and_a_restart_goes_on(place, alone, tmp_p
     latest = saved_steps(run.workdir)[-1]
     assert latest >= 10
     assert latest % 10 == 0
-    config = config_of(place, "composed")
+    config = config_of(shared, "composed")
     config.train.num_steps = latest + 5
     loop.train(config, run.workdir)
     assert max(losses(run.workdir)) == latest + 5
@@ -278,10 +278,10 @@ def test_killed_process_ends_the_other_and_a_restart_goes_on(place, alone, tmp_p
 @pytest.mark.parametrize(
     "fault", ["in a background write", pytest.param("in the call", marks=pytest.mark.slow)]
 )
-def test_a_process_that_cannot_save_ends_the_other_and_a_restart_goes_on(place, tmp_path, fault):
+def test_a_process_that_cannot_save_ends_the_other_and_a_restart_goes_on(shared, tmp_path, fault):
     program = ("-c", FAILS_TO_SAVE) if fault == "in the call" else ("-m", "calm_jax")
     run = Run(
-        place, tmp_path / "run", 2, 2, "--config.train.num_steps=100000", program_of_last=program
+        shared, tmp_path / "run", 2, 2, "--config.train.num_steps=100000", program_of_last=program
     )
     if fault == "in a background write":
         run.await_checkpoint(10)
@@ -298,13 +298,13 @@ def test_a_process_that_cannot_save_ends_the_other_and_a_restart_goes_on(place, 
     assert last_line(outputs[1]).startswith(f"error: {told}")
     assert last_line(outputs[1]).endswith(f"(the last complete checkpoint is step {latest})")
     assert last_line(outputs[0]) == "process 1 ended: " + last_line(outputs[1])[len("error: ") :]
-    Run(place, run.workdir, 2, 2, f"--config.train.num_steps={latest + 5}").finish()
+    Run(shared, run.workdir, 2, 2, f"--config.train.num_steps={latest + 5}").finish()
     assert saved_steps(run.workdir)[-1] == latest + 5
 
 
 @pytest.mark.slow
-def test_lost_coordinator_ends_the_others_and_fewer_go_on(place, alone, tmp_path):
-    run = Run(place, tmp_path / "run", 4, 1, "--config.train.num_steps=100000")
+def test_lost_coordinator_ends_the_others_and_fewer_go_on(shared, alone, tmp_path):
+    run = Run(shared, tmp_path / "run", 4, 1, "--config.train.num_steps=100000")
     run.await_checkpoint(10)
     run.processes[0].kill()
     killed = time.monotonic()
@@ -315,16 +315,16 @@ def test_lost_coordinator_ends_the_others_and_fewer_go_on(place, alone, tmp_path
         assert last_line(outputs[index]).startswith(f"error: process {index} of 4 lost process 0")
     latest = saved_steps(run.workdir)[-1]
     more = f"--config.train.num_steps={latest + 5}"
-    Run(place, tmp_path / "run", 2, 2, more).finish()
+    Run(shared, tmp_path / "run", 2, 2, more).finish()
     assert max(losses(run.workdir)) == latest + 5
 
 
 @pytest.mark.slow
-def test_a_decoder_split_over_processes_ends_as_one_frozen_folder(place, tmp_path):
+def test_a_decoder_split_over_processes_ends_as_one_frozen_folder(shared, tmp_path):
     minutes = "--config.train.save_minutes=0.001"
-    run = Run(place, tmp_path / "run", 4, 2, "--config.mesh.fsdp=4", minutes, name="decoder")
+    run = Run(shared, tmp_path / "run", 4, 2, "--config.mesh.fsdp=4", minutes, name="decoder")
     outputs = run.finish()
-    config = config_of(place, "decoder")
+    config = config_of(shared, "decoder")
     one = loop.train(config, tmp_path / "one")
     assert_same_losses(run.workdir, one)
     found, expected = (stored_bytes(frozen.load(path / "frozen")) for path in (run.workdir, one))
@@ -370,8 +370,8 @@ def mesh_of(owners):
     )
 
 
-def test_processes_that_differ_are_refused(place, tmp_path):
-    run = Run(place, tmp_path / "run", 2, 1, of_last=["--config.optimizer.learning_rate=0.5"])
+def test_processes_that_differ_are_refused(shared, tmp_path):
+    run = Run(shared, tmp_path / "run", 2, 1, of_last=["--config.optimizer.learning_rate=0.5"])
     statuses, outputs = run.end()
     assert statuses == [2, 2]
     fact = "config.optimizer.learning_rate is 0.5, in process 0 0.001"
@@ -381,9 +381,9 @@ def test_processes_that_differ_are_refused(place, tmp_path):
     assert not run.workdir.exists()
 
 
-def test_coordinator_that_is_not_there(place, tmp_path):
+def test_coordinator_that_is_not_there(shared, tmp_path):
     flags = ["--coordinator=localhost:1", "--process_count=2", "--process_index=1"]
-    run = Run(place, tmp_path / "run", 1, 1, *flags, "--coordinator_seconds=2")
+    run = Run(shared, tmp_path / "run", 1, 1, *flags, "--coordinator_seconds=2")
     statuses, outputs = run.end()
     assert statuses == [2]
     assert outputs == [
@@ -402,11 +402,11 @@ def test_processes_that_finish_leave_no_thread_and_end_well():
     assert [last_line(output) for output in outputs] == ["0"] * 6
 
 
-def test_sigterm_while_connecting(place, tmp_path):
+def test_sigterm_while_connecting(shared, tmp_path):
     with socket.create_server(("localhost", 0)) as coordinator:  # which never answers
         flags = ["--process_count=2", "--process_index=1"]
         address = f"localhost:{coordinator.getsockname()[1]}"
-        run = Run(place, tmp_path / "run", 1, 1, f"--coordinator={address}", *flags)
+        run = Run(shared, tmp_path / "run", 1, 1, f"--coordinator={address}", *flags)
         coordinator.settimeout(60)
         with coordinator.accept()[0]:
             run.processes[0].send_signal(signal.SIGTERM)

@@ -15,10 +15,10 @@ def open_run(workdir, config, *, overwrite=False):
 
 
 def config(**train):
-    form = DecoderConfig.palm(
+    decoder = DecoderConfig.palm(
         vocab_size=64, embed_dim=16, num_layers=2, num_heads=2, head_dim=8, mlp_dim=32
     )
-    result = configuration.decoder_run(form)
+    result = configuration.decoder_run(decoder)
     result.train.update(train)
     return result
 
@@ -128,9 +128,9 @@ def test_damaged_config(tmp_path):
 @pytest.mark.parametrize("inside", [(), ("deeper",)])
 def test_a_file_in_the_way(tmp_path, inside):
     (tmp_path / "file").write_text("")
-    place = tmp_path.joinpath("file", *inside)
+    workdir = tmp_path.joinpath("file", *inside)
     with pytest.raises(CalmError, match=r"cannot (read|write) .*file"):
-        open_run(place, config())
+        open_run(workdir, config())
 
 
 def test_a_place_that_cannot_be_written_is_found_before_anything_is_loaded(tmp_path):

@@ -21,11 +21,11 @@ from calm_jax.training import configuration, loop
 
 VOCAB = 264  # of bytes, padded
 STEPS, STOPPED_AT = 5, 3
-FORMS = {
-    "anchor": {"form": "llama", "num_layers": 3},
-    "first": {"form": "palm", "embed_dim": 16, "num_layers": 3, "num_heads": 4,
+MODELS = {
+    "anchor": {"family": "llama", "num_layers": 3},
+    "first": {"family": "palm", "embed_dim": 16, "num_layers": 3, "num_heads": 4,
               "dtype": "bfloat16"},
-    "second": {"form": "gemma", "embed_dim": 24, "num_layers": 2, "num_heads": 2,
+    "second": {"family": "gemma", "embed_dim": 24, "num_layers": 2, "num_heads": 2,
                "num_kv_heads": 2, "head_dim": 8},
 }  # fmt: skip
 # Both end in the anchor's layer 1.
@@ -37,7 +37,7 @@ PROMPTS = ["abc>", "d>", "dcba"]
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory):
+def shared(tmp_path_factory):
     """A folder with data and the three frozen models."""
     folder = tmp_path_factory.mktemp("several")
     random = np.random.default_rng(0)
@@ -45,24 +45,24 @@ def place(tmp_path_factory):
         for _ in range(40):
             text = "".join(random.choice(list("abcd"), size=random.integers(1, 6)))
             file.write(json.dumps({"inputs": text + ">", "targets": text[::-1]}) + "\n")
-    for seed, (name, fields) in enumerate(FORMS.items()):
+    for seed, (name, fields) in enumerate(MODELS.items()):
         decoder = tiny_models.decoder(seed, vocab_size=VOCAB, **fields)
         frozen.save_frozen(decoder, folder / name, vocabulary=load_vocabulary("bytes"))
     return folder
 
 
-def run_config(place, **mesh):
+def run_config(shared, **mesh):
     config = configuration.composed_run(*COMPOSITIONS)
-    config.anchor = str(place / "anchor")
-    config.augments = (str(place / "first"), str(place / "second"))
-    config.data.train = ({"jsonl": str(place / "data.jsonl")},)
-    config.data.update(length=16, cache_dir=str(place / "cache"))
+    config.anchor = str(shared / "anchor")
+    config.augments = (str(shared / "first"), str(shared / "second"))
+    config.data.train = ({"jsonl": str(shared / "data.jsonl")},)
+    config.data.update(length=16, cache_dir=str(shared / "cache"))
     config.optimizer.update(learning_rate=1e-2, schedule="constant")
     config.train.update(
         num_steps=STEPS, batch_size=8, log_every=1, save_every=STOPPED_AT, tensorboard=False
     )  # fmt: skip
     config.mesh.update(mesh)
-    config.cache_compiled = str(place / "xla")
+    config.cache_compiled = str(shared / "xla")
     return config
 
 
@@ -85,9 +85,9 @@ def trained(config, workdir) -> Session:
 
 
 @pytest.fixture(scope="module")
-def whole(place):
+def whole(shared):
     """A run that never stopped."""
-    return trained(run_config(place), place / "whole")
+    return trained(run_config(shared), shared / "whole")
 
 
 @pytest.fixture
@@ -103,7 +103,7 @@ def losses(run):
     return {line["step"]: line["loss"] for line in lines if line["split"] == "train"}
 
 
-def test_every_leaf_of_the_bridge_moves_and_no_frozen_one(whole, place):
+def test_every_leaf_of_the_bridge_moves_and_no_frozen_one(whole, shared):
     trainable, frozen_before = whole.before
     after = stored_bytes(whole.model.trainable)
     assert after.keys() == trainable.keys()
@@ -114,9 +114,9 @@ def test_every_leaf_of_the_bridge_moves_and_no_frozen_one(whole, place):
     ]
     assert dtypes == [{"bfloat16"}, {"float32"}]
     assert {x.dtype.name for x in jax.tree.leaves(whole.model.trainable)} == {"float32"}
-    for seed, (name, fields) in enumerate(FORMS.items()):
+    for seed, (name, fields) in enumerate(MODELS.items()):
         as_made = tiny_models.decoder(seed, vocab_size=VOCAB, **fields)
-        stored = frozen.load(place / name)
+        stored = frozen.load(shared / name)
         assert stored.fingerprint == frozen.model_fingerprint(as_made)
 
 
@@ -130,15 +130,15 @@ def test_metrics_and_costs_name_every_connection_and_model(whole):
     ]  # fmt: skip
 
 
-def test_goes_on_exactly_where_it_stopped(whole, stopped, place):
-    resumed = trained(run_config(place), stopped)
+def test_goes_on_exactly_where_it_stopped(whole, stopped, shared):
+    resumed = trained(run_config(shared), stopped)
     assert resumed.first_step == STOPPED_AT
     assert losses(stopped) == losses(whole.run)
     assert stored_bytes(resumed.model.trainable) == stored_bytes(whole.model.trainable)
 
 
-def test_goes_on_on_another_mesh(whole, stopped, place):
-    resumed = trained(run_config(place, data=2, fsdp=4), stopped)
+def test_goes_on_on_another_mesh(whole, stopped, shared):
+    resumed = trained(run_config(shared, data=2, fsdp=4), stopped)
     assert resumed.first_step == STOPPED_AT
     assert losses(stopped) == pytest.approx(losses(whole.run), rel=1e-4)
 
@@ -154,10 +154,10 @@ def test_the_restored_model_is_the_one_in_memory(whole):
     np.testing.assert_array_equal(answers, generate(in_memory, PROMPTS, max_new_tokens=6))
 
 
-def test_an_exported_bridge_takes_its_augments_in_their_order(whole, place, tmp_path):
+def test_an_exported_bridge_takes_its_augments_in_their_order(whole, shared, tmp_path):
     export_bridge(whole.run, tmp_path / "bridge", step=STEPS)
-    given = [frozen.load(place / name) for name in ("first", "second")]
-    loaded = load_composed(tmp_path / "bridge", anchor=place / "anchor", augments=given)
+    given = [frozen.load(shared / name) for name in ("first", "second")]
+    loaded = load_composed(tmp_path / "bridge", anchor=shared / "anchor", augments=given)
     assert stored_bytes(loaded.bridge) == stored_bytes(whole.model.trainable)
     with pytest.raises(CalmError) as caught:
         load_composed(tmp_path / "bridge", augments=given[::-1])

@@ -133,7 +133,7 @@ def test_five_steps_trace_once_and_move_every_leaf_of_the_bridge_alone(name, mon
 
 
 def test_lone_decoder_trains_whole():
-    model = tiny_models.decoder(form="llama")
+    model = tiny_models.decoder(family="llama")
     trainer = Trainer(model)
     assert trainer.frozen == {}
     before = stored_bytes(trainer.trainable)

@@ -19,7 +19,7 @@ from calm_jax.checkpoints.convert.registry import find_family
 from calm_jax.checkpoints.convert.table import check_names, check_shapes, check_unused, sizes
 from calm_jax.checkpoints.convert.verification import verify_model
 from calm_jax.checkpoints.files import ADAPTER_CONFIG, absolute, refuse_lfs_pointer, whole_folder
-from calm_jax.checkpoints.frozen import STORED_DTYPES, Block, write_model
+from calm_jax.checkpoints.frozen import STORED_DTYPES, Weight, write_model
 from calm_jax.checkpoints.sources.opening import open_source
 from calm_jax.checkpoints.sources.source import Source
 from calm_jax.data.vocabularies import token_maps, vocabulary_of_folder
@@ -88,7 +88,7 @@ def convert(
         for name in family_options:
             if name not in family.options:
                 known = ", ".join(family.options) or "none"
-                raise CalmError(f"{name} is no option of {family.name}; known are {known}")
+                raise CalmError(f"{name} is not an option of {family.name}; known are {known}")
         reading = family.read(opened, **family_options)
         if adapter is not None:
             reading = merge_adapter(reading, family, adapter)
@@ -119,12 +119,12 @@ def convert(
             "adapter": None if adapter is None else str(absolute(adapter)),
         }
         origin["other_dtypes"] = {k: v for k, v in dtypes.items() if v != origin["dtype"]}
-        blocks = _blocks(reading, opened)
+        weights = _weights(reading, opened)
         check = functools.partial(verify_model, source=opened, adapter=adapter) if verify else None
-        write_model(folder, config, blocks, vocabulary=vocabulary, origin=origin, check=check)
+        write_model(folder, config, weights, vocabulary=vocabulary, origin=origin, check=check)
 
 
-def _blocks(reading: Reading, source: Source) -> Iterator[Block]:
+def _weights(reading: Reading, source: Source) -> Iterator[Weight]:
     """Every tensor of the source once, split into our arrays."""
     config = reading.config
     names = [(line, n) for line in reading.rules for n in line.names(config.num_layers)]
@@ -140,7 +140,7 @@ def _blocks(reading: Reading, source: Source) -> Iterator[Block]:
                     value = np.float32(line.absent)
                     tensor = np.broadcast_to(value, line.source_shape(axes))
                 for target, array in line.split(tensor, axes):
-                    yield Block(target, layer if line.per_layer else None, array, name)
+                    yield Weight(target, layer if line.per_layer else None, array, name)
                 del tensor
 
 
@@ -156,7 +156,9 @@ def _source_dtypes(reading: Reading, where: str) -> dict[str, str]:
             if name in reading.tensors:
                 dtypes[name] = np.dtype(reading.tensors[name].dtype).name
                 if dtypes[name] not in EXACT:
-                    raise CalmError(f"{where}: tensor {name} is {dtypes[name]}, which is no weight")
+                    raise CalmError(
+                        f"{where}: tensor {name} is {dtypes[name]}; weights must be floats"
+                    )
     return dtypes
 
 

@@ -35,8 +35,8 @@ def export(source: epath.PathLike, target: epath.PathLike, *, to: str = "hugging
         to: "huggingface".
 
     Raises:
-        CalmError: `source` is no frozen folder or damaged; no family of transformers computes what
-            it does; `target` exists or cannot be written.
+        CalmError: `source` is not a frozen folder or is damaged; no family of transformers computes
+            what it does; `target` exists or cannot be written.
     """
     if to not in FORMATS:
         raise CalmError(f"--to={to} is unknown; known are {', '.join(FORMATS)}")
@@ -55,7 +55,7 @@ def export(source: epath.PathLike, target: epath.PathLike, *, to: str = "hugging
                 with (folder / _file_name(number, len(shards))).open("wb") as file:
                     for part, data in enumerate(_safetensors(tensors, names)):
                         file.write(data)
-                        bar.update(len(data) if part else 0)  # the header is no tensor
+                        bar.update(len(data) if part else 0)  # not the header
         if len(shards) > 1:
             shard_of = {
                 name: _file_name(number, len(shards))

@@ -264,7 +264,9 @@ def _llama3_scaling(
         scaled_R = rope_frequencies(head_dim, base, scaling)
         if np.allclose(frequencies_R / scaled_R, factors_R, rtol=1e-4):
             return scaling
-    raise CalmError(f"{where}: tensor {_ROPE_FACTORS} is no scaling of Llama 3.1; no other is read")
+    raise CalmError(
+        f"{where}: tensor {_ROPE_FACTORS} is not a scaling of Llama 3.1, the only supported one"
+    )
 
 
 def _published_tensors(

@@ -248,7 +248,9 @@ def _token_id(
     key = f"tokenizer.ggml.{name}_token_id"
     index = metadata.get(key)
     if index is not None and (type(index) is not int or not 0 <= index < len(tokens)):
-        raise CalmError(f"{where}: {key} is {index!r}, which is no id of {len(tokens)} tokens")
+        raise CalmError(
+            f"{where}: {key} is {index!r}, not the id of one of its {len(tokens)} tokens"
+        )
     return index
 
 
@@ -269,7 +271,7 @@ def _list(
     if values is None:
         raise CalmError(f"{where}: {key} is missing")
     if not isinstance(values, list) or not all(type(value) is kind for value in values):
-        raise CalmError(f"{where}: {key} is no list of {kind.__name__}")
+        raise CalmError(f"{where}: {key} is not a list of {kind.__name__}")
     if length is not None and len(values) != length:
         raise CalmError(f"{where}: {key} has {len(values)} entries for {length} tokens")
     return values

@@ -68,7 +68,7 @@ def quotient(values: Mapping[str, Any], key: str, divisor: str, where: str) -> i
     """One whole number of the file divided by another, which must leave nothing."""
     whole, parts = whole_number(values, key, where), whole_number(values, divisor, where)
     if whole % parts:
-        raise CalmError(f"{where}: {key} {whole} is no multiple of {divisor} {parts}")
+        raise CalmError(f"{where}: {key} {whole} is not a multiple of {divisor} {parts}")
     return whole // parts
 
 

@@ -74,7 +74,7 @@ def read(path: epath.Path) -> Source:
                 raise ValueError(f"tensor {entry.name} is there twice")
             tensors[entry.name] = entry.stored(content, str(path))
     except (ValueError, OSError) as error:
-        raise CalmError(f"{path} is no whole GGUF file: {first_line(error)}") from error
+        raise CalmError(f"{path} is not a complete GGUF file: {first_line(error)}") from error
     return Source(path, "gguf", tensors, metadata)
 
 
@@ -133,8 +133,8 @@ class _Entry:
         block_values, block_bytes = GGML_QUANT_SIZES[self.stored_as]
         if self.shape[-1] % block_values:
             raise ValueError(
-                f"tensor {self.name} has rows of {self.shape[-1]} values, which are no blocks of "
-                f"{block_values}, as {self.stored_as.name} has them"
+                f"tensor {self.name} has rows of {self.shape[-1]} values, not a multiple of the "
+                f"{block_values} in a block of {self.stored_as.name}"
             )
         stop = self.offset + math.prod(self.shape) // block_values * block_bytes
         if stop > content.size:

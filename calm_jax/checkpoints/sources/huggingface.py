@@ -139,18 +139,20 @@ def open_file(file: epath.Path) -> dict[str, StoredTensor]:
             for name, part in header.items()
         }
     except (SafetensorError, OSError, RecursionError, TypeError, ValueError) as error:
-        raise CalmError(f"{file} is no whole safetensors file: {first_line(error)}") from error
+        raise CalmError(
+            f"{file} is not a complete safetensors file: {first_line(error)}"
+        ) from error
 
 
 def _indexed(folder: epath.Path) -> dict[str, StoredTensor]:
     index = folder / INDEX
     file_of = read_field(read_json(index, "a Hugging Face checkpoint"), "weight_map", index)
     if not isinstance(file_of, Mapping) or not file_of:
-        raise CalmError(f"{index}: weight_map is no object of tensors and their files")
+        raise CalmError(f"{index}: weight_map does not map tensors to files")
     for name, file in file_of.items():
         if not isinstance(file, str) or not re.fullmatch(r"[^/\\]+\.safetensors", file):
             raise CalmError(
-                f"{index}: tensor {name} is in {file!r}, which is no file of the folder"
+                f"{index}: tensor {name} is in {file!r}, which is not a file of the folder"
             )
         if not (folder / file).exists():
             raise CalmError(f"{index}: tensor {name} is in {file}, which is missing")
@@ -181,5 +183,7 @@ def _read_config(folder: epath.Path) -> Mapping[str, Any]:
         raise CalmError(f"{folder} is {kind}, not a checkpoint of another program")
     architectures = values.get("architectures") or []
     if not isinstance(architectures, list) or not all(isinstance(a, str) for a in architectures):
-        raise CalmError(f"{folder / CONFIG}: architectures is {architectures!r}, no list of names")
+        raise CalmError(
+            f"{folder / CONFIG}: architectures is {architectures!r}, not a list of names"
+        )
     return values

@@ -41,7 +41,7 @@ def _reader(path: epath.Path):
         if path.suffix in suffix_readers:
             return _load(suffix_readers[path.suffix]).read
         raise CalmError(
-            f"{path} is no known kind of checkpoint; files are .gguf, .npz, .pt, .pth, .bin, "
+            f"{path} is not a known kind of checkpoint; files are .gguf, .npz, .pt, .pth, .bin, "
             ".safetensors"
         )
     if (path / "chunks.json").exists():
@@ -63,7 +63,7 @@ def _reader(path: epath.Path):
     if files:
         raise CalmError(f"{path} is a folder; name one of its files: {files}")
     raise CalmError(
-        f"{path} is no known kind of checkpoint: it has neither config.json, nor .safetensors "
+        f"{path} is not a known kind of checkpoint: it has neither config.json, nor .safetensors "
         "files, nor the marks of T5X (a file named checkpoint) or Orbax (_METADATA)"
     )
 

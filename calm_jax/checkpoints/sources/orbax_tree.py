@@ -38,7 +38,7 @@ def tree_folder(folder: epath.Path) -> epath.Path:
     """The folder of the only tree. Raises `CalmError` when there is none or more than one."""
     trees = _trees(folder)
     if not trees:
-        raise CalmError(f"{folder} is no tree of Orbax: _METADATA is missing")
+        raise CalmError(f"{folder} is not a tree of Orbax: _METADATA is missing")
     if len(trees) > 1:
         listed = ", ".join(str(tree.relative_to(folder)) for tree in trees)
         raise CalmError(f"{folder} holds several trees; name one of them: {listed}")
@@ -71,9 +71,9 @@ def array_names(folder: epath.Path) -> dict[str, str]:
             if _is_array(entry["value_metadata"]):
                 found["/".join(keys)] = stored = ".".join(keys)
                 if not all(map(_is_plain, stored.split("/"))):
-                    raise CalmError(f"{path}: an array is called {keys}, which is no name of one")
+                    raise CalmError(f"{path}: an array is called {keys}, which is not a valid name")
     except (AttributeError, KeyError, TypeError):
-        raise CalmError(f"{path} is damaged: tree_metadata is no list of arrays") from None
+        raise CalmError(f"{path} is damaged: tree_metadata does not list arrays") from None
     return found
 
 

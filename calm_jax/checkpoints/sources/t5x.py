@@ -63,7 +63,7 @@ def _is_checkpoint(folder: epath.Path) -> bool:
 def _only_step(folder: epath.Path) -> epath.Path:
     steps = _steps(folder)
     if not steps:
-        raise CalmError(f"{folder} is no checkpoint of T5X: it has no file named checkpoint")
+        raise CalmError(f"{folder} is not a checkpoint of T5X: it has no file named checkpoint")
     if len(steps) > 1:
         listed = ", ".join(step.name for step in steps)
         raise CalmError(f"{folder} holds several checkpoints; name one of them: {listed}")
@@ -144,7 +144,7 @@ def _parse(path: epath.Path) -> tuple[int | None, dict[str, Any]]:
         contents = serialization.msgpack_restore(data)
     except Exception as error:  # msgpack, numpy and Flax each raise their own
         raise CalmError(
-            f"{path} is damaged: it is no whole msgpack file ({first_line(error)})"
+            f"{path} is damaged: it is not a complete msgpack file ({first_line(error)})"
         ) from None
     leaves = dict(_leaves(contents, str(path)))
     placeholders = any(isinstance(x, str) and x.startswith(_PLACEHOLDER) for x in leaves.values())

@@ -82,7 +82,7 @@ def read(path: epath.Path) -> Source:
         raise
     except Exception as error:  # damaged pickles raise almost anything
         raise CalmError(
-            f"{path} is no whole zip file of torch.save: {first_line(error)}"
+            f"{path} is not a complete zip file of torch.save: {first_line(error)}"
         ) from error
 
 
@@ -196,7 +196,7 @@ class _Unpickler(pickle._Unpickler):  # in C its memo could be made to fill the 
     def persistent_load(self, pid: Any) -> _Storage:
         kind, storage_class, key, _, size = pid
         if kind != "storage":
-            raise CalmError(f"its pickle refers to {reprlib.repr(kind)}, no storage")
+            raise CalmError(f"its pickle refers to {reprlib.repr(kind)}, not to a storage")
         return _Storage(storage_class, key, size)
 
 
@@ -249,7 +249,7 @@ def _state_dict(content: Any) -> dict[str, _View]:
         raise CalmError(f"no tensors are in it, only {reprlib.repr(list(content))}")
     for name in tensors:
         if not isinstance(name, str):
-            raise CalmError(f"a tensor is called {reprlib.repr(name)}, which is no name")
+            raise CalmError(f"a tensor is called {reprlib.repr(name)}, which is not a name")
     for prefix in (*_PREFIXES, *_PREFIXES[:1]):
         if all(name.startswith(prefix) for name in tensors):
             tensors = {name.removeprefix(prefix): x for name, x in tensors.items()}

@@ -149,7 +149,7 @@ def test_exported_in_several_files(source, tmp_path, monkeypatch):
 def test_a_model_trained_here_is_exported_as_the_family_that_computes_it(tmp_path):
     import tiny_models
 
-    decoder = tiny_models.decoder(form="llama", qk_norm="rms", vocab_size=300)
+    decoder = tiny_models.decoder(family="llama", qk_norm="rms", vocab_size=300)
     vocabulary = load_vocabulary("bytes")
     calm_jax.save_frozen(decoder, tmp_path / "model", vocabulary=vocabulary)
     calm_jax.export(tmp_path / "model", tmp_path / "exported")
@@ -164,7 +164,7 @@ def test_a_model_trained_here_is_exported_as_the_family_that_computes_it(tmp_pat
 def test_a_model_that_no_family_computes_is_not_exported(tmp_path):
     import tiny_models
 
-    calm_jax.save_frozen(tiny_models.decoder(form="palm"), tmp_path / "model")
+    calm_jax.save_frozen(tiny_models.decoder(family="palm"), tmp_path / "model")
     message = r"does; the model has block 'parallel', llama has block 'sequential'"
     with pytest.raises(CalmError, match=rf"none of llama, .* computes what this model {message}"):
         calm_jax.export(tmp_path / "model", tmp_path / "exported")
@@ -208,15 +208,15 @@ def test_every_tensor_is_read_once_and_none_is_kept(source, tmp_path, monkeypatc
 
 
 @pytest.mark.parametrize(
-    "place", ["https://huggingface.co/a/b", "hf://a/b", "s3://bucket/a", "file:///a"]
+    "path", ["https://huggingface.co/a/b", "hf://a/b", "s3://bucket/a", "file:///a"]
 )
-def test_places_that_are_no_disk_and_no_bucket(place, source, tmp_path):
+def test_paths_on_neither_a_disk_nor_a_bucket(path, source, tmp_path):
     for call in (
-        lambda: calm_jax.convert(place, tmp_path / "model"),
-        lambda: calm_jax.convert(source, place),
-        lambda: calm_jax.load(place),
+        lambda: calm_jax.convert(path, tmp_path / "model"),
+        lambda: calm_jax.convert(source, path),
+        lambda: calm_jax.load(path),
     ):
-        with pytest.raises(CalmError, match=f"^{place} is neither on a disk nor in a gs:// bucket"):
+        with pytest.raises(CalmError, match=f"^{path} is neither on a disk nor in a gs:// bucket"):
             call()
     assert nothing_in(tmp_path)
 
@@ -306,7 +306,7 @@ def test_weights_too_large_for_the_dtype(tmp_path):
         ),
         (
             lambda t: t.update({"lm_head.weight": np.zeros((V, D), np.int32)}),
-            r"llama: tensor lm_head\.weight is int32, which is no weight",
+            r"llama: tensor lm_head\.weight is int32; weights must be floats",
         ),
         (
             lambda t: t.update({"lm_head.weight": np.zeros((V, D), np.float64)}),
@@ -332,7 +332,7 @@ def test_other_families_are_refused_by_name(tmp_path):
 
 
 def test_unknown_options_formats_and_dtypes(source, tmp_path):
-    with pytest.raises(CalmError, match=r"norm_offset is no option of llama; known are none"):
+    with pytest.raises(CalmError, match=r"norm_offset is not an option of llama; known are none"):
         calm_jax.convert(source, tmp_path / "model", norm_offset=1.0)
     with pytest.raises(CalmError, match=r"--format=lama is unknown; known are auto, llama"):
         calm_jax.convert(source, tmp_path / "model", format="lama")
@@ -399,8 +399,8 @@ def test_a_pickle_of_torch_in_place_of_safetensors_is_the_same_model(source, tmp
     older.mkdir()
     shutil.copy(source / "config.json", older)
     torch_files.save_tensors(older / "pytorch_model.bin", random_tensors())
-    for place, name in ((source, "one"), (older, "other")):
-        calm_jax.convert(place, tmp_path / name)
+    for path, name in ((source, "one"), (older, "other")):
+        calm_jax.convert(path, tmp_path / name)
     one, other = (calm_jax.load(tmp_path / name) for name in ("one", "other"))
     assert one.fingerprint == other.fingerprint
 
@@ -429,20 +429,20 @@ def test_a_lone_file_takes_only_a_vocabulary_that_no_other_file_can_mean(tmp_pat
         "layers_0/kv_fused/kernel": (16, 1, 16),
         "layers_0/o_wo_fused/kernel": (2, 24, 16),
     }
-    place = tmp_path / "files" / "palm.npz"
-    place.parent.mkdir()
-    np.savez(place, **{f"decoder/{k}": np.zeros(v, np.float32) for k, v in shapes.items()})
+    path = tmp_path / "files" / "palm.npz"
+    path.parent.mkdir()
+    np.savez(path, **{f"decoder/{k}": np.zeros(v, np.float32) for k, v in shapes.items()})
 
     def found(name):
-        calm_jax.convert(place, tmp_path / name)
+        calm_jax.convert(path, tmp_path / name)
         return calm_jax.load(tmp_path / name).vocabulary
 
     assert found("alone") is None
     assert "vocabulary" not in caplog.text
-    vocabulary.save_published(place.parent)
+    vocabulary.save_published(path.parent)
     assert found("with one").tokens() == vocabulary.tokens()
     assert "with the vocabulary beside it, tokenizer.json" in caplog.text
-    (place.parent / "other.model").write_bytes(b"of another model")
+    (path.parent / "other.model").write_bytes(b"of another model")
     assert found("with two") is None
     assert "without a vocabulary: beside it are other.model, tokenizer.json" in caplog.text
 

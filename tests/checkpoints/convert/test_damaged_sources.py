@@ -24,7 +24,7 @@ from calm_jax.checkpoints.sources.opening import open_source
 from calm_jax.errors import CalmError
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
-FORMS = ("one file", "shards", "files without an index", "tied, shards")
+LAYOUTS = ("one file", "shards", "files without an index", "tied, shards")
 INDEX = "model.safetensors.index.json"
 BIT, HEADER, LENGTH, CUT, LONGER, EMPTY, GONE, RENAMED, SWAPPED, COPIED, FOLDER, JSON = DAMAGES = (
     "a bit is flipped",
@@ -40,24 +40,24 @@ BIT, HEADER, LENGTH, CUT, LONGER, EMPTY, GONE, RENAMED, SWAPPED, COPIED, FOLDER,
     "a file is a folder",
     "a value in JSON is another",
 )
-# Fields of the form that no tensor's name or shape tells.
+# Fields of the config that no tensor's name or shape tells.
 UNKNOWABLE = {"norm_eps", "rope_base", "rope_scaling", "activation", "window", "window_pattern"}
 
 
 @pytest.fixture(scope="module")
 def sources(tmp_path_factory):
-    """The folder of each form, and what is read from it."""
+    """The folder of each layout, and what is read from it."""
     found = {}
-    for form in FORMS:
+    for layout in LAYOUTS:
         folder = tmp_path_factory.mktemp("sources") / "model"
-        original = GOLDEN / ("qwen3" if form.startswith("tied") else "llama")
+        original = GOLDEN / ("qwen3" if layout.startswith("tied") else "llama")
         folder.mkdir()
         shutil.copy(original / "config.json", folder)
-        if form == "one file":
+        if layout == "one file":
             shutil.copy(original / "model.safetensors", folder)
         else:
-            save_shards(folder, load_file(original / "model.safetensors"), 3, "index" in form)
-        found[form] = (folder, *read(folder))
+            save_shards(folder, load_file(original / "model.safetensors"), 3, "index" in layout)
+        found[layout] = (folder, *read(folder))
     return found
 
 
@@ -73,7 +73,7 @@ def save_shards(folder, tensors, count, without_index):
 
 
 def read(folder):
-    """(form, arrays by their paths and layers) of a source, checked as converting does."""
+    """(layout, arrays by their paths and layers) of a source, checked as converting does."""
     source = open_source(folder)
     reading = find_family(source).read(source)
     config = reading.config
@@ -154,12 +154,12 @@ def damage(folder, kind: str, choose: random.Random) -> pathlib.Path:
     return file
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("kind", DAMAGES)
 def test_damage_is_refused_or_is_another_model_that_files_say(
-    form, kind, sources, tmp_path_factory
+    layout, kind, sources, tmp_path_factory
 ):
-    original, config, arrays = sources[form]
+    original, config, arrays = sources[layout]
 
     @settings(max_examples=100 if kind in (BIT, HEADER, JSON) else 30)
     @given(st.randoms(use_true_random=False))
@@ -215,10 +215,10 @@ def changed_bits(arrays, found) -> int:
     return total
 
 
-@pytest.mark.parametrize("form", FORMS)
-def test_most_damage_matters(form, sources, tmp_path):
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_most_damage_matters(layout, sources, tmp_path):
     """The property above would hold for a reader that looked at nothing."""
-    original = sources[form][0]
+    original = sources[layout][0]
     refused = 0
     for seed, kind in enumerate([HEADER, LENGTH, CUT, LONGER, EMPTY, SWAPPED, JSON] * 6):
         folder = tmp_path / str(seed) / "model"

@@ -299,11 +299,11 @@ def test_a_head_beside_a_tied_embedding_must_equal_it(tmp_path):
     arrays = safetensors.numpy.load_file(GOLDEN / "gemma" / "model.safetensors")
     head = arrays["model.embed_tokens.weight"]
     for name, changed in (("same", head), ("other", head + 1)):
-        place = tmp_path / name
-        place.mkdir()
-        (place / "config.json").write_bytes((GOLDEN / "gemma" / "config.json").read_bytes())
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / "config.json").write_bytes((GOLDEN / "gemma" / "config.json").read_bytes())
         safetensors.numpy.save_file(
-            arrays | {"lm_head.weight": changed}, place / "model.safetensors"
+            arrays | {"lm_head.weight": changed}, folder / "model.safetensors"
         )
     calm_jax.convert(tmp_path / "same", tmp_path / "frozen")
     assert calm_jax.load(tmp_path / "frozen").config.tied_head

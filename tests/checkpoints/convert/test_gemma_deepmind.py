@@ -65,9 +65,9 @@ def stacked(golden):
         if match is None:
             tree[name] = leaves
             continue
-        place = int(match[1]) % golden.period
+        position = int(match[1]) % golden.period
         for leaf, array in leaves.items():
-            key = f"transformer/stacked_layers/attention_type_{place}/{match[2]}"
+            key = f"transformer/stacked_layers/attention_type_{position}/{match[2]}"
             layers.setdefault((key, leaf), {})[int(match[1])] = array
     for (name, leaf), arrays in layers.items():
         tree.setdefault(name, {})[leaf] = np.stack([arrays[i] for i in sorted(arrays)])
@@ -111,10 +111,10 @@ def seeing(golden):
 LAYOUTS = (nested, flat, stacked, kauldron, post_trained, seeing)
 
 
-def write(tree, place):
+def write(tree, folder):
     with ocp.StandardCheckpointer() as checkpointer:
-        checkpointer.save(place, tree)
-    return place
+        checkpointer.save(folder, tree)
+    return folder
 
 
 def in_memory(arrays):
@@ -163,8 +163,8 @@ def test_every_option_is_seen_in_the_logits(name, option, wrong):
 
 def test_a_folder_is_converted_bit_for_bit(tmp_path):
     golden = Golden("gemma_deepmind_3")
-    place = write(stacked(golden), tmp_path / "tree")
-    calm_jax.convert(place, tmp_path / "frozen", **golden.options)
+    folder = write(stacked(golden), tmp_path / "tree")
+    calm_jax.convert(folder, tmp_path / "frozen", **golden.options)
     decoder = calm_jax.load(tmp_path / "frozen")
     assert golden.difference(decoder) <= TOLERANCE
     embedding = np.asarray(decoder.embedding[...])

@@ -24,7 +24,7 @@ from tests.converting import decoder_in_memory
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 FAMILIES = ("llama", "mistral", "qwen3", "gemma", "gemma2", "gemma3")
-FORMS = ("llama3", "qwen", "gemma", "mistral")
+FAMILIES = ("llama3", "qwen", "gemma", "mistral")
 
 
 def write(path, family, own=None, **options):
@@ -89,10 +89,15 @@ def test_sizes_that_a_file_leaves_out(tmp_path):
     extra["llama.attention.head_count_kv"] = None
     gguf_files.write(tmp_path / "m.gguf", config, tensors, extra=extra)
     family, source = opened(tmp_path / "m.gguf")
-    form = family.read(source).config
-    assert (form.head_dim, form.vocab_size, form.num_kv_heads, form.rope_base) == (8, 48, 4, 1e4)
-    assert form.tied_head and not form.attention_bias
-    check_shapes(family.rules(form), form, source.tensors, "m")
+    config = family.read(source).config
+    assert (config.head_dim, config.vocab_size, config.num_kv_heads, config.rope_base) == (
+        8,
+        48,
+        4,
+        1e4,
+    )
+    assert config.tied_head and not config.attention_bias
+    check_shapes(family.rules(config), config, source.tensors, "m")
 
 
 LLAMA_3 = {"rope_type": "llama3", "rope_theta": 5e5, "low_freq_factor": 1.0}
@@ -109,8 +114,8 @@ def test_scaling_of_llama_3(width, factor, high, length, tmp_path):
     write(tmp_path / "m.gguf", "llama", own)
     source = as_published(open_source(tmp_path / "m.gguf"))
     family = find_family(source)
-    form = family.decoder_config(source.config, "m")
-    assert form.rope_scaling == RopeScaling("llama3", factor, 1.0, high, length)
+    config = family.decoder_config(source.config, "m")
+    assert config.rope_scaling == RopeScaling("llama3", factor, 1.0, high, length)
 
 
 @pytest.mark.parametrize(
@@ -140,8 +145,8 @@ def test_keys(name, extra, expected, tmp_path):
     extra = {f"{name}.{key}": value for key, value in extra.items()}
     write(tmp_path / "m.gguf", name, extra=extra)
     family, source = opened(tmp_path / "m.gguf")
-    form = family.read(source).config
-    assert {key: getattr(form, key) for key in expected} == expected
+    config = family.read(source).config
+    assert {key: getattr(config, key) for key in expected} == expected
 
 
 @pytest.mark.parametrize(
@@ -181,12 +186,12 @@ def test_factors_that_are_no_scaling_of_llama_3(tmp_path, monkeypatch):
     factors = np.array([1, 3, 1.5, 4], np.float32)
     monkeypatch.setattr(gguf_files, "llama3_factors", lambda config: factors)
     write(tmp_path / "m.gguf", "llama")
-    with pytest.raises(CalmError, match=r"rope_freqs\.weight is no scaling of Llama 3"):
+    with pytest.raises(CalmError, match=r"rope_freqs\.weight is not a scaling of Llama 3"):
         opened(tmp_path / "m.gguf")
 
 
-def golden_tokenizer(form):
-    return json.loads((GOLDEN / "gguf" / f"{form}.json").read_text())
+def golden_tokenizer(family):
+    return json.loads((GOLDEN / "gguf" / f"{family}.json").read_text())
 
 
 def metadata_of(golden, **own):
@@ -195,12 +200,12 @@ def metadata_of(golden, **own):
     return found | {f"tokenizer.ggml.{key}": value for key, value in own.items()}
 
 
-@pytest.mark.parametrize("form", FORMS)
-def test_tokenizers_of_transformers(form, tmp_path):
+@pytest.mark.parametrize("family", FAMILIES)
+def test_tokenizers_of_transformers(family, tmp_path):
     """Its ids are by tests/parity/make_gguf_golden.py, with the tokens that it puts around."""
     import tokenizers
 
-    golden = golden_tokenizer(form)
+    golden = golden_tokenizer(family)
     for name, data in tokenizer_files(metadata_of(golden), "m.gguf").items():
         (tmp_path / name).write_bytes(data)
     whole = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
@@ -230,11 +235,11 @@ def test_ends_and_spaces_that_a_file_names(tmp_path):
         ({"pre": "deepseek-coder"}, "tokenizer.ggml.pre is 'deepseek-coder'; supported are"),
         ({"pre": None}, "tokenizer.ggml.pre is missing"),
         ({"tokens": None}, "tokenizer.ggml.tokens is missing"),
-        ({"tokens": 5}, "tokenizer.ggml.tokens is no list of str"),
+        ({"tokens": 5}, "tokenizer.ggml.tokens is not a list of str"),
         ({"token_type": [1, 2]}, "token_type has 2 entries for"),
         ({"merges": ["a b c"]}, "merges has 'a b c', no pair"),
         ({"merges": ["§ §"]}, "m.gguf: tokenizer.ggml"),
-        ({"eos_token_id": 2**32 - 1}, "eos_token_id is 4294967295, which is no id of"),
+        ({"eos_token_id": 2**32 - 1}, "eos_token_id is 4294967295, not the id of one of"),
         ({"add_bos_token": "yes"}, "add_bos_token is 'yes'; it must be true or false"),
     ],
     ids=str,

@@ -1,4 +1,4 @@
-"""PaLM's fused layout against a second forward pass, in every form on disk, and refused trees."""
+"""PaLM's fused layout against a second forward pass, in every layout on disk, and refused trees."""
 
 import os
 import pathlib
@@ -6,7 +6,7 @@ import pathlib
 import ml_dtypes
 import numpy as np
 import pytest
-import t5x_checkpoints as forms
+import t5x_checkpoints
 from converting import decoder_in_memory
 from etils import epath
 from flax import nnx
@@ -198,47 +198,47 @@ def tree():
     return random_tree(dtype=ml_dtypes.bfloat16)
 
 
-def npz(place, tree):
-    np.savez(place.with_suffix(".npz"), **tree)
-    return place.with_suffix(".npz")
+def npz(path, tree):
+    np.savez(path.with_suffix(".npz"), **tree)
+    return path.with_suffix(".npz")
 
 
-def sliced(place, tree):
+def sliced(path, tree):
     """Scanned, in chunks that span all layers and half of the first axis."""
-    folder = place / "checkpoint_10"
-    forms.write_t5x(folder, without(tree, "decoder/decoder/q_wi_fused/kernel"))
+    folder = path / "checkpoint_10"
+    t5x_checkpoints.write_t5x(folder, without(tree, "decoder/decoder/q_wi_fused/kernel"))
     name = "decoder/decoder/q_wi_fused/kernel"
-    leaves = {n: forms.spec(n, x) for n, x in tree.items()}
-    leaves[name] = forms.spec(name, tree[name], chunks=(D // 2, L, 2, 2 * F_ + H))
+    leaves = {n: t5x_checkpoints.spec(n, x) for n, x in tree.items()}
+    leaves[name] = t5x_checkpoints.spec(name, tree[name], chunks=(D // 2, L, 2, 2 * F_ + H))
     path, metadata = leaves[name]["kvstore"]["path"], leaves[name]["metadata"]
-    forms.write_zarr(
+    t5x_checkpoints.write_zarr(
         folder, path, tree[name], "bfloat16", metadata["chunks"], metadata["compressor"]
     )
-    return forms.write_msgpack(folder, leaves)
+    return t5x_checkpoints.write_msgpack(folder, leaves)
 
 
-FORMS = {
-    "apart": forms.write_t5x,
-    "version 2": lambda p, t: forms.write_t5x(p, t, version=2),
-    "gfile": lambda p, t: forms.write_t5x(p, t, driver="gfile"),
-    "placeholders": forms.write_placeholders,
-    "Orbax": forms.write_t5x_on_orbax,
+LAYOUTS = {
+    "apart": t5x_checkpoints.write_t5x,
+    "version 2": lambda p, t: t5x_checkpoints.write_t5x(p, t, version=2),
+    "gfile": lambda p, t: t5x_checkpoints.write_t5x(p, t, driver="gfile"),
+    "placeholders": t5x_checkpoints.write_placeholders,
+    "Orbax": t5x_checkpoints.write_t5x_on_orbax,
     "npz": npz,
-    "stacked": lambda p, t: forms.write_t5x(p, scanned(t)),
+    "stacked": lambda p, t: t5x_checkpoints.write_t5x(p, scanned(t)),
     "stacked, in chunks": lambda p, t: sliced(p, scanned(t)),
-    "stacked, version 2": lambda p, t: forms.write_t5x(p, scanned(t), version=2),
-    "stacked, placeholders": lambda p, t: forms.write_placeholders(p, scanned(t)),
-    "stacked, Orbax": lambda p, t: forms.write_t5x_on_orbax(p, scanned(t)),
+    "stacked, version 2": lambda p, t: t5x_checkpoints.write_t5x(p, scanned(t), version=2),
+    "stacked, placeholders": lambda p, t: t5x_checkpoints.write_placeholders(p, scanned(t)),
+    "stacked, Orbax": lambda p, t: t5x_checkpoints.write_t5x_on_orbax(p, scanned(t)),
     "stacked, npz": lambda p, t: npz(p, scanned(t)),
-    "layers first": lambda p, t: forms.write_t5x(p, scanned(t, 0)),
+    "layers first": lambda p, t: t5x_checkpoints.write_t5x(p, scanned(t, 0)),
     "layers first, npz": lambda p, t: npz(p, scanned(t, 0)),
 }
 
 
-@pytest.mark.parametrize("form", FORMS)
-def test_every_form_holds_the_same_arrays(tmp_path, tree, form):
-    source = open_source(FORMS[form](tmp_path / "palm", tree))
-    options = {"scan_axis": 0} if form.startswith("layers first") else {}
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_layout_holds_the_same_arrays(tmp_path, tree, layout):
+    source = open_source(LAYOUTS[layout](tmp_path / "palm", tree))
+    options = {"scan_axis": 0} if layout.startswith("layers first") else {}
     assert_same_arrays(canonical(source, **options), canonical(in_memory(tree)))
 
 
@@ -250,7 +250,7 @@ def test_whole_paths_of_t5x(tmp_path, tree):
 
 
 def test_converted_folder(tmp_path, tree):
-    source = forms.write_t5x(tmp_path / "run" / "checkpoint_5", scanned(tree))
+    source = t5x_checkpoints.write_t5x(tmp_path / "run" / "checkpoint_5", scanned(tree))
     convert(source.parent, tmp_path / "frozen")
     decoder = load(tmp_path / "frozen", dtype="float32")
     assert_same_logits(decoder(TOKENS), reference_logits(tree, TOKENS))
@@ -277,7 +277,7 @@ def quantised(tree, axis=None, scale_dtype=np.float32):
 @pytest.mark.parametrize("axis", [None, 0, 1])
 def test_int8_kernels(tmp_path, axis, scale_dtype):
     stored, meant = quantised(random_tree(), axis, scale_dtype)
-    source = open_source(forms.write_t5x(tmp_path / "checkpoint_1", stored))
+    source = open_source(t5x_checkpoints.write_t5x(tmp_path / "checkpoint_1", stored))
     found = canonical(source, scan_axis=0 if axis == 0 else 1)
     assert_same_arrays(found, canonical(in_memory(meant)))
 

@@ -107,11 +107,11 @@ def test_config_json_is_read_back_as_it_was(name):
 
 
 def test_absent_keys_mean_what_they_mean_to_transformers():
-    form = ("vocab_size", "embed_dim", "num_layers", "num_heads", "num_kv_heads", "head_dim")
+    sizes = ("vocab_size", "embed_dim", "num_layers", "num_heads", "num_kv_heads", "head_dim")
     found = {
         name: [
             getattr(family.decoder_config({}, WHERE), field)
-            for field in (*form, "mlp_dim", "activation", "tied_head", "rope_dim", "rope_base")
+            for field in (*sizes, "mlp_dim", "activation", "tied_head", "rope_dim", "rope_base")
         ]
         for name, family in FAMILIES.items()
     }
@@ -129,7 +129,7 @@ def test_absent_keys_mean_what_they_mean_to_transformers():
         ("gptj", {"activation_function": "relu"}, "activation_function is 'relu'"),
         ("gptj", {"rotary_dim": None}, "rotary_dim is None"),
         ("gptj", {"rotary_dim": 7}, "7 rotated features a head"),
-        ("gptj", {"n_embd": 4097}, "n_embd 4097 is no multiple of n_head 16"),
+        ("gptj", {"n_embd": 4097}, "n_embd 4097 is not a multiple of n_head 16"),
         ("gptj", {"n_layer": "28"}, "n_layer is '28'"),
         ("gptj", {"tie_word_embeddings": True}, "tie_word_embeddings is True"),
         ("falcon", {"new_decoder_architecture": True}, "new_decoder_architecture is True"),
@@ -138,7 +138,7 @@ def test_absent_keys_mean_what_they_mean_to_transformers():
         ("falcon", {"parallel_attn": False}, "parallel_attn is False"),
         ("falcon", {"bias": True}, "bias is True"),
         ("falcon", {"rope_scaling": {"type": "dynamic", "factor": 2}}, "type is 'dynamic'"),
-        ("falcon", {"hidden_size": 4545}, "4545 is no multiple of num_attention_heads 71"),
+        ("falcon", {"hidden_size": 4545}, "4545 is not a multiple of num_attention_heads 71"),
         ("cohere", {"use_qk_norm": True}, "use_qk_norm is True"),
         ("cohere", {"logit_scale": 0}, "logit_scale is 0"),
         ("cohere", {"rope_parameters": {"rope_type": "yarn"}}, "rope_type is 'yarn'"),

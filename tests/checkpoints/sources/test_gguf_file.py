@@ -92,7 +92,7 @@ def test_every_cut_is_refused(data, tmp_path):
     """The last tensor ends at the last byte but for padding."""
     sizes = {*range(0, 600, 7), *range(len(data) // 2, len(data) - 32, 997)}
     for size in sizes:
-        refused(tmp_path / "cut.gguf", data[:size], "is no whole GGUF file")
+        refused(tmp_path / "cut.gguf", data[:size], "is not a complete GGUF file")
 
 
 @pytest.mark.parametrize(
@@ -134,5 +134,5 @@ def test_folders_of_gguf_files(tmp_path):
     (tmp_path / "b.gguf").touch()
     with pytest.raises(CalmError, match=r"is a folder; name one of its files: a\.gguf, b\.gguf"):
         open_source(tmp_path)
-    with pytest.raises(CalmError, match="is no whole GGUF file"):
+    with pytest.raises(CalmError, match="is not a complete GGUF file"):
         open_source(tmp_path / "a.gguf")

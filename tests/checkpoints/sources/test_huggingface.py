@@ -83,9 +83,9 @@ def test_parts_of_tensors_are_those_of_numpy(tmp_path_factory, data):
         )
         for size in x.shape[: data.draw(st.integers(0, x.ndim))]
     )
-    place = epath.Path(tmp_path_factory.mktemp("file")) / "x.safetensors"
-    place.write_bytes(container({"other": ramp(3), "x": x, "last": ramp(2)}))
-    tensor = read_file(place).tensors["x"]
+    path = epath.Path(tmp_path_factory.mktemp("file")) / "x.safetensors"
+    path.write_bytes(container({"other": ramp(3), "x": x, "last": ramp(2)}))
+    tensor = read_file(path).tensors["x"]
     assert (tensor.shape, tensor.dtype) == (x.shape, x.dtype)
     for part in (index, ...):
         found = tensor[part]
@@ -124,8 +124,8 @@ def write_shards(folder, shards, weight_map=None):
     """Shards by their file names, and the index of them."""
     for file, tensors in shards.items():
         (folder / file).write_bytes(container(tensors))
-    places = {name: file for file, tensors in shards.items() for name in tensors}
-    index = {"metadata": {"total_size": 1}, "weight_map": {**places, **(weight_map or {})}}
+    file_of = {name: file for file, tensors in shards.items() for name in tensors}
+    index = {"metadata": {"total_size": 1}, "weight_map": {**file_of, **(weight_map or {})}}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
@@ -166,14 +166,14 @@ def test_links_of_a_download_cache_are_followed(folder):
 
 
 def test_a_file_alone(folder):
-    place = folder / "some.safetensors"
-    place.write_bytes(container(TENSORS))
-    beside = open_source(place)
+    path = folder / "some.safetensors"
+    path.write_bytes(container(TENSORS))
+    beside = open_source(path)
     assert (beside.kind, beside.path, beside.config) == ("huggingface", folder, CONFIG)
     assert_same(beside)
     (folder / "config.json").unlink()
-    alone = open_source(place)
-    assert (alone.kind, alone.path, alone.config) == ("safetensors", place, None)
+    alone = open_source(path)
+    assert (alone.kind, alone.path, alone.config) == ("safetensors", path, None)
     assert_same(alone)
 
 
@@ -213,7 +213,7 @@ WHOLE = container(TENSORS)
 def test_damaged_files(folder, data):
     (folder / "model.safetensors").write_bytes(data[1])
     with pytest.raises(
-        CalmError, match=r"model\.safetensors is no whole safetensors file"
+        CalmError, match=r"model\.safetensors is not a complete safetensors file"
     ) as error:
         read(folder)
     assert "\n" not in str(error.value)
@@ -221,9 +221,9 @@ def test_damaged_files(folder, data):
 
 @hypothesis.given(st.integers(0, len(WHOLE) - 1), st.integers(1, 255))
 @hypothesis.settings(max_examples=150)
-def test_a_changed_byte_is_refused_or_changes_values_alone(tmp_path_factory, place, change):
+def test_a_changed_byte_is_refused_or_changes_values_alone(tmp_path_factory, position, change):
     damaged = bytearray(WHOLE)
-    damaged[place] ^= change
+    damaged[position] ^= change
     file = epath.Path(tmp_path_factory.mktemp("file")) / "x.safetensors"
     file.write_bytes(bytes(damaged))
     try:
@@ -238,11 +238,11 @@ def test_a_changed_byte_is_refused_or_changes_values_alone(tmp_path_factory, pla
     ("weight_map", "message"),
     [
         ({"d": "model-00003-of-00002.safetensors"}, "index.json: tensor d is in .*, which is miss"),
-        ({"d": "../secret.safetensors"}, "index.json: tensor d is in .*no file of the folder"),
-        ({"d": "/etc/passwd"}, "index.json: tensor d is in '/etc/passwd', which is no file of"),
-        ({"d": ".."}, r"tensor d is in '\.\.', which is no file of"),
-        ({"d": ""}, "tensor d is in '', which is no file of"),
-        ({"d": 3}, "tensor d is in 3, which is no file of"),
+        ({"d": "../secret.safetensors"}, "index.json: tensor d is in .*not a file of the folder"),
+        ({"d": "/etc/passwd"}, "index.json: tensor d is in '/etc/passwd', which is not a file of"),
+        ({"d": ".."}, r"tensor d is in '\.\.', which is not a file of"),
+        ({"d": ""}, "tensor d is in '', which is not a file of"),
+        ({"d": 3}, "tensor d is in 3, which is not a file of"),
         ({"d": ONE}, f"{ONE}: tensor d is missing"),
         ({"a": TWO}, f"{ONE}: tensor a is not in this file, says .*index.json, but in {TWO}"),
     ],
@@ -281,8 +281,8 @@ def test_tensors_twice(folder):
         ("[]", "index.json is damaged"),
         ("{", "index.json:1: not JSON"),
         ("{}", "index.json is damaged: it has no 'weight_map'"),
-        ('{"weight_map": []}', "weight_map is no object"),
-        ('{"weight_map": {}}', "weight_map is no object"),
+        ('{"weight_map": []}', "weight_map does not map"),
+        ('{"weight_map": {}}', "weight_map does not map"),
     ],
 )
 def test_damaged_indexes(folder, text, message):
@@ -296,7 +296,7 @@ def test_damaged_indexes(folder, text, message):
     [
         (None, "is not a Hugging Face checkpoint: config.json is missing"),
         ("{", "config.json:1: not JSON"),
-        ("[]", "config.json is damaged: it holds no JSON object"),
+        ("[]", "config.json is damaged: it is not a JSON object"),
         ('{"architectures": "Llama"}', "config.json: architectures is 'Llama'"),
         ('{"architectures": [3]}', r"config.json: architectures is \[3\]"),
     ],

@@ -1,4 +1,4 @@
-"""T5X's forms on disk are read as one; what is damaged or leads elsewhere is refused."""
+"""T5X's layouts on disk are read as one; what is damaged or leads elsewhere is refused."""
 
 import json
 import shutil
@@ -6,7 +6,7 @@ import shutil
 import ml_dtypes
 import numpy as np
 import pytest
-import t5x_checkpoints as forms
+import t5x_checkpoints
 from flax import serialization
 
 from calm_jax.checkpoints.sources import t5x
@@ -27,25 +27,27 @@ MARKS = {
     "decoder/__version__": np.zeros(1, np.float32),
 }
 
-FORMS = {
-    "version 3": forms.write_t5x,
-    "version 2": lambda p, t: forms.write_t5x(p, t, version=2),
-    "gfile": lambda p, t: forms.write_t5x(p, t, driver="gfile"),
-    "gcs": lambda p, t: forms.write_t5x(p, t, driver="gcs"),
-    "path on top": lambda p, t: forms.write_t5x(p, t, path_on_top=True),
-    "in the msgpack": lambda p, t: forms.write_t5x(p, t, apart=(NORM, KERNEL)),
-    "marks of flaxformer": lambda p, t: forms.write_t5x(p, t | MARKS),
-    "placeholders": forms.write_placeholders,
-    "Orbax": forms.write_t5x_on_orbax,
-    "Orbax's item": lambda p, t: forms.write_t5x_on_orbax(p, t) / "state",
-    "only step": lambda p, t: forms.write_t5x(p / "checkpoint_100", t).parent,
-    "only step on Orbax": lambda p, t: forms.write_t5x_on_orbax(p / "checkpoint_100", t).parent,
+LAYOUTS = {
+    "version 3": t5x_checkpoints.write_t5x,
+    "version 2": lambda p, t: t5x_checkpoints.write_t5x(p, t, version=2),
+    "gfile": lambda p, t: t5x_checkpoints.write_t5x(p, t, driver="gfile"),
+    "gcs": lambda p, t: t5x_checkpoints.write_t5x(p, t, driver="gcs"),
+    "path on top": lambda p, t: t5x_checkpoints.write_t5x(p, t, path_on_top=True),
+    "in the msgpack": lambda p, t: t5x_checkpoints.write_t5x(p, t, apart=(NORM, KERNEL)),
+    "marks of flaxformer": lambda p, t: t5x_checkpoints.write_t5x(p, t | MARKS),
+    "placeholders": t5x_checkpoints.write_placeholders,
+    "Orbax": t5x_checkpoints.write_t5x_on_orbax,
+    "Orbax's item": lambda p, t: t5x_checkpoints.write_t5x_on_orbax(p, t) / "state",
+    "only step": lambda p, t: t5x_checkpoints.write_t5x(p / "checkpoint_100", t).parent,
+    "only step on Orbax": lambda p, t: (
+        t5x_checkpoints.write_t5x_on_orbax(p / "checkpoint_100", t).parent
+    ),
 }
 
 
-@pytest.mark.parametrize("form", FORMS)
-def test_every_form_holds_the_same(tmp_path, form):
-    source = open_source(FORMS[form](tmp_path / "run", TENSORS))
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_layout_holds_the_same(tmp_path, layout):
+    source = open_source(LAYOUTS[layout](tmp_path / "run", TENSORS))
     assert source.kind == "t5x"
     assert source.tensors.keys() == TENSORS.keys()
     for name, expected in TENSORS.items():
@@ -57,16 +59,16 @@ def test_every_form_holds_the_same(tmp_path, form):
 
 
 def test_specs_whose_lists_flax_wrote_as_dicts(tmp_path):
-    place = forms.write_t5x(tmp_path / "checkpoint_1", TENSORS)
-    leaves = {name: forms.spec(name, array) for name, array in TENSORS.items()}
-    tree = {"version": 3, "optimizer": {"target": forms.nested(leaves)}}
-    (place / "checkpoint").write_bytes(serialization.to_bytes(tree))
-    np.testing.assert_array_equal(t5x.read(place).tensors[NORM][...], TENSORS[NORM])
+    folder = t5x_checkpoints.write_t5x(tmp_path / "checkpoint_1", TENSORS)
+    leaves = {name: t5x_checkpoints.spec(name, array) for name, array in TENSORS.items()}
+    tree = {"version": 3, "optimizer": {"target": t5x_checkpoints.nested(leaves)}}
+    (folder / "checkpoint").write_bytes(serialization.to_bytes(tree))
+    np.testing.assert_array_equal(t5x.read(folder).tensors[NORM][...], TENSORS[NORM])
 
 
 def test_several_steps_are_listed_and_unfinished_ones_are_not(tmp_path):
     for name in ("checkpoint_20", "checkpoint_9", "checkpoint_30.tmp-1700000000"):
-        forms.write_t5x(tmp_path / name, TENSORS)
+        t5x_checkpoints.write_t5x(tmp_path / name, TENSORS)
     with pytest.raises(CalmError, match=r"name one of them: checkpoint_9, checkpoint_20$"):
         open_source(tmp_path)
 
@@ -79,16 +81,16 @@ def test_mesh_tensorflow(tmp_path):
 
 @pytest.mark.parametrize("version", [1, 4, None])
 def test_other_versions(tmp_path, version):
-    place = forms.write_t5x(tmp_path / "checkpoint_1", TENSORS)
-    forms.write_msgpack(place, {}, version)
+    folder = t5x_checkpoints.write_t5x(tmp_path / "checkpoint_1", TENSORS)
+    t5x_checkpoints.write_msgpack(folder, {}, version)
     with pytest.raises(CalmError, match=f"has version {version} and keys .* 2 and 3 are supported"):
-        open_source(place)
+        open_source(folder)
 
 
 def test_no_parameters(tmp_path):
-    place = forms.write_t5x(tmp_path / "checkpoint_1", MARKS)
+    folder = t5x_checkpoints.write_t5x(tmp_path / "checkpoint_1", MARKS)
     with pytest.raises(CalmError, match="checkpoint_1 has no parameters"):
-        t5x.read(place)
+        t5x.read(folder)
 
 
 @pytest.mark.parametrize(
@@ -102,11 +104,11 @@ def test_no_parameters(tmp_path):
     ],
 )
 def test_damaged_msgpack(tmp_path, damage):
-    place = forms.write_t5x(tmp_path / "checkpoint_1", TENSORS)
-    file = place / "checkpoint"
+    folder = t5x_checkpoints.write_t5x(tmp_path / "checkpoint_1", TENSORS)
+    file = folder / "checkpoint"
     file.write_bytes(damage(file.read_bytes()))
     with pytest.raises(CalmError, match=r"checkpoint_1/checkpoint (is damaged|has version)"):
-        open_source(place)
+        open_source(folder)
 
 
 @pytest.mark.parametrize(
@@ -120,19 +122,19 @@ def test_damaged_msgpack(tmp_path, damage):
     ids=["absent", "truncated", "empty", "not gzip"],
 )
 def test_damaged_chunk_is_an_error_of_its_tensor_alone(tmp_path, change):
-    place = forms.write_t5x(tmp_path / "checkpoint_1", TENSORS)
-    change(place / KERNEL_FOLDER / "0.0.0")
-    tensors = t5x.read(place).tensors
+    folder = t5x_checkpoints.write_t5x(tmp_path / "checkpoint_1", TENSORS)
+    change(folder / KERNEL_FOLDER / "0.0.0")
+    tensors = t5x.read(folder).tensors
     np.testing.assert_array_equal(tensors[NORM][...], TENSORS[NORM])
     with pytest.raises(CalmError, match=f"checkpoint_1: tensor {KERNEL} cannot be read: "):
         tensors[KERNEL][...]
 
 
 def test_missing_array(tmp_path):
-    place = forms.write_t5x(tmp_path / "checkpoint_1", TENSORS)
-    shutil.rmtree(place / KERNEL_FOLDER)
+    folder = t5x_checkpoints.write_t5x(tmp_path / "checkpoint_1", TENSORS)
+    shutil.rmtree(folder / KERNEL_FOLDER)
     with pytest.raises(CalmError, match=f"tensor {KERNEL} cannot be opened: .*NOT_FOUND"):
-        t5x.read(place)
+        t5x.read(folder)
 
 
 @pytest.mark.parametrize(
@@ -143,23 +145,23 @@ def test_missing_array(tmp_path):
     ],
 )
 def test_spec_contradicting_its_array(tmp_path, key, value, message):
-    place = forms.write_t5x(tmp_path / "checkpoint_1", TENSORS)
-    file = place / KERNEL_FOLDER / ".zarray"
+    folder = t5x_checkpoints.write_t5x(tmp_path / "checkpoint_1", TENSORS)
+    file = folder / KERNEL_FOLDER / ".zarray"
     file.write_text(json.dumps(json.loads(file.read_text()) | {key: value}))
     with pytest.raises(CalmError, match=f"tensor {KERNEL} {message}"):
-        t5x.read(place)
+        t5x.read(folder)
 
 
 @pytest.mark.parametrize("path", ["../other/", "/etc/", "a/../../other", "."])
-@pytest.mark.parametrize("form", ["spec", "placeholder"])
-def test_paths_out_of_the_checkpoint(tmp_path, path, form):
-    place = forms.write_t5x(tmp_path / "checkpoint_1", TENSORS)
-    leaf = forms.spec(KERNEL, TENSORS[KERNEL])
+@pytest.mark.parametrize("layout", ["spec", "placeholder"])
+def test_paths_out_of_the_checkpoint(tmp_path, path, layout):
+    folder = t5x_checkpoints.write_t5x(tmp_path / "checkpoint_1", TENSORS)
+    leaf = t5x_checkpoints.spec(KERNEL, TENSORS[KERNEL])
     leaf["kvstore"]["path"] = path
-    leaf = leaf if form == "spec" else f"PLACEHOLDER://{path}"
-    forms.write_msgpack(place, {KERNEL: leaf})
+    leaf = leaf if layout == "spec" else f"PLACEHOLDER://{path}"
+    t5x_checkpoints.write_msgpack(folder, {KERNEL: leaf})
     with pytest.raises(CalmError, match=f"{KERNEL} is stored at .* which is not inside"):
-        t5x.read(place)
+        t5x.read(folder)
 
 
 @pytest.mark.parametrize(
@@ -175,14 +177,16 @@ def test_paths_out_of_the_checkpoint(tmp_path, path, form):
     ],
 )
 def test_strange_specs(tmp_path, change, message):
-    place = forms.write_t5x(tmp_path / "checkpoint_1", TENSORS)
-    forms.write_msgpack(place, {KERNEL: forms.spec(KERNEL, TENSORS[KERNEL]) | change})
+    folder = t5x_checkpoints.write_t5x(tmp_path / "checkpoint_1", TENSORS)
+    t5x_checkpoints.write_msgpack(
+        folder, {KERNEL: t5x_checkpoints.spec(KERNEL, TENSORS[KERNEL]) | change}
+    )
     with pytest.raises(CalmError, match=f"checkpoint: tensor {KERNEL} {message}"):
-        t5x.read(place)
+        t5x.read(folder)
 
 
 def test_a_leaf_that_is_no_array(tmp_path):
-    place = forms.write_t5x(tmp_path / "checkpoint_1", TENSORS)
-    forms.write_msgpack(place, {KERNEL: "text"})
+    folder = t5x_checkpoints.write_t5x(tmp_path / "checkpoint_1", TENSORS)
+    t5x_checkpoints.write_msgpack(folder, {KERNEL: "text"})
     with pytest.raises(CalmError, match=f"{KERNEL} is 'text', neither an array nor"):
-        t5x.read(place)
+        t5x.read(folder)

@@ -234,7 +234,7 @@ WEIGHT = {"w": FINE}
             ),
             "both 'model' and 'state_dict' are dictionaries; save one",
         ),
-        (b"}" + torch_files.number(7) + FINE + b"s", "a tensor is called 7, which is no name"),
+        (b"}" + torch_files.number(7) + FINE + b"s", "a tensor is called 7, which is not a name"),
         (
             torch_files.dictionary(
                 {
@@ -266,7 +266,7 @@ def test_what_torch_writes_otherwise(tmp_path):
     with pytest.raises(CalmError, match=r"a torch before 1\.6; load it with a current torch and"):
         read(path)
     path.write_bytes(b"")
-    with pytest.raises(CalmError, match=r"is no whole zip file of torch\.save"):
+    with pytest.raises(CalmError, match=r"is not a complete zip file of torch\.save"):
         read(path)
 
 

@@ -1,4 +1,4 @@
-"""Reads a decoder's weights straight to where they will stay: each device its own slice."""
+"""Reads a decoder's weights onto a mesh: each device reads only its own slice."""
 
 import math
 from collections.abc import Collection, Iterator
@@ -8,10 +8,11 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec, Sharding
 
-from calm_jax.checkpoints.chunks import Reader, Region
+from calm_jax.checkpoints.chunk_layout import Region
+from calm_jax.checkpoints.chunks import Reader
 from calm_jax.models.parameters import Structure, Tree, path_name
 
-# Arrays below it stack the layers of a decoder.
+# The start of the paths of arrays that stack a decoder's layers.
 LAYERS = "layers/"
 
 
@@ -20,13 +21,23 @@ def read_leaves(
     structure: Structure,
     shardings: Tree,
     dtype: str,
-    apart: Collection[str] = (),
+    by_layer: Collection[str] = (),
 ) -> Iterator[tuple[str, jax.Array | Iterator[jax.Array]]]:
-    """(path, array) of every array of a decoder.
+    """Yields (path, array) for every array of a decoder, in `dtype`.
 
-    Of an array in `apart` that stacks layers, these come one by one, in their order. Arrays are
-    read in `dtype`, whole ones first and the largest of them first: while one is both on the host
-    and on its devices, little else is there. Raises `CalmError` as `Reader` does.
+    Whole arrays come first, the largest before the others: an array is briefly in memory twice, on
+    the host and on its devices, and this is cheapest while little else is loaded.
+
+    Args:
+        reader: of the folder with the weights.
+        structure: of the decoder.
+        shardings: of its arrays, a tree of the same structure.
+        dtype: what the arrays are cast to.
+        by_layer: paths of stacked arrays [L, ...] that are yielded as an iterator over their
+            layers [...] in order, so that the stack never exists whole.
+
+    Raises:
+        CalmError: a chunk is missing or damaged.
     """
     wanted = [
         (path_name(path), abstract.shape, sharding)
@@ -35,18 +46,16 @@ def read_leaves(
         )
     ]
 
-    def by_layers(path: str) -> bool:
-        return path.startswith(LAYERS) and path in apart
-
-    for path, shape, sharding in sorted(wanted, key=lambda x: (by_layers(x[0]), -math.prod(x[1]))):
-        read = _read_layers if by_layers(path) else _read_array
+    streamed = {path for path in by_layer if path.startswith(LAYERS)}
+    for path, shape, sharding in sorted(wanted, key=lambda x: (x[0] in streamed, -math.prod(x[1]))):
+        read = _read_layers if path in streamed else _read_array
         yield path, read(reader, path, shape, sharding, dtype)
 
 
 def _read_layers(
     reader: Reader, path: str, shape: tuple[int, ...], sharding: Sharding, dtype: Any
 ) -> Iterator[jax.Array]:
-    """The layers of what `_read_array` reads, each split as all of them would be."""
+    """The layers of a stacked array, each split over the devices as the stack would be."""
     if isinstance(sharding, NamedSharding):
         sharding = NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[1:]))
     for layer in range(shape[0]):
@@ -61,7 +70,7 @@ def _read_array(
     dtype: Any,
     layer: int | None = None,
 ) -> jax.Array:
-    """The array of `shape` at `path`, or one layer of it."""
+    """The array of `shape` at `path`, or one layer of the stack there."""
     indices = {
         device: tuple(slice(*part.indices(size)) for part, size in zip(index, shape, strict=True))
         for device, index in sharding.addressable_devices_indices_map(shape).items()
