@@ -50,46 +50,47 @@ class DecoderConfig:
     """
 
     vocab_size: int  # rows of the embedding, padding rows included
-    embed_dim: int
-    num_layers: int
-    num_heads: int
+    embed_dim: int  # features of the residual stream
+    num_layers: int  # transformer layers
+    num_heads: int  # query heads
     num_kv_heads: int  # 1: multi-query; num_heads: multi-head; between: grouped-query
-    head_dim: int
-    mlp_dim: int
+    head_dim: int  # features of a head
+    mlp_dim: int  # hidden features of the MLP
 
     # parallel: one norm feeds both branches
     block: Literal["sequential", "parallel"] = "sequential"
-    gated_mlp: bool = True
-    activation: Literal["silu", "gelu_tanh", "gelu"] = "silu"
+    gated_mlp: bool = True  # SwiGLU or GeGLU; False: two matrices
+    activation: Literal["silu", "gelu_tanh", "gelu"] = "silu"  # of the MLP
 
-    norm: Literal["rms", "layer"] = "rms"
+    norm: Literal["rms", "layer"] = "rms"  # RMSNorm or LayerNorm
     norm_offset: float = 0.0  # added to the stored scale: 1.0 for zero-centred scales
-    norm_eps: float = 1e-6
-    norm_bias: bool = False
+    norm_eps: float = 1e-6  # added to the variance
+    norm_bias: bool = False  # on every norm
     post_norms: bool = False  # a second norm on each branch's result (Gemma 2, 3)
     qk_norm: Literal["rms", "l2"] | None = None  # on each head's query and key, before rotary
 
     attention_bias: bool = False  # on query, key and value
-    output_bias: bool = False
-    mlp_bias: bool = False
-    head_bias: bool = False
+    output_bias: bool = False  # on attention's output projection
+    mlp_bias: bool = False  # on every matrix of the MLP
+    head_bias: bool = False  # on the logits
 
+    # Which features are rotated together: i and i + half, or neighbours; None: no rotary positions.
     rope: Literal["half", "interleaved"] | None = "half"
     rope_dim: int | None = None  # rotated features of each head; None: all
-    rope_base: float = 10_000.0
-    rope_scaling: RopeScaling | None = None
+    rope_base: float = 10_000.0  # theta
+    rope_scaling: RopeScaling | None = None  # longer contexts: kind, factor and the rest
     # For layers with a window; None: as the others, scaling too.
     local_rope_base: float | None = None
     xpos_scale_base: float | None = None  # in tokens (xPos, PaLM-rlhf-pytorch: 512)
 
     window: int | None = None  # tokens a local layer sees, itself included
     window_pattern: tuple[bool, ...] = (True,)  # which layers are local, repeated over the depth
-    attention_logit_cap: float | None = None
-    final_logit_cap: float | None = None
-    query_scale: float | None = None  # None: head_dim ** -0.5
-    embed_scale: float = 1.0
-    logit_scale: float = 1.0
-    tied_head: bool = True
+    attention_logit_cap: float | None = None  # soft cap by tanh; None: no cap
+    final_logit_cap: float | None = None  # the same for the model's logits
+    query_scale: float | None = None  # factor on queries; None: head_dim ** -0.5
+    embed_scale: float = 1.0  # factor on embeddings
+    logit_scale: float = 1.0  # factor on logits
+    tied_head: bool = True  # the embedding is the output matrix too
 
     dtype: Literal["float32", "bfloat16"] = "float32"  # of matmuls and of the residual stream
     # int8: matrices with a scale for each output channel, to be read only; None: as in `dtype`
@@ -214,7 +215,7 @@ class CompositionConfig:
     """
 
     connections: tuple[tuple[int, int], ...] | None = None  # (augment layer, anchor layer), 0-based
-    every: int = 4  # without `connections`: every 4th augment layer, spread evenly over the anchor
+    every: int = 4  # without `connections`: 4 is every 4th augment layer, spread over the anchor
     num_heads: int | None = None  # None: the anchor's ("typically the same", paper §3.1)
     head_dim: int | None = None  # None: embed_dim of the anchor / num_heads, as in the paper
     init: Literal["zero", "paper"] = "zero"  # zero: step 0 is the anchor; paper: N(0, 1/fan_in)

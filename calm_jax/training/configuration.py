@@ -46,7 +46,7 @@ def composed_run(*compositions: CompositionConfig) -> ConfigDict:
     config.anchor = ""  # frozen folder of the anchor
     config.anchor_dtype = ""  # "float32", "bfloat16" or "int8"; "": as stored
     config.augments = ()  # frozen folders of the augments
-    config.augment_dtype = ""  # of every augment; likewise
+    config.augment_dtype = ""  # the same for every augment
     sections = tuple(_section(CompositionConfig, each) for each in compositions)
     # One augment a config, or one config for all.
     config.composition = (
@@ -59,37 +59,38 @@ def _common(kind: str) -> ConfigDict:
     config = ConfigDict()
     config.name = ""  # what the run is called in reports; "": the name of its directory
     config.kind = kind  # "decoder" or "composed"
-    # "bytes", "key_value/CONFIG", a SentencePiece .model, a tokenizer.json, a saved folder; "" is
+    # "bytes", "key_value/CONFIG", a SentencePiece .model, a tokenizer.json or a saved folder; "":
     # that of the frozen model.
     config.vocabulary = ""
 
     config.data = ConfigDict()
-    # Mixed by weight; each {"task": name}, {"jsonl": path} or {"parquet": path}, and if need be
-    # "weight" (1.0), "loss_on_inputs" (False: answers alone), "import" (the module that registers
-    # the task), "columns" (of files: {"inputs": "question", "targets": "answer"}).
+    # Entries, mixed by weight: each {"task": name}, {"jsonl": path} or {"parquet": path}; it
+    # may have "weight" (1.0), "loss_on_inputs" (False: answers alone), "import" (the module that
+    # registers the task) and "columns" (of files: {"inputs": "question", "targets": "answer"}).
     config.data.train = ()
-    config.data.validation = ()  # likewise; the best checkpoint is the best on these
+    config.data.validation = ()  # entries too; the best checkpoint is the best on these
     config.data.length = 512  # tokens of a row
     config.data.pack = True  # several sequences in one row
-    # An answer longer than a row with its prompt: True: an error; False: cut. Text goes on.
+    # Where a prompt and its answer are longer than a row. True: an error; False: they are cut.
+    # Plain text goes on in further rows.
     config.data.strict = False
     config.data.limit = 0  # examples of each task at most; 0: all
-    config.data.seed = 0  # of the order of training rows
-    config.data.cache_dir = ""  # tokenised rows; "": $CALM_CACHE, else ~/.cache/calm_jax
+    config.data.seed = 0  # for the order of training rows
+    config.data.cache_dir = ""  # folder of tokenised rows; "": $CALM_CACHE, else ~/.cache/calm_jax
 
     config.optimizer = ConfigDict()
     config.optimizer.name = "adamw"  # "adamw" or "adafactor"
-    config.optimizer.learning_rate = 1e-3  # its peak, reached after the warm-up
-    config.optimizer.schedule = "cosine"  # then "cosine", "linear" or "constant"
-    config.optimizer.warmup_steps = 0  # of linear growth
-    config.optimizer.final_fraction = 0.0  # of the peak, at the last step
-    config.optimizer.weight_decay = 0.0  # of matrices, times the learning rate
+    config.optimizer.learning_rate = 1e-3  # the peak, reached after the warm-up
+    config.optimizer.schedule = "cosine"  # after the warm-up: "cosine", "linear" or "constant"
+    config.optimizer.warmup_steps = 0  # steps in which the rate grows linearly
+    config.optimizer.final_fraction = 0.0  # rate at the last step, as a fraction of the peak
+    config.optimizer.weight_decay = 0.0  # of matrices alone; multiplied by the learning rate
     config.optimizer.b1 = 0.9  # decay of the first moment; adamw alone
     config.optimizer.b2 = 0.999  # decay of the second moment; adamw alone
-    config.optimizer.clip_norm = 1.0  # global norm of the gradient at most; 0: not clipped
+    config.optimizer.clip_norm = 1.0  # largest global norm of the gradient; 0: no clipping
 
     config.mesh = ConfigDict()
-    config.mesh.slices = 0  # slices, which split the batch alone; 0: as the devices come in
+    config.mesh.slices = 0  # slices of a pod, which split the batch alone; 0: found by itself
     config.mesh.data = -1  # devices that split the batch alone; -1: all that are left
     config.mesh.fsdp = 1  # devices that split the batch and each weight
     config.mesh.tensor = 1  # devices that split heads, MLP features and vocabulary
@@ -100,41 +101,42 @@ def _common(kind: str) -> ConfigDict:
     config.weight_sharding = "fsdp"
 
     config.train = ConfigDict()
-    config.train.num_steps = 1000
+    config.train.num_steps = 1000  # steps of the whole training
     config.train.batch_size = 64  # rows a step, over all devices
     config.train.accumulate = 1  # micro-batches a step: memory of one, gradient of all
     # What the backward pass computes again, to save memory: "none"; "full": all but the inputs of
     # layers; "dots": all but products with weights; "offload": as "full", the inputs on the host.
     config.train.remat = "none"
     config.train.loss_chunk = 128  # positions of a row whose logits exist at once; 0: all
-    config.train.seed = 0  # of initial values and noise
-    # On a decoder's embeddings, or the taps of a composed model, times their own rms.
+    config.train.seed = 0  # for initial values and noise
+    # Scale of the noise on a decoder's embeddings, or on a composed model's taps, relative to
+    # their root mean square.
     config.train.noise = 0.0
     config.train.log_every = 10  # steps between lines of metrics.jsonl
-    config.train.validate_every = 0  # steps; 0: at the end alone
-    config.train.save_every = 0  # steps; 0: at the end alone
-    config.train.save_minutes = 0.0  # also this long after the last save; 0: never
+    config.train.validate_every = 0  # steps between validations; 0: at the end alone
+    config.train.save_every = 0  # steps between checkpoints; 0: at the end alone
+    config.train.save_minutes = 0.0  # save also when this long has passed since the last; 0: never
     config.train.keep = 3  # latest checkpoints kept, beside the best
     config.train.tensorboard = True  # event files too, through clu, which imports TensorFlow
     config.train.profile_start = 0  # first step of the profile
     config.train.profile_steps = 0  # steps of the profile; 0: none
 
-    # Of a decoder "all" or "lora", of a composed model "bridge" and "lora"; (): the bridge and the
-    # low-rank update, whichever there is, else all.
+    # What is trained: of a decoder "all" or "lora", of a composed model "bridge", "lora" or both;
+    # (): the bridge and the low-rank update where there are any, otherwise all.
     config.train.trainable = ()
 
     # A low-rank update (LoRA) of the layers of the anchor, or of the decoder of decoder.from.
     config.lora = ConfigDict()
-    config.lora.rank = 0  # 0: no update
-    config.lora.alpha = 0.0  # scaled by alpha / rank; 0: by 1
-    config.lora.targets = ()  # of query, key, value, output, gate, up, down; (): all of them
+    config.lora.rank = 0  # rank of the update; 0: no update
+    config.lora.alpha = 0.0  # the update is scaled by alpha / rank; 0: by 1
+    config.lora.targets = ()  # matrices: query, key, value, output, gate, up, down; (): all of them
 
     config.evaluate = ConfigDict()
     config.evaluate.tasks = ()  # registered tasks with a test split, or files of JSON lines
     config.evaluate.limit = 0  # examples of each at most; 0: all
-    config.evaluate.max_new_tokens = 32  # length of an answer
+    config.evaluate.max_new_tokens = 32  # longest answer, in tokens
 
-    config.cache_compiled = ""  # compiled programs; "": ~/.cache/calm_jax/xla
+    config.cache_compiled = ""  # folder of compiled programs; "": ~/.cache/calm_jax/xla
     return config
 
 
