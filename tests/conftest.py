@@ -1,12 +1,30 @@
 """Settings of all tests; the first two must stand before JAX is first imported."""
 
 import os
+import sys
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
 
 import hypothesis
+import pytest
 
 # A time limit would test the machine.
 hypothesis.settings.register_profile("calm_jax", deadline=None)
 hypothesis.settings.load_profile("calm_jax")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def no_cache_of_programs_is_left():
+    """A run caches its programs on disk; the tests of the next file must not write theirs there.
+
+    Writing some hundreds of them has once crashed XLA.
+    """
+    yield
+    if "jax" in sys.modules:
+        import jax
+        from jax.experimental.compilation_cache import compilation_cache
+
+        if jax.config.jax_compilation_cache_dir is not None:
+            jax.config.update("jax_compilation_cache_dir", None)
+            compilation_cache.reset_cache()
