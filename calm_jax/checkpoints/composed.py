@@ -71,7 +71,7 @@ def load_composed(
             state = checkpoints.read_state(step)
             if not state.get("composition"):
                 raise CalmError(f"{folder} trains a lone decoder; load its frozen folder instead")
-            state["lora"] = state["config"].get("lora")
+            state["lora"] = state.get("config", {}).get("lora")
             composed = _untrained(state, anchor, augments, mesh, str(folder))
             trained = checkpoints.restore(step, _abstract_trained(composed)).trainable
     else:

@@ -72,7 +72,9 @@ def write_config(folder, kind: str, **others) -> None:
 def save_steps(folder, steps, tree, state) -> None:
     with TrainingCheckpoints(folder / "checkpoints") as checkpoints:
         for step in steps:
-            checkpoints.save(step, tree, {"count": np.zeros(1)}, state, {"loss": 1 / step})
+            checkpoints.save(
+                step, {"bridge": tree}, {"count": np.zeros(1)}, state, {"loss": 1 / step}
+            )
 
 
 @pytest.fixture(scope="module")

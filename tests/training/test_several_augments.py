@@ -110,7 +110,8 @@ def test_every_leaf_of_the_bridge_moves_and_no_frozen_one(whole, shared):
     assert not [path for path in after if after[path] == trainable[path]]
     assert stored_bytes(whole.model.frozen) == frozen_before
     dtypes = [
-        {x.dtype.name for x in jax.tree.leaves(tree)} for tree in whole.model.frozen["augments"]
+        {x.dtype.name for x in jax.tree.leaves(tree)}
+        for tree in whole.model.frozen["augments"].values()
     ]
     assert dtypes == [{"bfloat16"}, {"float32"}]
     assert {x.dtype.name for x in jax.tree.leaves(whole.model.trainable)} == {"float32"}
@@ -149,7 +150,7 @@ def test_the_restored_model_is_the_one_in_memory(whole):
     in_memory.anchor.vocabulary = load_vocabulary("bytes")
     restored = load_composed(whole.run, step=STEPS)
     assert restored.configs == COMPOSITIONS
-    assert stored_bytes(restored.bridge) == stored_bytes(model.trainable)
+    assert stored_bytes(restored.bridge) == stored_bytes(model.trainable["bridge"])
     answers = generate(restored, PROMPTS, max_new_tokens=6)
     np.testing.assert_array_equal(answers, generate(in_memory, PROMPTS, max_new_tokens=6))
 
@@ -158,7 +159,7 @@ def test_an_exported_bridge_takes_its_augments_in_their_order(whole, shared, tmp
     export_bridge(whole.run, tmp_path / "bridge", step=STEPS)
     given = [frozen.load(shared / name) for name in ("first", "second")]
     loaded = load_composed(tmp_path / "bridge", anchor=shared / "anchor", augments=given)
-    assert stored_bytes(loaded.bridge) == stored_bytes(whole.model.trainable)
+    assert stored_bytes(loaded.bridge) == stored_bytes(whole.model.trainable["bridge"])
     with pytest.raises(CalmError) as caught:
         load_composed(tmp_path / "bridge", augments=given[::-1])
     for fingerprint in (model.fingerprint[:16] for model in given):
