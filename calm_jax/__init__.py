@@ -6,7 +6,7 @@ Names load when they are first used, so that `import calm_jax` costs nothing.
 import importlib
 from typing import Any
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 # Each public name and the module that defines it.
 _MODULES = {

@@ -96,9 +96,9 @@ def test_slices_are_those_of_the_plan(script, chip):
         )
 
 
-def readme_commands() -> list[str]:
-    """The lines of the README that call these scripts, each as one line, its array put in."""
-    text = (shell_scripts.ROOT / "README.md").read_text().replace("\\\n", " ")
+def documented_commands() -> list[str]:
+    """The lines of docs/pods.md that call these scripts, each as one line, its array put in."""
+    text = (shell_scripts.ROOT / "docs/pods.md").read_text().replace("\\\n", " ")
     (training,) = re.findall(r"^training=\((.*?)\)$", text, re.MULTILINE | re.DOTALL)
     commands = re.findall(rf"^bash launch/(?:{'|'.join(COMMANDS)}) .*$", text, re.MULTILINE)
     return [
@@ -106,8 +106,8 @@ def readme_commands() -> list[str]:
     ]
 
 
-@pytest.mark.parametrize("command", readme_commands())
-def test_commands_of_the_readme_are_taken(command):
+@pytest.mark.parametrize("command", documented_commands())
+def test_documented_commands_are_taken(command):
     _, script, *arguments = shlex.split(command, comments=True)
     end = arguments.index("--") if "--" in arguments else len(arguments)
     arguments.insert(end, "--dry-run")
