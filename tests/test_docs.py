@@ -1,9 +1,15 @@
-"""The pages in docs/ that are made from the code are those that it makes."""
+"""What the documentation says of the code is true."""
 
 import ast
 import importlib.util
+import os
 import pathlib
 import re
+import shutil
+import subprocess
+import sys
+
+import pytest
 
 from calm_jax.training.config_keys import flatten, to_dict
 from calm_jax.training.configuration import composed_run, decoder_run
@@ -49,3 +55,31 @@ def test_the_messages_of_the_troubleshooting_page_are_those_of_the_code():
     fragments = [part.strip() for message in messages for part in message.split("…")]
     assert len(messages) > 30
     assert not [part for part in fragments if part and part not in constants]
+
+
+@pytest.mark.slow
+def test_the_steps_of_own_pair_give_what_they_show(tmp_path):
+    page = (ROOT / "docs/own_pair.md").read_text()
+    blocks = re.findall(r"^```(bash|python)\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
+    script = [
+        "set -e",
+        f'python() {{ "{sys.executable}" "$@"; }}',
+        'calm() { python -m calm_jax "$@"; }',
+        *(text if kind == "bash" else f"python - <<'END'\n{text}END" for kind, text in blocks),
+    ]
+    for name in ("configs", "docs"):
+        shutil.copytree(ROOT / name, tmp_path / name)
+    run = subprocess.run(
+        ["bash", "-c", "\n".join(script)],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "CALM_CACHE": str(tmp_path / "cache")},
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stderr
+    assert "bridge        147,840   578 KiB  trained" in run.stdout
+    assert "validation.jsonl: 100.0% of 5" in run.stdout
+    assert "validation.jsonl, anchor alone: 0.0% of 5" in run.stdout
+    assert "What colour is a rose? red" in run.stdout
+    assert "Which colour has a lemon? yellow" in run.stdout
+    assert (tmp_path / "runs/report.html").exists()
