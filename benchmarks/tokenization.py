@@ -3,7 +3,7 @@
   python benchmarks/tokenization.py [--examples=100000] [--repeats=5] [--output=FILE.json]
 
 Writes short examples and a byte-level BPE tokenizer that is trained on some of them. One row is
-`tokenizers.encode_batch` of all texts in one call, the other `open_source`: reading and checking
+`tokenizers.encode_batch` of all texts in one call, the other `open_dataset`: reading and checking
 the lines, tokenising, packing, and writing the rows of a new cache. They are run in turns; the
 medians count.
 """
@@ -60,11 +60,11 @@ def main(_) -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "true"
     import tokenizers
 
-    from calm_jax.data import load_vocabulary, open_source
+    from calm_jax.data import load_vocabulary, open_dataset
 
     pairs = make_texts(EXAMPLES.value)
     texts = [text for pair in pairs for text in pair]
-    seconds = {"encode_batch": [], "open_source": []}
+    seconds = {"encode_batch": [], "open_dataset": []}
     with tempfile.TemporaryDirectory() as temporary:
         folder = pathlib.Path(temporary)
         file = make_tokenizer(folder, texts[:10_000])
@@ -84,8 +84,8 @@ def main(_) -> None:
             tokens = sum(map(len, encodings))
             del encodings
             with Clock() as clock:
-                open_source(data, "train", vocabulary)
-            seconds["open_source"].append(clock.seconds)
+                open_dataset(data, "train", vocabulary)
+            seconds["open_dataset"].append(clock.seconds)
     alone = statistics.median(seconds["encode_batch"])
     rows = [("what", "seconds", "examples a second", "tokens a second", "/ encode_batch")]
     for what, times in seconds.items():

@@ -6,11 +6,11 @@ from typing import Any
 _HOMES = {
     "Vocabulary": "vocabulary",
     "load_vocabulary": "vocabularies",
-    "open_source": "opening",
-    "Source": "source",
+    "open_dataset": "entries",
+    "Dataset": "dataset",
     "Stream": "stream",
     "batches_once": "stream",
-    "evaluation_examples": "opening",
+    "evaluation_examples": "entries",
 }
 
 __all__ = list(_HOMES)

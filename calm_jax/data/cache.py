@@ -23,8 +23,8 @@ from typing import Any
 
 import numpy as np
 
+from calm_jax.data.dataset import DTYPES
 from calm_jax.data.rows import RowWriter, Sequences
-from calm_jax.data.source import DTYPES
 from calm_jax.errors import CalmError
 
 FORMAT = 4

@@ -8,7 +8,7 @@ from typing import Self
 
 import numpy as np
 
-from calm_jax.data.source import DTYPES
+from calm_jax.data.dataset import DTYPES
 
 # Sequences that are read, tokenised and packed together.
 CHUNK = 8192

@@ -1,4 +1,4 @@
-"""Batches of a cached source, as a function of (seed, global batch index) alone.
+"""Batches of a cached dataset, as a function of (seed, global batch index) alone.
 
 The number of processes only decides which rows of the batch each of them holds.
 """
@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import grain
 import numpy as np
 
-from calm_jax.data.source import Source
+from calm_jax.data.dataset import Dataset
 from calm_jax.errors import CalmError
 
 READ_THREADS = 2
@@ -52,7 +52,7 @@ class Stream:
 
     def __init__(
         self,
-        source: Source,
+        dataset: Dataset,
         *,
         batch_size: int,
         seed: int,
@@ -61,14 +61,14 @@ class Stream:
     ):
         local = _local_batch_size(batch_size, process_count)
         parts, start = [], 0
-        for number, part in enumerate(source.parts):
+        for number, part in enumerate(dataset.parts):
             parts.append(grain.MapDataset.source(_ShuffledRows(start, len(part), [seed, number])))
             start += len(part)
-        rows = grain.MapDataset.mix(parts, [part.weight for part in source.parts])
-        self._batches = rows.batch(local)[process_index::process_count].map(source.batch)
+        rows = grain.MapDataset.mix(parts, [part.weight for part in dataset.parts])
+        self._batches = rows.batch(local)[process_index::process_count].map(dataset.batch)
 
     def __getitem__(self, index: int) -> Batch:
-        """This process' rows of the global batch `index`: six arrays [B, T], as `Source.batch`."""
+        """This process' rows of the global batch `index`: six arrays [B, T], as `Dataset.batch`."""
         return self._batches[index]
 
     def iterate(self, start: int = 0) -> Iterator[tuple[int, Batch]]:
@@ -80,13 +80,13 @@ class Stream:
 
 
 def batches_once(
-    source: Source, batch_size: int, *, process_index: int = 0, process_count: int = 1
+    dataset: Dataset, batch_size: int, *, process_index: int = 0, process_count: int = 1
 ) -> Iterator[Batch]:
-    """Every row of the source once, in order; the last global batch is filled with padding rows."""
+    """Every row of the dataset once, in order; padding rows fill the last global batch."""
     local = _local_batch_size(batch_size, process_count)
-    for first in range(0, len(source), batch_size):
+    for first in range(0, len(dataset), batch_size):
         rows = first + process_index * local + np.arange(local)
-        yield source.batch(np.where(rows < len(source), rows, -1))
+        yield dataset.batch(np.where(rows < len(dataset), rows, -1))
 
 
 def _local_batch_size(batch_size: int, process_count: int) -> int:

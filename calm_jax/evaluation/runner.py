@@ -16,7 +16,7 @@ from calm_jax.checkpoints.any_model import load_model
 from calm_jax.checkpoints.files import absolute, check_writable, read_json, write_json
 from calm_jax.checkpoints.kinds import COMPOSED_RUN, DECODER_RUN, FROZEN, kind_of
 from calm_jax.checkpoints.training import TrainingCheckpoints
-from calm_jax.data.opening import files_of, identity, named_entry
+from calm_jax.data.entries import files_of, identity, named_entry
 from calm_jax.data.vocabulary import Vocabulary
 from calm_jax.decoding import generate
 from calm_jax.errors import CalmError

@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 
 import calm_jax
 from calm_jax.checkpoints.files import absolute
-from calm_jax.data.source import Source
+from calm_jax.data.dataset import Dataset
 from calm_jax.errors import CalmError
 from calm_jax.training import config_keys
 from calm_jax.training.run_model import Described
@@ -40,10 +40,10 @@ def intention(config: ConfigDict, workdir: epath.PathLike, overwrite: bool) -> d
     }
 
 
-def origins(described: Described, sources: Mapping[str, Source]) -> dict[str, str]:
+def origins(described: Described, datasets: Mapping[str, Dataset]) -> dict[str, str]:
     """Fingerprints of the frozen models and of the data."""
     models = {f"the {one['role']}": one["fingerprint"] for one in described.identities}
-    return models | {f"data.{split}": source.fingerprint for split, source in sources.items()}
+    return models | {f"data.{split}": dataset.fingerprint for split, dataset in datasets.items()}
 
 
 def check_visible(path: epath.Path) -> None:

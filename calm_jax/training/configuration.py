@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
 from calm_jax.checkpoints.frozen import DTYPES
-from calm_jax.data.opening import check_entry
+from calm_jax.data.entries import check_entry
 from calm_jax.errors import CalmError
 from calm_jax.models.attention_choice import BACKENDS
 from calm_jax.models.config import CompositionConfig, DecoderConfig

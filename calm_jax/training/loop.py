@@ -16,8 +16,8 @@ from calm_jax.checkpoints import frozen as frozen_folders
 from calm_jax.checkpoints.composed import check_identities
 from calm_jax.checkpoints.files import write_json
 from calm_jax.checkpoints.training import TrainingCheckpoints, abstract_like
-from calm_jax.data.opening import open_source
-from calm_jax.data.source import Part, Source
+from calm_jax.data.dataset import Dataset, TaskRows
+from calm_jax.data.entries import open_dataset
 from calm_jax.data.stream import Stream, batches_once
 from calm_jax.data.vocabulary import Vocabulary
 from calm_jax.errors import CalmError
@@ -76,8 +76,8 @@ def train(
     sharding.check_batch(config.train.batch_size, config.train.accumulate, mesh)
     run = check_run(workdir, config, overwrite=overwrite)
     described = describe_models(config)
-    sources = processes.in_turns(lambda: _open_sources(config, described.vocabulary))
-    processes.agree(agreement.origins(described, sources))
+    datasets = processes.in_turns(lambda: _open_datasets(config, described.vocabulary))
+    processes.agree(agreement.origins(described, datasets))
     device = mesh.devices.flat[0]
     abstract = abstract_run(config, mesh, device)
     check_held(abstract, device)
@@ -91,30 +91,30 @@ def train(
             TrainingCheckpoints(run / "checkpoints", keep=config.train.keep)
         )
         if checkpoints.latest is not None:
-            _check_resumed(run, checkpoints, described, sources)
+            _check_resumed(run, checkpoints, described, datasets)
         if not is_finished(run, config, checkpoints):
             stack.enter_context(jax.set_mesh(mesh))
-            session = _Session(config, run, abstract, mesh, checkpoints, described, sources)
+            session = _Session(config, run, abstract, mesh, checkpoints, described, datasets)
             session.run_all(preemption or Preemption())
             checkpoints.wait()
         processes.say(closing_lines(run, config, checkpoints))
     return run
 
 
-def _open_sources(config: ConfigDict, vocabulary: Vocabulary) -> dict[str, Source]:
+def _open_datasets(config: ConfigDict, vocabulary: Vocabulary) -> dict[str, Dataset]:
     """The rows of "train" and, where there are any, of "validation"."""
     splits = ("train", "validation") if config.data.validation else ("train",)
-    return {split: open_source(config.data, split, vocabulary) for split in splits}
+    return {split: open_dataset(config.data, split, vocabulary) for split in splits}
 
 
-def _check_resumed(run, checkpoints: TrainingCheckpoints, described: Described, sources) -> None:
+def _check_resumed(run, checkpoints: TrainingCheckpoints, described: Described, datasets) -> None:
     """Raises `CalmError` where models or data are not those that the run started with."""
     state = checkpoints.read_state(checkpoints.latest)
     check_identities(state["frozen"], described.identities, str(run))
-    for split, source in sources.items():
+    for split, dataset in datasets.items():
         was = state["data"].get(split)
-        if was is not None and was != source.fingerprint:
-            now, remedy = source.fingerprint, "restore the data, or give another --workdir"
+        if was is not None and was != dataset.fingerprint:
+            now, remedy = dataset.fingerprint, "restore the data, or give another --workdir"
             if was.partition("-")[0] != now.partition("-")[0]:
                 remedy = "an older version of calm_jax made its rows; give another --workdir"
             raise CalmError(
@@ -141,10 +141,10 @@ class _Session:
         mesh: jax.sharding.Mesh,
         checkpoints: TrainingCheckpoints,
         described: Described,
-        sources: dict[str, Source],
+        datasets: dict[str, Dataset],
     ):
         self.config, self.run, self.mesh, self.checkpoints = config, run, mesh, checkpoints
-        self.described, self.sources = described, sources
+        self.described, self.datasets = described, datasets
         self.optimizer, self.schedule = abstract.optimizer, abstract.schedule
         self.shardings = abstract.shardings
         self.model = load_run_model(config, mesh)
@@ -152,7 +152,7 @@ class _Session:
         share, shares = sharding.batch_share(mesh)
         self.share = {"process_index": share, "process_count": shares}
         self.stream = Stream(
-            sources["train"],
+            datasets["train"],
             batch_size=config.train.batch_size,
             seed=config.data.seed,
             **self.share,
@@ -235,7 +235,7 @@ class _Session:
             tensorboard=train.tensorboard,
         )
         eval_step = make_eval_step(self.parts, self.shardings, loss_chunk=train.loss_chunk)
-        if first == 0 and self.config.kind == "composed" and "validation" in self.sources:
+        if first == 0 and self.config.kind == "composed" and "validation" in self.datasets:
             progress.anchor(self._anchor_scores(eval_step))
         batches = self.stream.iterate(first)
         preemption.start(first)
@@ -257,7 +257,7 @@ class _Session:
                 unseen = (index + 1, metrics, waited)
                 done = index + 1
                 last = done == train.num_steps
-                validate = "validation" in self.sources and (
+                validate = "validation" in self.datasets and (
                     last or _due(done, train.validate_every)
                 )
                 stop = preemption.is_due(done)
@@ -300,7 +300,7 @@ class _Session:
         Plain text has no answers, so a set of it has no exactness. Raises `CalmError`, naming
         `what`, where the loss is not finite.
         """
-        parts = self.sources["validation"].parts
+        parts = self.datasets["validation"].parts
         short = [part.name.rpartition("/")[2] for part in parts]
         names = short if len(set(short)) == len(short) else [part.name for part in parts]
         sums = [self._sums(eval_step, trainable, part) for part in parts]
@@ -320,15 +320,15 @@ class _Session:
         }
         return scores | exact
 
-    def _sums(self, eval_step, trainable: Tree, part: Part) -> dict[str, np.ndarray]:
+    def _sums(self, eval_step, trainable: Tree, part: TaskRows) -> dict[str, np.ndarray]:
         """Sums over all rows of one set, in batches of a micro-batch's size."""
-        source = dataclasses.replace(self.sources["validation"], parts=(part,))
+        dataset = dataclasses.replace(self.datasets["validation"], parts=(part,))
         rows = self.config.train.batch_size // self.config.train.accumulate
         sums = [
             jax.device_get(
                 eval_step(trainable, self.model.frozen, sharding.put_batch(batch, self.mesh))
             )
-            for batch in batches_once(source, rows, **self.share)
+            for batch in batches_once(dataset, rows, **self.share)
         ]
         totals = jax.tree.map(lambda *x: np.sum(x, axis=0), *sums)
         if not part.arrays["prompt"].any():
@@ -340,7 +340,7 @@ class _Session:
             "batch_index": index,
             "config": config_keys.to_dict(self.config),
             "frozen": self.described.identities,
-            "data": {split: source.fingerprint for split, source in self.sources.items()},
+            "data": {split: dataset.fingerprint for split, dataset in self.datasets.items()},
             "composition": [config.to_dict() for config in composition_configs(self.config)]
             if self.config.kind == "composed"
             else [],

@@ -76,5 +76,5 @@ def test_weak_scaling(run_benchmark):
 @pytest.mark.slow
 def test_tokenization(run_benchmark):
     rows = run_benchmark("tokenization", "--examples=200", "--repeats=1", size="")
-    assert [row["what"] for row in rows] == ["encode_batch", "open_source"]
+    assert [row["what"] for row in rows] == ["encode_batch", "open_dataset"]
     assert_positive(rows, "seconds", "examples a second", "tokens a second", "/ encode_batch")

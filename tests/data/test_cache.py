@@ -11,7 +11,7 @@ import textwrap
 import numpy as np
 import pytest
 
-from calm_jax.data import cache, evaluation_examples, open_source
+from calm_jax.data import cache, evaluation_examples, open_dataset
 from calm_jax.data.rows import RowWriter
 from calm_jax.data.vocabulary import ByteVocabulary
 from calm_jax.errors import CalmError
@@ -71,7 +71,7 @@ def examples(cache_dir, vocabulary):
 
 @pytest.mark.parametrize("pack", [True, False])
 def test_every_sequence_is_there_once_packed_or_not(data, vocabulary, examples, pack):
-    batch = all_rows(open_source(data("augment", pack=pack), "train", vocabulary))
+    batch = all_rows(open_dataset(data("augment", pack=pack), "train", vocabulary))
     assert sequences(batch) == written_by_hand(examples, vocabulary)
     types = {key: batch[key].dtype for key in KEYS}
     assert types.pop("decoder_loss_weights") == np.float32
@@ -89,7 +89,7 @@ def test_every_sequence_is_there_once_packed_or_not(data, vocabulary, examples, 
 
 def test_without_a_start_token_the_first_token_has_no_target(data, examples):
     vocabulary = ByteVocabulary()
-    batch = all_rows(open_source(data("augment", length=64), "train", vocabulary))
+    batch = all_rows(open_dataset(data("augment", length=64), "train", vocabulary))
     expected = []
     for example in examples:
         prompt, answer = vocabulary.encode(example["inputs"]), vocabulary.encode(example["targets"])
@@ -112,24 +112,24 @@ def test_tokens_without_an_embedding_row_are_named(data, vocabulary):
     """Also where a model with more rows has left the same rows in the cache."""
     lacking = copy.copy(vocabulary)
     lacking.rows = vocabulary.size
-    whole = open_source(data("augment", length=40), "train", lacking)
+    whole = open_dataset(data("augment", length=40), "train", lacking)
     ids = all_rows(whole)["decoder_target_tokens"]
     largest = int(ids.max())
     lacking.rows = largest
     name = re.escape(repr(vocabulary.tokens()[largest]))
     message = rf"augment: token {largest} \({name}\) is outside the {largest} rows of the embedding"
     with pytest.raises(CalmError, match=message):
-        open_source(data("augment", length=40), "train", lacking)
+        open_dataset(data("augment", length=40), "train", lacking)
 
 
 def test_loss_on_inputs_weighs_every_real_token(data, vocabulary):
     entry = {"task": "calm_jax/key_value/tiny/augment", "loss_on_inputs": True}
-    batch = all_rows(open_source(data(entry), "train", vocabulary))
+    batch = all_rows(open_dataset(data(entry), "train", vocabulary))
     assert (batch["decoder_loss_weights"] == (batch["decoder_segment_ids"] > 0)).all()
 
 
 def test_a_mixture_is_read_as_its_tasks_at_their_shares(data, vocabulary):
-    source = open_source(data("bridge", "augment"), "train", vocabulary)
+    source = open_dataset(data("bridge", "augment"), "train", vocabulary)
     weights = {part.name.rpartition("/")[2]: part.weight for part in source.parts}
     assert weights == pytest.approx(
         {"bridge_math": 0.75, "bridge_num": 0.15, "bridge_subs": 0.1, "augment": 1.0}
@@ -146,12 +146,12 @@ def test_too_long_sequences_are_cut_and_counted(data, vocabulary, examples, capl
     )
     for _ in range(2):  # once when it is built, and again when it is only read
         caplog.clear()
-        batch = all_rows(open_source(data("augment", length=8), "train", vocabulary))
+        batch = all_rows(open_dataset(data("augment", length=8), "train", vocabulary))
         assert message in caplog.text
     cut = sorted(tuple(part[:8] for part in row) for row in written_by_hand(examples, vocabulary))
     assert sequences(batch) == cut
     with pytest.raises(CalmError, match=f"{message}.*strict"):
-        open_source(data("augment", length=8, strict=True), "train", vocabulary)
+        open_dataset(data("augment", length=8, strict=True), "train", vocabulary)
 
 
 def test_strict_leaves_nothing_when_it_refuses(data, vocabulary, tmp_path):
@@ -160,7 +160,7 @@ def test_strict_leaves_nothing_when_it_refuses(data, vocabulary, tmp_path):
         {"jsonl": str(tmp_path / "long.jsonl")}, length=8, strict=True, cache_dir=str(tmp_path)
     )
     with pytest.raises(CalmError, match=r"1 of 1 examples are longer than data\.length 8"):
-        open_source(config, "train", ByteVocabulary())
+        open_dataset(config, "train", ByteVocabulary())
     assert not list((tmp_path / "tokens").iterdir())
 
 
@@ -168,7 +168,7 @@ def test_text_longer_than_a_row_goes_on_in_further_rows(data, tmp_path, caplog):
     text = "far more than eight bytes"
     (tmp_path / "long.jsonl").write_text(json.dumps({"text": text}) + "\n")
     config = data({"jsonl": str(tmp_path / "long.jsonl")}, length=8, strict=True)
-    batch = all_rows(open_source(config, "train", ByteVocabulary()))
+    batch = all_rows(open_dataset(config, "train", ByteVocabulary()))
     trained = batch["decoder_target_tokens"][batch["decoder_loss_weights"] == 1]
     assert trained.tolist() == [*ByteVocabulary().encode(text)[1:], 1]
     assert len(batch["decoder_target_tokens"]) == 4 and not caplog.text
@@ -183,7 +183,7 @@ def test_answers_that_are_cut_off(data, tmp_path, caplog, loss_on_inputs):
         file.write_text("".join(json.dumps(record) + "\n" for record in records))
         entry = {"jsonl": str(file), "loss_on_inputs": loss_on_inputs}
         config = data(entry, length=8, cache_dir=str(tmp_path))
-        return open_source(config, "train", ByteVocabulary())
+        return open_dataset(config, "train", ByteVocabulary())
 
     opened(long, short)
     told = "1 of them before the answer begins" in caplog.text
@@ -197,7 +197,7 @@ def test_answers_that_are_cut_off(data, tmp_path, caplog, loss_on_inputs):
 
 
 def test_limit_takes_the_first_examples(data, vocabulary, examples):
-    batch = all_rows(open_source(data("augment", limit=20), "train", vocabulary))
+    batch = all_rows(open_dataset(data("augment", limit=20), "train", vocabulary))
     assert sequences(batch) == written_by_hand(examples[:20], vocabulary)
 
 
@@ -206,7 +206,7 @@ def test_a_changed_file_is_read_anew(data, tmp_path):
     texts = []
     for text in ("one", "two"):
         path.write_text(f'{{"text": "{text}"}}\n')
-        batch = all_rows(open_source(data({"jsonl": str(path)}), "train", ByteVocabulary()))
+        batch = all_rows(open_dataset(data({"jsonl": str(path)}), "train", ByteVocabulary()))
         texts.append(ByteVocabulary().decode(batch["decoder_input_tokens"][0].tolist()))
     assert texts == ["one", "two"]
 
@@ -214,7 +214,7 @@ def test_a_changed_file_is_read_anew(data, tmp_path):
 def test_a_folder_that_cannot_be_written_is_named(data, vocabulary, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(CalmError, match=f"cache_dir {tmp_path}/file"):
-        open_source(data("augment", cache_dir=f"{tmp_path}/file"), "train", vocabulary)
+        open_dataset(data("augment", cache_dir=f"{tmp_path}/file"), "train", vocabulary)
 
 
 def test_two_that_build_at_once_end_with_one_folder(data, vocabulary, monkeypatch):
@@ -222,11 +222,11 @@ def test_two_that_build_at_once_end_with_one_folder(data, vocabulary, monkeypatc
 
     def write_second(*arguments):
         monkeypatch.setattr(cache, "write_part", write)
-        open_source(config, "train", vocabulary)  # the other process is done before this one is
+        open_dataset(config, "train", vocabulary)  # the other process is done before this one is
         return write(*arguments)
 
     monkeypatch.setattr(cache, "write_part", write_second)
-    source = open_source(config, "train", vocabulary)
+    source = open_dataset(config, "train", vocabulary)
     assert len(source)
     assert not list((cache.cache_directory(config["cache_dir"]) / "tokens").glob("*incomplete*"))
 
@@ -240,12 +240,12 @@ def run(program: str, config: dict) -> subprocess.CompletedProcess:
 
 def test_a_ready_cache_is_read_without_tensorflow(data, vocabulary):
     config = data("bridge", "augment")
-    open_source(config, "train", vocabulary)
+    open_dataset(config, "train", vocabulary)
     done = run(
         """
         import sys
-        from calm_jax.data import Stream, batches_once, load_vocabulary, open_source
-        source = open_source(config, "train", load_vocabulary("key_value/tiny"))
+        from calm_jax.data import Stream, batches_once, load_vocabulary, open_dataset
+        source = open_dataset(config, "train", load_vocabulary("key_value/tiny"))
         next(Stream(source, batch_size=8, seed=0).iterate(3))
         next(batches_once(source, 8))
         loaded = {"tensorflow", "seqio", "tensorflow_datasets"} & set(sys.modules)
@@ -263,7 +263,7 @@ def test_a_build_that_is_killed_leaves_nothing_that_loads(data, vocabulary, tmp_
     killed = run(
         """
         import os, signal
-        from calm_jax.data import open_source
+        from calm_jax.data import open_dataset
         from calm_jax.data.vocabulary import ByteVocabulary
         from calm_jax.data.rows import RowWriter
         append = RowWriter.append
@@ -272,14 +272,14 @@ def test_a_build_that_is_killed_leaves_nothing_that_loads(data, vocabulary, tmp_
             self._file.flush()
             os.kill(os.getpid(), signal.SIGKILL)
         RowWriter.append = append_and_die
-        open_source(config, "train", ByteVocabulary())
+        open_dataset(config, "train", ByteVocabulary())
         """,
         config,
     )
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     assert list((tmp_path / "cache" / "tokens").glob("*.incomplete.*/0/targets.npy"))
     assert not list((tmp_path / "cache").rglob("index.json"))
-    source = open_source(config, "train", ByteVocabulary())
+    source = open_dataset(config, "train", ByteVocabulary())
     assert len(sequences(all_rows(source))) == 9
 
 
@@ -291,5 +291,5 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(data, tmp_path, monkeypatch)
     (tmp_path / "a.jsonl").write_text('{"text": "some text"}\n')
     config = data({"jsonl": str(tmp_path / "a.jsonl")}, cache_dir=str(tmp_path))
     with pytest.raises(CalmError, match=f"cache_dir {tmp_path}: No space left on device"):
-        open_source(config, "train", ByteVocabulary())
+        open_dataset(config, "train", ByteVocabulary())
     assert not list((tmp_path / "tokens").iterdir())

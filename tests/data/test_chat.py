@@ -15,7 +15,7 @@ import tiny_models
 import tiny_tokenizers
 
 from calm_jax.cli import generate as command
-from calm_jax.data import chat, open_source
+from calm_jax.data import chat, open_dataset
 from calm_jax.data.example_files import ExampleFiles
 from calm_jax.data.vocabularies import load_vocabulary, vocabulary_of_folder
 from calm_jax.data.vocabulary import ByteVocabulary
@@ -310,7 +310,7 @@ def test_rows_of_another_day_are_other_data(tmp_path, chats, data, monkeypatch):
 
         monkeypatch.setattr(datetime, "datetime", Clock)
         config = data({"jsonl": str(chats)}, length=256, cache_dir=str(tmp_path / cache_dir))
-        source = open_source(config, "train", vocabulary)
+        source = open_dataset(config, "train", vocabulary)
         return source.fingerprint, source.parts[0].arrays["targets"].tolist()
 
     first, second, again = opened(1, "a"), opened(2, "b"), opened(1, "c")
@@ -323,7 +323,7 @@ def test_rows_of_another_day_are_other_data(tmp_path, chats, data, monkeypatch):
 def test_chats_reach_the_rows_of_training(family, vocabularies, chats, data):
     vocabulary = vocabularies[family]
     config = data({"jsonl": str(chats)}, length=256, pack=False)
-    source = open_source(config, "train", vocabulary)
+    source = open_dataset(config, "train", vocabulary)
     arrays = source.parts[0].arrays
     rows = [
         (row[valid == 1].tolist(), prompt[valid == 1].tolist())
@@ -349,10 +349,10 @@ def test_chats_reach_the_rows_of_training(family, vocabularies, chats, data):
 def test_another_template_is_another_cache(tmp_path, chats, data):
     folder = tiny_tokenizers.gemma(tmp_path / "g")
     config = data({"jsonl": str(chats)}, length=256)
-    first = open_source(config, "train", vocabulary_of_folder(folder))
-    again = open_source(config, "train", vocabulary_of_folder(folder))
+    first = open_dataset(config, "train", vocabulary_of_folder(folder))
+    again = open_dataset(config, "train", vocabulary_of_folder(folder))
     changed = tiny_tokenizers.GEMMA_CHAT.replace("'model'", "'bot'").replace("model", "bot")
-    other = open_source(config, "train", with_template(folder, changed))
+    other = open_dataset(config, "train", with_template(folder, changed))
     assert first.fingerprint == again.fingerprint != other.fingerprint
     rows = [source.parts[0].arrays["targets"].tolist() for source in (first, other)]
     assert rows[0] != rows[1]

@@ -5,9 +5,9 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
-from calm_jax.data import evaluation_examples, open_source
+from calm_jax.data import evaluation_examples, open_dataset
+from calm_jax.data.entries import check_entry
 from calm_jax.data.example_files import ExampleFiles
-from calm_jax.data.opening import check_entry
 from calm_jax.data.vocabulary import ByteVocabulary
 from calm_jax.errors import CalmError
 
@@ -105,7 +105,7 @@ def test_a_bad_line_is_named_and_nothing_is_written(tmp_path, data, line):
     path = write(tmp_path / "bad.jsonl", GOOD, GOOD, line, GOOD)
     config = data({"jsonl": str(path)}, cache_dir=str(tmp_path / "cache"))
     with pytest.raises(CalmError) as caught:
-        open_source(config, "train", ByteVocabulary())
+        open_dataset(config, "train", ByteVocabulary())
     assert str(caught.value).startswith(f"{path}:3: ") and "\n" not in str(caught.value)
     assert BAD_LINES[line] in str(caught.value)
     assert not list((tmp_path / "cache").rglob("*.*"))
@@ -179,7 +179,7 @@ def test_an_entry_that_is_a_path_alone_shows_both_forms():
 def test_a_file_without_lines_or_that_is_not_there(tmp_path, data):
     def opened(name):
         config = data({"jsonl": str(tmp_path / name)}, cache_dir=str(tmp_path / "cache"))
-        return open_source(config, "train", ByteVocabulary())
+        return open_dataset(config, "train", ByteVocabulary())
 
     write(tmp_path / "empty.jsonl")
     with pytest.raises(CalmError, match=r"empty\.jsonl: the file is empty"):

@@ -3,12 +3,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from calm_jax.data.source import Part, Source
+from calm_jax.data.dataset import Dataset, TaskRows
 from calm_jax.data.stream import Stream, batches_once
 from calm_jax.errors import CalmError
 
 
-def source_of(*sizes: int, weights: tuple[float, ...] = ()) -> Source:
+def source_of(*sizes: int, weights: tuple[float, ...] = ()) -> Dataset:
     """Rows of two tokens that name their part and their number."""
     parts = []
     for number, size in enumerate(sizes):
@@ -19,8 +19,8 @@ def source_of(*sizes: int, weights: tuple[float, ...] = ()) -> Source:
             "segment_ids": np.ones_like(targets),
             "prompt": np.zeros_like(targets, np.uint8),
         }
-        parts.append(Part(str(number), weights[number] if weights else 1.0, False, arrays))
-    return Source(tuple(parts), 2)
+        parts.append(TaskRows(str(number), weights[number] if weights else 1.0, False, arrays))
+    return Dataset(tuple(parts), 2)
 
 
 def rows(batch) -> list[tuple[int, int]]:

@@ -3,7 +3,7 @@ import sys
 
 import pytest
 
-from calm_jax.data import evaluation_examples, key_value, load_vocabulary, open_source
+from calm_jax.data import evaluation_examples, key_value, load_vocabulary, open_dataset
 from calm_jax.data.key_value_world import World
 from calm_jax.data.vocabulary import ByteVocabulary
 from calm_jax.errors import CalmError
@@ -80,7 +80,7 @@ def test_tfds_holds_what_the_world_writes(cache_dir, vocabulary):
 
 def test_a_users_task_is_read_in_the_models_vocabulary(users_module, data, vocabulary, cache_dir):
     entry = {"task": "users_task", "import": users_module}
-    batch = open_source(data(entry, pack=False), "train", vocabulary).batch(range_of(2))
+    batch = open_dataset(data(entry, pack=False), "train", vocabulary).batch(range_of(2))
     for row, text in zip(batch["decoder_target_tokens"], ("ab=3", "b=4"), strict=True):
         ids = [*vocabulary.encode(text), vocabulary.eos_id]
         assert row[: len(ids)].tolist() == ids
@@ -122,7 +122,7 @@ def test_examples_of_a_file(tmp_path, cache_dir):
 )
 def test_a_wrong_entry_is_named(data, vocabulary, entry, split, part):
     with pytest.raises(CalmError, match=part):
-        open_source(data(entry), split, vocabulary)
+        open_dataset(data(entry), split, vocabulary)
 
 
 def test_a_vocabulary_without_an_end_token_is_refused(data, tmp_path):
@@ -132,4 +132,4 @@ def test_a_vocabulary_without_an_end_token_is_refused(data, tmp_path):
     tokenizer.save(str(tmp_path / "tokenizer.json"))
     endless = load_vocabulary(str(tmp_path / "tokenizer.json"))
     with pytest.raises(CalmError, match="no end token for its targets"):
-        open_source(data("augment"), "train", endless)
+        open_dataset(data("augment"), "train", endless)

@@ -14,16 +14,16 @@ from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from calm_jax.data import built_in, cache
+from calm_jax.data.dataset import Dataset, TaskRows
 from calm_jax.data.example_files import KINDS, ExampleFiles, file_hash, kind_of
 from calm_jax.data.rows import Sequences
-from calm_jax.data.source import Part, Source
 from calm_jax.data.vocabulary import Vocabulary, check_ids
 from calm_jax.errors import CalmError
 
 ENTRY_KEYS = {"task", *KINDS, "columns", "import", "weight", "loss_on_inputs"}
 
 
-def open_source(data: Mapping[str, Any], split: str, vocabulary: Vocabulary) -> Source:
+def open_dataset(data: Mapping[str, Any], split: str, vocabulary: Vocabulary) -> Dataset:
     """The rows of `data[split]` ("train" or "validation"); builds what is not cached yet.
 
     `data` is `config.data`: entries `{"task": name, "import": module}` or as `ExampleFiles` takes,
@@ -42,11 +42,11 @@ def open_source(data: Mapping[str, Any], split: str, vocabulary: Vocabulary) -> 
             weight = entry.get("weight", 1.0) * part["rate"]
             digests.append(part["digest"])
             arrays = cache.read_part(folder / str(number))
-            parts.append(Part(part["name"], weight, entry.get("loss_on_inputs", False), arrays))
+            parts.append(TaskRows(part["name"], weight, entry.get("loss_on_inputs", False), arrays))
     if not parts:
         raise CalmError(f"data.{split} names no task")
     fingerprint = hashlib.sha256(json.dumps(digests).encode()).hexdigest()
-    return Source(tuple(parts), data["length"], f"{cache.FORMAT}-{fingerprint}")
+    return Dataset(tuple(parts), data["length"], f"{cache.FORMAT}-{fingerprint}")
 
 
 def evaluation_examples(
@@ -59,9 +59,9 @@ def evaluation_examples(
     """Texts `inputs` and `targets` of a task, with what else its examples carry; `limit` 0 is all.
 
     `task` is a registered name, a file or files ("….jsonl", "….parquet"), or an entry of
-    `config.data` as `open_source` takes. Key-value examples carry `set` (subs, num, math),
+    `config.data` as `open_dataset` takes. Key-value examples carry `set` (subs, num, math),
     `operands` and `unseen`, those of a file what `records.examples` says. Imports TensorFlow for a
-    registered name. Raises `CalmError` as `open_source` does.
+    registered name. Raises `CalmError` as `open_dataset` does.
     """
     entry = named_entry(task) if isinstance(task, str) else dict(task)
     check_entry(entry, "evaluation")

@@ -11,7 +11,7 @@ DTYPES = {"inputs": np.int32, "targets": np.int32, "segment_ids": np.int32, "pro
 
 
 @dataclasses.dataclass(frozen=True)
-class Part:
+class TaskRows:
     """The rows of one Task.
 
     Attributes:
@@ -31,13 +31,13 @@ class Part:
 
 
 @dataclasses.dataclass(frozen=True)
-class Source:
+class Dataset:
     """Rows of one length, of one or more parts.
 
     `fingerprint` names the rows: equal exactly if they are.
     """
 
-    parts: tuple[Part, ...]
+    parts: tuple[TaskRows, ...]
     length: int
     fingerprint: str = ""
 
