@@ -200,10 +200,6 @@ class Reader:
             pass
         return slices
 
-    def rank(self, path: str) -> int:
-        """Number of an array's axes."""
-        return len(self._layout.shapes[path])
-
     def __enter__(self) -> "Reader":
         return self
 

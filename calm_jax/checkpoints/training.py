@@ -189,8 +189,10 @@ class TrainingCheckpoints:
         return line
 
     def read_state(self, step: int) -> dict[str, Any]:
-        """The JSON saved with `step`."""
-        self._check_exists(step)
+        """The JSON saved with `step`. Raises `CalmError` when it is missing or cannot be read."""
+        steps = sorted(self.manager.all_steps())
+        if step not in steps:
+            raise CalmError(f"{self.folder} has no checkpoint of step {step}; it has {steps}")
         try:
             restored = self.manager.restore(
                 step, args=ocp.args.Composite(state=ocp.args.JsonRestore())
@@ -202,7 +204,7 @@ class TrainingCheckpoints:
         return restored.state
 
     def restore(self, step: int, trainable: Tree, opt_state: Any = None) -> Checkpoint:
-        """Restores arrays with the shardings of the abstract trees.
+        """Restores arrays with the shapes, dtypes and shardings of the abstract trees.
 
         Without `opt_state` the optimizer state is not read.
 
@@ -226,13 +228,6 @@ class TrainingCheckpoints:
         except Exception as error:
             raise CalmError(f"{path} cannot be read: {first_line(error)}") from error
         return Checkpoint(step, restored["trainable"], restored.get("opt_state"), state)
-
-    def _check_exists(self, step: int) -> None:
-        steps = list(self.manager.all_steps())
-        if step not in steps:
-            raise CalmError(
-                f"{self.folder} has no checkpoint of step {step}; it has {sorted(steps)}"
-            )
 
 
 def abstract_like(tree: Any, shardings: Any) -> Any:

@@ -74,7 +74,7 @@ def damage(folder, kind: str, seed: int) -> str:
     return f"{kind}: {path.relative_to(folder)}, {other.relative_to(folder)}"
 
 
-@settings(max_examples=300)
+@settings(max_examples=120)
 @given(kind=st.sampled_from(DAMAGES), seed=st.integers(0, 2**32))
 def test_damage_is_refused_or_changes_nothing(model, tmp_path_factory, kind, seed):
     folder, decoder = model

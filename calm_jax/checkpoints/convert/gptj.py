@@ -1,7 +1,7 @@
 """GPT-J as transformers publishes it.
 
 Parallel blocks under one LayerNorm with bias, an MLP without gate and with biases, interleaved
-rotary positions on the first features of each head, a head with a bias.
+rotary positions on the first features of each head, and an output head with a bias.
 """
 
 from collections.abc import Mapping
@@ -25,7 +25,7 @@ _LAYER = {
     "mlp.fc_out.weight": ("layers/mlp/down", "D F -> F D"),
     "mlp.fc_out.bias": ("layers/mlp/down_bias", "D -> D"),
 }
-# transformers takes these before the family's own names.
+# transformers prefers these names to the family's own.
 _OTHER_NAMES = {
     "hidden_size": "n_embd",
     "num_hidden_layers": "n_layer",
@@ -39,7 +39,7 @@ class GptJ(HuggingFaceFamily):
     name = "gptj"
     architectures = ("GPTJForCausalLM",)
     model_type = "gptj"
-    # What a config.json that lacks a key means (transformers' GPTJConfig).
+    # The values of absent keys of config.json (transformers' GPTJConfig).
     defaults: ClassVar[Mapping[str, int]] = {
         "vocab_size": 50_400,
         "n_embd": 4096,
@@ -108,5 +108,5 @@ class GptJ(HuggingFaceFamily):
         )
 
     def unused(self, config: DecoderConfig) -> tuple[Unused, ...]:
-        # Causal masks, which older versions saved.
+        # Causal masks, which older versions of transformers saved.
         return (Unused(r"transformer\.h\.\d+\.attn\.(bias|masked_bias)"),)

@@ -50,7 +50,7 @@ def read(path: epath.Path) -> Source:
             is stored in a way that the installed `gguf` does not know.
     """
     if is_bucket(path):
-        raise CalmError(f"{path} is on a bucket; copy the checkpoint to a disk first")
+        raise CalmError(f"{path} is in a bucket; copy the checkpoint to a disk first")
     refuse_lfs_pointer(path)
     try:
         data = np.asarray(np.memmap(path, np.uint8, "r"))
@@ -61,7 +61,7 @@ def read(path: epath.Path) -> Source:
         for _ in range(metadata_count):
             key = header.text()
             if key in metadata:
-                raise ValueError(f"{key} is there twice")
+                raise ValueError(f"{key} occurs twice")
             metadata[key] = header.value()
         entries = [header.tensor() for _ in range(tensor_count)]
         alignment = metadata.get("general.alignment", DEFAULT_ALIGNMENT)
@@ -71,7 +71,7 @@ def read(path: epath.Path) -> Source:
         tensors: dict[str, StoredTensor] = {}
         for entry in entries:
             if entry.name in tensors:
-                raise ValueError(f"tensor {entry.name} is there twice")
+                raise ValueError(f"tensor {entry.name} occurs twice")
             tensors[entry.name] = entry.stored(content, str(path))
     except (ValueError, OSError) as error:
         raise CalmError(f"{path} is not a complete GGUF file: {first_line(error)}") from error

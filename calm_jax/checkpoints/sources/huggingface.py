@@ -96,7 +96,7 @@ def read_file(path: epath.Path) -> Source:
 
 def _refuse_buckets(path: epath.Path) -> None:
     if is_bucket(path):
-        raise CalmError(f"{path} is on a bucket; copy the checkpoint to a disk first")
+        raise CalmError(f"{path} is in a bucket; copy the checkpoint to a disk first")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -30,10 +30,10 @@ _DAMAGES = (
 
 
 def read(path: epath.Path) -> Source:
-    """Opens a file that `numpy.savez` wrote; of the arrays only shapes and dtypes are read.
+    """Opens a file that `numpy.savez` wrote; only shapes and dtypes are read.
 
     Raises:
-        CalmError: it is damaged, or holds Python objects, which could run anything when read.
+        CalmError: it is damaged, or holds Python objects, which could run any code when read.
     """
     refuse_lfs_pointer(path)
     with _opened(path, str(path)) as archive:
@@ -43,13 +43,13 @@ def read(path: epath.Path) -> Source:
         name = member.filename.removesuffix(".npy")
         called = f"{path}: tensor {name}"
         if name in tensors:
-            raise CalmError(f"{called} is there twice")
+            raise CalmError(f"{called} occurs twice")
         with _opened(path, called) as archive, archive.open(member) as data:
             shape, dtype = _read_header(data, called)
             found, expected = member.file_size - data.tell(), math.prod(shape) * dtype.itemsize
         if found != expected:
             raise CalmError(f"{called} of shape {shape} has {found} bytes, not {expected}")
-        if dtype == np.dtype("V2"):  # numpy has no name for bfloat16 and writes it as raw bytes
+        if dtype == np.dtype("V2"):  # numpy writes bfloat16, which it does not know, as raw bytes
             dtype = np.dtype(ml_dtypes.bfloat16)
         tensors[name] = Member(path, member.filename, called, shape, dtype)
     return Source(path, "npz", tensors)

@@ -25,7 +25,7 @@ from calm_jax.errors import CalmError
 Leaf = TypeVar("Leaf")
 
 VERSIONS = (2, 3)
-# T5X joins the paths of all three to the checkpoint's folder; a bucket in them is a dummy.
+# T5X joins the paths of all three to the checkpoint's folder; a bucket named in them is ignored.
 _STORES = ("file", "gfile", "gcs")
 _PLACEHOLDER = "PLACEHOLDER://"
 _MESH_TENSORFLOW = b"model_checkpoint_path"
@@ -50,7 +50,7 @@ def read(path: epath.Path) -> Source:
     """
     folder = path if _is_checkpoint(path) else _only_step(path)
     tree = _orbax_folder(folder)
-    tensors = _read_orbax(tree) if tree else _read_msgpack(folder)
+    tensors = orbax_tree.open_tree(tree, _parameter_name) if tree else _read_msgpack(folder)
     if not tensors:
         raise CalmError(f"{folder} has no parameters: its tree has nothing below target")
     return Source(path, "t5x", tensors)
@@ -83,10 +83,6 @@ def _orbax_folder(folder: epath.Path) -> epath.Path | None:
         if (tree / "_METADATA").is_file():
             return tree if any(map(_parameter_name, orbax_tree.array_names(tree))) else None
     return None
-
-
-def _read_orbax(tree: epath.Path) -> dict[str, Tensor]:
-    return orbax_tree.open_tree(tree, _parameter_name)
 
 
 def _parameter_name(name: str) -> str | None:

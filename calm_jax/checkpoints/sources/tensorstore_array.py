@@ -22,8 +22,8 @@ class StoredTensor:
 
     Attributes:
         store: its TensorStore.
-        name: as messages call it: the checkpoint and the tensor.
-        dtype: of what is read; where the store's own differs, its bits are taken as this.
+        name: what messages call it: the checkpoint and the tensor.
+        dtype: of what is read; if the store has another, its bits are reinterpreted.
     """
 
     store: ts.TensorStore
@@ -47,18 +47,14 @@ def zarr_spec(
 ) -> dict[str, Any]:
     """TensorStore spec of the array at `path` in a folder; driver "zarr" (version 2) or "zarr3".
 
-    A chunk that is absent is an error: writers of checkpoints store every chunk, and a file that
-    was lost must not read as zeros.
+    A missing chunk is an error: writers of checkpoints store every chunk, and a lost file must not
+    be read as zeros.
     """
     kvstore = f"{folder}/" if is_bucket(folder) else {"driver": "file", "path": f"{folder}/"}
     if ocdbt:
         kvstore = {"driver": "ocdbt", "base": kvstore, "cache_pool": "cache_pool#ocdbt"}
     kvstore = ts.KvStore.Spec(kvstore) / f"{path.strip('/')}/"
-    return {
-        "driver": driver,
-        "kvstore": kvstore.to_json(),
-        "fill_missing_data_reads": False,
-    }
+    return {"driver": driver, "kvstore": kvstore.to_json(), "fill_missing_data_reads": False}
 
 
 def open_all(

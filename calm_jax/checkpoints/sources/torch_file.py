@@ -1,9 +1,9 @@
 """Files of `torch.save`, read without torch and without running what a pickle asks for.
 
-Such a file is a zip archive: `NAME/data.pkl`, a pickle of names and views, and `NAME/data/KEY`, the
-bytes of each storage, not compressed. The pickle may name the few things that a dictionary of
-tensors needs and nothing else, as with torch's own `weights_only=True`. Tensors are views of the
-mapped file, whose CRC-32 of a storage is checked when the first tensor in it is read.
+Such a file is an uncompressed zip archive: `NAME/data.pkl` is a pickle of names and views, and
+`NAME/data/KEY` holds the bytes of one storage. As with torch's own `weights_only=True`, the pickle
+may name only what a dictionary of tensors needs. Tensors are views of the mapped file; the CRC-32
+of a storage is checked when a tensor in it is first read.
 """
 
 import collections
@@ -42,29 +42,29 @@ _STORAGES = {
     "ShortStorage": "int16", "CharStorage": "int8", "ByteStorage": "uint8", "BoolStorage": "bool",
     "UntypedStorage": "uint8",
 }  # fmt: skip
-# Where training programs put the parameters, beside the optimizer's state.
+# Keys under which training programs keep the parameters.
 _WRAPPERS = ("model", "state_dict", "model_state_dict", "module")
 _PREFIXES = ("module.", "_orig_mod.")  # of data-parallel and of compiled modules
 _BEFORE_ZIP = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # the pickled magic number of torch < 1.6
 _CRC_BYTES = 2**24  # checked at a time
-_PICKLE_BYTES = 2**27  # of names and views; those of the largest models take 1 % of it
+_PICKLE_BYTES = 2**27  # those of the largest models have 1 % of it
 
 
 def read(path: epath.Path) -> Source:
     """Opens a file; no weight is read.
 
-    State dicts are flat, and so are the names here: torch's own, dots and all, without a "module."
-    or "_orig_mod." that every one starts with. Where the file's dictionary has another under
-    "model", "state_dict", "model_state_dict" or "module", that one is taken. What else stands
-    beside the tensors (numbers, texts, an optimizer's dictionaries) is ignored.
+    Names are torch's own, such as "layers.0.weight"; a "module." or "_orig_mod." that starts all of
+    them is removed. If the dictionary holds another one under "model", "state_dict",
+    "model_state_dict" or "module", that one is read. Values other than tensors (numbers, texts,
+    the state of an optimizer) are ignored.
 
     Raises:
-        CalmError: the file is on a bucket, damaged, compressed, of a torch before 1.6, big-endian,
-            has more than one or no dictionary of tensors, or needs anything else, which is named
-            and was not run.
+        CalmError: the file is in a bucket, damaged, compressed, big-endian or older than torch 1.6;
+            it has no dictionary of tensors, or several; or its pickle asks for anything else,
+            which the message names and which is not run.
     """
     if is_bucket(path):
-        raise CalmError(f"{path} is on a bucket; copy the checkpoint to a disk first")
+        raise CalmError(f"{path} is in a bucket; copy the checkpoint to a disk first")
     refuse_lfs_pointer(path)
     try:
         with path.open("rb") as file:
@@ -127,8 +127,8 @@ class StoredTensor:
         return self.view[index]
 
 
-# A pickle may set attributes of whatever it is given and call it: it is given tuples, which have
-# none, in place of dtypes and functions. They are checked when the pickle has ended.
+# A pickle may call whatever it is given and set its attributes. It is therefore given tuples, which
+# have no attributes to set, instead of dtypes and functions; they are checked after it has run.
 
 
 class _Name(NamedTuple):
@@ -144,7 +144,7 @@ class _Storage(NamedTuple):
 
 
 class _View(NamedTuple):
-    """A tensor; offset and strides are in entries of `dtype`, without one of its storage's."""
+    """A tensor; offset and strides count entries of `dtype` (None: of the storage's dtype)."""
 
     storage: _Storage
     offset: int
@@ -184,7 +184,7 @@ _KNOWN = {
 }
 
 
-class _Unpickler(pickle._Unpickler):  # in C its memo could be made to fill the memory
+class _Unpickler(pickle._Unpickler):  # the memo of the C version can be made to fill the memory
     def find_class(self, module: str, name: str) -> Any:
         if f"{module}.{name}" not in _KNOWN:
             raise CalmError(
@@ -234,14 +234,14 @@ def _open_tensors(
 
 
 def _state_dict(content: Any) -> dict[str, _View]:
-    """The tensors of a state dict by their names; it may be within the usual wrappers."""
+    """The tensors of a state dict, which may be inside the usual wrappers, by name."""
     while isinstance(content, dict):
         inside = [key for key in _WRAPPERS if isinstance(content.get(key), dict)]
         if len(inside) > 1:
             raise CalmError(f"both {inside[0]!r} and {inside[1]!r} are dictionaries; save one")
         if not inside:
             break
-        content = content.pop(inside[0])  # taken out, as it might be its own wrapper
+        content = content.pop(inside[0])  # popped, since it may contain itself
     if not isinstance(content, dict):
         raise CalmError(f"it holds a {type(content).__name__}, not a dictionary of tensors")
     tensors = {name: x for name, x in content.items() if isinstance(x, _View)}
@@ -264,7 +264,7 @@ def _stored_bytes(
         member = archive.getinfo(name)
     except KeyError:
         raise CalmError(f"{called}: {name} is missing") from None
-    archive.open(member).close()  # compares the header before the bytes with the archive's index
+    archive.open(member).close()  # compares the member's own header with the archive's index
     # The header: 26 bytes, the lengths of name and extra field, both of them; then the bytes.
     lengths = struct.unpack_from("<2H", mapped, member.header_offset + 26)
     start = member.header_offset + 30 + sum(lengths)
@@ -286,7 +286,7 @@ def _array(view: _View, storage: StoredBytes, called: str, most_bytes: int) -> n
     dtype = _DTYPES[stored_as if view.dtype is None else view.dtype.name]
     sizes = (view.offset, *view.shape, *view.strides)
     if len(view.shape) != len(view.strides) or not all(type(x) is int and x >= 0 for x in sizes):
-        raise CalmError(f"{called} has no sensible shape and strides")
+        raise CalmError(f"{called} has an invalid shape or strides")
     # numpy checks this too, but in 64 bits, which strides can overflow.
     entries = storage.content.size // dtype.itemsize
     last = view.offset + sum(
@@ -296,7 +296,7 @@ def _array(view: _View, storage: StoredBytes, called: str, most_bytes: int) -> n
         return np.zeros(view.shape, dtype)
     if last >= entries:
         raise CalmError(f"{called} reaches entry {last} of a storage of {entries}")
-    # Where strides are 0 a few bytes say that they are any number of weights.
+    # With strides of 0 a few bytes can claim to be any number of weights.
     if math.prod(view.shape) * dtype.itemsize > most_bytes:
         raise CalmError(f"{called} has shape {view.shape}, more bytes than the whole file")
     return np.ndarray(

@@ -420,7 +420,7 @@ def test_any_config_is_read_or_refused(family):
     )
 
     @hypothesis.given(changes)
-    @hypothesis.settings(max_examples=200)
+    @hypothesis.settings(max_examples=80)
     def check(change):
         started = time.monotonic()
         changed = type(source)(source.path, source.kind, source.tensors, values | change)

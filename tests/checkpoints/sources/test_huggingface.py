@@ -335,9 +335,9 @@ def test_a_folder_without_tensors(folder):
 
 
 def test_buckets_are_said_to_be_copied_first():
-    with pytest.raises(CalmError, match=r"gs://bucket/model\.safetensors is on a bucket; copy"):
+    with pytest.raises(CalmError, match=r"gs://bucket/model\.safetensors is in a bucket; copy"):
         read_file(epath.Path("gs://bucket/model.safetensors"))
-    with pytest.raises(CalmError, match=r"gs://bucket/model is on a bucket; copy"):
+    with pytest.raises(CalmError, match=r"gs://bucket/model is in a bucket; copy"):
         read(epath.Path("gs://bucket/model"))
 
 

@@ -102,5 +102,5 @@ def test_a_name_twice(tmp_path):
         warnings.simplefilter("ignore")  # zipfile's own, of the duplicate
         with zipfile.ZipFile(tmp_path / "a.npz", "a") as archive:
             archive.writestr("w.npy", data)
-    with pytest.raises(CalmError, match=r"a\.npz: tensor w is there twice"):
+    with pytest.raises(CalmError, match=r"a\.npz: tensor w occurs twice"):
         open_source(tmp_path / "a.npz")
