@@ -20,14 +20,14 @@ from calm_jax.errors import CalmError
 from calm_jax.models.bridge import Bridge
 from calm_jax.models.cache import ComposedCache, KeysValues
 from calm_jax.models.calling import call, zeros_beside
-from calm_jax.models.config import CompositionConfig, heads
-from calm_jax.models.connections import Connection, plan_connections
+from calm_jax.models.config import CompositionConfig, DecoderConfig, heads
+from calm_jax.models.connections import Connection, ConnectionPlan, plan_connections
 from calm_jax.models.cross_attention import BridgePass
 from calm_jax.models.decoder import Decoder
 from calm_jax.models.execution import Execution
 from calm_jax.models.inputs import Inputs
 from calm_jax.models.layer import ForwardPass
-from calm_jax.models.parameters import Structure, module_tree
+from calm_jax.models.parameters import Structure, Tree, module_tree
 from calm_jax.models.stack import run_layers
 from calm_jax.models.taps import Augment, Perturb
 
@@ -234,19 +234,15 @@ class ComposedDecoder(nnx.Module):
         )
 
     def _init_bridge(self, rngs: nnx.Rngs) -> Bridge:
-        """A new bridge, born on the anchor's mesh: at full size no single device could hold it."""
-        widths = [augment.width for augment in self.augments]
-        make = functools.partial(Bridge, self.plan, self.configs, self.anchor.config, widths)
-        structure = Structure(nnx.eval_shape(lambda: make(nnx.Rngs(0))))
+        """A new bridge on the anchor's mesh: at full size no single device could hold it."""
         table = self.anchor.embedding.get_value()
         sharding = None if isinstance(table, jax.core.Tracer) else getattr(table, "sharding", None)
         on_mesh = isinstance(sharding, jax.sharding.NamedSharding)
-        key = rngs.params()
-        tree = jax.jit(
-            lambda: module_tree(make(nnx.Rngs(params=key))),
-            out_shardings=structure.shardings(sharding.mesh) if on_mesh else None,
-        )()
-        return structure.merge(tree)
+        widths = tuple(augment.width for augment in self.augments)
+        structure, init = _bridge_initialiser(
+            self.plan, self.configs, self.anchor.config, widths, sharding.mesh if on_mesh else None
+        )
+        return structure.merge(init(rngs.params()))
 
     def _run(
         self,
@@ -377,3 +373,19 @@ def check_vocabularies(ours: Any, our_name: str, theirs: Any, their_name: str) -
             f"the vocabularies differ: token {index} is {our_token!r} for {our_name} and "
             f"{their_token!r} for {their_name}"
         )
+
+
+@functools.cache
+def _bridge_initialiser(
+    plan: ConnectionPlan,
+    configs: tuple[CompositionConfig, ...],
+    anchor: DecoderConfig,
+    widths: tuple[int, ...],
+    mesh: jax.sharding.Mesh | None,
+) -> tuple[Structure, Callable[[jax.Array], Tree]]:
+    """A bridge's structure, and its arrays as a function of a key, which compiles once."""
+    make = functools.partial(Bridge, plan, configs, anchor, widths)
+    structure = Structure(nnx.eval_shape(lambda: make(nnx.Rngs(0))))
+    shardings = None if mesh is None else structure.shardings(mesh)
+    init = jax.jit(lambda key: module_tree(make(nnx.Rngs(params=key))), out_shardings=shardings)
+    return structure, init
