@@ -60,10 +60,10 @@ class Attention:
         keys = queries if keys is None else keys
         length = keys.shape[1]
         # A window that no row is longer than hides nothing: then all layers are computed alike.
-        if window is not None and window >= length and keys.order_BT is None:
-            window = None
         if queries.order_BT is None and keys.order_BT is None:
             self.orders = ()
+            if window is not None and window >= length:
+                window = None
         else:
             self.orders = (_order(queries), _order(keys))
         if backend in _KERNELS and (self.orders or queries.shape[1] != length):

@@ -73,7 +73,7 @@ def test_the_compiled_step_does_little_but_the_ideal(depth, connections, remat):
 
 @pytest.mark.parametrize("remat", ["none", "full"])
 def test_no_stacked_weight_is_copied_and_no_logits_of_the_whole_length_exist(remat):
-    composition = CompositionConfig(connections=((0, 1), (1, 3), (2, 5)), num_heads=8)
+    composition = CompositionConfig(connections=((0, 1), (1, 3), (2, 5)), num_heads=16)
     compiled = compiled_step(ANCHOR, composition, Execution(remat=remat), loss_chunk=64)
     made = re.findall(r"= \(?(\w+\[[\d,]*\])\S* ([\w\-]+)\(", compiled.as_text())
     passed_on = {"parameter", "get-tuple-element", "bitcast", "while"}
