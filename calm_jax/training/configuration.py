@@ -244,6 +244,14 @@ def validate(config: ConfigDict) -> None:
             raise CalmError(
                 f"train.trainable has {name!r}; known for a {config.kind} run are {known}"
             )
+    if config.kind == "composed" and train.trainable:
+        # A bridge or an update that is not trained is not saved, so it could not be loaded again.
+        needed = {"bridge", "lora"} if config.lora.rank else {"bridge"}
+        if set(train.trainable) != needed:
+            raise CalmError(
+                f"train.trainable is {tuple(train.trainable)} with lora.rank {config.lora.rank}; a "
+                f"composed run trains all of {tuple(sorted(needed))}"
+            )
     if config.lora.rank and config.kind == "decoder" and not config.decoder["from"]:
         raise CalmError(
             f"lora.rank is {config.lora.rank}, but decoder.from is empty: an update of random "

@@ -79,6 +79,29 @@ def changed(config: ConfigDict, key: str, value) -> ConfigDict:
 
 
 @pytest.mark.parametrize(
+    ("rank", "trainable", "refused"),
+    [
+        (0, (), False),
+        (0, ("bridge",), False),
+        (2, (), False),
+        (2, ("lora", "bridge"), False),
+        (2, ("lora",), True),
+        (2, ("bridge",), True),
+        (0, ("lora",), True),
+        (0, ("all",), True),
+    ],
+)
+def test_a_composed_run_trains_all_that_it_saves(rank, trainable, refused):
+    """What is new and not trained would be in no checkpoint."""
+    config = changed(composed_config(), "lora.rank", rank)
+    config = changed(config, "train.trainable", trainable)
+    if not refused:
+        return configuration.validate(config)
+    with pytest.raises(CalmError, match=r"train\.trainable (is|has) "):
+        configuration.validate(config)
+
+
+@pytest.mark.parametrize(
     ("key", "value", "message"),
     [
         ("kind", "model", "kind is 'model'; known are 'decoder' and 'composed'"),
