@@ -199,7 +199,7 @@ class RandomStep:
     def arguments(self) -> tuple[Any, ...]:
         """The step's arguments with random values, each made on the devices that hold it."""
         shardings = jax.tree.map(lambda x: x.sharding, self.abstract())
-        return sharding.init_in_place(self._arguments, shardings)
+        return sharding.init_sharded(self._arguments, shardings)
 
     def compile(self) -> jax.stages.Compiled:
         """The step, compiled for the mesh's devices, which need not be here."""

@@ -1,7 +1,7 @@
-"""Where every array lives: one mesh, one table from logical axes to mesh axes.
+"""How arrays are sharded: one mesh, and one table from logical axes to mesh axes.
 
-This is the only file that names mesh axes. Models name *logical* axes on their parameters and
-activations; `RULES` says which mesh axis splits each of them.
+This is the only file that names mesh axes. Models give *logical* axes to their parameters and
+activations; `RULES` maps each to the mesh axes that split it.
 """
 
 import itertools
@@ -17,14 +17,14 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from calm_jax.errors import CalmError
 
-# Outermost first: slices are joined by the data-centre network, the rest by faster links.
+# Outermost first: the data-centre network connects slices, faster links the devices of a slice.
 MESH_AXES = ("slices", "data", "fsdp", "tensor")
 
 Rules = Mapping[str, tuple[str, ...]]
 
-# Parameters are split over `fsdp` along the model width and over `tensor` along heads, MLP features
-# and vocabulary; activations over all other axes along the batch, and the residual stream over
-# `tensor` along its length.
+# Parameters are split over `fsdp` along the model width, and over `tensor` along heads, MLP
+# features and vocabulary. Activations are split over all axes but `tensor` along the batch, and the
+# residual stream also over `tensor` along its length.
 RULES: Rules = {
     "batch": ("slices", "data", "fsdp"),
     "length": (),
@@ -42,24 +42,24 @@ RULES: Rules = {
     "lora_rank": (),
 }
 
-# Of weights, by the config's `weight_sharding`: "all" splits them over every device of a slice. A
-# layer is gathered when its turn comes.
+# Rules of weights by the config's `weight_sharding`: "all" splits them over all devices of a slice.
+# Each layer is gathered when it runs.
 WEIGHT_RULES: dict[str, Rules] = {"fsdp": RULES, "all": {**RULES, "embed": ("data", "fsdp")}}
 
-# Every device keeps all of these axes where the mesh axis does not divide them: grouped queries may
-# have fewer key heads than `tensor` has devices, and an augment may have any width.
+# Logical axes of weights that are not split if the mesh does not divide them: there may be fewer
+# key heads than devices along `tensor`, and an augment may have any width.
 REPLICATED_WHEN_INDIVISIBLE = frozenset({"kv_heads", "augment_embed"})
 
 
 def make_mesh(shape: Mapping[str, int], devices: list[jax.Device] | None = None) -> Mesh:
     """A mesh over `devices` (default: all), with axes `slices`, `data`, `fsdp`, `tensor`.
 
-    `shape` gives the size of each axis. At most one may be -1, which takes the remaining devices.
-    An axis left out has size 1; `slices` left out or 0 is the number of slices of the devices. CPU
-    devices belong to no slice and may stand for any number of them.
+    `shape` gives the size of each axis, by default 1. At most one may be -1, which takes the
+    remaining devices. `slices` is by default, or if 0, the number of slices that the devices form;
+    CPU devices form none and may simulate any number.
 
-    Raises `CalmError` for an unknown axis, sizes that do not use the devices exactly, or a number
-    of slices other than the devices'.
+    Raises `CalmError` for an unknown axis, sizes that do not use all devices, or a wrong number of
+    slices.
     """
     devices = jax.devices() if devices is None else devices
     slices = len({getattr(device, "slice_index", None) for device in devices})
@@ -67,7 +67,7 @@ def make_mesh(shape: Mapping[str, int], devices: list[jax.Device] | None = None)
     sizes = list(mesh_sizes(shape, len(devices), None if without_slices else slices).values())
     types = (AxisType.Auto,) * len(MESH_AXES)
     if slices == 1:
-        # An axis may take part of a side of the slice: 8 x 8 x 8 chips as 2 x 32 x 8.
+        # A mesh axis may take part of a physical axis: 8 x 8 x 8 chips as 2 x 32 x 8.
         array = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
         return Mesh(array, MESH_AXES, axis_types=types)
     array = mesh_utils.create_hybrid_device_mesh(
@@ -77,9 +77,9 @@ def make_mesh(shape: Mapping[str, int], devices: list[jax.Device] | None = None)
 
 
 def mesh_sizes(shape: Mapping[str, int], devices: int, slices: int | None) -> dict[str, int]:
-    """The size of every axis, for a `shape` as in `make_mesh`; raises the same errors.
+    """The size of every axis for a `shape` as in `make_mesh`; raises the same errors.
 
-    `slices` is the number of slices that the devices form; None: they belong to none.
+    `slices` is the number of slices that the devices form; None if they form none.
     """
     shape = {**shape, "slices": shape.get("slices", 0) or slices or 1}
     for axis, size in shape.items():
@@ -106,7 +106,7 @@ def mesh_sizes(shape: Mapping[str, int], devices: int, slices: int | None) -> di
 
 
 def shown(sizes: Mapping[str, int]) -> str:
-    """A mesh's sizes as messages show them.
+    """The sizes of a mesh for messages.
 
     >>> shown({"slices": 1, "data": 2, "fsdp": -1, "tensor": 4})
     'slices 1 × data 2 × fsdp -1 × tensor 4'
@@ -114,15 +114,8 @@ def shown(sizes: Mapping[str, int]) -> str:
     return " × ".join(f"{axis} {size}" for axis, size in sizes.items())
 
 
-def partition_spec(axes: Sequence[str | None], rules: Rules = RULES) -> PartitionSpec:
-    """The mesh axes of logical `axes`.
-
-    Raises `CalmError` if a logical axis has no rule or a mesh axis is used twice.
-    """
-    return PartitionSpec(*(mesh_axes or None for mesh_axes in _mesh_axes(axes, rules)))
-
-
 def _mesh_axes(axes: Sequence[str | None], rules: Rules) -> list[tuple[str, ...]]:
+    """The mesh axes of each logical axis; raises `CalmError` without a rule or on a double use."""
     for axis in axes:
         if axis is not None and axis not in rules:
             raise CalmError(
@@ -139,27 +132,25 @@ def _mesh_axes(axes: Sequence[str | None], rules: Rules) -> list[tuple[str, ...]
 def array_sharding(
     name: str, shape: Sequence[int], axes: Sequence[str | None], mesh: Mesh, rules: Rules = RULES
 ) -> NamedSharding:
-    """The sharding of the array `name`; dimensions before those of `axes` are stacked layers.
+    """The sharding of the array `name`; axes in front of `axes` are those of stacked layers.
 
-    Raises `CalmError` naming the array, the dimension and the mesh axes that do not divide it.
+    Raises `CalmError` naming the array, the axis and the mesh axes if these do not divide it.
     """
     axes = ("layers",) * (len(shape) - len(axes)) + tuple(axes)
     return NamedSharding(mesh, _fitting_spec(name, shape, axes, mesh, rules))
 
 
-def _activation_spec(x: jax.Array, axes: Sequence[str | None], mesh) -> PartitionSpec:
-    """The spec of an activation: an axis that the mesh does not divide is not split."""
-    return _fitting_spec(None, x.shape, axes, mesh, RULES)
-
-
-def _fitting_spec(name: str | None, shape, axes, mesh, rules: Rules) -> PartitionSpec:
+def _fitting_spec(name: str | None, shape, axes, mesh, rules: Rules = RULES) -> PartitionSpec:
     return PartitionSpec(
         *(entry or None for entry in _fitting_axes(name, shape, axes, mesh, rules))
     )
 
 
 def _fitting_axes(name: str | None, shape, axes, mesh, rules: Rules) -> list[tuple[str, ...]]:
-    """The mesh axes that split each dimension. An array with a name must be divisible by all."""
+    """The mesh axes that split each axis of an array.
+
+    An axis that they do not divide is not split; if the array has a name, it is an error.
+    """
     entries = []
     for axis, size, mesh_axes in zip(axes, shape, _mesh_axes(axes, rules), strict=True):
         # A mesh made elsewhere may have fewer axes.
@@ -175,17 +166,17 @@ def _fitting_axes(name: str | None, shape, axes, mesh, rules: Rules) -> list[tup
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """The sharding of an array that every device holds whole."""
+    """The sharding of an array that every device holds in full."""
     return NamedSharding(mesh, PartitionSpec())
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """The sharding of batch arrays [B, T]."""
-    return NamedSharding(mesh, partition_spec(("batch", "length")))
+    return NamedSharding(mesh, PartitionSpec(RULES["batch"], None))
 
 
 def check_batch(batch_size: int, accumulate: int, mesh: Mesh) -> None:
-    """Raises `CalmError` unless every device gets the same number of rows of each micro-batch."""
+    """Raises `CalmError` if devices would get different numbers of rows of a micro-batch."""
     ways = math.prod(mesh.shape[axis] for axis in RULES["batch"])
     if batch_size % (ways * accumulate):
         sizes = shown({axis: mesh.shape[axis] for axis in RULES["batch"]})
@@ -196,9 +187,9 @@ def check_batch(batch_size: int, accumulate: int, mesh: Mesh) -> None:
 
 
 def current_mesh(*arrays: jax.Array) -> jax.sharding.AbstractMesh:
-    """The mesh that is set, or else the one on which the first of `arrays` lies that is on any.
+    """The mesh set by `jax.set_mesh`, or else the first mesh that one of `arrays` is on.
 
-    So a model whose arrays lie on a mesh runs there, also where the caller has set none.
+    So a model on a mesh runs there even if the caller sets no mesh.
     """
     meshes = [jax.sharding.get_abstract_mesh()]
     for x in arrays:
@@ -207,16 +198,17 @@ def current_mesh(*arrays: jax.Array) -> jax.sharding.AbstractMesh:
 
 
 def mesh_of(array: jax.Array):
-    """A context in which the mesh of `array` is set, unless another is."""
+    """A context that sets the mesh of `array`, unless a mesh is already set."""
     return jax.sharding.use_abstract_mesh(current_mesh(array))
 
 
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
-    """Fixes the sharding of an activation by its logical axes, where there is a mesh."""
+    """Constrains the sharding of an activation by its logical axes, if there is a mesh."""
     mesh = current_mesh(x)
     if mesh.empty:
         return x
-    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, _activation_spec(x, axes, mesh)))
+    spec = _fitting_spec(None, x.shape, axes, mesh)
+    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
 
 
 def on_each_device(
@@ -224,14 +216,16 @@ def on_each_device(
     arrays: Sequence[jax.Array],
     axes: Sequence[Sequence[str | None]],
 ) -> jax.Array:
-    """`function(*arrays)`, computed by each device from its own parts alone, where there is a mesh.
+    """`function(*arrays)`; on a mesh each device calls it on its own shards.
 
-    `axes` are the arrays' logical axes. The result is split as the first array is.
+    `axes` are the logical axes of each array. The result is sharded as the first array.
     """
     mesh = current_mesh(*arrays)
     if mesh.empty:
         return function(*arrays)
-    specs = tuple(_activation_spec(x, x_axes, mesh) for x, x_axes in zip(arrays, axes, strict=True))
+    specs = tuple(
+        _fitting_spec(None, x.shape, x_axes, mesh) for x, x_axes in zip(arrays, axes, strict=True)
+    )
     split = jax.shard_map(function, mesh=mesh, in_specs=specs, out_specs=specs[0], check_vma=False)
     return split(*arrays)
 
@@ -239,13 +233,17 @@ def on_each_device(
 def look_up(
     table_VD: jax.Array, ids_BT: jax.Array, weight_sharding: str, dtype: jnp.dtype
 ) -> jax.Array:
-    """The rows `ids_BT` of a table that is split as `WEIGHT_RULES[weight_sharding]` say.
+    """The rows `ids_BT` of a table that is split by `WEIGHT_RULES[weight_sharding]`.
 
-    Each device looks up its part of the width for the ids of those devices with which it shares the
-    table, and sends each of them its own: the table is never gathered, nor the ids of all devices.
+    Each device looks up its part of the width for the ids of all devices that share the table's
+    width with it, and sends the results back to them. The table is never gathered.
+
+    Args:
+        table_VD: float or int8 [V, D].
+        ids_BT: int32 [B, T].
 
     Returns:
-        [B, T, D] in `dtype`, its length split as the residual stream's.
+        [B, T, D] in `dtype`, split along its length as the residual stream.
     """
     mesh = current_mesh(table_VD)
     if mesh.empty:
@@ -253,7 +251,7 @@ def look_up(
     rules = WEIGHT_RULES[weight_sharding]
     vocab, embed = _fitting_axes(None, table_VD.shape, ("vocab", "embed"), mesh, rules)
     batch, length = _fitting_axes(None, ids_BT.shape, ("batch", "stream_length"), mesh, RULES)
-    # Devices that split the width of the table hold other rows of ids, unless all hold all of them.
+    # Devices that split the table's width hold different rows of ids, if the batch is split at all.
     exchanged = embed if batch else ()
 
     def on_device(table_VD, ids_BT):
@@ -283,9 +281,9 @@ def look_up(
 
 
 def batch_share(mesh: Mesh) -> tuple[int, int]:
-    """(k, n): the devices of this process hold the k-th of n equal shares of each batch's rows.
+    """(k, n): this process holds the k-th of n equal shares of each batch's rows.
 
-    Raises `CalmError` if processes hold parts of each other's shares.
+    Raises `CalmError` if the shares of processes overlap only in part.
     """
     axes = [mesh.axis_names.index(axis) for axis in RULES["batch"]]
     ways = math.prod(mesh.devices.shape[axis] for axis in axes)
@@ -298,36 +296,36 @@ def batch_share(mesh: Mesh) -> tuple[int, int]:
     if sum(map(len, shares)) != ways or len(set(map(len, shares))) > 1:
         raise CalmError(
             f"mesh {shown(mesh.shape)} splits the batch {ways} ways, across the {len(held)} "
-            "processes; let mesh.tensor divide the devices of a process, or the reverse"
+            "processes; mesh.tensor must divide the devices of a process, or be a multiple of them"
         )
     return shares.index(tuple(sorted(held[jax.process_index()]))), len(shares)
 
 
 def on_host(x: jax.Array) -> np.ndarray:
-    """The whole array. If several processes hold it, every one of them must call this."""
+    """The full array. If several processes hold it, all of them must call this."""
     if x.is_fully_addressable or x.is_fully_replicated:
         return np.asarray(x)
     return multihost_utils.process_allgather(x, tiled=True)
 
 
 def put_replicated(value: np.ndarray | np.generic, mesh: Mesh) -> jax.Array:
-    """Puts a small value, the same in all processes, on every device."""
+    """Puts a small value, which is the same in all processes, on every device."""
     return jax.make_array_from_process_local_data(replicated(mesh), np.asarray(value))
 
 
 def put_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
-    """Builds global arrays on the mesh from the rows that this process holds."""
+    """Global arrays on the mesh, from the rows of this process."""
     sharding = batch_sharding(mesh)
     return {
         key: jax.make_array_from_process_local_data(sharding, value) for key, value in batch.items()
     }
 
 
-def moved(tree: Any, shardings: Any) -> Any:
-    """The same values with other shardings on the same devices, of one process or several."""
+def resharded(tree: Any, shardings: Any) -> Any:
+    """The same values with other shardings over the same devices."""
     return jax.jit(lambda tree: tree, out_shardings=shardings)(tree)
 
 
-def init_in_place(make: Callable[[], Any], shardings: Any) -> Any:
-    """Runs `make`, a function of no arguments, so that each result is made with its sharding."""
+def init_sharded(make: Callable[[], Any], shardings: Any) -> Any:
+    """The tree that `make()` returns, each array created with its sharding."""
     return jax.jit(make, out_shardings=shardings)()

@@ -17,7 +17,7 @@ HEAD = """\
 # Keys of a config
 
 A config is a Python file whose `get_config()` returns `decoder_run(…)` or `composed_run(…)` of
-`calm_jax.training.configuration`, with some keys set anew; `--config.KEY=VALUE` sets one on the
+`calm_jax.training.configuration`, with some keys changed; `--config.KEY=VALUE` sets one on the
 command line. `calm train --config=FILE --help` lists the values of one file. An unknown key, or a
 value of another type or out of range, ends the command before anything is loaded.
 

@@ -117,10 +117,10 @@ def test_composing_on_a_mesh_keeps_every_array_on_it():
     jax.tree.map(check, module_tree(composed), wanted)
 
 
-def test_init_in_place_gives_birth_to_shards():
+def test_init_sharded_creates_each_array_with_its_sharding():
     mesh = sharding.make_mesh({"fsdp": 8})
     expected = sharding.array_sharding("w", (16, 4), ("embed", "mlp"), mesh)
-    array = sharding.init_in_place(lambda: jnp.arange(64.0).reshape(16, 4), expected)
+    array = sharding.init_sharded(lambda: jnp.arange(64.0).reshape(16, 4), expected)
     assert array.sharding == expected
     assert array.addressable_shards[3].data.shape == (2, 4)
     np.testing.assert_array_equal(array, np.arange(64.0).reshape(16, 4))
@@ -184,15 +184,14 @@ def test_a_mesh_has_the_slices_that_its_devices_are_of(slices, platform):
         sharding.make_mesh({"slices": 1, "data": 2}, devices)
 
 
-def test_partition_spec():
-    assert sharding.partition_spec(("batch", "length")) == PartitionSpec(
-        ("slices", "data", "fsdp"), None
-    )
-    assert sharding.partition_spec(("embed", "heads", None)) == PartitionSpec(
-        "fsdp", "tensor", None
-    )
-    everywhere = sharding.partition_spec(("embed", "mlp"), sharding.WEIGHT_RULES["all"])
-    assert everywhere == PartitionSpec(("data", "fsdp"), "tensor")
+def test_rules_split_logical_axes():
+    mesh = sharding.make_mesh({"data": 2, "fsdp": 2, "tensor": 2})
+    assert sharding.batch_sharding(mesh).spec == PartitionSpec(("slices", "data", "fsdp"), None)
+    plain = sharding.array_sharding("w", (8, 8, 8), ("embed", "heads", None), mesh)
+    assert plain.spec == PartitionSpec("fsdp", "tensor", None)
+    everywhere = sharding.WEIGHT_RULES["all"]
+    split = sharding.array_sharding("w", (8, 8), ("embed", "mlp"), mesh, everywhere)
+    assert split.spec == PartitionSpec(("data", "fsdp"), "tensor")
 
 
 @pytest.mark.parametrize(
@@ -204,9 +203,9 @@ def test_partition_spec():
         (("heads", "mlp"), "use the mesh axis 'tensor' twice"),
     ],
 )
-def test_partition_spec_refused(axes, message):
+def test_axes_without_a_sharding_are_refused(axes, message):
     with pytest.raises(CalmError, match=message):
-        sharding.partition_spec(axes)
+        sharding.array_sharding("w", (8, 8), axes, sharding.make_mesh({"fsdp": 8}))
 
 
 def test_array_sharding():

@@ -1,4 +1,4 @@
-"""Greedy decoding of a padded batch, every step a full forward pass.
+"""Greedy decoding of a padded batch; every step is a full forward pass.
 
 Axes: B batch, T position, D model width, V vocabulary, N new tokens, E end tokens.
 """
@@ -17,7 +17,7 @@ from calm_jax.errors import CalmError
 from calm_jax.models import ComposedDecoder, Decoder, Inputs
 from calm_jax.models.calling import on_devices_of
 
-LENGTH_BUCKET = 16  # prompts are padded to a multiple: one compilation serves many lengths
+LENGTH_BUCKET = 16  # prompts are padded to a multiple of it, so that few lengths are compiled
 
 
 def generate(
@@ -27,20 +27,20 @@ def generate(
     max_new_tokens: int,
     eos_id: int | None = None,
 ) -> np.ndarray:
-    """The most probable next tokens, one by one, after each prompt.
+    """Continues each prompt with the most probable next token, one token at a time.
 
     Args:
-        prompts: texts, which the model's vocabulary encodes behind its start token (once: a chat
-            may bring it); or token ids, taken as they are.
-        max_new_tokens: how many tokens to make a prompt.
-        eos_id: ends a row; default: each of the vocabulary's `eos_ids`.
+        prompts: texts, which `model.vocabulary.encode_sequence` encodes; or token ids, used as
+            they are.
+        max_new_tokens: number of tokens generated for each prompt.
+        eos_id: the token that ends a row; default: any of the vocabulary's `eos_ids`.
 
     Returns:
-        int32 [B, max_new_tokens]; behind its end token a row is filled with `eos_id`.
+        int32 [B, max_new_tokens]; after its end token a row is filled with `eos_id`.
 
     Raises:
-        CalmError: one text instead of a list, text without a vocabulary, an empty prompt, an id
-            without a row in an embedding, or `max_new_tokens` below 1.
+        CalmError: a single text instead of a list, text without a vocabulary, an empty prompt, an
+            id outside an embedding, or `max_new_tokens` below 1.
 
     >>> from flax import nnx
     >>> from calm_jax import Decoder, DecoderConfig, generate
@@ -73,7 +73,7 @@ def generate(
 
 
 def known_ids(model: Decoder | ComposedDecoder) -> int:
-    """How many ids, from 0 on, have a meaning: tokens that every part has a row for."""
+    """The number of ids, from 0, that are tokens and have a row in every model's embedding."""
     rows = min(part.config.vocab_size for part in model.models)
     return rows if model.vocabulary is None else min(rows, model.vocabulary.size)
 
@@ -94,8 +94,8 @@ def _encode(model: Decoder | ComposedDecoder, prompt: str | Sequence[int]) -> li
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
 def _greedy(graphdef, max_new_tokens: int, eos_ids, known: int, state, tokens_BT, prompt_lengths_B):
-    """int32 [B, N], ids below `known`; any of `eos_ids` ends a row, the first of them fills it."""
-    fill = eos_ids[0] if eos_ids else 0  # without end tokens no row ends: nothing is filled
+    """int32 [B, N], ids below `known`. Any of `eos_ids` ends a row; the first one fills it."""
+    fill = eos_ids[0] if eos_ids else 0  # unused without end tokens, since no row ends
     model = nnx.merge(graphdef, state)
     ends_E = jnp.array(eos_ids, jnp.int32)
     index_T = jnp.arange(tokens_BT.shape[1])

@@ -1,6 +1,6 @@
 """Decoders, bridges and composed models.
 
-The modules load when they are first used: whoever needs a config alone does not wait for Flax.
+Modules are imported on first use, so that code that needs only a config does not import Flax.
 """
 
 import importlib

@@ -1,8 +1,9 @@
-"""Dot-product attention: what a token may see, and by which backend it is computed.
+"""Dot-product attention: which keys a query sees, and which backend computes it.
 
-Query t sees key s iff s comes no later, their segments are equal and not 0, and, in a local layer,
-s is less than a window back. What comes when is the order of the array, or one that the inputs
-give. A query that sees nothing gets exactly zero: a softmax over it would be a mean.
+Query t sees key s if s comes no later than t, both have the same segment, that segment is not 0
+(padding) and, in a local layer, s is less than one window back. "Later" follows the positions in
+the array, or the explicit order of the inputs. The result for a query that sees no key is exactly
+zero, where a softmax would return the mean of all values.
 
 Axes: B batch, T query position, S key position, D model width, N heads, K key heads, G queries a
 key head (N = K·G), H head width.
@@ -15,16 +16,13 @@ import jax.numpy as jnp
 
 from calm_jax import sharding
 from calm_jax.models.attention_kernels import cudnn_attention, splash_attention
-from calm_jax.models.chunked_attention import chunked_attention
+from calm_jax.models.chunked_attention import MASKED_LOGIT, chunked_attention
 from calm_jax.models.inputs import Inputs
 
-# Finite, so that a row with nothing to see has no NaN before it is set to zero.
-MASKED_LOGIT = -0.7 * float(jnp.finfo(jnp.float32).max)
-
-# Kernels written for one kind of device.
+# Kernels for one kind of device.
 _KERNELS = ("splash", "cudnn")
 
-# Backends that never hold the square of queries by keys; each computes one device's rows and heads.
+# Backends that never hold the full T x S logits. Each computes the rows and heads of one device.
 _WITHOUT_WEIGHTS = {
     "chunked": chunked_attention,
     "splash": splash_attention,
@@ -33,17 +31,15 @@ _WITHOUT_WEIGHTS = {
 
 
 class Attention:
-    """Attention of one forward pass by one backend: what all of its layers share.
+    """What the attention of all layers shares in one forward pass: backend, masks and scale.
 
     Args:
-        backend: "xla", "chunked", "splash" or "cudnn" (`calm_jax.models.attention_choice`). The two
-            kernels know the order of an array alone: where queries and keys have an order of their
-            own, or differ in number, "chunked" stands in for them.
+        backend: one of `calm_jax.models.attention_choice.BACKENDS`. "splash" and "cudnn" support
+            only the order of the array and T = S; "chunked" replaces them for other inputs.
         queries: `filled` inputs [B, T].
-        keys: inputs [B, S] with segments, of which those of segment 0 are seen by nobody; default:
-            the queries.
+        keys: inputs [B, S] with segments; default: the queries.
         scale: factor on the logits, before `logit_cap` * tanh(logits / `logit_cap`).
-        window: how far back a local layer sees, in steps of the order, the query's own included.
+        window: number of tokens that a local layer sees, the query itself included.
     """
 
     def __init__(
@@ -59,7 +55,7 @@ class Attention:
         own_keys = keys is None
         keys = queries if keys is None else keys
         length = keys.shape[1]
-        # A window that no row is longer than hides nothing: then all layers are computed alike.
+        # A window as long as the rows hides nothing, so local and global layers are the same.
         if queries.order_BT is None and keys.order_BT is None:
             self.orders = ()
             if window is not None and window >= length:
@@ -79,7 +75,7 @@ class Attention:
         elif own_keys:
             self.sees_any_BT = queries.segments_BT != 0
         else:
-            # What attention makes of ones: 0 of none.
+            # Attention over values of 1 is 1 where a query sees a key, and 0 where it sees none.
             ones = [jnp.ones((*x_BT.shape, 1, 1)) for x_BT in self.segments]
             x_BT11 = chunked_attention(*ones, ones[1], *self.segments, *self.orders, scale=1.0)
             self.sees_any_BT = x_BT11[:, :, 0, 0] != 0
@@ -91,16 +87,20 @@ class Attention:
         v_BSKH: jax.Array,
         local: jax.Array | None = None,
     ) -> jax.Array:
-        """Values [B, T, N, H] in the dtype of `v_BSKH`.
+        """Attends with queries [B, T, N, H] to keys and values [B, S, K, H].
 
-        `local`: whether this layer sees its window only; a bool scalar, traced inside a scan.
+        Args:
+            local: whether the layer sees only its window; a bool scalar, traced inside a scan.
+
+        Returns:
+            [B, T, N, H] in the dtype of `v_BSKH`.
         """
         if self.backend == "xla":
             return self.with_weights(q_BTNH, k_BSKH, v_BSKH, local)[0]
         if self.window is None:
-            x_BTNH = self._split(None, q_BTNH, k_BSKH, v_BSKH)
+            x_BTNH = self._per_device(None, q_BTNH, k_BSKH, v_BSKH)
         else:
-            branches = (functools.partial(self._split, window) for window in (self.window, None))
+            branches = (functools.partial(self._per_device, w) for w in (self.window, None))
             x_BTNH = jax.lax.cond(local, *branches, q_BTNH, k_BSKH, v_BSKH)
         return jnp.where(self.sees_any_BT[:, :, None, None], x_BTNH, 0)
 
@@ -111,7 +111,7 @@ class Attention:
         v_BSKH: jax.Array,
         local: jax.Array | None = None,
     ) -> tuple[jax.Array, jax.Array]:
-        """The values, and the weights float32 [B, N, T, S]; of the backend "xla" alone."""
+        """As `__call__`, and the attention weights, float32 [B, N, T, S]. Needs backend "xla"."""
         mask_BTS = self.mask_BTS
         if self.window is not None:
             mask_BTS = jnp.where(local, self.local_mask_BTS, mask_BTS)
@@ -119,8 +119,8 @@ class Attention:
             q_BTNH, k_BSKH, v_BSKH, mask_BTS, scale=self.scale, logit_cap=self.logit_cap
         )
 
-    def _split(self, window: int | None, q_BTNH, k_BSKH, v_BSKH) -> jax.Array:
-        """Every device attends for its own rows and heads."""
+    def _per_device(self, window: int | None, q_BTNH, k_BSKH, v_BSKH) -> jax.Array:
+        """Runs the backend on each device for its own rows and heads."""
         attend = functools.partial(
             _WITHOUT_WEIGHTS[self.backend],
             scale=self.scale,
@@ -132,7 +132,7 @@ class Attention:
         def on_device(q_BTNH, k_BSKH, v_BSKH, head_N, *rows):
             own = q_BTNH.shape[2]
             if own * K != N * k_BSKH.shape[2]:
-                # Key heads are not split as queries are: every device holds all, and takes its own.
+                # Key heads are not split: every device holds all of them and picks those it needs.
                 key_head_N = head_N // (N // K)
                 if (N // K) % own == 0:
                     key_head_N = key_head_N[:1]
@@ -155,7 +155,7 @@ class Attention:
 
 
 def _order(inputs: Inputs) -> jax.Array:
-    """Int32 [B, T], that of the array where the inputs name none."""
+    """The order of the inputs, int32 [B, T]; by default the positions in the array."""
     if inputs.order_BT is not None:
         return inputs.order_BT
     return jnp.broadcast_to(jnp.arange(inputs.shape[1], dtype=jnp.int32), inputs.shape)
@@ -167,9 +167,9 @@ def causal_mask(
     query_order_BT: jax.Array | None = None,
     key_order_BS: jax.Array | None = None,
 ) -> jax.Array:
-    """Bool [B, T, S]: query t sees key s iff it comes no later and their segment is one, not 0.
+    """Bool [B, T, S]: whether query t sees key s, windows aside.
 
-    Without orders, int32, the index in the array is that of either.
+    All arguments are int32 [B, T] or [B, S]. Without orders, positions in the array count.
     """
     same_BTS = query_segments_BT[:, :, None] == key_segments_BS[:, None, :]
     real_B1S = (key_segments_BS != 0)[:, None, :]
@@ -186,7 +186,7 @@ def window_mask(
     query_order_BT: jax.Array | None = None,
     key_order_BS: jax.Array | None = None,
 ) -> jax.Array:
-    """Bool [T, S], with orders [B, T, S]: key s is less than `window` before query t."""
+    """Bool [T, S], or [B, T, S] with orders: whether key s is less than `window` before query t."""
     if query_order_BT is None:
         return jnp.arange(T)[:, None] - jnp.arange(S)[None, :] < window
     return query_order_BT[:, :, None] - key_order_BS[:, None, :] < window
@@ -201,10 +201,14 @@ def dot_product_attention(
     scale: float,
     logit_cap: float | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """Attention with grouped queries over the whole square; softmax in float32.
+    """Grouped-query attention that holds all T x S logits; the softmax is in float32.
+
+    Args:
+        q_BTNH, k_BSKH, v_BSKH: queries [B, T, N, H], keys and values [B, S, K, H].
+        mask_BTS: bool [B, T, S], True where a query sees a key.
 
     Returns:
-        values [B, T, N, H] in the dtype of `v_BSKH`, and the weights, float32 [B, N, T, S].
+        [B, T, N, H] in the dtype of `v_BSKH`, and the weights, float32 [B, N, T, S].
     """
     B, T, N, H = q_BTNH.shape
     K = k_BSKH.shape[2]

@@ -1,8 +1,7 @@
-"""Which backend computes a model's attention: the best that the devices and the model allow.
+"""Chooses the backend of a model's attention: the best that the devices and the model allow.
 
-A training chooses once, by the devices of its mesh: while a program is compiled for devices that
-are not here, JAX's default device is another. A model for which nothing was chosen takes what suits
-the default device and the inputs at hand.
+Training chooses once, by the devices of its mesh, which may be absent while a program is compiled
+ahead for them. Otherwise each call chooses by the default device and the inputs.
 """
 
 import dataclasses
@@ -16,16 +15,18 @@ from calm_jax.models.inputs import Inputs
 
 BACKENDS = ("xla", "chunked", "splash", "cudnn")
 
-# Up to this length the square of it is small: XLA's attention, which the others are held against.
+# Up to this length the T x S logits are small enough for XLA's plain attention.
 SHORT = 1024
 
 
 @dataclasses.dataclass(frozen=True)
 class Need:
-    """What the attention of one model, or of a bridge, asks of a backend.
+    """What the attention of a model or of a bridge requires of a backend.
 
-    `whose` names it in messages; `whole_rows`: all keys of a token's segment before it are seen,
-    as nothing but the prompt is with `encoder_only`.
+    Attributes:
+        whose: the name of the model in messages.
+        whole_rows: whether a query sees all earlier keys of its segment. False for `encoder_only`
+            bridges, which see only the prompt.
     """
 
     whose: str
@@ -47,13 +48,13 @@ def choose(requested: str, device: jax.Device, need: Need, *, length: int, packe
     """The backend, one of `BACKENDS`.
 
     Args:
-        requested: one of them, or "auto".
-        device: one of the mesh's, which are all of a kind; it need not be here.
-        length: tokens of a row.
+        requested: one of `BACKENDS`, or "auto".
+        device: any device of the mesh, all of which are of one kind; it may be absent.
+        length: tokens in a row.
         packed: whether a row may hold several segments, or padding before its tokens.
 
     Raises:
-        CalmError: `requested` is unknown or impossible; says why.
+        CalmError: `requested` is unknown or unsupported; the message says why.
     """
     if requested not in ("auto", *BACKENDS):
         raise CalmError(f"attention is {requested!r}; known are {('auto', *BACKENDS)}")
@@ -80,37 +81,37 @@ def chosen(requested: str, need: Need, queries: Inputs, keys: Inputs) -> str:
 
 
 def _refusal(backend: str, device: jax.Device, need: Need, length: int, packed: bool) -> str | None:
-    """Why a backend cannot compute this; None when it can."""
+    """Why a backend does not support this; None if it does."""
     if backend == "splash":
         if device.platform != "tpu":
             return f"needs a TPU, the devices are {device.platform}"
         if length % SPLASH_BLOCKS[-1]:
-            return f"needs a length that {SPLASH_BLOCKS[-1]} divides, not {length}"
+            return f"needs a length divisible by {SPLASH_BLOCKS[-1]}, not {length}"
     if backend == "cudnn":
         capability = _cuda_capability(device)
         if capability is None:
             return f"needs an NVIDIA GPU, the devices are {device.platform}"
         widest = 256 if capability >= (9, 0) else 128
         if capability < (8, 0):
-            return f"needs compute capability 8.0, the devices' is {device.compute_capability}"
+            return f"needs compute capability 8.0, the devices have {device.compute_capability}"
         if need.logit_cap is not None:
-            return f"has no soft cap, {need.whose}'s is {need.logit_cap}"
+            return f"has no soft cap, {need.whose} has {need.logit_cap}"
         if packed:
-            return "keeps no segments apart, and data.pack is True"
+            return "does not support packed rows, but data.pack is True"
         if not need.whole_rows:
-            return f"hides no keys, as composition.encoder_only asks of {need.whose}"
+            return f"cannot hide keys, as composition.encoder_only requires of {need.whose}"
         if need.dtype not in ("bfloat16", "float16"):
-            return f"computes in bfloat16, {need.whose}'s dtype is {need.dtype}"
+            return f"computes in bfloat16, {need.whose} has dtype {need.dtype}"
         if need.head_dim % 8 or need.head_dim > widest:
             return (
-                f"needs a head_dim that 8 divides, at most {widest}; "
-                f"{need.whose}'s is {need.head_dim}"
+                f"needs a head_dim divisible by 8 and at most {widest}; "
+                f"{need.whose} has {need.head_dim}"
             )
     return None
 
 
 def _cuda_capability(device: jax.Device) -> tuple[int, ...] | None:
-    """(major, minor) of an NVIDIA GPU; AMD's are named by letters."""
+    """(major, minor) of an NVIDIA GPU; None for other devices (AMD's have letters)."""
     numbers = str(getattr(device, "compute_capability", "")).split(".")
     if device.platform != "gpu" or not all(number.isdecimal() for number in numbers):
         return None

@@ -1,13 +1,13 @@
-"""Attention by kernels that are written for one kind of device.
+"""Attention kernels for one kind of device: Splash for TPU, cuDNN for NVIDIA GPUs.
 
-Each takes the arguments of `calm_jax.models.chunked_attention`, and its axes, and returns the same
-but for queries that see nothing: theirs is finite and means nothing, the caller sets it to zero.
+Arguments, axes and results are those of `chunked_attention`, without orders. Where a query sees no
+key the result is finite but meaningless, and the caller sets it to zero.
 """
 
 import jax
 import jax.numpy as jnp
 
-# A kernel's blocks hold whole vector registers of a TPU.
+# Multiples of 128, the width of a TPU's vector registers.
 SPLASH_BLOCKS = (512, 256, 128)
 
 
@@ -22,8 +22,8 @@ def splash_attention(
     logit_cap: float | None,
     window: int | None,
 ) -> jax.Array:
-    """Splash attention, a Pallas kernel for TPU; the length is a multiple of 128."""
-    from jax.experimental.pallas.ops.tpu import splash_attention as splash  # a second to import
+    """Splash attention, a Pallas kernel for TPU. T = S, a multiple of 128."""
+    from jax.experimental.pallas.ops.tpu import splash_attention as splash  # takes a second
 
     length, N = q_BTNH.shape[1:3]
     block = next(size for size in SPLASH_BLOCKS if length % size == 0)
@@ -34,12 +34,7 @@ def splash_attention(
     kernel = splash.make_splash_mha(
         splash.MultiHeadMask([mask] * N),
         block_sizes=splash.BlockSizes(
-            block_q=block,
-            block_kv=block,
-            block_q_dkv=block,
-            block_kv_dkv=block,
-            block_q_dq=block,
-            block_kv_dq=block,
+            **{f"block_{axis}": block for axis in ("q", "kv", "q_dkv", "kv_dkv", "q_dq", "kv_dq")}
         ),
         attn_logits_soft_cap=logit_cap,
         head_shards=1,
@@ -65,9 +60,9 @@ def cudnn_attention(
     logit_cap: float | None,
     window: int | None,
 ) -> jax.Array:
-    """cuDNN's flash attention; each row holds one segment, its padding last, and nothing is capped.
+    """cuDNN's flash attention. Each row holds one segment, then padding; there is no logit cap.
 
-    Then causality alone keeps padding from all that is not padding.
+    The causal mask alone hides padding, since padding comes last.
     """
     del query_segments_BT, key_segments_BS, logit_cap
     return jax.nn.dot_product_attention(

@@ -1,24 +1,30 @@
-"""The bridge: every connection's cross-attention, the trainable parameters of a composed model."""
+"""The bridge: the cross-attention of every connection, the new parameters of a composed model.
+
+Axes: B batch, T query, D anchor width.
+"""
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from calm_jax.models.cache import KeysValues
 from calm_jax.models.config import CompositionConfig, DecoderConfig
-from calm_jax.models.connections import ConnectionPlan, Round
-from calm_jax.models.cross_attention import CrossAttention
+from calm_jax.models.connections import Connection, ConnectionPlan, Round
+from calm_jax.models.cross_attention import BridgePass, CrossAttention
 from calm_jax.models.parameters import stacked
 
 
 class Bridge(nnx.Module):
-    """For each round its cross-attentions, stacked where the round is.
+    """The cross-attentions of each round; those of a stacked round are stacked arrays.
 
-    `augment_widths` are the features of each augment's hidden states.
+    The initial values of a connection depend only on its number, not on how rounds are stacked.
 
-    The initial values of a connection depend on its number alone, not on how rounds are stacked.
+    Args:
+        augment_widths: the width of each augment's hidden states.
     """
 
     def __init__(
@@ -32,15 +38,55 @@ class Bridge(nnx.Module):
         keys = jax.random.split(rngs.params(), len(plan.connections))
         number = {connection: index for index, connection in enumerate(plan.connections)}
 
-        def crossings(round_: Round) -> nnx.List:
-            made = []
-            for entry in round_.entries:
-                augment = entry[0].augment
-                make = functools.partial(
-                    CrossAttention, configs[augment], anchor, augment_widths[augment]
-                )
-                entry_keys = jnp.stack([keys[number[connection]] for connection in entry])
-                made.append(stacked(make, entry_keys if round_.stacked else entry_keys[0]))
-            return nnx.List(made)
+        def cross_attention(round_: Round, entry: tuple[Connection, ...]) -> nnx.Module:
+            augment = entry[0].augment
+            make = functools.partial(
+                CrossAttention, configs[augment], anchor, augment_widths[augment]
+            )
+            entry_keys = jnp.stack([keys[number[connection]] for connection in entry])
+            return stacked(make, entry_keys if round_.stacked else entry_keys[0])
 
-        self.rounds = nnx.List([crossings(round_) for round_ in plan.rounds])
+        self.rounds = nnx.List(
+            [
+                nnx.List([cross_attention(round_, entry) for entry in round_.entries])
+                for round_ in plan.rounds
+            ]
+        )
+
+
+def add_bridges(
+    entries: Sequence[tuple[Connection, ...]],
+    passes: Sequence[BridgePass],
+    observe: Callable[..., Any],
+    graphdef: nnx.GraphDef,
+    h_BTD: jax.Array,
+    state: nnx.State,
+    taps: Sequence[jax.Array],
+    caches: Sequence[KeysValues],
+    number: jax.Array | int,
+) -> tuple[jax.Array, list[Any], tuple[KeysValues, ...]]:
+    """h + the sum of f_cross over the entries of one round, all of which read the same h.
+
+    Args:
+        passes: what the connections of each augment share.
+        observe: called with h, the result of f_cross and its attention weights.
+        graphdef, state: the round's cross-attentions; in a stacked round those of one step.
+        taps: the tap of each entry.
+        caches: the cache of each entry; empty without a cache.
+        number: the step of a stacked round, else 0.
+
+    Returns:
+        the sum [B, T, D]; what `observe` returned for each entry; and the updated caches.
+    """
+    sum_BTD, observed, caches = h_BTD, [], list(caches)
+    for k, cross_attention in enumerate(nnx.merge(graphdef, state)):
+        forward = passes[entries[k][0].augment]
+        with jax.named_scope("f_cross"):
+            k_BSNH, v_BSNH = cross_attention.keys_and_values(taps[k], h_BTD.dtype, forward)
+            if caches:
+                caches[k] = caches[k].write(number, forward.slots_BS, k_BSNH, v_BSNH)
+                k_BSNH, v_BSNH = caches[k].of_layer(number, h_BTD.dtype)
+            y_BTD, weights = cross_attention.attend(h_BTD, k_BSNH, v_BSNH, forward)
+        sum_BTD += y_BTD
+        observed.append(observe(h_BTD, y_BTD, weights))
+    return sum_BTD, observed, tuple(caches)

@@ -1,7 +1,7 @@
-"""Keys and values of tokens that were read before, so that no token is read twice.
+"""Caches of the keys and values of earlier tokens.
 
-A cache is a tree of arrays: a forward pass takes one and returns the next. Slot s of a row holds
-its s-th token that is not padding; a slot of segment 0 is empty.
+A cache is a pytree: a forward pass takes one and returns an updated one. A row has S slots; slot s
+holds the row's s-th token, padding not counted. A slot of segment 0 is empty.
 
 Axes: B batch, T new token, S slot, L layer, K key heads, H head width.
 """
@@ -19,10 +19,10 @@ from calm_jax.models.inputs import Inputs
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class KeysValues:
-    """What layers attend to, stacked as their weights are.
+    """Keys and values of stacked layers.
 
     Attributes:
-        keys_LBSKH, values_LBSKH: [L, B, S, K, H] in the dtype of the cache; keys are rotated.
+        keys_LBSKH, values_LBSKH: [L, B, S, K, H] in one dtype; keys are rotated.
     """
 
     keys_LBSKH: jax.Array
@@ -32,23 +32,26 @@ class KeysValues:
     def empty(
         cls, layers: int, batch: int, slots: int, heads: int, head_dim: int, dtype: Any
     ) -> "KeysValues":
-        """Zeros, laid out by the sharding rules where there is a mesh."""
+        """Zeros, sharded by the rules if there is a mesh."""
         shape = (layers, batch, slots, heads, head_dim)
-        return cls(*(_laid_out(jnp.zeros(shape, dtype)) for _ in range(2)))
+        return cls(*(_sharded(jnp.zeros(shape, dtype)) for _ in range(2)))
 
     def write(
         self, layer: jax.Array | int, slots_BT: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array
     ) -> "KeysValues":
-        """With new tokens of one layer in `slots_BT`; those beyond the last slot are dropped."""
+        """A copy with the keys and values [B, T, K, H] of one layer at slots int32 [B, T].
 
-        # Row by row: a scatter over all of them would gather the whole batch on every device.
+        Tokens with a slot of S or more are dropped.
+        """
+
+        # Row by row: a scatter over all rows would gather the whole batch on every device.
         def put(x_LSKH, new_TKH, slots_T):
             return x_LSKH.at[layer, slots_T].set(new_TKH.astype(x_LSKH.dtype), mode="drop")
 
         put = jax.vmap(put, in_axes=(1, 0, 0), out_axes=1)
         return KeysValues(
-            _laid_out(put(self.keys_LBSKH, k_BTKH, slots_BT)),
-            _laid_out(put(self.values_LBSKH, v_BTKH, slots_BT)),
+            _sharded(put(self.keys_LBSKH, k_BTKH, slots_BT)),
+            _sharded(put(self.values_LBSKH, v_BTKH, slots_BT)),
         )
 
     def of_layer(self, layer: jax.Array | int, dtype: Any) -> tuple[jax.Array, jax.Array]:
@@ -62,12 +65,12 @@ class KeysValues:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Slots:
-    """What the slots of a cache hold.
+    """The tokens in the slots of a cache.
 
     Attributes:
-        segments_BS: int32 [B, S], the segment of the token in each slot; 0: none yet.
-        prompt_mask_BS: int32 [B, S], 1 where that token is of the prompt.
-        length_B: int32 [B], tokens in each row.
+        segments_BS: int32 [B, S], the segment of the token in each slot; 0: empty.
+        prompt_mask_BS: int32 [B, S], 1 where the token belongs to the prompt.
+        length_B: int32 [B], number of tokens in each row.
     """
 
     segments_BS: jax.Array
@@ -76,16 +79,16 @@ class Slots:
 
     @classmethod
     def empty(cls, batch: int, slots: int) -> "Slots":
-        """No token in any slot."""
+        """All slots empty."""
         zeros_BS = sharding.constrain(jnp.zeros((batch, slots), jnp.int32), "batch", "cache_length")
         return cls(zeros_BS, zeros_BS, sharding.constrain(jnp.zeros(batch, jnp.int32), "batch"))
 
     def slots_of(self, inputs: Inputs) -> jax.Array:
-        """Int32 [B, T]: where `filled` inputs go; padding goes beyond the last slot."""
+        """The slots of new `filled` inputs, int32 [B, T]; S for padding."""
         return jnp.where(inputs.segments_BT != 0, inputs.order_BT, self.segments_BS.shape[1])
 
     def write(self, inputs: Inputs) -> "Slots":
-        """With the tokens of `filled` inputs."""
+        """A copy with the tokens of `filled` inputs [B, T]."""
         slots_BT = self.slots_of(inputs)
 
         @jax.vmap
@@ -102,14 +105,14 @@ class Slots:
         )
 
     def keys(self) -> Inputs:
-        """The slots as keys: a slot's number is its place in the order."""
+        """The slots as keys [B, S], ordered by slot number."""
         return Inputs(segments_BT=self.segments_BS, prompt_mask_BT=self.prompt_mask_BS)
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class DecoderCache:
-    """The cache of a decoder, or of an augment up to its last tap."""
+    """The cache of a decoder, or of an augment's layers up to its last tap."""
 
     layers: KeysValues
     slots: Slots
@@ -122,9 +125,9 @@ class ComposedCache:
 
     Attributes:
         anchor: the anchor's.
-        augments: each augment's own, whatever that is.
-        bridge: for each round, for each of its bridges, f_cross' keys and values of the taps, with
-            a leading axis of the connections that a stacked round holds, else of 1.
+        augments: the cache of each augment, of whatever type it uses.
+        bridge: f_cross' keys and values, for each round and each entry of its plan; L is the number
+            of connections in the entry.
     """
 
     anchor: DecoderCache
@@ -132,5 +135,5 @@ class ComposedCache:
     bridge: tuple[tuple[KeysValues, ...], ...]
 
 
-def _laid_out(x_LBSKH: jax.Array) -> jax.Array:
+def _sharded(x_LBSKH: jax.Array) -> jax.Array:
     return sharding.constrain(x_LBSKH, "layers", "batch", "cache_length", "kv_heads", "head_dim")

@@ -1,4 +1,4 @@
-"""Compiled calls of models: one program for all models of one form, run where their arrays lie."""
+"""Compiled calls of models, on the devices that hold them; models of one config share a program."""
 
 import contextlib
 import functools
@@ -12,10 +12,10 @@ from calm_jax import sharding
 
 
 def call(model: nnx.Module, method: str, *arguments: Any) -> Any:
-    """`model.method(*arguments)`, compiled once for all models of one form.
+    """`model.method(*arguments)`, compiled; `arguments` are arrays or pytrees of arrays.
 
-    `arguments` are arrays or trees of them. It runs on the devices that hold the model, laid out by
-    the sharding rules where these are a mesh, and with the attention that suits them.
+    Runs on the devices that hold the model, sharded by the rules if they form a mesh. Models with
+    the same config and shapes share one compiled program.
     """
     with on_devices_of(model):
         graphdef, state = nnx.split(model)
@@ -29,7 +29,7 @@ def _call(graphdef, method, state, *arguments):
 
 @contextlib.contextmanager
 def on_devices_of(model: nnx.Module) -> Iterator[None]:
-    """Makes a device that holds the model the default, by which attention is chosen."""
+    """Makes a device that holds the model the default device, which chooses the attention."""
     array = jax.tree.leaves(nnx.state(model))[0]
     if not isinstance(array, jax.Array) or isinstance(array, jax.core.Tracer):
         yield
@@ -39,8 +39,8 @@ def on_devices_of(model: nnx.Module) -> Iterator[None]:
         yield
 
 
-def zeros_beside(make: Callable[[], Any], array: jax.Array) -> Any:
-    """The arrays that `make` returns, laid out by its constraints on the mesh of `array`."""
+def make_on_mesh_of(make: Callable[[], Any], array: jax.Array) -> Any:
+    """The arrays that `make` returns, sharded by its constraints on the mesh of `array`."""
 
     def on_mesh(array):
         with sharding.mesh_of(array):

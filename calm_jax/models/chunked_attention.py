@@ -1,9 +1,8 @@
-"""Exact attention by blocks with an online softmax, in plain JAX, on any device.
+"""Exact attention in blocks with an online softmax (FlashAttention-2, arXiv 2307.08691).
 
-The square of queries by keys is walked block by block (FlashAttention-2, arXiv 2307.08691): no more
-than one block of logits exists at once, in the backward pass too, which computes them again from
-the inputs and each query's log of the softmax's denominator. Blocks that no query may see, because
-they lie in the future or before every window, are left out while tracing.
+It is plain JAX for any device. At most one block of logits exists at a time. The backward pass
+recomputes the logits from the inputs and each query's log of the softmax denominator. Blocks
+without a visible key, in the future or before every window, are skipped while tracing.
 
 Axes: B batch, T query position in its block, S key position in its block, I query blocks, J key
 blocks, N heads, K key heads, G queries a key head (N = K·G), H head width.
@@ -16,11 +15,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-# Positions of a block, at most. Logits of one block are float32 [B, N, BLOCK, BLOCK].
+# Most positions of a block. The logits of one block are float32 [B, N, BLOCK, BLOCK].
 BLOCK = 512
 
-# Finite, so that the exponent of a difference of two of them is not NaN.
-_MASKED_LOGIT = -0.7 * float(jnp.finfo(jnp.float32).max)
+# Finite: neither a row of masked logits nor the difference of two may become NaN.
+MASKED_LOGIT = -0.7 * float(jnp.finfo(jnp.float32).max)
 
 
 def chunked_attention(
@@ -38,17 +37,21 @@ def chunked_attention(
 ) -> jax.Array:
     """Attention as `calm_jax.models.attention` defines it.
 
-    Without orders that of the arrays counts, and blocks that no query may see are left out.
+    Args:
+        q_BTNH, k_BSKH, v_BSKH: queries [B, T, N, H], keys and values [B, S, K, H].
+        query_segments_BT, key_segments_BS: int32 [B, T] and [B, S].
+        query_order_BT, key_order_BS: int32 [B, T] and [B, S], both or neither; default: the
+            positions in the arrays, which allow blocks to be skipped.
 
     Returns:
-        values [B, T, N, H] in the dtype of `v_BSKH`; exactly 0 where a query sees nothing.
+        [B, T, N, H] in the dtype of `v_BSKH`; exactly 0 where a query sees no key.
     """
     B, T, N, H = q_BTNH.shape
     K = k_BSKH.shape[2]
     queries, keys = _Blocks.of(T), _Blocks.of(k_BSKH.shape[1])
 
     def cut(x, blocks, *rest):
-        """[B, T, ...] as [blocks, B, size, ...]; what is added has segment 0."""
+        """[B, T, ...] as [blocks, B, size, ...], padded with zeros: padding has segment 0."""
         added = blocks.number * blocks.size - x.shape[1]
         x = jnp.pad(x, [(0, 0), (0, added)] + [(0, 0)] * (x.ndim - 2))
         return jnp.moveaxis(x.reshape(B, blocks.number, blocks.size, *rest), 1, 0)
@@ -79,17 +82,17 @@ class _Blocks:
 
 @dataclasses.dataclass(frozen=True)
 class _Walk:
-    """Which blocks of queries meet which blocks of keys, and how."""
+    """The pairs of query and key blocks, and the logits and mask of each pair."""
 
     queries: _Blocks
     keys: _Blocks
-    ordered: bool  # by orders that are given, not by those of the arrays
+    ordered: bool  # whether explicit orders are given
     scale: float
     logit_cap: float | None
     window: int | None
 
     def pairs(self) -> np.ndarray:
-        """int32 [pairs, 2]: a query block and a key block that some of its queries may see."""
+        """int32 [pairs, 2]: every query block with each key block that one of its queries sees."""
 
         def meet(i: int, j: int) -> bool:
             if self.ordered:
@@ -102,7 +105,7 @@ class _Walk:
         return np.array([(i, j) for i, j in pairs if meet(i, j)], np.int32)
 
     def logits(self, q_BKGTH, k_BKSH) -> jax.Array:
-        """Float32 [B, K, G, T, S], capped."""
+        """Capped logits of one pair, float32 [B, K, G, T, S]."""
         logits_BKGTS = self.scale * jnp.einsum(
             "BKGTH,BKSH->BKGTS", q_BKGTH, k_BKSH, preferred_element_type=jnp.float32
         )
@@ -111,7 +114,7 @@ class _Walk:
         return self.logit_cap * jnp.tanh(logits_BKGTS / self.logit_cap)
 
     def mask(self, i, j, queries, keys) -> jax.Array:
-        """Bool [B, 1, 1, T, S]: what queries of block i see of the keys of block j."""
+        """Bool [B, 1, 1, T, S]: whether queries of block i see keys of block j."""
         (segments_IBT, order_IBT), (segments_JBS, order_JBS) = queries, keys
         queries_BT, keys_BS = segments_IBT[i], segments_JBS[j]
         if self.ordered:
@@ -133,13 +136,13 @@ def _attend(walk: _Walk, q_IBKGTH, k_JBKSH, v_JBKSH, queries, keys):
 
 
 def _forward(walk: _Walk, q_IBKGTH, k_JBKSH, v_JBKSH, queries, keys):
-    """The values, and what the backward pass needs."""
+    """The result, and the residuals of the backward pass."""
 
     def step(carry, pair):
         values_IBKGTH, sums_IBKGT, maxima_IBKGT = carry
         i, j = pair
         mask = walk.mask(i, j, queries, keys)
-        logits = jnp.where(mask, walk.logits(q_IBKGTH[i], k_JBKSH[j]), _MASKED_LOGIT)
+        logits = jnp.where(mask, walk.logits(q_IBKGTH[i], k_JBKSH[j]), MASKED_LOGIT)
         maxima = jnp.maximum(maxima_IBKGT[i], jnp.max(logits, axis=-1))
         weights = jnp.where(mask, jnp.exp(logits - maxima[..., None]), 0.0)
         kept = jnp.exp(maxima_IBKGT[i] - maxima)
@@ -158,7 +161,7 @@ def _forward(walk: _Walk, q_IBKGTH, k_JBKSH, v_JBKSH, queries, keys):
     start = (
         jnp.zeros(q_IBKGTH.shape, jnp.float32),
         jnp.zeros(rows, jnp.float32),
-        jnp.full(rows, _MASKED_LOGIT, jnp.float32),
+        jnp.full(rows, MASKED_LOGIT, jnp.float32),
     )
     values_IBKGTH, sums_IBKGT, maxima_IBKGT = _in_one_piece(
         lambda start: jax.lax.scan(step, start, walk.pairs())[0], start
@@ -172,8 +175,8 @@ def _forward(walk: _Walk, q_IBKGTH, k_JBKSH, v_JBKSH, queries, keys):
 
 def _backward(walk: _Walk, kept, dx_IBKGTH):
     q_IBKGTH, k_JBKSH, v_JBKSH, queries, keys, x_IBKGTH, log_sums_IBKGT = kept
-    # The softmax's own share of each logit's gradient: the same for all keys of a query. By values
-    # in float32: rounded ones double the error of the gradients in bfloat16.
+    # The term of the softmax gradient that all keys of a query share. The values are float32:
+    # rounded to bfloat16 they would double the error of the gradients.
     shared_IBKGT = jnp.sum(dx_IBKGTH.astype(jnp.float32) * x_IBKGTH, axis=-1)
 
     def step(carry, pair):
@@ -210,14 +213,14 @@ _attend.defvjp(_forward, _backward)
 
 
 def _in_one_piece(function, x):
-    """function(x), in a loop of one turn, which partial evaluation does not look into.
+    """`function(x)` inside a loop of one iteration, which partial evaluation does not enter.
 
-    It would split a scan, and keep masks and logits of all its steps where a policy of
-    rematerialisation lets it.
+    It would split a bare scan, and under some rematerialisation policies save the masks and logits
+    of all its steps.
     """
     return jax.lax.while_loop(lambda x: x[0] < 1, lambda x: (x[0] + 1, function(x[1])), (0, x))[1]
 
 
 def _put(x, index, value):
-    """x with x[index] = value, in place; not the scatter that x.at[] makes."""
+    """`x.at[index].set(value)` as an in-place update instead of a scatter."""
     return jax.lax.dynamic_update_index_in_dim(x, value, index, 0)

@@ -1,10 +1,9 @@
 """The composed model: a frozen anchor that reads frozen augments through a trainable bridge.
 
-CALM, arXiv 2401.02412. The augments run first, forward only, each up to its last tap; their
-language model heads are never computed. What a token may see is told in
-`calm_jax.models.attention`.
+CALM, arXiv 2401.02412. The augments run first, without gradients, each up to its last tapped layer;
+their language model heads are never computed.
 
-Axes: B batch, T query, S key, D anchor width, E augment width, N heads, V vocabulary.
+Axes: B batch, T query, S key, D anchor width, N heads, V vocabulary.
 """
 
 import dataclasses
@@ -17,9 +16,9 @@ import jax.numpy as jnp
 from flax import nnx
 
 from calm_jax.errors import CalmError
-from calm_jax.models.bridge import Bridge
-from calm_jax.models.cache import ComposedCache, KeysValues
-from calm_jax.models.calling import call, zeros_beside
+from calm_jax.models.bridge import Bridge, add_bridges
+from calm_jax.models.cache import ComposedCache, DecoderCache, KeysValues
+from calm_jax.models.calling import call, make_on_mesh_of
 from calm_jax.models.config import CompositionConfig, DecoderConfig, heads
 from calm_jax.models.connections import Connection, ConnectionPlan, plan_connections
 from calm_jax.models.cross_attention import BridgePass
@@ -41,17 +40,18 @@ def compose(
 ) -> "ComposedDecoder":
     """Joins an anchor and one or more augments by a new bridge.
 
-    The composed model holds the models themselves: their weights are neither copied nor changed.
+    The composed model holds the given models: their weights are neither copied nor changed.
 
     Args:
         anchor: m_B, the model that generates.
-        augment_or_list: m_A, or several; one may be the anchor itself.
-        config_or_list: one `CompositionConfig` an augment, or one for all; default: the default.
+        augment_or_list: m_A, or several; the anchor itself may be among them.
+        config_or_list: one `CompositionConfig` per augment, or one for all; default:
+            `CompositionConfig()`.
         rngs: draws the bridge's initial values.
 
     Raises:
         CalmError: a connection outside a model's layers, heads that do not divide the width, or
-            vocabularies whose token maps differ.
+            vocabularies that differ.
 
     >>> import jax.numpy as jnp
     >>> from flax import nnx
@@ -70,7 +70,7 @@ def compose(
     several = isinstance(augment_or_list, Sequence)
     models = [anchor]
     for augment in augment_or_list if several else [augment_or_list]:
-        # A model in two roles is two modules over the same arrays, so that each role has a tree.
+        # A model in two roles becomes two modules over the same arrays: each role needs a subtree.
         alone = all(augment is not model for model in models)
         models.append(augment if alone else nnx.merge(*nnx.split(augment)))
     augments = models[1:]
@@ -85,10 +85,10 @@ class ComposedDecoder(nnx.Module):
     Attributes:
         anchor: the anchor.
         augments: the augments, in order.
-        bridge: all trainable parameters.
-        configs: one `CompositionConfig` an augment.
-        connections: every connection, in the order in which metrics number them.
-        execution: how the bridges are computed; that of each model is its own.
+        bridge: the bridge's parameters.
+        configs: one `CompositionConfig` per augment.
+        plan: the connections, numbered as in metrics, and the rounds that run them.
+        execution: how the bridges are computed; each model has its own `execution`.
     """
 
     def __init__(
@@ -116,12 +116,12 @@ class ComposedDecoder(nnx.Module):
 
     @property
     def models(self) -> list[Any]:
-        """All that read tokens: the anchor and the augments."""
+        """The anchor and the augments."""
         return [self.anchor, *self.augments]
 
     @property
     def part_paths(self) -> dict[str, tuple[str, ...]]:
-        """The names of its parts, and the path of each in its tree."""
+        """The path of each named part in the model's tree."""
         augments = {f"augment {k}": ("augments", str(k)) for k in range(len(self.augments))}
         return {"anchor": ("anchor",), **augments, "bridge": ("bridge",)}
 
@@ -131,27 +131,28 @@ class ComposedDecoder(nnx.Module):
 
     @property
     def config(self):
-        """The anchor's `DecoderConfig`: what the composed model looks like from outside."""
+        """The anchor's `DecoderConfig`, which holds for the composed model's inputs and outputs."""
         return self.anchor.config
 
     def __call__(self, inputs: Inputs | jax.Array) -> jax.Array:
         """Logits of the next token at every position.
 
         Args:
-            inputs: `Inputs`, or tokens, int32 [B, T], read by the anchor and by every augment.
+            inputs: `Inputs`, or tokens, int32 [B, T], for the anchor and every augment.
 
         Returns:
-            float32 [B, T, V], V of the anchor.
+            float32 [B, T, V] with the anchor's V.
 
         Raises:
-            CalmError: `encoder_only` without a mask of the prompt.
+            CalmError: `encoder_only` is set and the inputs have no prompt mask.
         """
         return call(self, "forward", inputs)
 
     def attention_maps(self, inputs: Inputs | jax.Array) -> list[dict[str, Any]]:
-        """What f_cross attends to: for each connection a dict.
+        """The attention weights of f_cross: a dict for each connection.
 
-        "augment", "from" and "to" name the connection; "weights" is float32 [B, N, T, S].
+        "augment", "from" (its layer) and "to" (the anchor's) name the connection; "weights" is
+        float32 [B, N, T, S].
         """
         weights = call(self, "attention_weights", inputs)
         return [
@@ -160,22 +161,22 @@ class ComposedDecoder(nnx.Module):
         ]
 
     def forward(self, inputs: Inputs | jax.Array) -> jax.Array:
-        """`__call__` without a compilation of its own: for use inside `jax.jit`."""
+        """`__call__` for use inside `jax.jit`."""
         return self.logits(self.residual(Inputs.of(inputs))[0])
 
     def residual(
         self, inputs: Inputs, cache: ComposedCache | None = None
     ) -> tuple[jax.Array, ComposedCache | None]:
-        """The anchor's residual stream [B, T, D], bridged, and the cache with `inputs` in it."""
+        """The bridged residual stream of the anchor [B, T, D], and the updated cache."""
         x_BTD, cache, _ = self._run(inputs, cache)
         return x_BTD, cache
 
     def logits(self, x_BTD: jax.Array) -> jax.Array:
-        """The anchor's final norm and head."""
+        """The anchor's final norm and head: float32 [B, T, V] for a residual stream [B, T, D]."""
         return self.anchor.logits(x_BTD)
 
     def attention_weights(self, inputs: Inputs | jax.Array) -> list[jax.Array]:
-        """Attention weights of each connection, float32 [B, N, T, S], inside `jax.jit`."""
+        """The weights of `attention_maps`, for use inside `jax.jit`."""
         return self._run(
             Inputs.of(inputs), observe=lambda h, y, weights: weights, bridge_attention="xla"
         )[2]
@@ -183,14 +184,14 @@ class ComposedDecoder(nnx.Module):
     def perturbed(
         self, inputs: Inputs, perturb: Perturb | None
     ) -> tuple[jax.Array, list[jax.Array]]:
-        """The residual stream as training reads it, and how strong each bridge is.
+        """The residual stream for the loss, with the strength of each connection.
 
         Args:
-            perturb: what training does to the taps before a bridge reads them.
+            perturb: applied to the taps before the bridge reads them.
 
         Returns:
-            the stream [B, T, D]; and for each connection the float32 squared norms [2] of f_cross'
-            result and of the anchor's stream it is added to, over all tokens but padding.
+            the stream [B, T, D]; and for each connection two squared norms, float32 [2]: of the
+            result of f_cross and of the stream it is added to, over all tokens except padding.
         """
         real_BT1 = (inputs.filled().segments_BT != 0)[:, :, None]
 
@@ -202,22 +203,21 @@ class ComposedDecoder(nnx.Module):
         return x_BTD, norms
 
     def run_alone(self, name: str, inputs: Inputs) -> Any:
-        """What one of the models, by the name of its part, computes in a forward pass."""
+        """What the anchor or augment called `name` computes in a forward pass."""
         if name == "anchor":
             return self.anchor.forward(inputs)
         number = int(self.part_paths[name][-1])
         return self.augments[number].taps(inputs, self.plan.tap_layers[number])[0]
 
     def init_cache(self, batch: int, slots: int, dtype: Any = None) -> ComposedCache:
-        """An empty cache of both models and of f_cross, for `batch` rows of `slots` tokens.
+        """An empty cache for `batch` rows of up to `slots` tokens.
 
-        `dtype`: of keys and values; default: each model's own.
+        `dtype` is that of keys and values; default: that of each model's config.
         """
 
         def bridge_cache(entry: tuple[Connection, ...]) -> KeysValues:
             N, H = heads(self.configs[entry[0].augment], self.config)
-            kept = dtype or self.config.dtype
-            return KeysValues.empty(len(entry), batch, slots, N, H, kept)
+            return KeysValues.empty(len(entry), batch, slots, N, H, dtype or self.config.dtype)
 
         return ComposedCache(
             self.anchor.init_cache(batch, slots, dtype=dtype),
@@ -225,7 +225,7 @@ class ComposedDecoder(nnx.Module):
                 augment.init_cache(batch, slots, layers[-1] + 1, dtype)
                 for augment, layers in zip(self.augments, self.plan.tap_layers, strict=True)
             ),
-            zeros_beside(
+            make_on_mesh_of(
                 lambda: tuple(
                     tuple(map(bridge_cache, round_.entries)) for round_ in self.plan.rounds
                 ),
@@ -234,7 +234,7 @@ class ComposedDecoder(nnx.Module):
         )
 
     def _init_bridge(self, rngs: nnx.Rngs) -> Bridge:
-        """A new bridge on the anchor's mesh: at full size no single device could hold it."""
+        """A new bridge, sharded on the anchor's mesh: it may be too large for one device."""
         table = self.anchor.embedding.get_value()
         sharding = None if isinstance(table, jax.core.Tracer) else getattr(table, "sharding", None)
         on_mesh = isinstance(sharding, jax.sharding.NamedSharding)
@@ -253,9 +253,9 @@ class ComposedDecoder(nnx.Module):
         perturb: Perturb | None = None,
         bridge_attention: str | None = None,
     ) -> tuple[jax.Array, ComposedCache | None, list[Any]]:
-        """The anchor's residual stream with every bridge's result in it, the next cache.
+        """The bridged residual stream, the updated cache, and what is observed of each connection.
 
-        And for each connection what `observe(h, f_cross result, attention weights)` returns.
+        An observation is what `observe(h, f_cross result, attention weights)` returns.
         """
         inputs = inputs.filled(None if cache is None else cache.anchor.slots.length_B)
         slots = None if cache is None else cache.anchor.slots.write(inputs)
@@ -276,38 +276,20 @@ class ComposedDecoder(nnx.Module):
             for config in self.configs
         ]
         forward = ForwardPass(self.config, self.anchor.execution, inputs, slots)
-        layers, kept = self.anchor.layers, None if cache is None else cache.anchor.layers
+        layers, layer_cache = self.anchor.layers, None if cache is None else cache.anchor.layers
         bridge_caches = ((),) * len(self.plan.rounds) if cache is None else cache.bridge
         observed, next_bridge_caches = {}, []
 
-        def bridged(round_, graphdef, h_BTD, state, entry_taps, kept, number):
-            """h + the sum of the bridges' results, all of which read h as it came."""
-            sum_BTD, seen, kept = h_BTD, [], list(kept)
-            for k, (crossing, entry) in enumerate(
-                zip(nnx.merge(graphdef, state), round_.entries, strict=True)
-            ):
-                bridge_pass = passes[entry[0].augment]
-                with jax.named_scope("f_cross"):
-                    k_BSNH, v_BSNH = crossing.keys_and_values(
-                        entry_taps[k], h_BTD.dtype, bridge_pass
-                    )
-                    if kept:
-                        kept[k] = kept[k].write(number, bridge_pass.slots_BS, k_BSNH, v_BSNH)
-                        k_BSNH, v_BSNH = kept[k].of_layer(number, h_BTD.dtype)
-                    y_BTD, weights = crossing.attend(h_BTD, k_BSNH, v_BSNH, bridge_pass)
-                sum_BTD += y_BTD
-                seen.append(observe(h_BTD, y_BTD, weights))
-            return sum_BTD, seen, tuple(kept)
-
         x_BTD = self.anchor.embed(inputs)
         first = self.connections[0].anchor_layer + 1
-        h_BTD, kept = run_layers(layers, x_BTD, forward, kept, count=first)
-        for round_, crossings, bridge_kept in zip(
+        h_BTD, layer_cache = run_layers(layers, x_BTD, forward, layer_cache, count=first)
+        for round_, cross_attentions, entry_caches in zip(
             self.plan.rounds, self.bridge.rounds, bridge_caches, strict=True
         ):
-            graphdef, state = nnx.split(crossings)
+            graphdef, state = nnx.split(cross_attentions)
             bridge = execution.rematerialised(
-                functools.partial(bridged, round_, graphdef), in_loop=round_.stacked
+                functools.partial(add_bridges, round_.entries, passes, observe, graphdef),
+                in_loop=round_.stacked,
             )
             follow = functools.partial(run_layers, layers, forward=forward, count=round_.layers)
             entry_taps = [
@@ -317,42 +299,46 @@ class ComposedDecoder(nnx.Module):
             if round_.stacked:
 
                 def step(carry, inputs, bridge=bridge, follow=follow):
-                    (h_BTD, kept, bridge_kept), (state, entry_taps, number, first) = carry, inputs
+                    h_BTD, layer_cache, entry_caches = carry
+                    state, entry_taps, number, first = inputs
                     h_BTD, state = gradients_at_once((h_BTD, state))
-                    h_BTD, seen, bridge_kept = bridge(h_BTD, state, entry_taps, bridge_kept, number)
-                    h_BTD, kept = follow(h_BTD, cache=kept, first=first)
-                    return (h_BTD, kept, bridge_kept), seen
+                    h_BTD, seen, entry_caches = bridge(
+                        h_BTD, state, entry_taps, entry_caches, number
+                    )
+                    h_BTD, layer_cache = follow(h_BTD, cache=layer_cache, first=first)
+                    return (h_BTD, layer_cache, entry_caches), seen
 
                 numbers = jnp.arange(len(round_.entries[0]))
                 firsts = round_.first + round_.layers * numbers
-                (h_BTD, kept, bridge_kept), seen = jax.lax.scan(
+                (h_BTD, layer_cache, entry_caches), seen = jax.lax.scan(
                     step,
-                    (h_BTD, kept, bridge_kept),
+                    (h_BTD, layer_cache, entry_caches),
                     (state, entry_taps, numbers, firsts),
                     unroll=execution.unroll,
                 )
             else:
-                if round_ is not self.plan.rounds[0]:  # the stream before it has no gradient
+                # Before the first round the stream of a frozen anchor has no gradient.
+                if round_ is not self.plan.rounds[0]:
                     h_BTD, state = gradients_at_once((h_BTD, state))
-                h_BTD, seen, bridge_kept = bridge(h_BTD, state, entry_taps, bridge_kept, 0)
+                h_BTD, seen, entry_caches = bridge(h_BTD, state, entry_taps, entry_caches, 0)
                 seen = [None if x is None else x[None] for x in seen]
-                h_BTD, kept = follow(h_BTD, cache=kept, first=round_.first)
-            next_bridge_caches.append(bridge_kept)
+                h_BTD, layer_cache = follow(h_BTD, cache=layer_cache, first=round_.first)
+            next_bridge_caches.append(entry_caches)
             for entry, values in zip(round_.entries, seen, strict=True):
                 each = [None] * len(entry) if values is None else values
                 observed.update(zip(entry, each, strict=True))
         if cache is not None:
-            anchor = dataclasses.replace(cache.anchor, layers=kept, slots=slots)
-            cache = ComposedCache(anchor, tuple(augment_caches), tuple(next_bridge_caches))
+            anchor_cache = DecoderCache(layer_cache, slots)
+            cache = ComposedCache(anchor_cache, tuple(augment_caches), tuple(next_bridge_caches))
         return h_BTD, cache, [observed[connection] for connection in self.connections]
 
 
 @jax.custom_vjp
 def gradients_at_once(tree):
-    """`tree`; going backward, nothing reads a gradient of it before all of them are there.
+    """`tree`, whose gradients are all computed before the backward pass goes on.
 
-    XLA may put a bridge's own gradient off until all layers below it went backward, and keep until
-    then the activations that it is made of.
+    Otherwise XLA may postpone a bridge's own gradient until the backward pass of all layers below,
+    and keep the activations for it until then.
     """
     return tree
 
@@ -363,7 +349,7 @@ gradients_at_once.defvjp(
 
 
 def check_vocabularies(ours: Any, our_name: str, theirs: Any, their_name: str) -> None:
-    """Raises `CalmError` naming the first token that differs; knows nothing without both."""
+    """Raises `CalmError` naming the first token that differs; accepts a missing vocabulary."""
     if ours is None or theirs is None:
         return
     difference = ours.first_difference(theirs)

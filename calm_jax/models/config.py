@@ -1,4 +1,4 @@
-"""What a decoder and a composition are made of: frozen dataclasses, no arrays.
+"""The configs of a decoder and of a composition: frozen dataclasses without arrays.
 
 A family of models (PaLM, Llama, Gemma, ...) is a choice of `DecoderConfig` fields, never a
 subclass.
@@ -15,10 +15,10 @@ from calm_jax.errors import CalmError
 
 @dataclasses.dataclass(frozen=True)
 class RopeScaling:
-    """Stretching of rotary positions beyond the length a model was first trained on.
+    """Scaling of rotary frequencies for lengths beyond those of a model's first training.
 
     kind "linear" divides every frequency by `factor` (Gemma 3's global layers); "llama3" divides
-    the low frequencies only, blending between `low_frequency_factor` and `high_frequency_factor`
+    only low frequencies, and blends between `low_frequency_factor` and `high_frequency_factor`
     (Llama 3.1). `original_length` is in tokens.
     """
 
@@ -37,10 +37,10 @@ class RopeScaling:
 
 @dataclasses.dataclass(frozen=True)
 class DecoderConfig:
-    """The form of one decoder. Raises `CalmError` when fields contradict each other.
+    """The architecture of one decoder. Raises `CalmError` if fields contradict each other.
 
-    Widths are in features, lengths in tokens. Values are the checkpoint's own: nothing is folded
-    into the weights, so a norm's offset or an embedding's scale is a field here.
+    Widths are in features, lengths in tokens. Weights are stored as in the checkpoint: a norm's
+    offset or an embedding's scale is a field here instead of being folded into them.
 
     >>> from calm_jax import DecoderConfig
     >>> config = DecoderConfig.palm(vocab_size=32, embed_dim=16, num_layers=2, num_heads=2,
@@ -57,7 +57,7 @@ class DecoderConfig:
     head_dim: int  # features of a head
     mlp_dim: int  # hidden features of the MLP
 
-    # parallel: one norm feeds both branches
+    # parallel: attention and MLP read the output of one norm
     block: Literal["sequential", "parallel"] = "sequential"
     gated_mlp: bool = True  # SwiGLU or GeGLU; False: two matrices
     activation: Literal["silu", "gelu_tanh", "gelu"] = "silu"  # of the MLP
@@ -79,12 +79,12 @@ class DecoderConfig:
     rope_dim: int | None = None  # rotated features of each head; None: all
     rope_base: float = 10_000.0  # theta
     rope_scaling: RopeScaling | None = None  # longer contexts: kind, factor and the rest
-    # For layers with a window; None: as the others, scaling too.
+    # Unscaled base of layers with a window; None: `rope_base` and `rope_scaling`.
     local_rope_base: float | None = None
     xpos_scale_base: float | None = None  # in tokens (xPos, PaLM-rlhf-pytorch: 512)
 
-    window: int | None = None  # tokens a local layer sees, itself included
-    window_pattern: tuple[bool, ...] = (True,)  # which layers are local, repeated over the depth
+    window: int | None = None  # tokens that a query in a local layer sees, itself included
+    window_pattern: tuple[bool, ...] = (True,)  # which layers are local; repeated over the depth
     attention_logit_cap: float | None = None  # soft cap by tanh; None: no cap
     final_logit_cap: float | None = None  # the same for the model's logits
     query_scale: float | None = None  # factor on queries; None: head_dim ** -0.5
@@ -93,7 +93,7 @@ class DecoderConfig:
     tied_head: bool = True  # the embedding is the output matrix too
 
     dtype: Literal["float32", "bfloat16"] = "float32"  # of matmuls and of the residual stream
-    # int8: matrices with a scale for each output channel, to be read only; None: as in `dtype`
+    # "int8": frozen matrices with a scale per output channel; None: floats
     weights: Literal["int8"] | None = None
 
     def __post_init__(self):
@@ -130,7 +130,7 @@ class DecoderConfig:
                 f"not {self.rope!r} on {rotated}"
             )
         if self.block == "parallel" and self.post_norms:
-            raise CalmError("decoder.post_norms is True, which the parallel block has no place for")
+            raise CalmError("decoder.post_norms is True, but a parallel block has no post-norms")
 
     @property
     def scale(self) -> float:
@@ -153,12 +153,12 @@ class DecoderConfig:
 
     @classmethod
     def llama(cls, **fields) -> "DecoderConfig":
-        """Llama 2 and 3: sequential block, plain RMSNorm, SwiGLU, a head of its own."""
+        """Llama 2 and 3: sequential block, plain RMSNorm, SwiGLU, an untied head."""
         return cls(**{"norm_eps": 1e-5, "tied_head": False, **fields})
 
     @classmethod
     def gemma(cls, **fields) -> "DecoderConfig":
-        """Gemma: sequential block, zero-centred RMSNorm, GeGLU, inputs times sqrt(embed_dim)."""
+        """Gemma: sequential block, zero-centred RMSNorm, GeGLU, scaled embeddings."""
         defaults = {"norm_offset": 1.0, "activation": "gelu_tanh"}
         if "embed_dim" in fields:
             defaults["embed_scale"] = math.sqrt(fields["embed_dim"])
@@ -181,14 +181,9 @@ class DecoderConfig:
         return cls(**values)
 
 
-_SIZES = (
-    "vocab_size",
-    "embed_dim",
-    "num_layers",
-    "num_heads",
-    "num_kv_heads",
-    "head_dim",
-    "mlp_dim",
+# Exactly the sizes have no default.
+_SIZES = tuple(
+    f.name for f in dataclasses.fields(DecoderConfig) if f.default is dataclasses.MISSING
 )
 _CHOICES = {
     "block": ("sequential", "parallel"),
@@ -203,11 +198,11 @@ _CHOICES = {
 
 @dataclasses.dataclass(frozen=True)
 class CompositionConfig:
-    """How one augment is joined to the anchor (CALM, arXiv 2401.02412 §3.1).
+    """How an augment is connected to the anchor (CALM, arXiv 2401.02412 §3.1).
 
-    The defaults keep the paper's connections and add what later work found to help: the composed
-    model equals the anchor before training, and norms stand before the cross-attention.
-    `CompositionConfig.paper()` is the paper to the letter.
+    The defaults are the paper's connections with two improvements: before training the composed
+    model equals the anchor, and the inputs of the cross-attention are normed.
+    `CompositionConfig.paper()` follows the paper exactly.
 
     >>> from calm_jax import CompositionConfig
     >>> CompositionConfig(every=2).resolve(augment_layers=6, anchor_layers=10)
@@ -216,16 +211,16 @@ class CompositionConfig:
 
     connections: tuple[tuple[int, int], ...] | None = None  # (augment layer, anchor layer), 0-based
     every: int = 4  # without `connections`: 4 is every 4th augment layer, spread over the anchor
-    num_heads: int | None = None  # None: the anchor's ("typically the same", paper §3.1)
+    num_heads: int | None = None  # None: as the anchor ("typically the same", paper §3.1)
     head_dim: int | None = None  # None: embed_dim of the anchor / num_heads, as in the paper
     init: Literal["zero", "paper"] = "zero"  # zero: step 0 is the anchor; paper: N(0, 1/fan_in)
     bias: bool = False  # on f_proj, W_Q, W_V and W_O; the paper states none
-    output_projection: bool = True  # W_O: in the paper's equation, absent from its parameter count
+    output_projection: bool = True  # W_O: in the paper's equation, not in its parameter count
     norms: bool = True  # RMSNorm on H_B before W_Q and on the tap before f_proj; not in the paper
     gate: bool = False  # a learned scalar on the result of f_cross; not in the paper
     rotary: bool = False  # rotary positions on Q and K of f_cross; not in the paper
-    encoder_only: bool = False  # only prompt tokens are read from the augment (paper §4.4, Table 5)
-    scan: bool = True  # False: evenly spaced connections are compiled one by one, not as one loop
+    encoder_only: bool = False  # f_cross sees only prompt tokens (paper §4.4, Table 5)
+    scan: bool = True  # False: evenly spaced connections are compiled one by one, not as a loop
 
     def __post_init__(self):
         for name in ("every", "num_heads", "head_dim"):
@@ -241,8 +236,8 @@ class CompositionConfig:
             for pair in pairs:
                 if not (isinstance(pair, tuple) and len(pair) == 2 and all(map(_is_whole, pair))):
                     raise CalmError(
-                        f"composition.connections: {pair!r} is not an (augment layer, anchor "
-                        "layer); one connection is written ((3, 7),)"
+                        f"composition.connections: {pair!r} is not a pair (augment layer, anchor "
+                        "layer); write a single connection as ((3, 7),)"
                     )
             object.__setattr__(self, "connections", pairs)
             if not pairs:
@@ -255,15 +250,15 @@ class CompositionConfig:
 
     @classmethod
     def paper(cls, **fields) -> "CompositionConfig":
-        """The paper's own bridge: no norms, gate, biases or rotary; every matrix random."""
+        """The paper's bridge: no norms, gate, biases or rotary positions; random matrices."""
         return cls(**{"init": "paper", "norms": False, **fields})
 
     def resolve(self, augment_layers: int, anchor_layers: int) -> tuple[tuple[int, int], ...]:
-        """The connections for two depths, sorted by anchor layer, then augment layer.
+        """The connections of models with these depths, sorted by anchor layer, then augment layer.
 
-        With `every=e`: n = augment_layers // e taps at layers e(k+1)-1, read by anchor layers
-        g(k+1)-1 with g = anchor_layers // n; k = 0 .. n-1. Raises `CalmError` when a layer does not
-        exist, or when n is 0 or more than the anchor has layers.
+        With `every=e` there are n = augment_layers // e connections, k = 0 .. n-1: augment layer
+        e(k+1)-1 to anchor layer g(k+1)-1, where g = anchor_layers // n. Raises `CalmError` if a
+        layer does not exist, or if n is 0 or more than `anchor_layers`.
         """
         if self.connections is not None:
             for i, j in self.connections:
@@ -279,8 +274,8 @@ class CompositionConfig:
             return tuple(sorted(self.connections, key=lambda pair: (pair[1], pair[0])))
         if self.every < 1 or not 1 <= augment_layers // self.every <= anchor_layers:
             raise CalmError(
-                f"composition.every={self.every} leaves no fitting connection between an augment "
-                f"of {augment_layers} layers and an anchor of {anchor_layers}"
+                f"composition.every={self.every} gives no valid connections between an augment of "
+                f"{augment_layers} layers and an anchor of {anchor_layers}"
             )
         count = augment_layers // self.every
         gap = anchor_layers // count
@@ -300,8 +295,8 @@ class CompositionConfig:
 def heads(config: CompositionConfig, anchor: DecoderConfig) -> tuple[int, int]:
     """(number of heads, head width) of f_cross for an anchor.
 
-    Raises `CalmError` when the heads do not divide the anchor's width and no width is given, or
-    when they do not fill it although there is no output projection.
+    Raises `CalmError` if the number of heads does not divide the anchor's width and `head_dim` is
+    not set, or if there is no output projection and the heads do not add up to that width.
     """
     N = anchor.num_heads if config.num_heads is None else config.num_heads
     if N < 1:
@@ -325,7 +320,7 @@ def heads(config: CompositionConfig, anchor: DecoderConfig) -> tuple[int, int]:
 
 
 def _is_whole(value: Any) -> bool:
-    """Whether a value is a whole number, which Python takes True for too."""
+    """Whether a value is a whole number; to Python, True is one too."""
     return isinstance(value, numbers.Integral) and not isinstance(value, bool)
 
 

@@ -1,8 +1,8 @@
-"""Which bridge meets which layers: the plan of a composition, made of numbers alone.
+"""The plan of a composition: its connections, and the order in which bridges and layers run.
 
-The anchor runs as: first layers, then *rounds*. A round applies the bridges of one connected layer
-and runs the layers that follow it, up to the next connected layer. Evenly spaced rounds of the same
-form are one stacked round, run by one scan.
+The anchor first runs its layers up to the first connected one, then *rounds*. A round applies the
+bridges of one connected layer and runs the layers after it, up to the next connected layer. Evenly
+spaced rounds with the same augments are merged into one stacked round, which is one scan.
 """
 
 import dataclasses
@@ -15,7 +15,7 @@ from calm_jax.models.config import CompositionConfig
 
 @dataclasses.dataclass(frozen=True)
 class Connection:
-    """One connected pair: the output of `layer` of augment number `augment` to `anchor_layer`."""
+    """Connects the output of layer `layer` of augment `augment` to layer `anchor_layer`."""
 
     augment: int
     layer: int
@@ -27,11 +27,11 @@ class Round:
     """Bridges, then anchor layers.
 
     Attributes:
-        entries: for each bridge at a connected layer its connection; in a stacked round, its
-            connections, one a step of the scan.
-        stacked: whether it is a scan.
-        first, layers: the anchor layers that follow, `layers` of them from number `first` on; in a
-            stacked round as many after every step.
+        entries: one entry for each bridge at a connected layer: its connection; in a stacked round
+            its connections, one for each step of the scan.
+        stacked: whether the round is a scan.
+        first: number of the anchor layer that runs after the (first) bridges.
+        layers: number of anchor layers that run; in a stacked round, after each step.
     """
 
     entries: tuple[tuple[Connection, ...], ...]
@@ -42,11 +42,7 @@ class Round:
 
 @dataclasses.dataclass(frozen=True)
 class ConnectionPlan:
-    """All connections in the order of their numbers, the tapped layers of each augment, the rounds.
-
-    `tap_layers` are ascending. The anchor's layers before the first connected one, and that one,
-    run before the first round.
-    """
+    """All connections in order, the tapped layers of each augment (ascending), and the rounds."""
 
     connections: tuple[Connection, ...]
     tap_layers: tuple[tuple[int, ...], ...]
@@ -54,7 +50,7 @@ class ConnectionPlan:
 
     @property
     def names(self) -> list[str]:
-        """`layer→anchor layer` of each connection; of several augments with its number before."""
+        """`layer→anchor layer` of each connection; if augments are several, after their number."""
         several = len(self.tap_layers) > 1
         return [
             (f"{c.augment}: " if several else "") + f"{c.layer}→{c.anchor_layer}"
@@ -65,7 +61,7 @@ class ConnectionPlan:
 def plan_connections(
     configs: Sequence[CompositionConfig], anchor_depth: int, augment_depths: Sequence[int]
 ) -> ConnectionPlan:
-    """The plan for one config an augment. Raises `CalmError` for connections that do not fit."""
+    """The plan for one config per augment. Raises `CalmError` if a connection does not fit."""
     if len(configs) != len(augment_depths):
         raise CalmError(
             f"{len(configs)} composition configs were given for {len(augment_depths)} augments"
@@ -83,7 +79,8 @@ def plan_connections(
     )
     anchor_layers = sorted({c.anchor_layer for c in connections})
     at_layer = [tuple(c for c in connections if c.anchor_layer == j) for j in anchor_layers]
-    stackable = scan and evenly_spaced(anchor_layers) and _same_form(at_layer)
+    same_augments = len({tuple(c.augment for c in here) for here in at_layer}) == 1
+    stackable = scan and evenly_spaced(anchor_layers) and same_augments
 
     following = [after - j for j, after in itertools.pairwise([*anchor_layers, anchor_depth - 1])]
     if stackable:
@@ -115,10 +112,6 @@ def _resolve(
 
 
 def evenly_spaced(layers: Sequence[int]) -> bool:
-    """Whether there are more than two layers, as far from each other as the first two."""
+    """Whether there are more than two layers with equal gaps between them."""
     gaps = {after - before for before, after in itertools.pairwise(layers)}
     return len(layers) > 2 and len(gaps) == 1
-
-
-def _same_form(at_layer: Sequence[Sequence[Connection]]) -> bool:
-    return len({tuple(c.augment for c in here) for here in at_layer}) == 1

@@ -1,4 +1,4 @@
-"""One connection: a linear projection and a causal multi-head cross-attention.
+"""The bridge of one connection: a linear projection and causal multi-head cross-attention.
 
 CALM, arXiv 2401.02412 §3.1:
 
@@ -29,15 +29,15 @@ ROPE_BASE = 10_000.0
 
 
 class BridgePass:
-    """What the connections of one augment share while they read one set of inputs.
+    """What the connections of one augment share in one forward pass.
 
     Args:
         queries: the anchor's `filled` inputs [B, T].
-        taps: those of the augment [B, S] that taps are new for; default: the queries.
-        slots: those of a cache, taps among them; default: queries see `taps` alone.
+        taps: the augment's `filled` inputs [B, S]; default: `queries`.
+        slots: the slots of a cache that already holds `taps`; default: queries see only `taps`.
 
     Raises:
-        CalmError: `encoder_only` without a mask of the prompt.
+        CalmError: `encoder_only` is set and the inputs have no prompt mask.
     """
 
     def __init__(
@@ -72,7 +72,7 @@ class BridgePass:
 
 
 class CrossAttention(nnx.Module):
-    """f_proj and f_cross of one connection, parameters in float32."""
+    """f_proj and f_cross of one connection, with float32 parameters."""
 
     def __init__(
         self, config: CompositionConfig, anchor: DecoderConfig, augment_dim: int, rngs: nnx.Rngs
@@ -88,7 +88,7 @@ class CrossAttention(nnx.Module):
         if config.output_projection:
             self.output = matrix(rngs, (N, H, D), ("heads", "head_dim", "embed"), inputs=2)
         if config.bias:
-            # None on the key: a constant added to every key changes no softmax.
+            # No bias on keys: the same vector added to every key does not change the softmax.
             self.projection_bias = constant(0.0, (D,), ("embed",))
             self.query_bias = constant(0.0, (N, H), ("heads", "head_dim"))
             self.value_bias = constant(0.0, (N, H), ("heads", "head_dim"))
@@ -100,21 +100,21 @@ class CrossAttention(nnx.Module):
         if config.gate:
             self.gate = constant(0.0 if config.init == "zero" else 1.0, (), ())
         elif config.init == "zero":
-            # Exactly one factor of the result starts at zero: with two, nothing would ever learn.
+            # Exactly one factor of the result starts at zero: two would make all gradients zero.
             last = self.output if config.output_projection else self.value
             last.set_value(jnp.zeros_like(last.get_value()))
 
     def keys_and_values(
         self, tap_BSE: jax.Array, dtype: jnp.dtype, forward: BridgePass
     ) -> tuple[jax.Array, jax.Array]:
-        """What the anchor attends to in a tap: [B, S, N, H] each, in the compute dtype."""
+        """Keys and values [B, S, N, H] of a tap [B, S, E], in the compute dtype `dtype`."""
         config = self.config
         if config.norms:
             tap_BSE = rms_norm(tap_BSE, self.tap_norm[...], NORM_EPS)
         projected_BSD = tap_BSE.astype(dtype) @ self.projection[...].astype(dtype)
         if config.bias:
             projected_BSD += self.projection_bias[...].astype(dtype)
-        # Each device projects its part of the length before the whole is gathered.
+        # Each device projects its part of the length before the full length is gathered.
         projected_BSD = whole_length(residual_layout(projected_BSD))
         k_BSNH = jnp.einsum("BSD,DNH->BSNH", projected_BSD, self.key[...].astype(dtype))
         v_BSNH = jnp.einsum("BSD,DNH->BSNH", projected_BSD, self.value[...].astype(dtype))
@@ -127,14 +127,15 @@ class CrossAttention(nnx.Module):
     def attend(
         self, h_BTD: jax.Array, k_BSNH: jax.Array, v_BSNH: jax.Array, forward: BridgePass
     ) -> tuple[jax.Array, jax.Array | None]:
-        """f_cross(f_proj(tap), h), without the residual, by the tap's keys and values.
+        """f_cross(f_proj(tap), h), to be added to the residual stream.
 
         Args:
-            h_BTD: the anchor layer's output; its dtype is the compute dtype.
+            h_BTD: the anchor layer's output [B, T, D]; its dtype is the compute dtype.
+            k_BSNH, v_BSNH: keys and values of the tap.
 
         Returns:
-            [B, T, D] in the dtype of `h_BTD`, exactly 0 where a query has nothing to see; and the
-            attention weights, float32 [B, N, T, S], that the backend "xla" alone has, else None.
+            [B, T, D] in the dtype of `h_BTD`, exactly 0 where a query sees no key; and attention
+            weights, float32 [B, N, T, S], or None if the backend is not "xla".
         """
         config, dtype = self.config, h_BTD.dtype
         q_in_BTD = rms_norm(h_BTD, self.query_norm[...], NORM_EPS) if config.norms else h_BTD

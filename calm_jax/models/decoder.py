@@ -1,4 +1,4 @@
-"""A decoder-only language model of any family, told apart by its `DecoderConfig` alone."""
+"""A decoder-only language model; its family is determined by its `DecoderConfig`."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -9,7 +9,7 @@ from flax import nnx
 
 from calm_jax import sharding
 from calm_jax.models.cache import DecoderCache, KeysValues, Slots
-from calm_jax.models.calling import call, zeros_beside
+from calm_jax.models.calling import call, make_on_mesh_of
 from calm_jax.models.config import DecoderConfig
 from calm_jax.models.connections import evenly_spaced
 from calm_jax.models.execution import Execution
@@ -25,17 +25,18 @@ from calm_jax.models.taps import Taps
 
 
 class Decoder(nnx.Module):
-    """A decoder with random parameters; `calm_jax.load` makes one with trained ones.
+    """A decoder with random parameters; `calm_jax.load` returns one with trained parameters.
 
-    They are float32; with `config.weights="int8"` matrices are int8 (`calm_jax.models.quantized`).
+    Parameters are float32; with `config.weights="int8"` matrices are int8
+    (`calm_jax.models.quantized`).
 
     Attributes:
-        layers: a `Layer` whose arrays lead with an axis of layers.
-        vocabulary: a `calm_jax.data.vocabulary.Vocabulary`, or None when the model has none yet.
-        source: the frozen folder that the parameters came from, or None.
-        loaded_dtype: what they were cast to while they were loaded, or None.
-        fingerprint: of the frozen folder and that dtype, or None.
-        execution: how it is computed; may be set at any time.
+        layers: a `Layer` whose arrays have a leading axis of layers.
+        vocabulary: a `calm_jax.data.vocabulary.Vocabulary`, or None.
+        source: the frozen folder that the parameters were loaded from, or None.
+        loaded_dtype: the dtype they were cast to when loaded, or None.
+        fingerprint: identifies the frozen folder and `loaded_dtype`; None without a folder.
+        execution: how the decoder is computed; may be set at any time.
     """
 
     vocabulary = of_origin("vocabulary")
@@ -46,7 +47,7 @@ class Decoder(nnx.Module):
     def __init__(self, config: DecoderConfig, rngs: nnx.Rngs):
         V, D = config.vocab_size, config.embed_dim
         self.config = config
-        # Unit-variance logits of a random model, whichever scales the family applies.
+        # Logits of a random model have unit variance, whatever scales its family applies.
         std = D**-0.5 / config.logit_scale if config.tied_head else 1.0 / config.embed_scale
         table_VD = std * jax.random.normal(rngs.params(), (V, D), jnp.float32)
         self.embedding = weight(table_VD, ("vocab", "embed"), summed=(-1,))
@@ -81,17 +82,17 @@ class Decoder(nnx.Module):
 
     @property
     def anchor(self) -> "Decoder":
-        """Itself: the decoder that has the head, as in a composed model."""
+        """Itself: like a composed model's anchor, it has the head."""
         return self
 
     @property
     def models(self) -> list[Any]:
-        """Itself, the only model that reads tokens."""
+        """A list of itself, as a composed model lists its anchor and augments."""
         return [self]
 
     @property
     def part_paths(self) -> dict[str, tuple[str, ...]]:
-        """The name of its only part, and the path of that in its tree."""
+        """The path of its only part in its tree: the root."""
         return {"decoder": ()}
 
     @property
@@ -105,13 +106,13 @@ class Decoder(nnx.Module):
         return self.config.num_layers
 
     def forward(self, inputs: Inputs | jax.Array) -> jax.Array:
-        """`__call__` without a compilation of its own: for use inside `jax.jit`."""
+        """`__call__` for use inside `jax.jit`."""
         return self.logits(self.residual(Inputs.of(inputs))[0])
 
     def residual(
         self, inputs: Inputs, cache: DecoderCache | None = None
     ) -> tuple[jax.Array, DecoderCache | None]:
-        """The residual stream [B, T, D] that `logits` reads, and the cache with `inputs` in it."""
+        """The residual stream [B, T, D] that `logits` reads, and the updated cache."""
         forward, inputs, slots = self._forward_pass(inputs, cache)
         x_BTD, layers = run_layers(self.layers, self.embed(inputs), forward, _layers_of(cache))
         return x_BTD, None if cache is None else DecoderCache(layers, slots)
@@ -119,9 +120,9 @@ class Decoder(nnx.Module):
     def perturbed(
         self, inputs: Inputs, perturb: Callable[[jax.Array], jax.Array] | None
     ) -> tuple[jax.Array, list[jax.Array]]:
-        """The residual stream as training reads it, and nothing, as there is no bridge.
+        """The residual stream [B, T, D] for the loss; no connections, so an empty list.
 
-        `perturb`: what training does to the embeddings before the first layer reads them.
+        `perturb` is applied to the embeddings [B, T, D] before the first layer reads them.
         """
         if perturb is not None:
             inputs = inputs.replace(features_BTD=perturb(self.embed(inputs)))
@@ -130,14 +131,14 @@ class Decoder(nnx.Module):
     def taps(
         self, inputs: Inputs, layers: Sequence[int], cache: DecoderCache | None = None
     ) -> tuple[Taps, DecoderCache | None]:
-        """The residual stream after each of `layers`, ascending, and the next cache.
+        """The residual stream [B, T, D] after each of `layers`, ascending, and the updated cache.
 
-        Layers above the last of them do not run; no gradient flows back into the decoder.
+        Later layers do not run, and no gradient flows back into the decoder.
         """
         forward, inputs, slots = self._forward_pass(inputs, cache)
         x_BTD, kept, taps = self.embed(inputs), _layers_of(cache), Taps({})
         first, apart = 0, tuple(layers)
-        # The last apart: the rounds of a composition that run in one loop leave it out too.
+        # The last tap is left out of the loop, as the last round is left out of a stacked round.
         if evenly_spaced([-1, *layers[:-1]]):
             in_loop, apart = apart[:-1], apart[-1:]
             first = in_loop[-1] + 1
@@ -154,22 +155,22 @@ class Decoder(nnx.Module):
         return taps, None if cache is None else DecoderCache(kept, slots)
 
     def run_alone(self, name: str, inputs: Inputs) -> jax.Array:
-        """What the part of that name computes in a forward pass: all of it."""
+        """What the decoder, its only part, computes in a forward pass."""
         del name
         return self.forward(inputs)
 
     def init_cache(
         self, batch: int, slots: int, layers: int | None = None, dtype: Any = None
     ) -> DecoderCache:
-        """An empty cache for `batch` rows of `slots` tokens.
+        """An empty cache for `batch` rows of up to `slots` tokens.
 
         Args:
-            layers: of the first so many layers; default: all.
-            dtype: of keys and values; default: the config's.
+            layers: number of layers to cache, from the first; default: all.
+            dtype: of keys and values; default: that of the config.
         """
         config = self.config
         size = (batch, slots, config.num_kv_heads, config.head_dim)
-        return zeros_beside(
+        return make_on_mesh_of(
             lambda: DecoderCache(
                 KeysValues.empty(layers or config.num_layers, *size, dtype or config.dtype),
                 Slots.empty(batch, slots),
@@ -178,13 +179,13 @@ class Decoder(nnx.Module):
         )
 
     def embed(self, inputs: Inputs) -> jax.Array:
-        """The residual stream's start, [B, T, D] in the config's dtype: features, or embeddings."""
+        """The features or else the embeddings of the inputs, [B, T, D] in the config's dtype."""
         if inputs.features_BTD is not None:
             return residual_layout(inputs.features_BTD.astype(self.config.dtype))
         x_BTD = look_up(
             self, "embedding", inputs.tokens_BT, self.config.dtype, self.execution.weight_sharding
         )
-        # Gemma rounds the scale to the compute dtype before it multiplies.
+        # Gemma rounds the scale to the compute dtype first.
         return residual_layout(x_BTD * jnp.asarray(self.config.embed_scale, x_BTD.dtype))
 
     def logits(self, x_BTD: jax.Array) -> jax.Array:
@@ -205,7 +206,7 @@ class Decoder(nnx.Module):
     def _forward_pass(
         self, inputs: Inputs, cache: DecoderCache | None
     ) -> tuple[ForwardPass, Inputs, Slots | None]:
-        """What the layers share, `filled` inputs, and the slots of the cache with them."""
+        """What the layers share, the `filled` inputs, and the cache's slots that include them."""
         inputs = inputs.filled(None if cache is None else cache.slots.length_B)
         slots = None if cache is None else cache.slots.write(inputs)
         return ForwardPass(self.config, self.execution, inputs, slots), inputs, slots

@@ -1,7 +1,4 @@
-"""How a forward pass is computed, never what: every choice gives the same numbers, within rounding.
-
-Rematerialisation is of layers that a gradient flows through; elsewhere it costs and saves nothing.
-"""
+"""How a forward pass is computed: no choice here changes its numbers, except by rounding."""
 
 import dataclasses
 from collections.abc import Callable
@@ -16,7 +13,7 @@ REMAT = ("none", "full", "dots", "offload")
 
 _INPUT = "layer_input"
 
-# What takes a layer's weights out of a stack and casts them.
+# The operations that take a layer's weights out of a stack and cast them.
 _OF_WEIGHTS = ("dynamic_slice", "squeeze", "reshape", "convert_element_type")
 
 
@@ -25,12 +22,12 @@ class Execution:
     """Choices of one model.
 
     Attributes:
-        attention: the backend of its attention; "auto": by the device and the inputs.
-        remat: what the backward pass computes again instead of keeping it: "none"; "full",
-            everything but each layer's input; "dots", everything but the products with weights;
-            "offload", as "full" with the inputs in the host's memory.
-        weight_sharding: the rules that weights are split by, a key of `sharding.WEIGHT_RULES`.
-        unroll: without loops, as XLA counts the FLOPs of a loop's body once.
+        attention: the attention backend; "auto": chosen by device and inputs.
+        remat: what the backward pass recomputes instead of storing it: "none"; "full", all but the
+            input of each layer; "dots", all but products with weights; "offload", as "full" with
+            the inputs in host memory. It has no effect without gradients.
+        weight_sharding: which rules shard the weights, a key of `sharding.WEIGHT_RULES`.
+        unroll: whether to unroll loops, since XLA counts the FLOPs of a loop's body only once.
     """
 
     attention: str = "auto"
@@ -39,7 +36,7 @@ class Execution:
     unroll: bool = False
 
     def rematerialised(self, layer: Callable[..., Any], *, in_loop: bool) -> Callable[..., Any]:
-        """`layer`, a function whose first argument is the residual stream, under `remat`."""
+        """`layer`, a function whose first argument is the residual stream, with `remat` applied."""
         if self.remat == "none" and not in_loop:
             return layer
         policy = {
@@ -57,20 +54,20 @@ class Execution:
         def named(x_BTD, *rest):
             return layer(checkpoint_name(x_BTD, _INPUT), *rest)
 
-        # In a loop XLA cannot merge what is computed again with what was computed first.
+        # Inside a loop XLA cannot merge the recomputation with the first computation anyway.
         return jax.checkpoint(named, policy=policy, prevent_cse=self.unroll or not in_loop)
 
 
 def _all_but_weights(primitive, *_, **__) -> bool:
-    """Keeps all but what a layer makes of stacked weights: else copies of all of them are kept."""
+    """Stores all but a layer's slice of stacked weights, or copies of all would be stored."""
     return primitive.name not in _OF_WEIGHTS
 
 
 def check_remat(remat: str, device: jax.Device) -> None:
-    """Raises `CalmError` when devices of that kind cannot rematerialise so."""
+    """Raises `CalmError` if devices of that kind do not support `remat`."""
     kinds = {memory.kind for memory in device.addressable_memories()}
     if remat == "offload" and "pinned_host" not in kinds:
         raise CalmError(
-            f"train.remat is 'offload', but {device.platform} devices have no memory on the host: "
-            f"theirs are {sorted(kinds)}"
+            f"train.remat is 'offload', but {device.platform} devices have no pinned host memory, "
+            f"only {sorted(kinds)}"
         )

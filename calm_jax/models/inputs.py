@@ -1,4 +1,4 @@
-"""What a model reads: one value for all that travels beside the tokens.
+"""What a model reads: tokens, with their segments, order, positions and prompt mask.
 
 Axes: B batch, T position, D model width.
 """
@@ -13,19 +13,19 @@ import jax.numpy as jnp
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Inputs:
-    """Rows of tokens, or of vectors in their place. What is None has a default: see `filled`.
+    """Rows of tokens, or of feature vectors. `filled` replaces None by defaults.
 
     Attributes:
-        tokens_BT: int32 [B, T]; None where `features_BTD` is given alone.
-        features_BTD: float [B, T, D], read in place of the tokens' embeddings.
-        segments_BT: int32 [B, T]; a token sees its own segment only, and 0 is padding, which is
-            seen by nothing.
-        order_BT: int32 [B, T]: of its segment a query sees the keys whose order is at most its own.
-            None means the order of the array, which attention kernels know while they are compiled.
+        tokens_BT: int32 [B, T]; may be None if `features_BTD` is given.
+        features_BTD: float [B, T, D], used instead of the tokens' embeddings.
+        segments_BT: int32 [B, T]; a token sees only its own segment. 0 is padding, which no token
+            sees.
+        order_BT: int32 [B, T]; a query sees keys whose order is not above its own. None: the order
+            of the array, which lets attention kernels skip blocks at compile time.
         positions_BT: int32 [B, T], the position of each token in its segment, for rotary angles.
-        prompt_mask_BT: int32 [B, T], 1 on the prompt; `encoder_only` bridges alone read it.
-        packed: whether a row may hold several segments, or padding before its tokens; some kernels
-            cannot compute those.
+        prompt_mask_BT: int32 [B, T], 1 on the prompt; read only by `encoder_only` bridges.
+        packed: whether a row may hold several segments, or padding before its tokens, which some
+            attention kernels do not support.
     """
 
     tokens_BT: jax.Array | None = None
@@ -38,14 +38,14 @@ class Inputs:
 
     @classmethod
     def of(cls, tokens_or_inputs: "jax.Array | Inputs") -> "Inputs":
-        """Inputs as they are, or those of tokens [B, T]."""
+        """Inputs unchanged, or the inputs of tokens, int32 [B, T]."""
         if isinstance(tokens_or_inputs, Inputs):
             return tokens_or_inputs
         return cls(jnp.asarray(tokens_or_inputs))
 
     @classmethod
     def of_batch(cls, batch: Mapping[str, jax.Array]) -> "Inputs":
-        """Those of a batch under seqio's decoder keys."""
+        """The inputs of a batch of arrays [B, T] with seqio's decoder keys."""
         return cls(
             batch["decoder_input_tokens"],
             segments_BT=batch["decoder_segment_ids"],
@@ -60,15 +60,15 @@ class Inputs:
         return next(x for x in known if x is not None).shape[:2]
 
     def replace(self, **fields) -> "Inputs":
-        """The same with other `fields`."""
+        """A copy with some fields replaced."""
         return dataclasses.replace(self, **fields)
 
     def filled(self, cached_B: jax.Array | None = None) -> "Inputs":
-        """The same with defaults: one segment a row, no padding, positions in the array's order.
+        """A copy with defaults: one segment a row, no padding, positions of the array.
 
         Args:
-            cached_B: int32 [B], tokens of each row that a cache holds already. Then tokens are
-                numbered from there on, padding not counted, in order and position.
+            cached_B: int32 [B], the number of tokens of each row in a cache. Orders and positions
+                then continue from it; padding is not counted.
         """
         segments_BT, order_BT, positions_BT = self.segments_BT, self.order_BT, self.positions_BT
         packed = self.packed and segments_BT is not None
@@ -85,5 +85,5 @@ class Inputs:
         )
 
     def prompt(self) -> "Inputs":
-        """The same with all but the prompt hidden. `prompt_mask_BT` must be there."""
+        """A copy in which all tokens outside the prompt are padding. Needs `prompt_mask_BT`."""
         return self.replace(segments_BT=jnp.where(self.prompt_mask_BT == 1, self.segments_BT, 0))

@@ -30,18 +30,18 @@ ACTIVATIONS = {
 
 
 def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
-    """x / rms(x) * scale over the last axis; statistics in float32, result in the dtype of `x`."""
+    """x / rms(x) * scale over the last axis, computed in float32, in the shape and dtype of `x`."""
     x_f32 = x.astype(jnp.float32)
     inverse_rms = jax.lax.rsqrt(jnp.mean(jnp.square(x_f32), axis=-1, keepdims=True) + eps)
     return (x_f32 * inverse_rms * scale.astype(jnp.float32)).astype(x.dtype)
 
 
 class ForwardPass:
-    """What the layers of a decoder share while they read one set of inputs.
+    """What the layers of a decoder share in one forward pass.
 
     Args:
         inputs: `filled` inputs.
-        slots: those of a cache, `inputs` among them; default: tokens see `inputs` alone.
+        slots: the slots of a cache that already holds `inputs`; default: tokens see only `inputs`.
     """
 
     def __init__(
@@ -73,7 +73,7 @@ class ForwardPass:
             self.xpos = xpos_scale(positions_BT, config.head_dim, config.xpos_scale_base)
 
     def rotate(self, x_BTNH: jax.Array, local: jax.Array, *, keys: bool) -> jax.Array:
-        """Queries, or keys, with their positions in them."""
+        """Queries [B, T, N, H], or keys, with rotary positions and xPos decay applied."""
         if self.config.rope:
             angles = self.angles
             if hasattr(self, "local_angles"):
@@ -86,7 +86,7 @@ class ForwardPass:
 
 
 class Norm(nnx.Module):
-    """RMSNorm or LayerNorm over the last axis; the scale is stored as in the checkpoint."""
+    """RMSNorm or LayerNorm over the last axis; the scale is stored without `norm_offset`."""
 
     def __init__(self, width: int, axis: str | None, config: DecoderConfig):
         self.config = config
@@ -133,7 +133,7 @@ class SelfAttention(nnx.Module):
     def keys_and_values(
         self, x_BSD: jax.Array, forward: ForwardPass, local: jax.Array
     ) -> tuple[jax.Array, jax.Array]:
-        """What others attend to in these states: [B, S, K, H] each, keys rotated."""
+        """Rotated keys and values, [B, S, K, H] each, of normed states [B, S, D]."""
         k_BSKH = self._project("BSD,DKH->BSKH", x_BSD, "key")
         v_BSKH = self._project("BSD,DKH->BSKH", x_BSD, "value")
         k_BSKH = forward.rotate(self._normed("key", k_BSKH), local, keys=True)
@@ -147,7 +147,7 @@ class SelfAttention(nnx.Module):
         forward: ForwardPass,
         local: jax.Array,
     ) -> jax.Array:
-        """What these states find with keys and values: [B, T, D]."""
+        """Attention of normed states [B, T, D] to keys and values [B, S, K, H]: [B, T, D]."""
         q_BTNH = self._normed("query", self._project("BTD,DNH->BTNH", x_BTD, "query"))
         q_BTNH = split_by_heads(forward.rotate(q_BTNH, local, keys=False))
         x_BTNH = split_by_heads(forward.attend(q_BTNH, k_BSKH, v_BSKH, local))
@@ -163,7 +163,7 @@ class SelfAttention(nnx.Module):
         return y + getattr(self, f"{name}_bias")[...].astype(y.dtype)
 
     def _normed(self, name: str, x_BTNH: jax.Array) -> jax.Array:
-        """Queries or keys after the norm of each head, if there is one."""
+        """Queries or keys after the norm per head, if the config has one."""
         if self.config.qk_norm is None:
             return x_BTNH
         norm = getattr(self, f"{name}_norm")
@@ -224,13 +224,13 @@ class Layer(nnx.Module):
         """Runs the layer.
 
         Args:
-            x_BTD: the residual stream.
-            cache: that of all layers, of which this is `number`; None: tokens see `x_BTD` alone.
-            local: whether the layer sees its window only; a bool scalar.
+            x_BTD: the residual stream [B, T, D].
+            cache: the cache of all layers; None: tokens see only `x_BTD`.
+            local: whether the layer sees only its window; a bool scalar.
+            number: the layer's number in the cache.
 
         Returns:
-            the layer's output [B, T, D] in the dtype of `x_BTD`; and the cache with its keys and
-            values.
+            the layer's output [B, T, D] in the dtype of `x_BTD`; and the updated cache.
         """
         x_BTD = residual_layout(x_BTD)
         with jax.named_scope("attention"):
@@ -254,7 +254,7 @@ class Layer(nnx.Module):
 
 
 def _branch_scale(config: DecoderConfig) -> float:
-    """So that a random model's residual stream does not grow with its depth (GPT-2 §2.3)."""
+    """Keeps the residual stream of a random model from growing with depth (GPT-2 §2.3)."""
     return (2 * config.num_layers) ** -0.5
 
 

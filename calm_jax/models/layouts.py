@@ -1,4 +1,4 @@
-"""How activations lie on the mesh between the parts of a layer.
+"""How activations are sharded between the parts of a layer.
 
 Axes: B batch, T position, D model width, N heads, H head width.
 """
@@ -9,15 +9,15 @@ from calm_jax import sharding
 
 
 def residual_layout(x_BTD: jax.Array) -> jax.Array:
-    """Lays activations out as the residual stream is: its length split over devices too."""
+    """Shards [B, T, D] as the residual stream: along its length too."""
     return sharding.constrain(x_BTD, "batch", "stream_length", "activation_embed")
 
 
 @jax.custom_vjp
 def whole_length(x_BTD: jax.Array) -> jax.Array:
-    """Gathers the length, for products whose results are split by heads or features.
+    """Gathers the length of [B, T, D], for products whose results are split by heads or features.
 
-    Their gradient is left as parts of a sum; it is laid out as the residual stream is.
+    Their gradient is a partial sum on each device, so it is sharded as the residual stream.
     """
     return sharding.constrain(x_BTD, "batch", "length", "activation_embed")
 
@@ -28,5 +28,5 @@ whole_length.defvjp(
 
 
 def split_by_heads(x_BTNH: jax.Array, heads: str = "heads") -> jax.Array:
-    """Splits queries, keys or values, and so their gradients, by heads."""
+    """Shards queries, keys or values [B, T, N, H], and so their gradients, by heads."""
     return sharding.constrain(x_BTNH, "batch", "length", heads, "head_dim")

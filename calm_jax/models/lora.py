@@ -1,7 +1,7 @@
 """Low-rank updates of frozen matrices (LoRA, arXiv 2106.09685): W + alpha / rank · A B.
 
-A and B stand beside the matrix in its module: `query_lora_a` and `query_lora_b` beside `query`. A
-is random and B zero at first, so that a fresh update changes nothing.
+The factors are attributes of the matrix's module: `query_lora_a` and `query_lora_b` of `query`. A
+starts random and B zero, so a new update changes nothing.
 """
 
 import dataclasses
@@ -25,12 +25,12 @@ class LoRAParam(nnx.Param):
 
 @dataclasses.dataclass(frozen=True)
 class LoRAConfig:
-    """A low-rank update of the layers of a model. Raises `CalmError` for values without a meaning.
+    """A low-rank update of a model's layers. Raises `CalmError` for invalid values.
 
     Attributes:
         rank: r of A [..., r] and B [r, ...].
-        alpha: the update is scaled by alpha / rank; None: by 1.
-        targets: names of matrices, such as ("query", "value"); empty: all of them.
+        alpha: the update is multiplied by alpha / rank; None: by 1.
+        targets: names of matrices, such as ("query", "value"); empty: all.
     """
 
     rank: int
@@ -45,7 +45,7 @@ class LoRAConfig:
 
     @property
     def scale(self) -> float:
-        """The factor of A B."""
+        """The factor of A B in the update."""
         return 1.0 if self.alpha is None else self.alpha / self.rank
 
     def to_dict(self) -> dict[str, Any]:
@@ -54,22 +54,19 @@ class LoRAConfig:
 
 
 def lora_of(fields: Mapping[str, Any]) -> LoRAConfig | None:
-    """The update that the section `lora` of a run's config describes; None for one of rank 0."""
+    """The update that section `lora` of a run's config describes; None if its rank is 0."""
     if not fields["rank"]:
         return None
     return LoRAConfig(fields["rank"], fields["alpha"] or None, tuple(fields["targets"]))
 
 
 def add_lora(layers: nnx.Module, config: LoRAConfig, rngs: nnx.Rngs) -> None:
-    """Adds an update to the matrices of stacked `layers`, in place.
+    """Adds an update with float32 factors to matrices of a decoder's `layers`, in place.
 
-    Its factors are float32: A uniform as in the paper's code, B zero.
-
-    Args:
-        layers: the `layers` of a decoder, whose arrays lead with an axis of layers.
+    A is uniform as in the paper's code.
 
     Raises:
-        CalmError: a target that the layers lack, or a matrix that has an update.
+        CalmError: the layers lack a target, or a matrix already has an update.
     """
     matrices = {
         name: (module, param)
@@ -82,7 +79,7 @@ def add_lora(layers: nnx.Module, config: LoRAConfig, rngs: nnx.Rngs) -> None:
             raise CalmError(f"lora.targets names {name!r}; the layers have {sorted(matrices)}")
         module, param = matrices[name]
         if hasattr(module, name + A):
-            raise CalmError(f"{name} has a LoRA update already")
+            raise CalmError(f"{name} already has a LoRA update")
         axes, summed = param.get_metadata("axes"), param.get_metadata("summed")
         shape = param.get_value().shape
         stacked, size = shape[: len(shape) - len(axes)], shape[len(shape) - len(axes) :]
@@ -92,19 +89,14 @@ def add_lora(layers: nnx.Module, config: LoRAConfig, rngs: nnx.Rngs) -> None:
         a_shape = (*stacked, *(size[i] for i in inputs), config.rank)
         b_shape = (*stacked, config.rank, *(size[i] for i in outputs))
         a = jax.random.uniform(rngs.params(), a_shape, jnp.float32, -limit, limit)
+        b = jnp.zeros(b_shape, jnp.float32)
         setattr(module, name + A, LoRAParam(a, axes=(*(axes[i] for i in inputs), "lora_rank")))
-        setattr(
-            module,
-            name + B,
-            LoRAParam(
-                jnp.zeros(b_shape, jnp.float32), axes=("lora_rank", *(axes[i] for i in outputs))
-            ),
-        )
+        setattr(module, name + B, LoRAParam(b, axes=("lora_rank", *(axes[i] for i in outputs))))
         module.lora_scale = config.scale
 
 
 def lora_in(layers: nnx.Module) -> LoRAConfig | None:
-    """The update that stacked `layers` have; None without one."""
+    """The update of a decoder's `layers`; None if they have none."""
     names, ranks, scales = [], set(), set()
     for _, module in nnx.iter_modules(layers):
         for attribute, param in vars(module).items():
@@ -119,7 +111,7 @@ def lora_in(layers: nnx.Module) -> LoRAConfig | None:
 
 
 def lora_product(equation: str, x: jax.Array, module: nnx.Module, name: str) -> jax.Array | None:
-    """The update's share of `einsum(equation, x, W)`, in the dtype of `x`; None without one."""
+    """What the update adds to `einsum(equation, x, W)`, in the dtype of `x`; None without one."""
     if not hasattr(module, name + A):
         return None
     factors, result = equation.split("->")
@@ -133,16 +125,16 @@ def lora_product(equation: str, x: jax.Array, module: nnx.Module, name: str) -> 
 
 
 def merge_lora(layers: nnx.Module) -> None:
-    """Adds every update of stacked `layers` to its matrix and takes it away, in place.
+    """Adds every update of a decoder's `layers` to its matrix and removes it, in place.
 
     Raises:
-        CalmError: a matrix in int8, which cannot hold the sum.
+        CalmError: a matrix is int8 and cannot hold the sum.
     """
     for _, module in list(nnx.iter_modules(layers)):
         for attribute in [name for name in vars(module) if name.endswith(A)]:
             name = attribute.removesuffix(A)
             if hasattr(module, name + SCALE):
-                raise CalmError(f"{name} is int8; a LoRA update is merged into floats alone")
+                raise CalmError(f"{name} is int8; a LoRA update can only be merged into floats")
             matrix = getattr(module, name)
             weight = matrix.get_value()
             axes = weight.ndim - len(matrix.get_metadata("axes"))

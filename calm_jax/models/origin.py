@@ -1,4 +1,4 @@
-"""Where a model came from: what it carries beside its arrays and what they compute."""
+"""Where a model came from: facts that do not affect what it computes."""
 
 import dataclasses
 from typing import Any
@@ -8,8 +8,7 @@ from typing import Any
 class Origin:
     """Vocabulary, folder and identity of a decoder.
 
-    Any two are equal, since none changes a program: models that differ in nothing else share one
-    compilation.
+    All instances compare equal, so that models which differ only here share compiled programs.
     """
 
     vocabulary: Any = None
@@ -25,7 +24,7 @@ class Origin:
 
 
 def of_origin(name: str) -> property:
-    """An attribute of a module that its `origin` holds."""
+    """A property of a module that reads and writes the field `name` of its `origin`."""
 
     def get(module):
         return getattr(module.origin, name)

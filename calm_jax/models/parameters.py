@@ -1,8 +1,7 @@
 """Parameters with logical axes, and modules as plain trees.
 
-A parameter carries the names of its axes (`calm_jax.sharding.RULES` gives them meaning). Everything
-outside `models/` sees nested dicts of arrays with string keys: what optax, Orbax and `jax.jit` like
-best.
+A parameter carries the names of its axes, which `calm_jax.sharding.RULES` maps to the mesh. Code
+outside `models/` sees nested dicts of arrays with string keys, as optax, Orbax and `jax.jit` do.
 """
 
 import math
@@ -20,24 +19,24 @@ Tree = dict[str, Any]
 
 
 def matrix(rngs: nnx.Rngs, shape, axes, *, inputs: int, scale: float = 1.0) -> nnx.Param:
-    """N(0, 1/fan_in) times `scale`, float32; the first `inputs` dimensions are summed over."""
+    """A float32 matrix, N(0, 1/fan_in) times `scale`, whose first `inputs` axes are summed over."""
     std = scale * math.prod(shape[:inputs]) ** -0.5
     summed = tuple(range(-len(shape), inputs - len(shape)))
     return weight(std * jax.random.normal(rngs.params(), shape, jnp.float32), axes, summed)
 
 
 def weight(value: jax.Array, axes, summed: tuple[int, ...]) -> nnx.Param:
-    """A matrix; `summed`: the dimensions that its product sums over, counted from the last, -1."""
+    """A matrix; `summed` are the axes that its product sums over, as negative indices."""
     return nnx.Param(value, axes=axes, summed=summed)
 
 
 def constant(value: float, shape, axes) -> nnx.Param:
-    """Every entry `value`, float32."""
+    """A float32 array filled with `value`."""
     return nnx.Param(jnp.full(shape, value, jnp.float32), axes=axes)
 
 
 def stacked(make: Callable[[nnx.Rngs], nnx.Module], keys: jax.Array) -> nnx.Module:
-    """One module a key, their parameters stacked along new leading axes, one for each of `keys`."""
+    """One module per key, with parameters stacked along leading axes of the shape of `keys`."""
     graphdef = nnx.graphdef(nnx.eval_shape(lambda: make(nnx.Rngs(0))))
 
     def init(key):
@@ -49,7 +48,7 @@ def stacked(make: Callable[[nnx.Rngs], nnx.Module], keys: jax.Array) -> nnx.Modu
 
 
 class Structure:
-    """A module without its arrays: the way back from a tree of arrays to the module."""
+    """A module without its arrays, which turns a tree of arrays back into the module."""
 
     def __init__(self, module: nnx.Module):
         self.graphdef, state = nnx.split(module)
@@ -75,7 +74,7 @@ class Structure:
         return _string_keys(nnx.to_pure_dict(self.state))
 
     def axes(self) -> Tree:
-        """Logical axes of every array, without those of stacked layers."""
+        """Logical axes of every array, without the leading axes of stacked layers."""
         names = jax.tree.map(
             lambda variable: variable.replace(Axes(variable.get_metadata("axes"))),
             self.state,
@@ -84,7 +83,7 @@ class Structure:
         return _string_keys(nnx.to_pure_dict(names))
 
     def summed(self) -> dict[str, tuple[int, ...]]:
-        """For each matrix, by path: the dimensions that its product sums over, from the last."""
+        """The axes that the product of each matrix sums over, as negative indices, by path."""
         return {
             "/".join(map(str, path)): variable.get_metadata("summed")
             for path, variable in nnx.to_flat_state(self.state)
@@ -92,7 +91,7 @@ class Structure:
         }
 
     def shardings(self, mesh: jax.sharding.Mesh, rules: sharding.Rules = sharding.RULES) -> Tree:
-        """`NamedSharding` of every array; raises `CalmError` naming the array that does not fit."""
+        """`NamedSharding` of every array; raises `CalmError` as `sharding.array_sharding`."""
         return jax.tree.map_with_path(
             lambda path, array, axes: sharding.array_sharding(
                 path_name(path), array.shape, axes.names, mesh, rules
@@ -120,10 +119,10 @@ def path_name(path) -> str:
 
 
 def insert(tree: Tree, path: str, leaf: Any) -> None:
-    """Puts `leaf` at `a/b/c`, with the dicts on the way."""
-    *folders, name = path.split("/")
-    for folder in folders:
-        tree = tree.setdefault(folder, {})
+    """Sets the leaf at `a/b/c`, creating dicts as needed."""
+    *parents, name = path.split("/")
+    for parent in parents:
+        tree = tree.setdefault(parent, {})
     tree[name] = leaf
 
 
@@ -151,7 +150,7 @@ def count(tree: Tree) -> int:
 
 
 def size_in_bytes(tree: Any) -> int:
-    """Bytes of all arrays, over all devices, each stored once."""
+    """Bytes of all arrays together, each counted once however many devices hold it."""
     return sum(math.prod(x.shape) * jnp.dtype(x.dtype).itemsize for x in jax.tree.leaves(tree))
 
 

@@ -1,5 +1,6 @@
-"""What of a model is trained: its arrays as a trainable and a frozen tree."""
+"""Which arrays of a model are trained: a trainable and a frozen tree."""
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -12,7 +13,7 @@ from calm_jax.errors import CalmError
 from calm_jax.models.lora import LoRAParam
 from calm_jax.models.parameters import Structure, Tree, module_tree
 
-# What can be asked for by name, as filters of `flax.nnx`: by path or by type of variable.
+# What `train.trainable` may name, as filters of `flax.nnx`.
 TRAINABLE: Mapping[str, nnx.filterlib.Filter] = {
     "all": ...,
     "bridge": nnx.PathContains("bridge"),
@@ -21,22 +22,22 @@ TRAINABLE: Mapping[str, nnx.filterlib.Filter] = {
 
 
 class Parts:
-    """How the arrays of a model fall into two trees: one is trained, one is frozen.
+    """Splits the arrays of a model into a trainable and a frozen tree.
 
-    Each has the paths of the whole model's tree; what one holds, the other lacks.
+    Both trees keep the paths of the whole model's tree, and each array is in exactly one of them.
 
     Args:
-        model: a decoder or a composed model, of which the shapes suffice.
-        trainable: names of `TRAINABLE`, or filters of `flax.nnx`, of which an array must match one;
-            default: the bridge and a low-rank update, whichever there is, else everything.
+        model: a decoder or a composed model; its arrays may be abstract.
+        trainable: names of `TRAINABLE` or filters of `flax.nnx`; an array is trained if any of them
+            matches. Default: the bridge and low-rank updates; if there are none, everything.
 
     Attributes:
-        structure: the way back from arrays to the model.
+        structure: rebuilds the model from its arrays.
         names: the path of each named part of the model: "decoder"; or "anchor", "augment 0", …,
             "bridge".
 
     Raises:
-        CalmError: an unknown name, or a filter that no array matches.
+        CalmError: an unknown name, or a filter that matches no array.
     """
 
     def __init__(self, model: nnx.Module, trainable: Sequence[nnx.filterlib.Filter] | None = None):
@@ -53,7 +54,7 @@ class Parts:
             trainable = [name for name in ("bridge", "lora") if matching(name)] or ["all"]
         for wanted in trainable:
             if not matching(wanted):
-                raise CalmError(f"train.trainable has {wanted!r}, of which the model has nothing")
+                raise CalmError(f"train.trainable has {wanted!r}, which the model does not have")
         self._trained = set().union(*map(matching, trainable))
 
     def split(self, tree: Tree) -> tuple[Tree, Tree]:
@@ -65,16 +66,16 @@ class Parts:
         )
 
     def merge(self, trainable: Tree, frozen: Tree) -> nnx.Module:
-        """The model of the two trees."""
+        """The model with the arrays of both trees."""
         return self.structure.merge(_union(trainable, frozen))
 
     def of(self, model: nnx.Module) -> tuple[Tree, Tree]:
-        """(trainable, frozen) arrays of a model of this structure, what is trained in float32."""
+        """(trainable, frozen) arrays of a model of this structure; trainable ones in float32."""
         trainable, frozen = self.split(module_tree(model))
         return jax.tree.map(lambda x: x.astype(jnp.float32), trainable), frozen
 
     def abstract(self) -> tuple[Tree, Tree]:
-        """(trainable, frozen) shapes and dtypes, what is trained in float32."""
+        """(trainable, frozen) shapes and dtypes; trainable ones in float32."""
         trainable, frozen = self.split(self.structure.abstract())
         in_float32 = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.float32), trainable)
         return in_float32, frozen
@@ -86,12 +87,15 @@ class Parts:
         return self.split(self.structure.shardings(mesh, rules))
 
     def named(self, tree: Tree) -> dict[str, Tree]:
-        """The part of a trainable, frozen or whole tree that each name has in it, empty or not."""
-        return {name: _at(tree, path) for name, path in self.names.items()}
+        """The subtree of each named part in a trainable, frozen or whole tree; it may be empty."""
+        return {
+            name: functools.reduce(lambda at, key: at.get(key, {}), path, tree)
+            for name, path in self.names.items()
+        }
 
 
 def _filtered(tree: Any, keep: Callable[[tuple[str, ...]], bool], path=()) -> Any:
-    """The leaves of nested dicts whose path is kept, without dicts that are empty."""
+    """Nested dicts with only the leaves whose path is kept, without empty dicts."""
     result = {}
     for key, value in tree.items():
         below = (*path, key)
@@ -105,14 +109,8 @@ def _filtered(tree: Any, keep: Callable[[tuple[str, ...]], bool], path=()) -> An
 
 
 def _union(one: Tree, other: Tree) -> Tree:
-    """Nested dicts with the leaves of both."""
+    """Nested dicts with the leaves of both trees."""
     result = dict(one)
     for key, value in other.items():
         result[key] = _union(result[key], value) if key in result else value
     return result
-
-
-def _at(tree: Tree, path: tuple[str, ...]) -> Tree:
-    for key in path:
-        tree = tree.get(key, {})
-    return tree

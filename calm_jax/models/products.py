@@ -1,4 +1,4 @@
-"""Products with weights, however they are stored: as floats, in int8, with a LoRA update or not.
+"""Products with weights that are float or int8, with or without a LoRA update.
 
 Axes: B batch, T position, D model width, V vocabulary.
 """
@@ -20,7 +20,7 @@ def product(
     """`einsum(equation, x, W)` for the matrix `name` of `module`, computed in the dtype of `x`.
 
     Args:
-        equation: the result's last axes are those of W that are not summed over.
+        equation: must end with the axes of W that are not summed over.
         dtype: of the result; default: that of `x`.
     """
     weight, scale = getattr(module, name)[...], getattr(module, name + SCALE, None)
@@ -31,7 +31,7 @@ def product(
             return jnp.einsum(equation, x, weight)
         return _wide_product(equation, dtype, x, weight)
 
-    # Recomputed backward: else a scan over layers would keep all their weights cast to float.
+    # Recomputed in the backward pass: a scan over layers would store all weights cast to float.
     @functools.partial(jax.checkpoint, prevent_cse=False)
     def scaled(x, weight, scale):
         y = multiply(x, weight)
@@ -45,7 +45,7 @@ def product(
 def look_up(
     module: nnx.Module, name: str, ids_BT: jax.Array, dtype: jnp.dtype, weight_sharding: str
 ) -> jax.Array:
-    """The rows `ids_BT` of the table `name` of `module`, [B, T, D] in `dtype`."""
+    """The rows int32 [B, T] of the table `name` of `module`: [B, T, D] in `dtype`."""
     scale_V = getattr(module, name + SCALE, None)
     x_BTD = sharding.look_up(getattr(module, name)[...], ids_BT, weight_sharding, dtype)
     return x_BTD if scale_V is None else (x_BTD * scale_V[...][ids_BT][..., None]).astype(dtype)
@@ -53,7 +53,7 @@ def look_up(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _wide_product(equation: str, dtype: jnp.dtype, x: jax.Array, weight: jax.Array) -> jax.Array:
-    """A product in `dtype` of narrower factors, whose gradients are products of narrow ones too."""
+    """A product in `dtype` of narrower factors; its gradients are computed in the narrow dtype."""
     return jnp.einsum(equation, x, weight, preferred_element_type=dtype)
 
 

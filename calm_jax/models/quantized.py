@@ -1,9 +1,9 @@
 """Frozen weights in int8.
 
-A matrix W is stored as int8 q with one float32 scale s for each output channel (each row of the
-embedding), symmetric: W ≈ q s. The scale multiplies the product, x W ≈ (x q) s, so that no float
-copy of a weight is kept; every int8 value is exact in bfloat16. In a module `query` is q and
-`query_scale` is s, with the axes of `query` that its product does not sum over.
+A matrix W is stored as int8 q with a float32 scale s for each output channel (for each row of the
+embedding): W ≈ q s. The scale multiplies the product, x W ≈ (x q) s, so no float copy of W is
+stored; every int8 value is exact in bfloat16. In a module, `query` is q and `query_scale` is s,
+with the axes of `query` that its product does not sum over.
 """
 
 import functools
@@ -20,15 +20,15 @@ SCALE = "_scale"
 
 
 def quantize(weight: jax.Array, summed: tuple[int, ...]) -> tuple[jax.Array, jax.Array]:
-    """The nearest int8 values, ties to even, and their scales; can be compiled.
+    """The nearest int8 values, ties to even, and their scales.
 
     Args:
         weight: a float matrix, with any number of leading axes.
         summed: the axes that its product sums over.
 
     Returns:
-        q, int8 within ±127 in the shape of `weight`; and s, float32, without the axes `summed`:
-        the largest |weight| of a channel / 127, or 1 where that is no normal float32. Then
+        q, int8 within ±127, in the shape of `weight`; and s, float32, without the axes `summed`:
+        the largest |weight| of each channel / 127, or 1 if that is not a normal float32. So
         |weight - q s| <= s / 2, up to float32 rounding.
     """
     weight = weight.astype(jnp.float32)
@@ -38,7 +38,7 @@ def quantize(weight: jax.Array, summed: tuple[int, ...]) -> tuple[jax.Array, jax
 
 
 def quantize_module(module: nnx.Module) -> None:
-    """Quantizes every matrix in `module` in place, stacked or not."""
+    """Quantizes every matrix in `module`, stacked or not, in place."""
     for _, part in list(nnx.iter_modules(module)):
         for name, param in list(vars(part).items()):
             if isinstance(param, nnx.Param) and param.has_metadata("summed"):
@@ -54,28 +54,28 @@ def quantized_leaves(
     structure: Structure,
     shardings: Tree,
 ) -> Iterator[tuple[str, jax.Array]]:
-    """The (path, array) pairs of an int8 decoder from those of its float weights, one by one.
+    """Quantizes the (path, array) pairs of a float decoder one by one; other arrays are unchanged.
 
-    Each float matrix can be freed before the next is asked for; all other arrays pass as they are.
+    Each float array can be freed before the next is requested.
 
     Args:
-        leaves: the float decoder's, in any order; in place of stacked matrices their layers may
-            come, one by one, each of which can be freed before the next is asked for.
-        structure: of the float decoder, cut as the leaves are.
-        shardings: of the int8 decoder, cut likewise.
+        leaves: pairs of the float decoder in any order; a stacked matrix may also be an iterator
+            of its layers.
+        structure: the structure of the float decoder.
+        shardings: the shardings of the int8 decoder.
     """
     summed = structure.summed()
     shapes = {
         path_name(p): leaf.shape for p, leaf in jax.tree.leaves_with_path(structure.abstract())
     }
-    places = {path_name(path): place for path, place in jax.tree.leaves_with_path(shardings)}
+    by_path = {path_name(path): sharding for path, sharding in jax.tree.leaves_with_path(shardings)}
     for path, array in leaves:
         if path in summed:
-            form = summed[path], (places[path], places[path + SCALE])
+            layout = summed[path], (by_path[path], by_path[path + SCALE])
             if isinstance(array, jax.Array):
-                values, scale = jax.block_until_ready(_quantizer(*form)(array))
+                values, scale = jax.block_until_ready(_quantizer(*layout)(array))
             else:
-                values, scale = _quantized_stack(array, shapes[path], *form)
+                values, scale = _quantized_stack(array, shapes[path], *layout)
             del array
             yield path, values
             yield path + SCALE, scale
@@ -84,22 +84,22 @@ def quantized_leaves(
 
 
 def _quantized_stack(
-    layers: Iterator[jax.Array], shape: tuple[int, ...], summed: tuple[int, ...], places
+    layers: Iterator[jax.Array], shape: tuple[int, ...], summed: tuple[int, ...], shardings
 ) -> tuple[jax.Array, jax.Array]:
-    """`quantize` of a stack of this shape, whose layers come in C order of its leading axes."""
+    """`quantize` of a stack of this shape, given its layers in C order of the leading axes."""
     kept = [size for axis, size in enumerate(shape, -len(shape)) if axis not in summed]
-    values = jnp.zeros(shape, jnp.int8, device=places[0])
-    scale = jnp.zeros(kept, jnp.float32, device=places[1])
+    values = jnp.zeros(shape, jnp.int8, device=shardings[0])
+    scale = jnp.zeros(kept, jnp.float32, device=shardings[1])
+    put = _layer_quantizer(summed, shardings)
     for number, layer in enumerate(layers):
         at = np.unravel_index(number, shape[: len(shape) - layer.ndim])
-        put = _layer_quantizer(summed, places)
         values, scale = jax.block_until_ready(put(values, scale, layer, np.array(at, np.int32)))
     return values, scale
 
 
 @functools.cache
-def _layer_quantizer(summed: tuple[int, ...], places):
-    """Puts the `quantize` of a layer to its place in two stacks, which are taken."""
+def _layer_quantizer(summed: tuple[int, ...], shardings):
+    """Compiled: writes the `quantize` of a layer into two donated stacks."""
 
     def put(values, scale, layer, at):
         def into(stack, x):
@@ -108,10 +108,10 @@ def _layer_quantizer(summed: tuple[int, ...], places):
 
         return tuple(map(into, (values, scale), quantize(layer, summed)))
 
-    return jax.jit(put, donate_argnums=(0, 1), out_shardings=places)
+    return jax.jit(put, donate_argnums=(0, 1), out_shardings=shardings)
 
 
 @functools.cache
-def _quantizer(summed: tuple[int, ...], places):
-    """`quantize`, compiled once for all arrays of one form."""
-    return jax.jit(functools.partial(quantize, summed=summed), out_shardings=places)
+def _quantizer(summed: tuple[int, ...], shardings):
+    """Compiled `quantize`."""
+    return jax.jit(functools.partial(quantize, summed=summed), out_shardings=shardings)

@@ -1,4 +1,4 @@
-"""Rotary positions, and the decay of xPos.
+"""Rotary positions, and the xPos decay.
 
 Axes: B batch, T position, N heads, H head width, R pairs of rotated features.
 """
@@ -12,7 +12,7 @@ from calm_jax.models.config import RopeScaling
 
 
 def rope_frequencies(dim: int, base: float, scaling: RopeScaling | None = None) -> jax.Array:
-    """Radians a token, float32 [dim / 2]."""
+    """Radians per token, float32 [dim / 2]."""
     frequencies = base ** (-jnp.arange(0, dim, 2, dtype=jnp.float32) / dim)
     if scaling is None:
         return frequencies
@@ -27,15 +27,18 @@ def rope_frequencies(dim: int, base: float, scaling: RopeScaling | None = None) 
 def rope_angles(
     positions_BT: jax.Array, dim: int, base: float, scaling: RopeScaling | None = None
 ) -> jax.Array:
-    """Angles of rotary positions, float32 [B, T, dim / 2]."""
+    """Angles of the positions int32 [B, T], float32 [B, T, dim / 2]."""
     frequencies = rope_frequencies(dim, base, scaling)
     return positions_BT[..., None].astype(jnp.float32) * frequencies
 
 
 def apply_rope(x_BTNH: jax.Array, angles_BTR: jax.Array, style: str) -> jax.Array:
-    """Rotates the first 2R features of each head (arXiv 2104.09864); the others pass unchanged.
+    """Rotates the first 2R features of each head (arXiv 2104.09864).
 
-    style "half" pairs feature r with r + R; "interleaved" pairs 2r with 2r + 1.
+    Args:
+        x_BTNH: [B, T, N, H]; the result has its shape and dtype.
+        angles_BTR: float32 [B, T, R].
+        style: "half" pairs feature r with r + R; "interleaved" pairs 2r with 2r + 1.
     """
     pairs = angles_BTR.shape[-1]
     rotated, kept = x_BTNH[..., : 2 * pairs].astype(jnp.float32), x_BTNH[..., 2 * pairs :]
@@ -53,9 +56,9 @@ def apply_rope(x_BTNH: jax.Array, angles_BTR: jax.Array, style: str) -> jax.Arra
 
 
 def xpos_scale(positions_BT: jax.Array, dim: int, scale_base: float) -> jax.Array:
-    """Decay of xPos (arXiv 2212.10554), float32 [B, T, 1, dim], on queries; on keys its inverse.
+    """The xPos decay (arXiv 2212.10554), float32 [B, T, 1, dim]: multiplies queries, divides keys.
 
-    It stays within float32 for positions up to 65 times `scale_base`.
+    It neither overflows nor underflows for positions, int32 [B, T], up to 65 times `scale_base`.
     """
     decay = (jnp.arange(0, dim, 2, dtype=jnp.float32) + 0.4 * dim) / (1.4 * dim)
     scale_BTR = decay ** (positions_BT / scale_base)[..., None]

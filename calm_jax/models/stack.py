@@ -1,8 +1,7 @@
-"""Running stacked layers, which hold their weights as arrays [L, ...], L the number of layers.
+"""Runs stacked layers, whose weights are arrays [L, ...] for L layers.
 
-All layers are one scan over the weights. A part of them is a scan over layer numbers that takes
-each layer out of the whole stack in its turn: no part of a stack is ever copied, and models that
-are composed in different ways share one array.
+To run all layers is a scan over the weights. To run some is a scan over their numbers, which slices
+one layer at a time out of the whole stack: no part of a stack is ever copied.
 """
 
 from collections.abc import Callable
@@ -26,16 +25,15 @@ def run_layers(
     first: jax.Array | int = 0,
     count: int | None = None,
 ) -> tuple[jax.Array, KeysValues | None]:
-    """Runs `count` layers from number `first` on, which may be traced; default: all of them.
+    """Runs `count` layers from number `first`, which may be traced; default: all layers.
 
     Args:
-        layers: a `Layer` whose arrays lead with an axis of layers.
-        x_BTD: the residual stream.
-        cache: of at least the layers that run.
+        layers: a `Layer` whose arrays have a leading axis of layers.
+        x_BTD: the residual stream [B, T, D].
+        cache: covers at least the layers that run.
 
     Returns:
-        the output of the last layer [B, T, D], and the cache with the keys and values of these
-        layers.
+        the output of the last layer [B, T, D], and the updated cache.
     """
     if count == 0:
         return x_BTD, cache
@@ -71,7 +69,7 @@ def run_groups(
     """Runs the first `groups` groups of `size` layers, in one loop.
 
     Returns:
-        as `run_layers`, and the outputs of all groups, [groups, B, T, D].
+        as `run_layers`, and the output of each group, [groups, B, T, D].
     """
 
     def group(carry, first):
@@ -92,7 +90,7 @@ def _scan(
     inputs: Any,
     forward: ForwardPass,
 ) -> tuple[jax.Array, KeysValues | None]:
-    """Runs the layers of which `weights_of(input)` is (weights, whether local, number)."""
+    """Scans over `inputs`; `weights_of` gives (weights, whether local, number) for each."""
 
     def layer(x_BTD, cache, layer_input):
         weights, local, number = weights_of(layer_input)

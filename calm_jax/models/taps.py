@@ -1,4 +1,4 @@
-"""What an augment offers to be read by an anchor: its hidden states after some of its layers.
+"""Taps: the hidden states of an augment after some of its layers, which the bridge reads.
 
 Axes: B batch, S position, E augment width, G tapped layers.
 """
@@ -12,37 +12,37 @@ import jax.numpy as jnp
 
 from calm_jax.models.inputs import Inputs
 
-# (hidden states [B, S, E], augment, layer) -> the states to read instead.
+# (hidden states [B, S, E], augment number, layer) -> the states that the bridge reads.
 Perturb = Callable[[jax.Array, int, int], jax.Array]
 
 
 class Augment(Protocol):
-    """All that a composed model asks of an augment, which need not be a decoder.
+    """All that a composed model requires of an augment, which need not be a decoder.
 
     Attributes:
-        width: E, features of its hidden states.
-        depth: number of its layers.
+        width: E, the width of its hidden states.
+        depth: number of layers.
     """
 
     width: int
     depth: int
 
     def taps(self, inputs: Inputs, layers: Sequence[int], cache: Any = None) -> tuple["Taps", Any]:
-        """Its states after each of `layers`, ascending, and the next cache (None without one)."""
+        """The states after each of `layers`, ascending, and the updated cache or None."""
 
     def init_cache(self, batch: int, slots: int, layers: int | None = None) -> Any:
-        """An empty cache of its first `layers`, for `batch` rows of `slots` tokens."""
+        """An empty cache of the first `layers` layers, for `batch` rows of up to `slots` tokens."""
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass
 class Taps:
-    """Hidden states after tapped layers; of layers that ran in one loop as one array.
+    """Hidden states after tapped layers.
 
     Attributes:
-        by_layer: [B, S, E] of each layer that ran apart.
-        stacked_layers: the layers of the loop.
-        stacked: [G, B, S, E], or None.
+        by_layer: the states [B, S, E] of layers that ran one by one.
+        stacked_layers: layers that ran in one loop.
+        stacked: the states [G, B, S, E] of `stacked_layers`, or None.
     """
 
     by_layer: dict[int, jax.Array]
@@ -50,13 +50,13 @@ class Taps:
     stacked: jax.Array | None = None
 
     def layer(self, layer: int) -> jax.Array:
-        """[B, S, E] after one tapped layer."""
+        """The states [B, S, E] after one tapped layer."""
         if layer in self.by_layer:
             return self.by_layer[layer]
         return self.stacked[self.stacked_layers.index(layer)]
 
     def of(self, layers: tuple[int, ...], stacked: bool) -> jax.Array:
-        """[G, B, S, E] after several layers, or [B, S, E] after one, unless `stacked`."""
+        """The states [G, B, S, E] after `layers`; not `stacked`, [B, S, E] after the first."""
         if not stacked:
             return self.layer(layers[0])
         if layers == self.stacked_layers:
@@ -64,7 +64,7 @@ class Taps:
         return jnp.stack([self.layer(layer) for layer in layers])
 
     def perturbed(self, perturb: Perturb, augment: int) -> "Taps":
-        """Every hidden state through `perturb`, layer by layer however they ran."""
+        """The result of `perturb` on every layer's states; the same however the layers ran."""
         by_layer = {layer: perturb(x, augment, layer) for layer, x in self.by_layer.items()}
         stacked = self.stacked
         if stacked is not None:

@@ -1,4 +1,4 @@
-"""A run's model as shapes, which can be checked and planned before any weight is loaded."""
+"""A run's model as abstract shapes, to check and plan it before any weight is loaded."""
 
 import dataclasses
 from typing import Any
@@ -30,7 +30,7 @@ Mesh = jax.sharding.Mesh | jax.sharding.AbstractMesh
 
 @dataclasses.dataclass(frozen=True)
 class AbstractRun:
-    """A run's model, its optimizer, and the sharding of each of their arrays; no array is made."""
+    """A run's model and optimizer, with the sharding of each array; it holds no array."""
 
     parts: Parts
     optimizer: optax.GradientTransformation
@@ -38,17 +38,17 @@ class AbstractRun:
     shardings: Shardings
 
     def trees(self) -> tuple[Tree, Any, Tree]:
-        """Shapes of the trainable tree, of the optimizer's state, and of the frozen tree."""
+        """Shapes of the trainable tree, the optimizer state and the frozen tree."""
         trainable, frozen_tree = self.parts.abstract()
         return trainable, jax.eval_shape(self.optimizer.init, trainable), frozen_tree
 
 
 def abstract_run(config: ConfigDict, mesh: Mesh, device: jax.Device) -> AbstractRun:
-    """The run of a config on a mesh of devices such as `device`.
+    """The run of a config on a mesh of devices like `device`.
 
     Raises:
-        CalmError: models or connections that do not fit, an axis of the mesh that does not divide
-            a parameter's, or an `attention` or `train.remat` that the device does not support.
+        CalmError: models or connections that do not fit, a parameter that the mesh cannot divide,
+            or an `attention` or `train.remat` that the device does not support.
     """
     parts = abstract_parts(config, device)
     optimizer, schedule = make_optimizer(config.optimizer, config.train.num_steps)
@@ -57,11 +57,7 @@ def abstract_run(config: ConfigDict, mesh: Mesh, device: jax.Device) -> Abstract
 
 
 def abstract_parts(config: ConfigDict, device: jax.Device) -> Parts:
-    """The model of a config as shapes, with the config's `attention` and `train.remat`.
-
-    Raises:
-        CalmError: the device does not support that `attention` or `train.remat`.
-    """
+    """The model of a config as shapes; raises the errors of `abstract_run` but the mesh's."""
 
     def make():
         first, *augments = _decoders(decoder_configs(config))
@@ -76,10 +72,10 @@ def abstract_parts(config: ConfigDict, device: jax.Device) -> Parts:
 
 
 def decoder_configs(config: ConfigDict) -> list[DecoderConfig]:
-    """Configs of the decoder, or of the anchor and every augment, as `calm train` would load them.
+    """Configs of the decoder, or of the anchor and every augment, as `calm train` loads them.
 
     Raises:
-        CalmError: a folder that is missing or damaged, or an unknown preset.
+        CalmError: a folder is missing or damaged, or a preset is unknown.
     """
     if config.kind != "composed":
         source = config.decoder["from"]
@@ -99,7 +95,7 @@ def _frozen_config(path: str) -> DecoderConfig:
 
 
 def _decoders(configs: list[DecoderConfig]) -> list[Decoder]:
-    """Decoders as shapes, in the dtypes that loading gives."""
+    """Abstract decoders, with the dtypes of loaded ones."""
 
     def make(config: DecoderConfig) -> Decoder:
         decoder = Decoder(config, nnx.Rngs(0))
@@ -116,7 +112,7 @@ def _decoders(configs: list[DecoderConfig]) -> list[Decoder]:
 
 
 def _keeps_dtype(path, x: jax.Array) -> bool:
-    """Whether an array keeps its dtype: the integers and the scales of an int8 matrix."""
+    """Whether loading keeps an array's dtype: true for int8 matrices and their scales."""
     return x.dtype == jnp.int8 or path_name(path).removesuffix("/value").endswith(SCALE)
 
 

@@ -1,4 +1,4 @@
-"""The facts that the processes of a run compare before it starts."""
+"""What the processes of a run must agree on before it starts."""
 
 import hashlib
 import pathlib
@@ -17,15 +17,15 @@ from calm_jax.errors import CalmError
 from calm_jax.training import config_keys
 from calm_jax.training.run_model import Described
 
-# A network file system may take this long to show a file that another machine wrote.
+# The longest that a network file system may take to show a file of another machine.
 VISIBLE_SECONDS = 60
 
-# Keys that name folders on a machine's own disk.
+# Keys that may differ: they name folders on a machine's own disk.
 OF_MACHINE = ("cache_compiled", "data.cache_dir")
 
 
 def intention(config: ConfigDict, workdir: epath.PathLike, overwrite: bool) -> dict[str, Any]:
-    """Config, flags and versions of the code, all of which must be the same in every process."""
+    """Config, flags and code versions, which must be equal in all processes."""
     code = hashlib.sha256()
     root = pathlib.Path(calm_jax.__file__).parent
     for file in sorted(root.rglob("*.py")):
@@ -41,13 +41,13 @@ def intention(config: ConfigDict, workdir: epath.PathLike, overwrite: bool) -> d
 
 
 def origins(described: Described, datasets: Mapping[str, Dataset]) -> dict[str, str]:
-    """Fingerprints of the frozen models and of the data."""
+    """Fingerprints of the frozen models and the data."""
     models = {f"the {one['role']}": one["fingerprint"] for one in described.identities}
     return models | {f"data.{split}": dataset.fingerprint for split, dataset in datasets.items()}
 
 
 def check_visible(path: epath.Path) -> None:
-    """Raises `CalmError` unless this process sees a file that process 0 wrote."""
+    """Raises `CalmError` if this process does not see a file that process 0 wrote."""
     start = time.monotonic()
     while not path.exists():
         if time.monotonic() - start > VISIBLE_SECONDS:

@@ -1,4 +1,4 @@
-"""Saving every so many minutes."""
+"""Saving at regular times."""
 
 import time
 
@@ -6,9 +6,9 @@ from calm_jax import processes
 
 
 class EveryMinutes:
-    """Tells when to save, by the clock of process 0 and after the same step in all processes.
+    """Says when to save, by process 0's clock, and after the same step in all processes.
 
-    With 0 minutes it never does. `done` is the number of steps behind.
+    With 0 minutes it never does. `done` is the number of steps done.
     """
 
     def __init__(self, minutes: float, done: int):
@@ -16,9 +16,9 @@ class EveryMinutes:
         self.appointment = processes.Appointment(done) if minutes else None
 
     def restart(self, done: int) -> None:
-        """Counts from now on, after a save for whatever reason."""
+        """Starts counting again, after a save for any reason."""
         self.since = time.monotonic()
-        # An appointment holds a thread and a request, so only one that has come is replaced.
+        # An appointment holds a thread and a request, so it is replaced only when it is due.
         if self.appointment is not None and self.appointment.is_due(done):
             self.appointment = processes.Appointment(done)
 

@@ -1,4 +1,4 @@
-"""Keys and plain values of a config, for whoever only parses one: this imports nothing slow."""
+"""Keys and plain values of a config. Imports nothing slow, so that flags are parsed quickly."""
 
 import difflib
 from collections.abc import Iterable, Mapping
@@ -10,13 +10,13 @@ from calm_jax.errors import CalmError
 
 
 def unknown_key(key: str, known: Iterable[str]) -> CalmError:
-    """The error for a key that does not exist, with the nearest that does."""
+    """The error for an unknown key, which suggests the most similar known one."""
     nearest = difflib.get_close_matches(key, known, n=1, cutoff=0)
     return CalmError(f"unknown config key {key!r}; did you mean {nearest[0]!r}?")
 
 
 def to_dict(config: Any) -> Any:
-    """Plain values, as JSON gives them back: sections are dicts, tuples lists."""
+    """Plain values as in JSON: sections become dicts, tuples become lists."""
     if isinstance(config, Mapping | ConfigDict):
         return {key: to_dict(value) for key, value in config.items()}
     if isinstance(config, tuple | list):

@@ -1,6 +1,6 @@
-"""What a run is told: every key of its config with its default, and the check before it starts.
+"""The config of a run: every key with its default, and its validation.
 
-A config file returns `decoder_run(...)` or `composed_run(...)` with some keys set anew.
+A config file returns `decoder_run(...)` or `composed_run(...)` with some keys changed.
 """
 
 import dataclasses
@@ -27,12 +27,12 @@ def decoder_run(decoder: DecoderConfig | None = None) -> ConfigDict:
     """The config of a run that trains one decoder.
 
     Args:
-        decoder: the decoder's config. Without it, set afterwards either every field of the result's
-            `decoder` that has no default, or `decoder["from"]`.
+        decoder: the decoder's config. If None, set `decoder["from"]` of the result, or all fields
+            of its `decoder` that have no default.
     """
     config = _common("decoder")
     config.decoder = _section(DecoderConfig, decoder)
-    config.decoder["from"] = ""  # a frozen folder to start from, with its config; "": random values
+    config.decoder["from"] = ""  # a frozen folder to start from; "": random values
     return config
 
 
@@ -40,41 +40,38 @@ def composed_run(*compositions: CompositionConfig) -> ConfigDict:
     """The config of a run that trains the bridge of a composed model.
 
     Args:
-        compositions: one for each augment, or one for all of them; default: the default one.
+        compositions: one for each augment, or one for all; default: `CompositionConfig()`.
     """
     config = _common("composed")
     config.anchor = ""  # frozen folder of the anchor
     config.anchor_dtype = ""  # "float32", "bfloat16" or "int8"; "": as stored
     config.augments = ()  # frozen folders of the augments
     config.augment_dtype = ""  # the same for every augment
-    sections = tuple(_section(CompositionConfig, each) for each in compositions)
-    # One augment a config, or one config for all.
-    config.composition = (
-        sections if len(sections) > 1 else _section(CompositionConfig, *compositions)
-    )
+    sections = tuple(_section(CompositionConfig, each) for each in compositions or (None,))
+    config.composition = sections if len(sections) > 1 else sections[0]
     return config
 
 
 def _common(kind: str) -> ConfigDict:
     config = ConfigDict()
-    config.name = ""  # what the run is called in reports; "": the name of its directory
+    config.name = ""  # the run's name in reports; "": the name of its folder
     config.kind = kind  # "decoder" or "composed"
     # "bytes", "key_value/CONFIG", a SentencePiece .model, a tokenizer.json or a saved folder; "":
     # that of the frozen model.
     config.vocabulary = ""
 
     config.data = ConfigDict()
-    # Entries, mixed by weight: each {"task": name}, {"jsonl": path} or {"parquet": path}; it
-    # may have "weight" (1.0), "loss_on_inputs" (False: answers alone), "import" (the module that
-    # registers the task) and "columns" (of files: {"inputs": "question", "targets": "answer"}).
+    # Entries, mixed by weight. Each is {"task": name}, {"jsonl": path} or {"parquet": path}, with
+    # optional "weight" (1.0), "loss_on_inputs" (False: loss on answers only), "import" (module that
+    # registers the task) and "columns" (of a file: {"inputs": "question", "targets": "answer"}).
     config.data.train = ()
-    config.data.validation = ()  # entries too; the best checkpoint is the best on these
-    config.data.length = 512  # tokens of a row
-    config.data.pack = True  # several sequences in one row
-    # Where a prompt and its answer are longer than a row. True: an error; False: they are cut.
-    # Plain text goes on in further rows.
+    config.data.validation = ()  # as `train`; the best checkpoint is the best on these
+    config.data.length = 512  # tokens in a row
+    config.data.pack = True  # whether to pack several sequences into a row
+    # A prompt and answer longer than a row: True: an error; False: they are cut. Plain text
+    # continues in further rows.
     config.data.strict = False
-    config.data.limit = 0  # examples of each task at most; 0: all
+    config.data.limit = 0  # most examples of each task; 0: all
     config.data.seed = 0  # for the order of training rows
     config.data.cache_dir = ""  # folder of tokenised rows; "": $CALM_CACHE, else ~/.cache/calm_jax
 
@@ -84,48 +81,48 @@ def _common(kind: str) -> ConfigDict:
     config.optimizer.schedule = "cosine"  # after the warm-up: "cosine", "linear" or "constant"
     config.optimizer.warmup_steps = 0  # steps in which the rate grows linearly
     config.optimizer.final_fraction = 0.0  # rate at the last step, as a fraction of the peak
-    config.optimizer.weight_decay = 0.0  # of matrices alone; multiplied by the learning rate
-    config.optimizer.b1 = 0.9  # decay of the first moment; adamw alone
-    config.optimizer.b2 = 0.999  # decay of the second moment; adamw alone
+    config.optimizer.weight_decay = 0.0  # only of matrices; multiplied by the learning rate
+    config.optimizer.b1 = 0.9  # decay of the first moment; only adamw
+    config.optimizer.b2 = 0.999  # decay of the second moment; only adamw
     config.optimizer.clip_norm = 1.0  # largest global norm of the gradient; 0: no clipping
 
     config.mesh = ConfigDict()
-    config.mesh.slices = 0  # slices of a pod, which split the batch alone; 0: found by itself
-    config.mesh.data = -1  # devices that split the batch alone; -1: all that are left
-    config.mesh.fsdp = 1  # devices that split the batch and each weight
+    config.mesh.slices = 0  # slices of a pod, which split only the batch; 0: as the devices form
+    config.mesh.data = -1  # devices that split only the batch; -1: all remaining
+    config.mesh.fsdp = 1  # devices that split the batch and every weight
     config.mesh.tensor = 1  # devices that split heads, MLP features and vocabulary
 
-    # "xla", "chunked", "splash" (TPU) or "cudnn" (GPU); "auto": the best that the devices allow.
+    # "xla", "chunked", "splash" (TPU) or "cudnn" (GPU); "auto": the best for the devices.
     config.attention = "auto"
-    # "fsdp": weights are split over mesh.fsdp and mesh.tensor; "all": over mesh.data too.
+    # "fsdp": weights are split over mesh.fsdp and mesh.tensor; "all": also over mesh.data.
     config.weight_sharding = "fsdp"
 
     config.train = ConfigDict()
     config.train.num_steps = 1000  # steps of the whole training
-    config.train.batch_size = 64  # rows a step, over all devices
-    config.train.accumulate = 1  # micro-batches a step: memory of one, gradient of all
-    # What the backward pass computes again, to save memory: "none"; "full": all but the inputs of
-    # layers; "dots": all but products with weights; "offload": as "full", the inputs on the host.
+    config.train.batch_size = 64  # rows in a step, over all devices
+    config.train.accumulate = 1  # micro-batches in a step: less memory, same gradient
+    # What the backward pass recomputes to save memory: "none"; "full": all but the input of each
+    # layer; "dots": all but products with weights; "offload": as "full", inputs in host memory.
     config.train.remat = "none"
     config.train.loss_chunk = 128  # positions of a row whose logits exist at once; 0: all
     config.train.seed = 0  # for initial values and noise
-    # Scale of the noise on a decoder's embeddings, or on a composed model's taps, relative to
-    # their root mean square.
+    # Noise on a decoder's embeddings or a composed model's taps, relative to their root mean
+    # square.
     config.train.noise = 0.0
     config.train.log_every = 10  # steps between lines of metrics.jsonl
-    config.train.validate_every = 0  # steps between validations; 0: at the end alone
-    config.train.save_every = 0  # steps between checkpoints; 0: at the end alone
-    config.train.save_minutes = 0.0  # save also when this long has passed since the last; 0: never
-    config.train.keep = 3  # latest checkpoints kept, beside the best
-    config.train.tensorboard = True  # event files too, through clu, which imports TensorFlow
+    config.train.validate_every = 0  # steps between validations; 0: only at the end
+    config.train.save_every = 0  # steps between checkpoints; 0: only at the end
+    config.train.save_minutes = 0.0  # most minutes between checkpoints; 0: no limit
+    config.train.keep = 3  # latest checkpoints kept besides the best
+    config.train.tensorboard = True  # whether to write event files, which imports TensorFlow
     config.train.profile_start = 0  # first step of the profile
-    config.train.profile_steps = 0  # steps of the profile; 0: none
+    config.train.profile_steps = 0  # number of profiled steps; 0: no profile
 
     # What is trained: of a decoder "all" or "lora", of a composed model "bridge", "lora" or both;
-    # (): the bridge and the low-rank update where there are any, otherwise all.
+    # (): the bridge and the low-rank update if there are any, otherwise all.
     config.train.trainable = ()
 
-    # A low-rank update (LoRA) of the layers of the anchor, or of the decoder of decoder.from.
+    # A low-rank update (LoRA) of the anchor's layers, or of the decoder in decoder.from.
     config.lora = ConfigDict()
     config.lora.rank = 0  # rank of the update; 0: no update
     config.lora.alpha = 0.0  # the update is scaled by alpha / rank; 0: by 1
@@ -133,14 +130,14 @@ def _common(kind: str) -> ConfigDict:
 
     config.evaluate = ConfigDict()
     config.evaluate.tasks = ()  # registered tasks with a test split, or files of JSON lines
-    config.evaluate.limit = 0  # examples of each at most; 0: all
+    config.evaluate.limit = 0  # most examples of each task; 0: all
     config.evaluate.max_new_tokens = 32  # longest answer, in tokens
 
     config.cache_compiled = ""  # folder of compiled programs; "": ~/.cache/calm_jax/xla
     return config
 
 
-# What a run may be resumed with anew; everything else is part of what it is.
+# Keys that may change when a run is resumed.
 MAY_CHANGE = (
     "attention",
     "cache_compiled",
@@ -201,11 +198,11 @@ _MOST = {"optimizer.b1": 1, "optimizer.b2": 1, "optimizer.final_fraction": 1}
 
 
 def validate(config: ConfigDict) -> None:
-    """Checks all that can be said of a config without its files and devices.
+    """Checks a config as far as possible without its files and devices.
 
     Raises:
-        CalmError: an unknown or missing key, a value of another type or out of its range, or values
-            that contradict each other; the key and both values are named.
+        CalmError: an unknown or missing key, a value of the wrong type or out of range, or values
+            that contradict each other. The message names the keys and values.
     """
     if config.get("kind") not in ("decoder", "composed"):
         raise CalmError(f"kind is {config.get('kind')!r}; known are 'decoder' and 'composed'")
@@ -237,7 +234,7 @@ def validate(config: ConfigDict) -> None:
         for key in ("b1", "b2"):
             if optimizer[key] != defaults[key]:
                 raise CalmError(f"optimizer.{key} is set, but optimizer.name is {optimizer.name!r}")
-    # Frozen models are told apart by fingerprints, so a composed run leaves theirs as it was.
+    # A composed run identifies its models by fingerprint, so it must not change their weights.
     known = ("bridge", "lora") if config.kind == "composed" else ("all", "lora")
     for name in train.trainable:
         if name not in known:
@@ -254,8 +251,8 @@ def validate(config: ConfigDict) -> None:
             )
     if config.lora.rank and config.kind == "decoder" and not config.decoder["from"]:
         raise CalmError(
-            f"lora.rank is {config.lora.rank}, but decoder.from is empty: an update of random "
-            "weights learns nothing of them"
+            f"lora.rank is {config.lora.rank}, but decoder.from is empty: a low-rank update needs "
+            "a trained decoder"
         )
     _check_composed(config) if config.kind == "composed" else _check_decoder(config)
 
@@ -282,20 +279,19 @@ def _check_composed(config: ConfigDict) -> None:
         raise CalmError("anchor is empty; name a frozen folder")
     if not config.augments:
         raise CalmError("augments is empty; name one frozen folder or more")
-    for number, place in enumerate(config.augments):
-        if not isinstance(place, str) or not place:
-            raise CalmError(f"augments[{number}] is {place!r}; it must name a frozen folder")
+    for number, path in enumerate(config.augments):
+        if not isinstance(path, str) or not path:
+            raise CalmError(f"augments[{number}] is {path!r}; it must name a frozen folder")
     for key in ("anchor_dtype", "augment_dtype"):
         if config[key] not in ("", *DTYPES):
             raise CalmError(f"{key} is {config[key]!r}; known are '', {', '.join(DTYPES)}")
-    several = isinstance(config.composition, tuple | list)
-    if several and len(config.composition) != len(config.augments):
+    if not isinstance(config.composition, tuple | list):
+        CompositionConfig.from_dict(to_dict(config.composition))
+        return
+    if len(config.composition) != len(config.augments):
         raise CalmError(
             f"composition has {len(config.composition)} configs for {len(config.augments)} augments"
         )
-    if not several:
-        CompositionConfig.from_dict(to_dict(config.composition))
-        return
     for number, composition in enumerate(config.composition):
         try:
             CompositionConfig.from_dict(to_dict(composition))
@@ -304,7 +300,7 @@ def _check_composed(config: ConfigDict) -> None:
 
 
 def _check_section(config: Mapping[str, Any], schema: ConfigDict, prefix: str) -> None:
-    """Keys and types of `config` are those of `schema`."""
+    """Raises `CalmError` unless `config` has the keys and types of `schema`."""
     for key in config:
         if key not in schema:
             raise unknown_key(prefix + key, (prefix + known for known in schema))
@@ -325,7 +321,7 @@ def _check_section(config: Mapping[str, Any], schema: ConfigDict, prefix: str) -
 
 
 def _is_of_type(value: Any, kind: type, *, may_be_none: bool) -> bool:
-    if kind is type(None):  # a field of no one type; its dataclass checks it
+    if kind is type(None):  # a field of several types, which its dataclass checks
         return True
     if value is None:
         return may_be_none
@@ -348,9 +344,9 @@ def _check_ranges(values: Mapping[str, Any]) -> None:
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """Dotted keys in which two configs, as of `to_dict`, are not the same run: (old, new).
+    """(old, new) values by dotted key where two configs, as of `to_dict`, are different runs.
 
-    What a run may be resumed with (`MAY_CHANGE`) is left out; an absent key counts as None.
+    Keys of `MAY_CHANGE` are left out; an absent key counts as None.
     """
     old, new = flatten(old), flatten(new)
     return {
@@ -362,7 +358,7 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, tup
 
 
 def _section(cls: type, values_of: Any = None) -> ConfigDict:
-    """A typed section with the fields of a dataclass; those without a default are empty."""
+    """A typed section with the fields of a dataclass; fields without a default are None."""
     values = {
         field.name: None if field.default is dataclasses.MISSING else field.default
         for field in dataclasses.fields(cls)
@@ -376,7 +372,7 @@ def _section(cls: type, values_of: Any = None) -> ConfigDict:
 
 
 def _empty(hint: Any) -> Any:
-    """None that accepts values of `hint` alone, where that is a type a flag can give."""
+    """None, typed so that only values of `hint` replace it, if a flag can give such values."""
     is_union = typing.get_origin(hint) in (typing.Union, types.UnionType)
     options = typing.get_args(hint) if is_union else (hint,)
     (option,) = (option for option in options if option is not type(None))

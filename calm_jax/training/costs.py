@@ -1,4 +1,4 @@
-"""What each tree of a run costs, known before its first step: parameters, bytes and FLOPs."""
+"""The costs of each tree of a run, known before its first step: parameters, bytes and FLOPs."""
 
 import math
 from collections.abc import Callable
@@ -15,7 +15,7 @@ from calm_jax.training.step import Shardings
 
 
 def tree_costs(parts: Parts, trainable: Tree, opt_state: Any, frozen: Tree) -> list[dict[str, Any]]:
-    """For each tree: name, parameters, bytes, whether it is trained, forward FLOPs a token."""
+    """For each tree: name, parameters, bytes, whether it is trained, forward FLOPs per token."""
     flops = _forward_flops(parts)
     names = [name for name, tree in parts.named(trainable).items() if tree]
     trained = {*map(_trained, names), *(name for name in names if not parts.named(frozen)[name])}
@@ -34,7 +34,7 @@ def tree_costs(parts: Parts, trainable: Tree, opt_state: Any, frozen: Tree) -> l
 def tree_shards(
     parts: Parts, shardings: Shardings, trainable: Tree, opt_state: Any, frozen: Tree
 ) -> list[dict[str, Any]]:
-    """For each tree: name, parameters, and the bytes that one device holds of it."""
+    """For each tree: name, parameters, and its bytes on one device."""
     trees = _by_name(parts, trainable, opt_state, frozen)
     split = _by_name(parts, shardings.trainable, shardings.opt_state, shardings.frozen)
     return [
@@ -44,7 +44,7 @@ def tree_shards(
 
 
 def shard_bytes(tree: Any, shardings: Any) -> int:
-    """Bytes of a tree of arrays or shapes that one device holds, without padding of layouts."""
+    """Bytes of a tree of arrays or shapes on one device, without padding of memory layouts."""
     return sum(
         math.prod(sharding.shard_shape(leaf.shape)) * jnp.dtype(leaf.dtype).itemsize
         for leaf, sharding in zip(jax.tree.leaves(tree), jax.tree.leaves(shardings), strict=True)
@@ -52,7 +52,7 @@ def shard_bytes(tree: Any, shardings: Any) -> int:
 
 
 def _by_name(parts: Parts, trainable: Tree, opt_state: Any, frozen: Tree) -> dict[str, Any]:
-    """Each tree by its name; where a part of the model is trained in part, it makes two."""
+    """Each tree by name; a partly trained part of the model gives two trees."""
     trees: dict[str, Any] = {name: tree for name, tree in parts.named(frozen).items() if tree}
     for name, tree in parts.named(trainable).items():
         if tree:
@@ -65,7 +65,7 @@ def _trained(name: str) -> str:
 
 
 def _forward_flops(parts: Parts, length: int = 32) -> dict[str, float]:
-    """Forward FLOPs a token of each tree, for a row of `length` tokens, by tracing alone."""
+    """Forward FLOPs per token of each tree, for a row of `length` tokens; nothing is compiled."""
     tokens_BT = jax.ShapeDtypeStruct((1, length), jnp.int32)
     tree = parts.structure.abstract()
 

@@ -1,4 +1,4 @@
-"""Cross-entropy of a residual stream, without the logits of a whole batch in memory.
+"""Cross-entropy of a residual stream, without holding the logits of a whole batch.
 
 Axes: B batch, T position, C position in a chunk, D model width, V vocabulary.
 """
@@ -23,23 +23,29 @@ def head_loss(
 ) -> tuple[jax.Array, jax.Array]:
     """Final norm, head and weighted cross-entropy of a residual stream, in chunks of its length.
 
-    A chunk's gradient is taken as soon as its loss is known, so its logits are computed once and
-    never kept, neither forward nor backward.
+    A chunk's gradient is computed together with its loss, so its logits are computed only once and
+    never stored for the backward pass.
+
+    Args:
+        x_BTD: the residual stream [B, T, D].
+        targets_BT: int32 [B, T].
+        weights_BT: float32 [B, T].
+        chunk: positions of each row in a chunk; 0: all.
 
     Returns:
-        the sum of weighted cross-entropies, float32; and bool [B, T], whether the largest logit is
-        that of the target.
+        the sum of weighted cross-entropies, float32; and bool [B, T], whether the target has the
+        largest logit.
     """
     B, T = targets_BT.shape
     if not 0 < chunk < T:
         return _loss_of_logits(model.logits(x_BTD), targets_BT, weights_BT)
     graphdef, head, rest = nnx.split(model.anchor, _in_head, ...)
-    # Else XLA would gather it anew for every chunk.
+    # Gathered once: without the barrier XLA would gather it for every chunk.
     head = jax.lax.optimization_barrier(jax.tree.map(_gathered, head, is_leaf=_is_variable))
     chunks = -(-T // chunk)
 
     def in_chunks(x):
-        """[B, T, ...] as [chunks, B, chunk, ...], every length whole on its devices."""
+        """[B, T, ...] as [chunks, B, chunk, ...], with the length gathered first."""
         x = sharding.constrain(x, "batch", "length", *[None] * (x.ndim - 2))
         x = jnp.pad(x, [(0, 0), (0, chunks * chunk - T)] + [(0, 0)] * (x.ndim - 2))
         return x.reshape(B, chunks, chunk, *x.shape[2:]).swapaxes(0, 1)
@@ -64,7 +70,7 @@ def head_loss(
         return total, joined(right)
 
     def loss_and_gradients(head, x_BTD):
-        # A frozen head has no gradient: that of every chunk would be a product as large as logits.
+        # Skip the gradient of a frozen head: it would cost as much as the logits of every chunk.
         trained = any(leaf.perturbed for leaf in jax.tree.leaves(head, is_leaf=_is_primal))
         head = jax.tree.map(lambda leaf: leaf.value, head, is_leaf=_is_primal)
         wanted = (0, 1) if trained else (1,)
@@ -96,12 +102,12 @@ def _loss_of_logits(logits_BTV, targets_BT, weights_BT) -> tuple[jax.Array, jax.
 
 
 def _in_head(path, _) -> bool:
-    """Whether a decoder's logits depend on a parameter but through the residual stream."""
+    """Whether `Decoder.logits` reads this parameter."""
     return path[0].removesuffix(SCALE) in ("final_norm", "embedding", "head", "head_bias")
 
 
 def _gathered(variable: nnx.Variable) -> nnx.Variable:
-    """The variable with its value whole along the model's width."""
+    """The variable with its value gathered along the model's width."""
     axes = (axis if axis == "vocab" else None for axis in variable.get_metadata("axes"))
     return variable.replace(sharding.constrain(variable.get_value(), *axes))
 

@@ -1,4 +1,4 @@
-"""When a run is finished, and what it then tells."""
+"""Whether a run is finished, and the closing lines it then prints."""
 
 import math
 import shlex
@@ -11,7 +11,7 @@ from calm_jax.checkpoints.training import TrainingCheckpoints
 
 
 def is_finished(run: epath.Path, config: ConfigDict, checkpoints: TrainingCheckpoints) -> bool:
-    """Whether all steps are done and saved, and a decoder's best checkpoint is a frozen folder."""
+    """Whether all steps are saved and, for a decoder, the best is exported as a frozen folder."""
     latest = checkpoints.latest
     if latest is None or latest < config.train.num_steps:
         return False
@@ -19,7 +19,7 @@ def is_finished(run: epath.Path, config: ConfigDict, checkpoints: TrainingCheckp
 
 
 def frozen_step(run: epath.Path) -> int | None:
-    """The step of which a decoder's run holds the frozen folder."""
+    """The step that a decoder run's frozen folder holds; None without a complete folder."""
     path = run / "frozen_step.json"
     is_whole = path.exists() and (run / "frozen").exists()
     return read_json(path, "a run")["step"] if is_whole else None

@@ -1,4 +1,4 @@
-"""Whether a compiled step fits into a device's memory, checked before it first runs."""
+"""Checks that a compiled step fits into a device's memory before it first runs."""
 
 import re
 from typing import Any
@@ -19,7 +19,7 @@ _NEEDED = re.compile(r"\(([\d.]+)([KMGT]?)\) exceeds available")
 
 
 class TooLarge(CalmError):
-    """A step that does not fit; `needed` is in bytes, or None if the compiler does not say."""
+    """A step does not fit; `needed` is in bytes, or None if the compiler does not say."""
 
     def __init__(self, needed: int | None, device: jax.Device):
         self.needed = needed
@@ -32,19 +32,19 @@ class TooLarge(CalmError):
 
 
 def memory_of(device: jax.Device) -> int | None:
-    """Bytes that a program can use on a device, or None where that is not known."""
+    """Bytes that a program can use on a device, or None if unknown."""
     if device.platform == "cpu":
         return None
     chip = chip_of(device.device_kind)
     try:
         limit = (device.memory_stats() or {}).get("bytes_limit")
-    except jax.errors.JaxRuntimeError:  # a device of another process, or one compiled for only
+    except jax.errors.JaxRuntimeError:  # a device of another process, or only compiled for
         limit = None
     return limit or (chip.hbm_bytes if chip else None)
 
 
 def check_held(run: AbstractRun, device: jax.Device) -> None:
-    """Raises `TooLarge` when a run's trees alone do not fit on devices like `device`."""
+    """Raises `TooLarge` if a run's trees alone do not fit on devices like `device`."""
     rows = tree_shards(run.parts, run.shardings, *run.trees())
     held, available = sum(row["bytes"] for row in rows), memory_of(device)
     if available is not None and held > available:
@@ -55,7 +55,7 @@ def compile_to_fit(lowered: jax.stages.Lowered, device: jax.Device) -> jax.stage
     """Compiles a step for devices like `device`.
 
     Raises:
-        TooLarge: the compiler finds no way to fit it, or what it made needs too much memory.
+        TooLarge: the compiler cannot make it fit, or the compiled step needs too much memory.
     """
     compiled = compile_lowered(lowered, device)
     needed = getattr(compiled.memory_analysis(), "peak_memory_in_bytes", 0)
@@ -68,7 +68,7 @@ def compile_to_fit(lowered: jax.stages.Lowered, device: jax.Device) -> jax.stage
 def compile_lowered(
     lowered: jax.stages.Lowered, device: jax.Device, options: dict[str, Any] | None = None
 ) -> jax.stages.Compiled:
-    """Compiles. Raises `TooLarge` if the compiler itself finds no way to fit the step."""
+    """Compiles. Raises `TooLarge` if the compiler cannot make the step fit."""
     try:
         return lowered.compile(options)
     except jax.errors.JaxRuntimeError as error:

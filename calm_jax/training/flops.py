@@ -1,8 +1,8 @@
 """FLOPs of the matrix products in a traced program.
 
-XLA's own count takes the body of a loop once; here it counts as often as the loop runs. A
-multiply-add is two FLOPs, and attention is counted at its full square. `calm_jax.planning.ideal`
-computes the same number from the models' configs alone, and the tests hold one against the other.
+XLA counts the body of a loop once; here it counts for every iteration. A multiply-add is two FLOPs,
+and attention counts all T x S logits. `calm_jax.planning.ideal` computes the same number from the
+configs of the models; the tests compare the two.
 """
 
 import math
@@ -19,14 +19,14 @@ def matmul_flops(function: Callable, *arguments: Any) -> int:
 
 
 def jaxpr_flops(jaxpr: Any) -> int:
-    """`matmul_flops` of a program that is already traced; unused equations are not counted."""
+    """`matmul_flops` of a traced program, without unused equations."""
     return _flops(without_unused(jaxpr))
 
 
 def without_unused(jaxpr: Any) -> Any:
-    """The program without the equations that no output depends on, which no compiler keeps.
+    """The program without unused equations, as compilers drop them.
 
-    A custom backward pass, for example, may compute gradients that are not used.
+    A custom backward pass, for example, may compute gradients that nothing uses.
     """
     return partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))[0]
 
@@ -56,7 +56,7 @@ def _equation_flops(equation) -> int:
 
 
 def _runs(name: str, params: dict[str, Any]) -> int:
-    """How often the program inside an equation runs, summed over devices."""
+    """How many times the program inside an equation runs, over all devices."""
     if name == "scan":
         return params["length"]
     if name == "shard_map":

@@ -1,4 +1,4 @@
-"""The one training loop: a lone decoder, or the bridge of a composed model."""
+"""The training loop, for a decoder or a composed model."""
 
 import contextlib
 import dataclasses
@@ -53,22 +53,22 @@ def train(
     preemption: Preemption | None = None,
     command: str = "",
 ) -> epath.Path:
-    """Trains what the config says in `workdir`, or continues where an earlier call stopped.
+    """Trains in `workdir` as the config says, or continues where an earlier call stopped.
 
-    A decoder's run ends with its best checkpoint as a frozen folder, `workdir/frozen`. Of several
-    processes (`calm_jax.membership.joined`) all call this, with a `workdir` that they share.
+    A decoder's run ends by writing its best checkpoint as a frozen folder, `workdir/frozen`. With
+    several processes (`calm_jax.membership.joined`) all call this, with a shared `workdir`.
 
     Args:
         preemption: may ask the run to stop early; its context must be entered.
-        command: the command line that asks for it, kept in commands.json for the report.
+        command: the command line of this call, kept in commands.json for the report.
 
     Returns:
-        the run's directory.
+        the run's folder.
 
     Raises:
-        CalmError: bad input, before anything is written or any weight loaded; processes that
-            differ; or a loss that is not finite: its step is named and not saved.
-        Preempted: the run was asked to stop; it has saved its last step.
+        CalmError: bad input, before anything is written or any weight is loaded; processes that
+            disagree; or a loss that is not finite, whose step is named and not saved.
+        Preempted: the run was asked to stop, and its last step is saved.
     """
     configuration.validate(config)
     processes.agree(agreement.intention(config, workdir, overwrite))
@@ -102,13 +102,13 @@ def train(
 
 
 def _open_datasets(config: ConfigDict, vocabulary: Vocabulary) -> dict[str, Dataset]:
-    """The rows of "train" and, where there are any, of "validation"."""
+    """The rows of "train" and, if the config has any, of "validation"."""
     splits = ("train", "validation") if config.data.validation else ("train",)
     return {split: open_dataset(config.data, split, vocabulary) for split in splits}
 
 
 def _check_resumed(run, checkpoints: TrainingCheckpoints, described: Described, datasets) -> None:
-    """Raises `CalmError` where models or data are not those that the run started with."""
+    """Raises `CalmError` if models or data are not those that the run started with."""
     state = checkpoints.read_state(checkpoints.latest)
     check_identities(state["frozen"], described.identities, str(run))
     for split, dataset in datasets.items():
@@ -124,14 +124,14 @@ def _check_resumed(run, checkpoints: TrainingCheckpoints, described: Described, 
 
 
 def cache_programs(folder: str = "") -> None:
-    """Keeps compiled programs on disk, so that later processes need not compile them again."""
+    """Keeps compiled programs on disk for later processes."""
     folder = folder or epath.Path("~/.cache/calm_jax/xla").expanduser()
     jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 
 class _Session:
-    """One call of `train`: everything that is built once, and the loop over it."""
+    """One call of `train`: what is built once, and the loop."""
 
     def __init__(
         self,
@@ -170,7 +170,7 @@ class _Session:
             self._save_frozen()
 
     def _restore_or_start(self) -> int:
-        """Fills in `trainable` and `opt_state`; returns the number of steps already done."""
+        """Sets `trainable` and `opt_state`; returns the number of steps already done."""
         latest = self.checkpoints.latest
         init_opt = jax.jit(self.optimizer.init, out_shardings=self.shardings.opt_state)
         if latest is None:
@@ -190,7 +190,7 @@ class _Session:
         return restored.state["batch_index"] + 1
 
     def _compile(self):
-        """Compiles the step ahead, and writes and prints what it costs."""
+        """Compiles the step, and writes and prints its costs."""
         train = self.config.train
         step = make_train_step(
             self.parts,
@@ -240,7 +240,7 @@ class _Session:
         batches = self.stream.iterate(first)
         preemption.start(first)
         by_clock = EveryMinutes(train.save_minutes, first)
-        unseen = None  # the step whose metrics are not fetched yet: at most two are in flight
+        unseen = None  # the step whose metrics are not fetched yet; at most two steps are in flight
         with contextlib.closing(progress), Profiler(self.run, train) as profiler:
             for index in range(first, train.num_steps):
                 profiler.before(index)
@@ -269,7 +269,6 @@ class _Session:
                     if validate:
                         scores = self._validate(eval_step, self.model.trainable, f"step {done}")
                         progress.validation(done, scores)
-                    # The best is kept, whichever steps are saved besides.
                     best = scores is not None and scores["loss"] < self.best_loss
                     self.best_loss = scores["loss"] if best else self.best_loss
                     if save or best:
@@ -285,8 +284,8 @@ class _Session:
     def _anchor_scores(self, eval_step) -> dict[str, float]:
         """Validation scores of the anchor alone.
 
-        A bridge of zeros adds exactly nothing to the anchor, however the real one begins, and the
-        program that scores the pair serves.
+        A bridge of zeros adds exactly nothing to the anchor, whatever its initial values, so the
+        compiled `eval_step` of the composed model can be used.
         """
         zeros = jax.jit(
             lambda tree: jax.tree.map(jnp.zeros_like, tree), out_shardings=self.shardings.trainable
@@ -295,10 +294,10 @@ class _Session:
         return {key: score for key, score in scores.items() if not key.startswith("connection/")}
 
     def _validate(self, eval_step, trainable: Tree, what: str) -> dict[str, float]:
-        """Scores on all validation data; of several sets, the exactness of each one too.
+        """Scores on all validation data, with "exact" for each data set if there are several.
 
-        Plain text has no answers, so a set of it has no exactness. Raises `CalmError`, naming
-        `what`, where the loss is not finite.
+        Plain text has no answers and so no "exact". Raises `CalmError`, naming `what`, if the loss
+        is not finite.
         """
         parts = self.datasets["validation"].parts
         short = [part.name.rpartition("/")[2] for part in parts]
@@ -308,8 +307,8 @@ class _Session:
         scores = {key: float(value) for key, value in means(totals).items()}
         if not math.isfinite(scores["loss"]):
             raise CalmError(
-                f"{what}: the validation loss is {scores['loss']}; nothing of it was saved. Lower "
-                "optimizer.learning_rate, or look at the validation data"
+                f"{what}: the validation loss is {scores['loss']}; nothing is saved. Lower "
+                "optimizer.learning_rate, or check the validation data"
             )
         if not totals["sequences"]:
             del scores["exact"]
@@ -349,7 +348,7 @@ class _Session:
         self.checkpoints.save(done, self.model.trainable, self.opt_state, state, metrics)
 
     def _save_frozen(self) -> None:
-        """The best checkpoint as a frozen folder, in place of an earlier one."""
+        """Writes the best checkpoint as a frozen folder, replacing an earlier one."""
         self.checkpoints.wait()
         step = self.checkpoints.best
         if frozen_step(self.run) == step:
@@ -372,13 +371,13 @@ class _Session:
 
 
 def _report(progress: Progress, step: int, metrics: dict[str, jax.Array], waited: float) -> None:
-    """Fetches a step's metrics and shows them; ends the run at a loss that is not finite."""
+    """Fetches and shows a step's metrics; raises `CalmError` if one is not finite."""
     values = {key: float(value) for key, value in jax.device_get(metrics).items()}
     for key in ("loss", "grad_norm", "parameter_norm"):
         if not math.isfinite(values[key]):
             raise CalmError(
-                f"step {step}: {key} is {values[key]}; nothing of this step was saved. Lower "
-                "optimizer.learning_rate, or look at the data of this batch"
+                f"step {step}: {key} is {values[key]}; this step is not saved. Lower "
+                "optimizer.learning_rate, or check the data of this batch"
             )
     progress.train(step, values, waited)
 

@@ -1,4 +1,4 @@
-"""The loss as sums: the mean is taken last, so accumulation, packing and sharding stay exact.
+"""The loss as sums over tokens. Means are taken last, so accumulation and packing stay exact.
 
 Axes: B batch, T position, D model width, V vocabulary.
 """
@@ -26,15 +26,16 @@ def loss_sums(
     """Weighted sums over one batch.
 
     Args:
-        batch: arrays [B, T] under seqio's decoder keys.
-        key, noise: random noise (see `noisy`) on a decoder's embeddings, or on each tap of a
-            composed model; 0: none.
-        loss_chunk: positions of each row whose logits exist at once; 0: all of them.
+        batch: arrays [B, T] with seqio's decoder keys.
+        key, noise: noise (see `noisy`) on a decoder's embeddings or a composed model's taps; 0:
+            none.
+        loss_chunk: positions of each row whose logits exist at once; 0: all.
 
     Returns:
-        the sum of weighted cross-entropies in nats, float32; and float32 sums: "loss", "weight",
-        "correct" (weighted right tokens), "exact" and "sequences" (segments with every weighted
-        token right; all), and for a composed model "connections" [connections, 2].
+        the sum of weighted cross-entropies in nats, float32; and float32 sums: that "loss", the
+        "weight" of all tokens, the weight of "correct" ones, the number of "sequences" with weight
+        and of "exact" ones (all their weighted tokens correct), and for a composed model
+        "connections" [connections, 2] (see `ComposedDecoder.perturbed`).
     """
     inputs, targets_BT = Inputs.of_batch(batch), batch["decoder_target_tokens"]
     segments_BT = inputs.segments_BT
@@ -59,11 +60,13 @@ def loss_sums(
 
 
 def noisy(x: jax.Array, segments_BT: jax.Array, key: jax.Array, noise: float) -> jax.Array:
-    """Gaussian noise on vectors [B, T, D], of up to `noise` x each vector's own rms.
+    """Vectors [B, T, D] with Gaussian noise of up to `noise` times each vector's own rms.
 
-    Its strength is drawn for each sequence. An anchor trained so reads vectors that are not exactly
-    one of its embeddings, which is what a bridge will give it; a bridge trained so finds what the
-    taps of all keys have in common.
+    The strength is drawn for each sequence. It teaches an anchor to read vectors near its
+    embeddings, as a bridge will give it, and a bridge to read what many similar taps share.
+
+    Args:
+        segments_BT: int32 [B, T].
     """
     B, T = segments_BT.shape
     strength_key, normal_key = jax.random.split(key)
@@ -76,7 +79,11 @@ def noisy(x: jax.Array, segments_BT: jax.Array, key: jax.Array, noise: float) ->
 
 
 def means(sums: Sums) -> dict[str, jax.Array]:
-    """Metrics of summed batches: "loss" (nats a token), "accuracy", "exact", "connection/k"."""
+    """Metrics of the sums of one batch or several, as float32 scalars.
+
+    They are "loss" (nats per token), "accuracy", "exact", "tokens" (their weight), and for each
+    connection "connection/k" (rms of the result of f_cross / rms of the stream it is added to).
+    """
     weight = jnp.where(sums["weight"] > 0, sums["weight"], 1.0)
     metrics = {
         "loss": sums["loss"] / weight,
@@ -90,10 +97,10 @@ def means(sums: Sums) -> dict[str, jax.Array]:
 
 
 def _sequences(segments_BT, counted_BT, right_BT) -> tuple[jax.Array, jax.Array]:
-    """How many segments have every counted token right, and how many have one to count."""
+    """The numbers of segments with only right counted tokens, and with any counted token."""
     length = segments_BT.shape[1]
 
-    # Row by row: a scatter over all of them would gather the whole batch on every device.
+    # Row by row: a scatter over all rows would gather the whole batch on every device.
     @jax.vmap
     def in_segments(segments_T, of_T):
         return jnp.zeros(length + 1, jnp.int32).at[segments_T].add(of_T.astype(jnp.int32))

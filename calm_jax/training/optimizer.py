@@ -7,7 +7,7 @@ from ml_collections import ConfigDict
 from calm_jax.errors import CalmError
 from calm_jax.models.parameters import Tree, path_name
 
-# Suffixes of the names of parameters that are not matrices, even when layers are stacked.
+# Suffixes of parameters that are not matrices, although stacking gives them two axes.
 _NOT_DECAYED = ("bias", "norm", "scale")
 
 
@@ -16,34 +16,34 @@ def make_optimizer(
 ) -> tuple[optax.GradientTransformation, optax.Schedule]:
     """The optimizer of a run and its learning rate by step.
 
-    Moments have the dtype of the trained weights, float32. Weight decay is decoupled, is multiplied
-    by the learning rate, and applies to matrices only.
+    Moments are float32, as the trained weights. Weight decay is decoupled, is multiplied by the
+    learning rate, and applies only to matrices.
 
     Args:
-        config: the section `optimizer` (see `calm_jax.training.configuration`).
-        num_steps: the number of the last step, where the schedule ends.
+        config: the section `optimizer` of a run's config.
+        num_steps: the step at which the schedule ends.
 
     Raises:
-        CalmError: an unknown name of an optimizer or a schedule.
+        CalmError: the name of the optimizer or schedule is unknown.
     """
     schedule = make_schedule(config, num_steps)
     if config.name == "adamw":
         scale = [optax.scale_by_adam(b1=config.b1, b2=config.b2)]
     elif config.name == "adafactor":
-        # Shazeer and Stern 2018, without momentum and without steps relative to a parameter's own
-        # size: a parameter that starts at 0, such as a new bridge's output, would hardly move.
+        # Shazeer and Stern 2018, without momentum, and without scaling steps by a parameter's size:
+        # a parameter that starts at 0, such as a new bridge's output, would hardly move.
         scale = [optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0)]
     else:
         raise CalmError(f"optimizer.name {config.name!r} is neither 'adamw' nor 'adafactor'")
     clip = [optax.clip_by_global_norm(config.clip_norm)] if config.clip_norm else []
-    decay = [optax.add_decayed_weights(config.weight_decay, mask=_decayed)]
-    if not config.weight_decay:
-        decay = []
+    decay = []
+    if config.weight_decay:
+        decay = [optax.add_decayed_weights(config.weight_decay, mask=_decayed)]
     return optax.chain(*clip, *scale, *decay, optax.scale_by_learning_rate(schedule)), schedule
 
 
 def make_schedule(config: ConfigDict, num_steps: int) -> optax.Schedule:
-    """The learning rate by step number, from 0: linear warm-up, then the config's schedule."""
+    """The learning rate by step, from 0: linear warm-up, then the config's schedule."""
     peak, warmup = config.learning_rate, config.warmup_steps
     rest = num_steps - warmup
     if config.schedule == "cosine":
@@ -58,7 +58,7 @@ def make_schedule(config: ConfigDict, num_steps: int) -> optax.Schedule:
         )
     if not warmup:
         return after
-    # The warm-up does not begin at 0, which would waste the first step.
+    # The warm-up does not start at 0, which would waste the first step.
     before = optax.linear_schedule(peak / (warmup + 1), peak, warmup)
     return optax.join_schedules([before, after], [warmup])
 

@@ -10,13 +10,13 @@ from calm_jax.processes import Appointment
 
 STATUS = {signal.SIGTERM: os.EX_TEMPFAIL, signal.SIGINT: 130}  # exit status after each signal
 BEFORE = "stopped before the first step; the same command starts again"
-TOLD = b"\nstopping: this step is finished and saved first; a second signal ends at once\n"
+STOPPING = b"\nstopping after this step, which will be saved; a second signal ends at once\n"
 
 
 class Preemption:
-    """Listens for SIGTERM and Ctrl-C while it is a context. The second one ends the process.
+    """A context that handles SIGTERM and Ctrl-C. The second signal ends the process.
 
-    Before the first step there is nothing to save: the first signal then raises `Preempted`.
+    Before the first step there is nothing to save, so the first signal raises `Preempted`.
     """
 
     def __init__(self):
@@ -24,7 +24,7 @@ class Preemption:
         self._status = 0  # of the signal that was received before the first step
 
     def __enter__(self) -> Self:
-        # A shell's background job ignores Ctrl-C, and so it must stay.
+        # A background job of a shell ignores Ctrl-C, and must go on doing so.
         heeded = [n for n in STATUS if signal.getsignal(n) is not signal.SIG_IGN]
         self._previous = {number: signal.signal(number, self._received) for number in heeded}
         return self
@@ -34,7 +34,7 @@ class Preemption:
             signal.signal(number, handler)
 
     def start(self, done: int) -> None:
-        """From now on a signal stops the run after the step under way; `done` steps are behind."""
+        """After `done` steps: from now on a signal stops the run after the current step."""
         if self._status:  # Python drops what a handler raises in a destructor
             raise Preempted(BEFORE, self._status)
         self._appointment = Appointment(done)
@@ -53,5 +53,5 @@ class Preemption:
         self._status = STATUS[number]
         if self._appointment is None:
             raise Preempted(BEFORE, self._status)
-        os.write(2, TOLD)  # a handler must not use Python's buffered streams
+        os.write(2, STOPPING)  # a handler must not use Python's buffered streams
         self._appointment.ask()

@@ -6,7 +6,7 @@ from ml_collections import ConfigDict
 
 
 class Profiler:
-    """Writes a profile of the steps that `train.profile_*` names, for TensorBoard."""
+    """Writes a TensorBoard profile of the steps given by `train.profile_*`."""
 
     def __init__(self, run: epath.Path, train: ConfigDict):
         self.folder = run / "tensorboard"

@@ -1,4 +1,4 @@
-"""What a run reports while it trains: a line on the screen, metrics.jsonl and TensorBoard."""
+"""The progress of a run: a line on the screen, metrics.jsonl and TensorBoard."""
 
 import json
 import math
@@ -17,25 +17,25 @@ from calm_jax.checkpoints.files import is_bucket
 from calm_jax.errors import CalmError
 from calm_jax.quiet import import_tensorflow
 
-TERMINAL_SECONDS = 0.2  # between two states of the line that a terminal shows
-LOG_SECONDS = 5.0  # between two lines of a log
-BUCKET_SECONDS = 30.0  # between two uploads of a bucket's object, which is always written whole
+TERMINAL_SECONDS = 0.2  # between updates of the line on a terminal
+LOG_SECONDS = 5.0  # between lines of a log
+BUCKET_SECONDS = 30.0  # between uploads to a bucket, which rewrite the whole object
 
 
 class Progress:
-    """Reports the steps of one call of training, in process 0 alone. The first step is number 1.
+    """Reports the steps of one call of `train`, in process 0 only. Steps count from 1.
 
     Args:
-        workdir: the run's directory.
-        num_steps: the last step's number.
-        first_step: steps done before this call; metrics.jsonl loses the lines of later ones.
-        tokens_per_step: of the global batch, padding included.
-        log_every: steps between two lines of metrics.jsonl.
-        tensorboard: also writes event files, where TensorFlow is installed.
-        screen: where the line goes; default: standard output.
+        workdir: the run's folder.
+        num_steps: the number of the last step.
+        first_step: steps done before this call; later lines of metrics.jsonl are removed.
+        tokens_per_step: tokens of the global batch, padding included.
+        log_every: steps between lines of metrics.jsonl.
+        tensorboard: whether to write event files too, if TensorFlow is installed.
+        screen: where the line is printed; default: standard output.
 
     Raises:
-        CalmError: the directory cannot be written.
+        CalmError: the folder cannot be written.
     """
 
     def __init__(
@@ -59,11 +59,11 @@ class Progress:
         self._metrics = MetricsFile(workdir / "metrics.jsonl", keep_to=first_step)
         self._events = _event_writer(workdir / "tensorboard") if tensorboard else None
         self._first_step, self._started = first_step, time.perf_counter()
-        self._shown = _Interval(first_step)  # since the line on the screen
-        self._logged = _Interval(first_step)  # since the line in metrics.jsonl
+        self._shown = _Interval(first_step)  # since the last line on the screen
+        self._logged = _Interval(first_step)  # since the last line in metrics.jsonl
 
     def train(self, step: int, metrics: Mapping[str, float], seconds_waited: float) -> None:
-        """Reports a step that is done and that waited `seconds_waited` for its batch."""
+        """Reports a finished step, which waited `seconds_waited` for its batch."""
         if not self.active:
             return
         for interval in (self._shown, self._logged):
@@ -77,27 +77,27 @@ class Progress:
             self._shown = _Interval(step)
 
     def anchor(self, metrics: Mapping[str, float]) -> None:
-        """The validation scores of the anchor alone, before step 1."""
+        """Reports the validation scores of the anchor alone, before step 1."""
         self._scores("anchor", 0, metrics, "the anchor alone, before step 1")
 
     def validation(self, step: int, metrics: Mapping[str, float]) -> None:
-        """The validation scores after a step. The time since that step counts towards no step."""
+        """Reports the validation scores after a step. Later speeds leave out the time they took."""
         self._scores("validation", step, metrics, f"validation after step {step:,}")
 
     def _scores(self, split: str, step: int, metrics: Mapping[str, float], what: str) -> None:
         if not self.active:
             return
         self._write(split, step, dict(metrics))
-        told = " · ".join(
+        shown = " · ".join(
             f"{name} {value:.4g}"
             for name, value in metrics.items()
             if name.startswith(("loss", "accuracy", "exact"))
         )
-        self._screen.keep(f"{what}: {told}")
+        self._screen.keep(f"{what}: {shown}")
         self._shown, self._logged = _Interval(step), _Interval(step)
 
     def close(self) -> None:
-        """Writes what is left."""
+        """Closes the screen's line and the files."""
         if not self.active:
             return
         self._screen.close()
@@ -124,7 +124,7 @@ class Progress:
 
 
 class _Interval:
-    """The time and the steps since a given step."""
+    """The time and number of steps since a given step."""
 
     def __init__(self, step: int):
         self.start_step = self.step = step
@@ -136,7 +136,7 @@ class _Interval:
         self.waited += waited
 
     def speed(self, tokens_per_step: int) -> dict[str, float]:
-        """Means over the interval: tokens a second, seconds a step, share of time without data."""
+        """Means over the interval: tokens per second, seconds per step, share of time waiting."""
         steps = self.step - self.start_step
         elapsed = max(time.perf_counter() - self.start, 1e-9)
         return {
@@ -147,7 +147,7 @@ class _Interval:
 
 
 class _Screen:
-    """A line that a terminal updates in place and a log repeats every few seconds."""
+    """A line that is updated in place on a terminal, and repeated every few seconds in a log."""
 
     def __init__(self, stream: TextIO):
         self._stream, self._terminal = stream, stream.isatty()
@@ -178,10 +178,10 @@ class _Screen:
 
 
 class MetricsFile:
-    """metrics.jsonl, in which an earlier process may have stopped in the middle of a line.
+    """metrics.jsonl, whose last line may be incomplete if an earlier process was killed.
 
-    Opening it drops, atomically, incomplete lines and those of steps after `keep_to`. Raises
-    `CalmError` when it cannot be written.
+    Opening it atomically removes incomplete lines and those of steps after `keep_to`. Raises
+    `CalmError` if it cannot be written.
     """
 
     def __init__(self, path: epath.Path, *, keep_to: int):
@@ -192,15 +192,15 @@ class MetricsFile:
             if self._bucket:
                 self._upload()
                 return
-            beside = path.with_name(f".{path.name}.tmp")
-            beside.write_text("".join(self._lines))
-            beside.replace(path)
+            temporary = path.with_name(f".{path.name}.tmp")
+            temporary.write_text("".join(self._lines))
+            temporary.replace(path)
             self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 - `close` closes it
         except OSError as error:
             raise self._failed(error) from error
 
     def write(self, record: Mapping[str, Any]) -> None:
-        """Appends a line: to a disk at once, to a bucket within half a minute."""
+        """Appends a line: on a disk at once, in a bucket within `BUCKET_SECONDS`."""
         line = json.dumps(record) + "\n"
         try:
             if self._bucket:
@@ -214,7 +214,7 @@ class MetricsFile:
             raise self._failed(error) from error
 
     def close(self) -> None:
-        """Writes what is left."""
+        """Writes the remaining lines."""
         if self._bucket:
             self._upload()
         else:
@@ -235,7 +235,7 @@ def _lines_up_to(path: epath.Path, step: int) -> list[str]:
     for line in path.read_text().split("\n"):
         try:
             record = json.loads(line)
-        except ValueError:  # the process was stopped while it wrote this line
+        except ValueError:  # the process was killed while it wrote this line
             continue
         if record["step"] <= step:
             kept.append(line + "\n")
@@ -243,7 +243,7 @@ def _lines_up_to(path: epath.Path, step: int) -> list[str]:
 
 
 def _event_writer(folder: epath.Path) -> Any:
-    """clu's writer of TensorBoard event files, which works in a thread; None without TensorFlow."""
+    """clu's threaded writer of TensorBoard event files; None without TensorFlow."""
     try:
         import_tensorflow()
     except ImportError:
@@ -255,7 +255,7 @@ def _event_writer(folder: epath.Path) -> Any:
 
 
 def costs_table(costs: Mapping[str, Any]) -> str:
-    """What a run will cost, as text: a row for each tree, then the step's and the mesh's figures.
+    """The costs of a run as text: a row for each tree, then figures of the step and the mesh.
 
     Args:
         costs: the content of costs.json: "trees", "connections", "memory_bytes",
@@ -277,7 +277,7 @@ def costs_table(costs: Mapping[str, Any]) -> str:
     return "\n".join(
         [
             *lines,
-            f"a step: {units.size(costs['memory_bytes'])} of memory a device, compiled; "
+            f"a step: {units.size(costs['memory_bytes'])} of memory per device, compiled; "
             f"{units.flops(costs['flops_per_step'])}",
             f"mesh: {mesh}; global batch: {costs['global_batch']:,} rows, "
             f"{costs['tokens_per_step']:,} tokens",
@@ -286,7 +286,7 @@ def costs_table(costs: Mapping[str, Any]) -> str:
 
 
 def duration(seconds: float) -> str:
-    """12 s, 3 min 5 s, 2 h 3 min."""
+    """Seconds as "12 s", "3 min 5 s" or "2 h 3 min"."""
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     if hours:

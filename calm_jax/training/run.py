@@ -1,4 +1,4 @@
-"""A run's directory: started once, then resumed, and never mixed with another run."""
+"""A run's folder: started once, then resumed, and never mixed with another run."""
 
 from typing import Any
 
@@ -14,13 +14,16 @@ from calm_jax.training import config_keys, configuration
 def check_run(
     workdir: epath.PathLike, config: ConfigDict, *, overwrite: bool = False
 ) -> epath.Path:
-    """Checks that a run of this config may start or continue in a directory; writes nothing.
+    """Checks that a run of this config may start or continue in a folder; writes nothing.
 
-    Mesh, number of steps, logging and saving may differ from those it was started with.
+    Keys of `configuration.MAY_CHANGE` may differ from those it was started with.
+
+    Returns:
+        the folder as an absolute path.
 
     Raises:
-        CalmError: the directory cannot be written, holds something else, or was started with
-            another config: every differing key is named with both values.
+        CalmError: the folder cannot be written, holds something else, or was started with another
+            config. The message names every key that differs, with both values.
     """
     folder = absolute(workdir)
     path = folder / "config.json"
@@ -41,12 +44,12 @@ def check_run(
 def start_run(
     folder: epath.Path, config: ConfigDict, *, overwrite: bool = False, command: str = ""
 ) -> None:
-    """Makes a checked run's directory and writes its config; `overwrite` removes an earlier run.
+    """Creates a checked run's folder and writes its config; `overwrite` removes an earlier run.
 
-    `command` is added to commands.json: every command line that has trained the run, in order.
+    `command` is appended to commands.json, which lists all command lines that trained the run.
 
     Raises:
-        CalmError: it cannot be written.
+        CalmError: the folder cannot be written.
     """
     with storage("write", folder):
         if overwrite and (folder / "config.json").exists():
@@ -60,7 +63,7 @@ def start_run(
 
 
 def _read_config(path: epath.Path) -> dict[str, Any]:
-    """The config of a run, not of another tool: `overwrite` removes the folder it describes."""
+    """The config in a run's folder. Refuses other folders, since `overwrite` would remove them."""
     values = read_json(path, "a run")
     if not {"kind", "train"} <= values.keys():
         raise CalmError(f"{path.parent} is not a run but {kind_of(values)}")
@@ -74,6 +77,6 @@ def _check_same(old: dict[str, Any], new: dict[str, Any], folder: epath.Path) ->
             f"{key} was {was!r}, now {now!r}" for key, (was, now) in differences.items()
         )
         raise CalmError(
-            f"{folder} was started with another config: {listed}. To continue it, give the values "
-            "it was started with; otherwise give another --workdir, or --overwrite to start anew"
+            f"{folder} was started with another config: {listed}. Restore the old values to "
+            "continue it, give another --workdir, or give --overwrite to start again"
         )

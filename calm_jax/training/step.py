@@ -1,7 +1,7 @@
-"""The one training step: `train_step(trainable, opt_state, frozen, batch, step)`.
+"""The training step: `train_step(trainable, opt_state, frozen, batch, step)`.
 
-What is trained is a matter of `calm_jax.models.parts`. The frozen tree is never differentiated,
-donated or given to the optimizer.
+`calm_jax.models.parts` decides what is trained. The frozen tree is never differentiated, donated or
+passed to the optimizer.
 """
 
 import dataclasses
@@ -29,7 +29,7 @@ BATCH_KEYS = (
 
 @dataclasses.dataclass(frozen=True)
 class Shardings:
-    """Where each argument of the step lives."""
+    """The shardings of the step's arguments."""
 
     trainable: Tree
     opt_state: Any
@@ -50,8 +50,8 @@ class Shardings:
         abstract, _ = parts.abstract()
         opt_state = optax.tree_map_params(
             optimizer,
-            # Moments have the shape of their parameter; Adafactor's factors do not, and are small.
-            lambda x, param, place: place if x.shape == param.shape else replicated,
+            # Moments have their parameter's shape; Adafactor's factors do not, and are small.
+            lambda x, param, sharding: sharding if x.shape == param.shape else replicated,
             jax.eval_shape(optimizer.init, abstract),
             abstract,
             trainable,
@@ -75,10 +75,10 @@ def make_train_step(
     """The jitted step, which donates its first two arguments.
 
     Args:
-        schedule: the learning rate by step, for the metrics; the optimizer has its own count.
-        accumulate: micro-batches a step; gradients are weighted by tokens, so the result is that of
-            the whole batch.
-        seed: with the step's number, the key of everything random in it.
+        schedule: the learning rate by step, for the metrics; the optimizer counts steps itself.
+        accumulate: micro-batches per step; gradients are weighted by tokens, so the result is that
+            of the whole batch.
+        seed: with the step's number, the source of all randomness in the step.
         noise: see `calm_jax.training.loss.noisy`.
         loss_chunk: see `calm_jax.training.loss.loss_sums`.
 
@@ -110,7 +110,7 @@ def make_train_step(
         trainable = optax.apply_updates(trainable, updates)
         metrics = means(sums) | {
             "grad_norm": optax.tree.norm(gradients),
-            # Of what a checkpoint would hold: loss and gradient are of the parameters before.
+            # After the update, as a checkpoint holds them; loss and gradient are from before it.
             "parameter_norm": optax.tree.norm(trainable),
             "learning_rate": schedule(step),
         }
@@ -146,10 +146,10 @@ def make_eval_step(
 
 
 def _accumulated(sums_and_gradients, batch, key, accumulate: int):
-    """Sums over micro-batches, one after the other."""
+    """Sums and gradients over micro-batches, one after the other."""
 
     def micro_batches(x):
-        # Rows r, r + accumulate, ... form a micro-batch, so that each stays on its device.
+        # Rows r, r + accumulate, ... form a micro-batch, so that no row changes its device.
         x = x.reshape(x.shape[0] // accumulate, accumulate, *x.shape[1:]).swapaxes(0, 1)
         return sharding.constrain(x, None, "batch", "length")
 

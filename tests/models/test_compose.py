@@ -231,7 +231,7 @@ def test_embedding_rows_may_differ_and_logits_have_the_anchors():
     [
         (CompositionConfig(connections=((0, 3),)), r"\(0, 3\) names anchor layer 3, .* 0 to 2"),
         (CompositionConfig(connections=((5, 0),)), r"\(5, 0\) names augment layer 5, .* 0 to 2"),
-        (CompositionConfig(every=4), "every=4 leaves no fitting connection"),
+        (CompositionConfig(every=4), "every=4 gives no valid connections"),
         (CompositionConfig(every=1, num_heads=3), "num_heads 3 does not divide .* width 16"),
         ([CompositionConfig(every=1)] * 2, "2 composition configs were given for 1 augments"),
     ],

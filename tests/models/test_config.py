@@ -52,8 +52,8 @@ def test_rope_scaling_refuses_an_unknown_kind():
         ({"init": "ones"}, "composition.init is 'ones'; known are 'zero' and 'paper'"),
         ({"connections": ()}, "composition.connections is empty"),
         ({"connections": ((1, 2), (0, 0), (1, 2))}, r"connections lists \(1, 2\) twice"),
-        ({"connections": (3, 7)}, r"connections: 3 is not an \(augment .* written \(\(3, 7\),\)"),
-        ({"connections": ((3, 3, 3),)}, r"connections: \(3, 3, 3\) is not an \(augment layer,"),
+        ({"connections": (3, 7)}, r"connections: 3 is not a pair .* as \(\(3, 7\),\)"),
+        ({"connections": ((3, 3, 3),)}, r"connections: \(3, 3, 3\) is not a pair \(augment layer,"),
     ],
 )
 def test_composition_config_refuses(fields, message):

@@ -146,7 +146,7 @@ def test_a_step_that_does_not_fit_is_told_with_what_to_change(config, capsys, mo
         (["--topology=h200:8", "--config.mesh.tensor=8", "--config.mesh.fsdp=1"], "heads of size"),
         (["--topology=h200:8", "--config.mesh.slices=2"], "mesh.slices is 2, but the devices form"),
         (["--topology=h200:8", "--config.attention=splash"], "needs a TPU, the devices are gpu"),
-        (["--topology=h200:8", "--config.attention=cudnn"], "keeps no segments apart, and data.pa"),
+        (["--topology=h200:8", "--config.attention=cudnn"], "does not support packed rows, but d"),
         (["--topology=v5e:2x2", "--config.attention=cudnn", "--search"], "the devices are tpu"),
         (["--topology=v5e:2x2*x"], "'x' is not a number of slices"),
         (["--topology=h200:8", "--serach"], "did you mean --search?"),

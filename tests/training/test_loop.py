@@ -441,7 +441,7 @@ def test_a_loss_that_is_not_a_number_ends_the_run_and_is_not_saved(
 
     monkeypatch.setattr(Stream, "iterate", poisoned)
     config = changed(composed_run.config, train={"save_every": 1, "keep": 20})
-    with pytest.raises(CalmError, match=r"^step 7: loss is nan; nothing of this step was saved"):
+    with pytest.raises(CalmError, match=r"^step 7: loss is nan; this step is not saved"):
         loop.train(config, tmp_path / "run")
     with TrainingCheckpoints(tmp_path / "run" / "checkpoints", read_only=True) as checkpoints:
         assert sorted(checkpoints.manager.all_steps()) == [1, 2, 3, 4, 5, 6]
@@ -595,7 +595,7 @@ def test_an_anchor_without_a_vocabulary(shared, tmp_path):
     config.anchor = str(tmp_path / "anchor")
     frozen.save_frozen(frozen_model(0), tmp_path / "anchor")
     with pytest.raises(
-        CalmError, match=r"the anchor \S+anchor has no vocabulary, so what is train"
+        CalmError, match=r"the anchor \S+anchor has no vocabulary, so the trained mod"
     ):
         loop.train(config, tmp_path / "run")
     assert not (tmp_path / "run").exists()

@@ -200,7 +200,7 @@ def test_costs_are_shown_as_a_table():
         "bridge              8      32 B  trained",
         "optimizer          17      68 B  state",
         "augment layer → anchor layer: 3→5, 7→11",
-        "a step: 3 GiB of memory a device, compiled; 12.3 GFLOP",
+        "a step: 3 GiB of memory per device, compiled; 12.3 GFLOP",
         "mesh: data 4 × fsdp 2 × tensor 1; global batch: 64 rows, 65,536 tokens",
     ]
 
