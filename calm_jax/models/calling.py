@@ -39,11 +39,11 @@ def on_devices_of(model: nnx.Module) -> Iterator[None]:
         yield
 
 
-def make_on_mesh_of(make: Callable[[], Any], array: jax.Array) -> Any:
-    """The arrays that `make` returns, sharded by its constraints on the mesh of `array`."""
+@functools.partial(jax.jit, static_argnums=(1, 2), keep_unused=True)
+def make_on_mesh_of(array: jax.Array, make: Callable[..., Any], arguments: tuple) -> Any:
+    """The arrays `make(*arguments)`, sharded by its constraints on the mesh of `array`.
 
-    def on_mesh(array):
-        with sharding.mesh_of(array):
-            return make()
-
-    return jax.jit(on_mesh, keep_unused=True)(array)
+    `arguments` are hashable; a function and arguments that were seen before compile nothing.
+    """
+    with sharding.mesh_of(array):
+        return make(*arguments)

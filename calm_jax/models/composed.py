@@ -214,23 +214,14 @@ class ComposedDecoder(nnx.Module):
 
         `dtype` is that of keys and values; default: that of each model's config.
         """
-
-        def bridge_cache(entry: tuple[Connection, ...]) -> KeysValues:
-            N, H = heads(self.configs[entry[0].augment], self.config)
-            return KeysValues.empty(len(entry), batch, slots, N, H, dtype or self.config.dtype)
-
+        arguments = (self.plan, self.configs, self.config, batch, slots, dtype or self.config.dtype)
         return ComposedCache(
             self.anchor.init_cache(batch, slots, dtype=dtype),
             tuple(
                 augment.init_cache(batch, slots, layers[-1] + 1, dtype)
                 for augment, layers in zip(self.augments, self.plan.tap_layers, strict=True)
             ),
-            make_on_mesh_of(
-                lambda: tuple(
-                    tuple(map(bridge_cache, round_.entries)) for round_ in self.plan.rounds
-                ),
-                self.anchor.embedding.get_value(),
-            ),
+            make_on_mesh_of(self.anchor.embedding.get_value(), _empty_bridge_cache, arguments),
         )
 
     def _init_bridge(self, rngs: nnx.Rngs) -> Bridge:
@@ -331,6 +322,21 @@ class ComposedDecoder(nnx.Module):
             anchor_cache = DecoderCache(layer_cache, slots)
             cache = ComposedCache(anchor_cache, tuple(augment_caches), tuple(next_bridge_caches))
         return h_BTD, cache, [observed[connection] for connection in self.connections]
+
+
+def _empty_bridge_cache(
+    plan: ConnectionPlan,
+    configs: tuple[CompositionConfig, ...],
+    anchor: DecoderConfig,
+    batch: int,
+    slots: int,
+    dtype: Any,
+) -> tuple[tuple[KeysValues, ...], ...]:
+    def of_entry(entry: tuple[Connection, ...]) -> KeysValues:
+        N, H = heads(configs[entry[0].augment], anchor)
+        return KeysValues.empty(len(entry), batch, slots, N, H, dtype)
+
+    return tuple(tuple(map(of_entry, round_.entries)) for round_ in plan.rounds)
 
 
 @jax.custom_vjp

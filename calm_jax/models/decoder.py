@@ -169,14 +169,8 @@ class Decoder(nnx.Module):
             dtype: of keys and values; default: that of the config.
         """
         config = self.config
-        size = (batch, slots, config.num_kv_heads, config.head_dim)
-        return make_on_mesh_of(
-            lambda: DecoderCache(
-                KeysValues.empty(layers or config.num_layers, *size, dtype or config.dtype),
-                Slots.empty(batch, slots),
-            ),
-            self.embedding.get_value(),
-        )
+        arguments = (config, layers or config.num_layers, batch, slots, dtype or config.dtype)
+        return make_on_mesh_of(self.embedding.get_value(), _empty_cache, arguments)
 
     def embed(self, inputs: Inputs) -> jax.Array:
         """The features or else the embeddings of the inputs, [B, T, D] in the config's dtype."""
@@ -210,6 +204,15 @@ class Decoder(nnx.Module):
         inputs = inputs.filled(None if cache is None else cache.slots.length_B)
         slots = None if cache is None else cache.slots.write(inputs)
         return ForwardPass(self.config, self.execution, inputs, slots), inputs, slots
+
+
+def _empty_cache(
+    config: DecoderConfig, layers: int, batch: int, slots: int, dtype: Any
+) -> DecoderCache:
+    K, H = config.num_kv_heads, config.head_dim
+    return DecoderCache(
+        KeysValues.empty(layers, batch, slots, K, H, dtype), Slots.empty(batch, slots)
+    )
 
 
 def _layers_of(cache: DecoderCache | None) -> KeysValues | None:

@@ -30,8 +30,13 @@ class Augment(Protocol):
     def taps(self, inputs: Inputs, layers: Sequence[int], cache: Any = None) -> tuple["Taps", Any]:
         """The states after each of `layers`, ascending, and the updated cache or None."""
 
-    def init_cache(self, batch: int, slots: int, layers: int | None = None) -> Any:
-        """An empty cache of the first `layers` layers, for `batch` rows of up to `slots` tokens."""
+    def init_cache(
+        self, batch: int, slots: int, layers: int | None = None, dtype: Any = None
+    ) -> Any:
+        """An empty cache of the first `layers` layers, for `batch` rows of up to `slots` tokens.
+
+        `dtype` is that of keys and values; default: the augment's own.
+        """
 
 
 @jax.tree_util.register_dataclass

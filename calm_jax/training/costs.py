@@ -17,14 +17,13 @@ from calm_jax.training.step import Shardings
 def tree_costs(parts: Parts, trainable: Tree, opt_state: Any, frozen: Tree) -> list[dict[str, Any]]:
     """For each tree: name, parameters, bytes, whether it is trained, forward FLOPs per token."""
     flops = _forward_flops(parts)
-    names = [name for name, tree in parts.named(trainable).items() if tree]
-    trained = {*map(_trained, names), *(name for name in names if not parts.named(frozen)[name])}
+    untrained = {"optimizer", *(name for name, tree in parts.named(frozen).items() if tree)}
     return [
         {
             "name": name,
             "parameters": count(tree),
             "bytes": size_in_bytes(tree),
-            "trained": name in trained,
+            "trained": name not in untrained,
             "flops_per_token": flops.get(name),
         }
         for name, tree in _by_name(parts, trainable, opt_state, frozen).items()
@@ -56,12 +55,8 @@ def _by_name(parts: Parts, trainable: Tree, opt_state: Any, frozen: Tree) -> dic
     trees: dict[str, Any] = {name: tree for name, tree in parts.named(frozen).items() if tree}
     for name, tree in parts.named(trainable).items():
         if tree:
-            trees[_trained(name) if name in trees else name] = tree
+            trees[f"{name}, trained" if name in trees else name] = tree
     return {**trees, "optimizer": opt_state}
-
-
-def _trained(name: str) -> str:
-    return f"{name}, trained"
 
 
 def _forward_flops(parts: Parts, length: int = 32) -> dict[str, float]:

@@ -9,7 +9,7 @@ from random_models import assert_close, gemma, llama, palm, random_composed, ran
 
 from calm_jax import sharding
 from calm_jax.models import ComposedDecoder, CompositionConfig, Inputs
-from calm_jax.models.calling import call
+from calm_jax.models.calling import call, make_on_mesh_of
 from calm_jax.models.parameters import Structure, module_tree
 
 DECODERS = {
@@ -157,3 +157,13 @@ def test_without_a_cache_nothing_of_it_is_compiled():
     assert "scatter" not in text
     cached = jax.jit(lambda: model.residual(Inputs(tokens), model.init_cache(1, 8))[0])
     assert "scatter" in cached.lower().as_text()
+
+
+def test_an_empty_cache_is_compiled_once_for_each_size():
+    model = random_composed(*COMPOSED["several augments"])
+    model.init_cache(2, 6)
+    programs = make_on_mesh_of._cache_size()
+    model.init_cache(2, 6)
+    assert make_on_mesh_of._cache_size() == programs
+    model.init_cache(2, 7)
+    assert make_on_mesh_of._cache_size() == programs + 4  # the anchor, two augments, the bridge
