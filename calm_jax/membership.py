@@ -219,6 +219,8 @@ class _Watch:
         """Prints the last line and ends the process, whatever its other threads wait for."""
         with self._leaving:
             print(line, file=sys.stderr, flush=True)
+            # A thread whose write failed may be about to print its traceback.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
             sys.stdout.flush()
             if self.member.index == 0 and self._client is not None:
                 time.sleep(FAREWELL_SECONDS)
