@@ -24,7 +24,7 @@ from tests.converting import decoder_in_memory
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 FAMILIES = ("llama", "mistral", "qwen3", "gemma", "gemma2", "gemma3")
-FAMILIES = ("llama3", "qwen", "gemma", "mistral")
+TOKENIZERS = ("llama3", "qwen", "gemma", "mistral")
 
 
 def write(path, family, own=None, **options):
@@ -200,7 +200,7 @@ def metadata_of(golden, **own):
     return found | {f"tokenizer.ggml.{key}": value for key, value in own.items()}
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", TOKENIZERS)
 def test_tokenizers_of_transformers(family, tmp_path):
     """Its ids are by tests/parity/make_gguf_golden.py, with the tokens that it puts around."""
     import tokenizers
