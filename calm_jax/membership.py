@@ -143,6 +143,7 @@ class _Watch:
         self.closing = False
         self._client: Any = None  # until connected
         self._leaving = threading.Lock()
+        threading.excepthook = self._print_failure_of_thread
 
     def connect(self, timeout: int) -> None:
         """Finds the coordinator and starts to listen."""
@@ -219,12 +220,18 @@ class _Watch:
         """Prints the last line and ends the process, whatever its other threads wait for."""
         with self._leaving:
             print(line, file=sys.stderr, flush=True)
-            # A thread whose write failed may be about to print its traceback.
+            # The logs of other threads and of C++ must not follow it.
             os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
             sys.stdout.flush()
             if self.member.index == 0 and self._client is not None:
                 time.sleep(FAREWELL_SECONDS)
             os._exit(status)
+
+    def _print_failure_of_thread(self, failure: threading.ExceptHookArgs) -> None:
+        """Prints a thread's traceback in one piece: Python's own would mix with the last line."""
+        lines = traceback.format_exception(failure.exc_value)
+        with self._leaving:
+            sys.stderr.write("".join(lines))
 
     def _hear_of_ends(self) -> None:
         with contextlib.suppress(jax.errors.JaxRuntimeError):
