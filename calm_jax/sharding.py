@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import mesh_utils, multihost_utils
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from calm_jax.errors import CalmError
 
@@ -137,7 +137,12 @@ def array_sharding(
     Raises `CalmError` naming the array, the axis and the mesh axes if these do not divide it.
     """
     axes = ("layers",) * (len(shape) - len(axes)) + tuple(axes)
-    return NamedSharding(mesh, _fitting_spec(name, shape, axes, mesh, rules))
+    return NamedSharding(automatic(mesh), _fitting_spec(name, shape, axes, mesh, rules))
+
+
+def automatic(mesh: Mesh | AbstractMesh) -> Mesh | AbstractMesh:
+    """The same mesh with axes of type Auto: `jax.make_mesh` makes axes of type Explicit."""
+    return mesh.update(axis_types=(AxisType.Auto,) * len(mesh.axis_names))
 
 
 def _fitting_spec(name: str | None, shape, axes, mesh, rules: Rules = RULES) -> PartitionSpec:
@@ -195,6 +200,12 @@ def current_mesh(*arrays: jax.Array) -> jax.sharding.AbstractMesh:
     for x in arrays:
         meshes.append(getattr(jax.typeof(x).sharding, "mesh", meshes[0]))
     return next((mesh for mesh in meshes if not mesh.empty), meshes[0])
+
+
+def mesh_holding(array: jax.Array) -> Mesh | None:
+    """The mesh that an array lies on; None if that is a single device, or it has no values."""
+    held = None if isinstance(array, jax.core.Tracer) else getattr(array, "sharding", None)
+    return held.mesh if isinstance(held, NamedSharding) else None
 
 
 def mesh_of(array: jax.Array):

@@ -25,7 +25,7 @@ from calm_jax.models.connections import plan_connections
 from calm_jax.models.lora import add_lora, lora_in, lora_of
 from calm_jax.models.parameters import Tree
 from calm_jax.models.parts import Parts
-from calm_jax.sharding import RULES, Rules
+from calm_jax.sharding import RULES, Rules, mesh_holding
 
 FORMAT = "calm_jax bridge, version 2"
 
@@ -43,7 +43,8 @@ def load_composed(
     Args:
         run_or_bridge: a `--workdir` of `calm train`, or a folder made by `export_bridge`.
         step: which checkpoint of a run; default: the best by validation. A bridge has only one.
-        mesh: where all arrays go; default: the first device.
+        mesh: where all arrays go; default: that of an anchor that is given as a model, or else the
+            first device.
         anchor, augments: the frozen models or their folders; default: the recorded folders.
 
     Raises:
@@ -63,6 +64,8 @@ def load_composed(
     [(3, 3)]
     """
     folder = absolute(run_or_bridge)
+    if mesh is None and isinstance(anchor, Decoder):
+        mesh = mesh_holding(anchor.embedding.get_value())
     if (folder / "checkpoints").exists():
         with TrainingCheckpoints(folder / "checkpoints", read_only=True) as checkpoints:
             step = checkpoints.best if step is None else step
@@ -258,7 +261,7 @@ def _abstract_trained(composed: ComposedDecoder) -> Tree:
     """Shapes, dtypes and shardings of the bridge and of the anchor's low-rank update, if any."""
     parts = Parts(composed)
     trained, _ = parts.of(composed)
-    mesh = getattr(composed.anchor.embedding.get_value().sharding, "mesh", None)
+    mesh = mesh_holding(composed.anchor.embedding.get_value())
     if mesh is None:
         return abstract_like(trained, jax.tree.map(lambda x: x.sharding, trained))
     return abstract_like(trained, parts.shardings(mesh)[0])

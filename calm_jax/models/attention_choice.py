@@ -76,7 +76,9 @@ def chosen(requested: str, need: Need, queries: Inputs, keys: Inputs) -> str:
     T, S = queries.shape[1], keys.shape[1]
     if queries.order_BT is not None or T != S:
         return "xla" if T * S <= SHORT * SHORT else "chunked"
-    device = jax.config.jax_default_device or jax.local_devices()[0]
+    device = jax.config.jax_default_device
+    if not isinstance(device, jax.Device):  # the name of a platform, or None
+        device = jax.local_devices(backend=device)[0]
     return choose("auto", device, need, length=T, packed=queries.packed)
 
 

@@ -30,13 +30,22 @@ def _call(graphdef, method, state, *arguments):
 @contextlib.contextmanager
 def on_devices_of(model: nnx.Module) -> Iterator[None]:
     """Makes a device that holds the model the default device, which chooses the attention."""
-    array = jax.tree.leaves(nnx.state(model))[0]
-    if not isinstance(array, jax.Array) or isinstance(array, jax.core.Tracer):
+    array = array_of(model)
+    if array is None:
         yield
         return
     devices = sorted(array.sharding.addressable_devices, key=lambda device: device.id)
-    with jax.default_device(devices[0]):
+    mesh = sharding.automatic(jax.sharding.get_abstract_mesh())
+    with jax.default_device(devices[0]), jax.sharding.use_abstract_mesh(mesh):
         yield
+
+
+def array_of(model: nnx.Module) -> jax.Array | None:
+    """The first array of a model; None if its arrays are abstract, or there are none."""
+    for array in jax.tree.leaves(nnx.state(model))[:1]:
+        if isinstance(array, jax.Array) and not isinstance(array, jax.core.Tracer):
+            return array
+    return None
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2), keep_unused=True)

@@ -15,10 +15,11 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from calm_jax import sharding
 from calm_jax.errors import CalmError
 from calm_jax.models.bridge import Bridge, add_bridges
 from calm_jax.models.cache import ComposedCache, DecoderCache, KeysValues
-from calm_jax.models.calling import call, make_on_mesh_of
+from calm_jax.models.calling import array_of, call, make_on_mesh_of
 from calm_jax.models.config import CompositionConfig, DecoderConfig, heads
 from calm_jax.models.connections import Connection, ConnectionPlan, plan_connections
 from calm_jax.models.cross_attention import BridgePass
@@ -33,7 +34,7 @@ from calm_jax.models.taps import Augment, Perturb
 
 def compose(
     anchor: Decoder,
-    augment_or_list: Decoder | Sequence[Decoder],
+    augment_or_list: Augment | Sequence[Augment],
     config_or_list: CompositionConfig | Sequence[CompositionConfig] | None = None,
     *,
     rngs: nnx.Rngs,
@@ -50,8 +51,8 @@ def compose(
         rngs: draws the bridge's initial values.
 
     Raises:
-        CalmError: a connection outside a model's layers, heads that do not divide the width, or
-            vocabularies that differ.
+        CalmError: a connection outside a model's layers, heads that do not divide the width,
+            vocabularies that differ, or models on different devices.
 
     >>> import jax.numpy as jnp
     >>> from flax import nnx
@@ -105,6 +106,7 @@ class ComposedDecoder(nnx.Module):
         for number, augment in enumerate(augments):
             theirs = getattr(augment, "vocabulary", None)
             check_vocabularies(anchor.vocabulary, "the anchor", theirs, f"augment {number}")
+            _check_devices(anchor, augment, f"augment {number}")
         self.execution = Execution()
         self.anchor = anchor
         self.augments = nnx.List(augments)
@@ -226,12 +228,10 @@ class ComposedDecoder(nnx.Module):
 
     def _init_bridge(self, rngs: nnx.Rngs) -> Bridge:
         """A new bridge, sharded on the anchor's mesh: it may be too large for one device."""
-        table = self.anchor.embedding.get_value()
-        sharding = None if isinstance(table, jax.core.Tracer) else getattr(table, "sharding", None)
-        on_mesh = isinstance(sharding, jax.sharding.NamedSharding)
+        mesh = sharding.mesh_holding(self.anchor.embedding.get_value())
         widths = tuple(augment.width for augment in self.augments)
         structure, init = _bridge_initialiser(
-            self.plan, self.configs, self.anchor.config, widths, sharding.mesh if on_mesh else None
+            self.plan, self.configs, self.anchor.config, widths, mesh
         )
         return structure.merge(init(rngs.params()))
 
@@ -364,6 +364,18 @@ def check_vocabularies(ours: Any, our_name: str, theirs: Any, their_name: str) -
         raise CalmError(
             f"the vocabularies differ: token {index} is {our_token!r} for {our_name} and "
             f"{their_token!r} for {their_name}"
+        )
+
+
+def _check_devices(anchor: Decoder, augment: Augment, name: str) -> None:
+    """Raises `CalmError` if both are committed to devices, and these are not the same."""
+    arrays = [array_of(model) for model in (anchor, augment)]
+    if any(array is None or not array.committed for array in arrays):
+        return
+    ours, theirs = (sorted(device.id for device in x.sharding.device_set) for x in arrays)
+    if ours != theirs:
+        raise CalmError(
+            f"the anchor is on devices {ours} and {name} on devices {theirs}; load them on one mesh"
         )
 
 

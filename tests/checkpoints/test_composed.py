@@ -148,6 +148,25 @@ def test_onto_a_mesh(run, composed):
     assert {x.sharding.mesh for x in jax.tree.leaves(nnx.state(loaded))} == {mesh}
 
 
+def test_onto_a_mesh_made_by_jax_itself(exported, models, composed):
+    """Its axes are of type Explicit, and fewer than ours."""
+    mesh = jax.make_mesh((4, 2), ("fsdp", "tensor"))
+    alone, lone = frozen.load(models / "anchor", mesh=mesh), composed.anchor
+    pair = load_composed(exported, mesh=mesh)
+    with jax.set_mesh(mesh):
+        under = alone(TOKENS)
+    for found, expected in ((alone(TOKENS), lone), (under, lone), (pair(TOKENS), composed)):
+        assert found.sharding.device_set == set(jax.devices())
+        np.testing.assert_allclose(found, expected(TOKENS), rtol=1e-4, atol=1e-4)
+
+
+def test_onto_the_mesh_of_the_anchor_that_is_given(exported, models, composed):
+    mesh = sharding.make_mesh({"fsdp": 4, "data": 2})
+    loaded = load_composed(exported, anchor=frozen.load(models / "anchor", mesh=mesh))
+    assert {x.sharding.mesh for x in jax.tree.leaves(nnx.state(loaded))} == {mesh}
+    np.testing.assert_allclose(loaded(TOKENS), composed(TOKENS), rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("kind", ["decoder", "folder"])
 def test_frozen_models_given(run, composed, models, tmp_path, kind):
     """They were moved: the recorded models are not asked for."""

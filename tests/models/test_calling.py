@@ -76,6 +76,13 @@ def test_attention_that_nobody_chose_suits_the_length(monkeypatch):
     assert chosen("xla", need, *[Inputs(jnp.ones((1, 9), jnp.int32)).filled()] * 2) == "xla"
 
 
+def test_the_default_device_may_be_named_by_its_platform():
+    model = tiny_models.decoder()
+    with jax.default_device("cpu"):
+        found = jax.jit(model.forward)(TOKENS)
+    np.testing.assert_array_equal(found, model(TOKENS))
+
+
 @pytest.mark.parametrize("config", [{"every": 1}, {"connections": ((0, 0), (1, 1), (2, 2))}])
 def test_noise_does_not_depend_on_how_layers_are_stacked(config):
     """Nor does anything else of the loss."""
