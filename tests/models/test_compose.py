@@ -253,11 +253,13 @@ def test_one_config_for_several_augments():
 
 def test_models_on_different_devices():
     anchor, augment = random_decoder(palm()), random_decoder(llama())
+    config = CompositionConfig(every=3)
     nnx.update(augment, jax.device_put(nnx.state(augment), jax.devices()[1]))
-    compose(anchor, augment, rngs=nnx.Rngs(0))  # arrays that nobody placed go where they are needed
+    # Arrays that nobody placed go where they are needed.
+    compose(anchor, augment, config, rngs=nnx.Rngs(0))
     nnx.update(anchor, jax.device_put(nnx.state(anchor), jax.devices()[0]))
     with pytest.raises(CalmError, match=r"on devices \[0\] and augment 0 on devices \[1\]; load"):
-        compose(anchor, augment, rngs=nnx.Rngs(0))
+        compose(anchor, augment, config, rngs=nnx.Rngs(0))
 
 
 def test_no_augment():
