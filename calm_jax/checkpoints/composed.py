@@ -104,7 +104,8 @@ def export_bridge(
         target: a folder that does not exist yet.
 
     Raises:
-        CalmError: `target` exists or cannot be written, or the run cannot be read.
+        CalmError: `target` exists or cannot be written, the run cannot be read, or the anchor has
+            a low-rank update and is from no frozen folder.
 
     See `load_composed` for an example.
     """
@@ -113,8 +114,13 @@ def export_bridge(
         composed = load_composed(run_or_composed, step=step)
     elif step is not None:
         raise CalmError(f"a composed model has no step {step} to choose")
+    update = lora_in(composed.anchor)
+    if update and composed.anchor.fingerprint is None:
+        raise CalmError(
+            "the anchor has a low-rank update and was never saved without it, so nobody could load "
+            "this bridge; before add_lora, save_frozen the anchor and load it"
+        )
     with whole_folder(target) as folder:
-        update = lora_in(composed.anchor.layers)
         save_tree(folder / "weights", Parts(composed).of(composed)[0])
         write_json(
             folder / "config.json",
@@ -208,6 +214,12 @@ def _untrained(values, anchor, augments, mesh, where: str) -> ComposedDecoder:
     given = [anchor, *(augments if augments is not None else [None] * count)]
     if len(given) - 1 != count:
         raise CalmError(f"{where} was trained with {count} augments, not {len(given) - 1}")
+    for entry, model in zip(values["frozen"], given, strict=True):
+        if isinstance(model, Decoder) and lora_in(model):
+            raise CalmError(
+                f"the {entry['role']} that is given has a low-rank update, but {where} was trained "
+                "with a frozen model; give that one"
+            )
     found = [
         _recorded(entry, where) if model is None else _described(model)
         for entry, model in zip(values["frozen"], given, strict=True)
@@ -221,7 +233,7 @@ def _untrained(values, anchor, augments, mesh, where: str) -> ComposedDecoder:
     if update:
         # An anchor that was given belongs to the caller and stays as it is.
         models[0] = nnx.merge(*nnx.split(models[0]))
-        add_lora(models[0].layers, update, nnx.Rngs(0))
+        add_lora(models[0], update, nnx.Rngs(0))
     return compose(models[0], models[1:], configs, rngs=nnx.Rngs(0))
 
 

@@ -346,7 +346,7 @@ def _weights(decoder: Decoder) -> Iterator[Weight]:
             f"weights are {decoder.config.weights}, rounded while they were loaded; the model is "
             "the folder that they came from"
         )
-    if lora_in(decoder.layers) is not None:
+    if lora_in(decoder) is not None:
         raise CalmError("the decoder has a low-rank update apart from its weights; merge it first")
     for path, array in jax.tree.leaves_with_path(module_tree(decoder)):
         name = path_name(path)

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from calm_jax.errors import CalmError
+from calm_jax.models.origin import Origin
 from calm_jax.models.quantized import SCALE
 
 A, B = "_lora_a", "_lora_b"
@@ -60,26 +61,27 @@ def lora_of(fields: Mapping[str, Any]) -> LoRAConfig | None:
     return LoRAConfig(fields["rank"], fields["alpha"] or None, tuple(fields["targets"]))
 
 
-def add_lora(layers: nnx.Module, config: LoRAConfig, rngs: nnx.Rngs) -> None:
-    """Adds an update with float32 factors to matrices of a decoder's `layers`, in place.
+def add_lora(decoder: nnx.Module, config: LoRAConfig, rngs: nnx.Rngs) -> None:
+    """Adds an update with float32 factors to matrices of a decoder's layers, in place.
 
     A is uniform as in the paper's code.
 
     Raises:
-        CalmError: the layers lack a target, or a matrix already has an update.
+        CalmError: the layers lack a target, or the decoder already has an update.
     """
+    if (before := lora_in(decoder)) is not None:
+        raise CalmError(f"the decoder already has a LoRA update, {before}; merge it first")
     matrices = {
         name: (module, param)
-        for _, module in nnx.iter_modules(layers)
+        for _, module in nnx.iter_modules(decoder.layers)
         for name, param in vars(module).items()
         if isinstance(param, nnx.Param) and param.has_metadata("summed")
     }
-    for name in config.targets or sorted(matrices):
+    for name in config.targets:
         if name not in matrices:
             raise CalmError(f"lora.targets names {name!r}; the layers have {sorted(matrices)}")
+    for name in config.targets or sorted(matrices):
         module, param = matrices[name]
-        if hasattr(module, name + A):
-            raise CalmError(f"{name} already has a LoRA update")
         axes, summed = param.get_metadata("axes"), param.get_metadata("summed")
         shape = param.get_value().shape
         stacked, size = shape[: len(shape) - len(axes)], shape[len(shape) - len(axes) :]
@@ -95,10 +97,10 @@ def add_lora(layers: nnx.Module, config: LoRAConfig, rngs: nnx.Rngs) -> None:
         module.lora_scale = config.scale
 
 
-def lora_in(layers: nnx.Module) -> LoRAConfig | None:
-    """The update of a decoder's `layers`; None if they have none."""
+def lora_in(decoder: nnx.Module) -> LoRAConfig | None:
+    """The update of a decoder; None if it has none."""
     names, ranks, scales = [], set(), set()
-    for _, module in nnx.iter_modules(layers):
+    for _, module in nnx.iter_modules(decoder.layers):
         for attribute, param in vars(module).items():
             if attribute.endswith(A):
                 names.append(attribute.removesuffix(A))
@@ -124,13 +126,17 @@ def lora_product(equation: str, x: jax.Array, module: nnx.Module, name: str) -> 
     return jnp.einsum(f"{kept}r,r{outputs}->{result}", low * module.lora_scale, b)
 
 
-def merge_lora(layers: nnx.Module) -> None:
-    """Adds every update of a decoder's `layers` to its matrix and removes it, in place.
+def merge_lora(decoder: nnx.Module) -> None:
+    """Adds a decoder's update, if any, to its matrices and removes it, in place.
+
+    What the decoder was loaded from is then another model: it keeps only the vocabulary.
 
     Raises:
         CalmError: a matrix is int8 and cannot hold the sum.
     """
-    for _, module in list(nnx.iter_modules(layers)):
+    if lora_in(decoder) is None:
+        return
+    for _, module in list(nnx.iter_modules(decoder.layers)):
         for attribute in [name for name in vars(module) if name.endswith(A)]:
             name = attribute.removesuffix(A)
             if hasattr(module, name + SCALE):
@@ -148,3 +154,4 @@ def merge_lora(layers: nnx.Module) -> None:
             delattr(module, name + B)
         if hasattr(module, "lora_scale"):
             del module.lora_scale
+    decoder.origin = Origin(decoder.vocabulary)

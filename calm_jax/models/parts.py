@@ -37,13 +37,20 @@ class Parts:
             "bridge".
 
     Raises:
-        CalmError: an unknown name, or a filter that matches no array.
+        CalmError: an unknown name, a filter that matches no array, or an augment with a low-rank
+            update.
     """
 
     def __init__(self, model: nnx.Module, trainable: Sequence[nnx.filterlib.Filter] | None = None):
         self.structure = Structure(model)
         self.names: Mapping[str, tuple[str, ...]] = model.part_paths
         variables = self.structure.variables()
+        for path, variable in variables.items():
+            if path[0] == "augments" and isinstance(variable, LoRAParam):
+                raise CalmError(
+                    f"augment {path[1]} has a low-rank update, which no gradient reaches; merge it "
+                    "into the augment (calm_jax.models.lora.merge_lora)"
+                )
 
         def matching(wanted: nnx.filterlib.Filter) -> set[tuple[str, ...]]:
             named = TRAINABLE.get(wanted, wanted) if isinstance(wanted, str) else wanted

@@ -61,7 +61,7 @@ def abstract_parts(config: ConfigDict, device: jax.Device) -> Parts:
 
     def make():
         first, *augments = _decoders(decoder_configs(config))
-        add_update(first.layers, config)
+        add_update(first, config)
         if config.kind != "composed":
             return first
         return compose(first, augments, composition_configs(config), rngs=nnx.Rngs(0))

@@ -356,7 +356,7 @@ class _Session:
         abstract, _ = self.parts.abstract()
         best = self.checkpoints.restore(step, abstract_like(abstract, self.shardings.trainable))
         decoder = self.parts.merge(best.trainable, self.model.frozen)
-        merge_lora(decoder.layers)
+        merge_lora(decoder)
         if processes.is_first():
             for stale in (self.run / "frozen_step.json", self.run / "frozen"):
                 if stale.exists():

@@ -169,11 +169,11 @@ def frozen_dtypes(config: ConfigDict) -> list[str | None]:
     return [config.anchor_dtype or None, *[config.augment_dtype or None] * len(config.augments)]
 
 
-def add_update(layers: nnx.Module, config: ConfigDict) -> None:
-    """Adds the low-rank update of a run, if any, to the layers of a decoder or anchor."""
+def add_update(decoder: Decoder, config: ConfigDict) -> None:
+    """Adds the low-rank update of a run, if any, to its decoder or anchor."""
     update = lora_of(config_keys.to_dict(config.lora))
     if update is not None:
-        add_lora(layers, update, nnx.Rngs(config.train.seed + 1))
+        add_lora(decoder, update, nnx.Rngs(config.train.seed + 1))
 
 
 def _decoder(config: ConfigDict, mesh) -> RunModel:
@@ -200,7 +200,7 @@ def _composed(config: ConfigDict, mesh) -> RunModel:
 
 def _split(model: Decoder | ComposedDecoder, config: ConfigDict, mesh) -> RunModel:
     """A loaded model with the run's update, split and sharded for training."""
-    add_update(model.anchor.layers, config)
+    add_update(model.anchor, config)
     set_execution(model, config, mesh.devices.flat[0])
     parts = Parts(model, config.train.trainable)
     trainable, frozen = parts.of(model)

@@ -92,7 +92,7 @@ def test_from_an_exported_bridge(exported, composed):
 
 def test_with_a_low_rank_update_of_the_anchor(composed, tmp_path):
     anchor, augments = nnx.clone(composed.anchor), composed.augments
-    add_lora(anchor.layers, LoRAConfig(rank=2, alpha=4.0, targets=("query", "up")), nnx.Rngs(0))
+    add_lora(anchor, LoRAConfig(rank=2, alpha=4.0, targets=("query", "up")), nnx.Rngs(0))
     factor = anchor.layers.mlp.up_lora_b
     factor.set_value(factor.get_value() + 0.1)
     pair = tiny_models.randomised(compose(anchor, augments, CONFIG, rngs=nnx.Rngs(4)))
@@ -106,6 +106,12 @@ def test_with_a_low_rank_update_of_the_anchor(composed, tmp_path):
     assert stored_bytes(given) == stored_bytes(composed.anchor)
     with pytest.raises(CalmError, match="has a low-rank update apart from its weights"):
         frozen.save_frozen(pair.anchor, tmp_path / "anchor")
+    with pytest.raises(CalmError, match=r"anchor that is given has a low-rank .*/bridge was train"):
+        load_composed(tmp_path / "bridge", anchor=pair.anchor)
+    pair.anchor.fingerprint = None
+    with pytest.raises(CalmError, match="update and was never saved without it, so nobody could"):
+        export_bridge(pair, tmp_path / "unsaved")
+    assert not (tmp_path / "unsaved").exists()
 
 
 def test_export_from_a_run(run, composed, tmp_path):
