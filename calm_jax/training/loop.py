@@ -30,7 +30,7 @@ from calm_jax.training.costs import tree_costs
 from calm_jax.training.finish import closing_lines, frozen_step, is_finished
 from calm_jax.training.fitting import check_held, compile_to_fit
 from calm_jax.training.flops import jaxpr_flops
-from calm_jax.training.loss import means
+from calm_jax.training.loss import as_numbers, means
 from calm_jax.training.preemption import Preemption
 from calm_jax.training.profiler import Profiler
 from calm_jax.training.progress import Progress, costs_table
@@ -304,16 +304,14 @@ class _Session:
         names = short if len(set(short)) == len(short) else [part.name for part in parts]
         sums = [self._sums(eval_step, trainable, part) for part in parts]
         totals = jax.tree.map(lambda *x: np.sum(x, axis=0), *sums)
-        scores = {key: float(value) for key, value in means(totals).items()}
+        scores = as_numbers(means(totals))
         if not math.isfinite(scores["loss"]):
             raise CalmError(
                 f"{what}: the validation loss is {scores['loss']}; nothing is saved. Lower "
                 "optimizer.learning_rate, or check the validation data"
             )
-        if not totals["sequences"]:
-            del scores["exact"]
         exact = {
-            f"exact/{name}": float(means(of_set)["exact"])
+            f"exact/{name}": float(of_set["exact"] / of_set["sequences"])
             for name, of_set in zip(names, sums, strict=True)
             if len(sums) > 1 and of_set["sequences"]
         }
@@ -329,10 +327,7 @@ class _Session:
             )
             for batch in batches_once(dataset, rows, **self.share)
         ]
-        totals = jax.tree.map(lambda *x: np.sum(x, axis=0), *sums)
-        if not part.arrays["prompt"].any():
-            totals |= {"exact": np.float32(0), "sequences": np.float32(0)}
-        return totals
+        return jax.tree.map(lambda *x: np.sum(x, axis=0), *sums)
 
     def _save(self, done: int, index: int, scores: dict[str, float] | None) -> None:
         state = {
@@ -372,7 +367,7 @@ class _Session:
 
 def _report(progress: Progress, step: int, metrics: dict[str, jax.Array], waited: float) -> None:
     """Fetches and shows a step's metrics; raises `CalmError` if one is not finite."""
-    values = {key: float(value) for key, value in jax.device_get(metrics).items()}
+    values = as_numbers(jax.device_get(metrics))
     for key in ("loss", "grad_norm", "parameter_norm"):
         if not math.isfinite(values[key]):
             raise CalmError(

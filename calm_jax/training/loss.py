@@ -33,9 +33,9 @@ def loss_sums(
 
     Returns:
         the sum of weighted cross-entropies in nats, float32; and float32 sums: that "loss", the
-        "weight" of all tokens, the weight of "correct" ones, the number of "sequences" with weight
-        and of "exact" ones (all their weighted tokens correct), and for a composed model
-        "connections" [connections, 2] (see `ComposedDecoder.perturbed`).
+        "weight" of all tokens, the weight of "correct" ones, the number of "sequences" with a
+        prompt and weight and of "exact" ones (all their weighted tokens correct), and for a
+        composed model "connections" [connections, 2] (see `ComposedDecoder.perturbed`).
     """
     inputs, targets_BT = Inputs.of_batch(batch), batch["decoder_target_tokens"]
     segments_BT = inputs.segments_BT
@@ -46,7 +46,9 @@ def loss_sums(
 
     x_BTD, connections = model.perturbed(inputs, perturb if noise else None)
     loss, right_BT = head_loss(model, x_BTD, targets_BT, weights_BT, loss_chunk)
-    exact, sequences = _sequences(segments_BT, weights_BT > 0, right_BT)
+    # The first token of a sequence has the mask of a prompt even if it is plain text.
+    prompt_BT = (inputs.prompt_mask_BT == 1) & (inputs.positions_BT > 0)
+    exact, sequences = _sequences(segments_BT, prompt_BT, weights_BT > 0, right_BT)
     sums: Sums = {
         "loss": loss,
         "weight": jnp.sum(weights_BT),
@@ -81,14 +83,16 @@ def noisy(x: jax.Array, segments_BT: jax.Array, key: jax.Array, noise: float) ->
 def means(sums: Sums) -> dict[str, jax.Array]:
     """Metrics of the sums of one batch or several, as float32 scalars.
 
-    They are "loss" (nats per token), "accuracy", "exact", "tokens" (their weight), and for each
-    connection "connection/k" (rms of the result of f_cross / rms of the stream it is added to).
+    They are "loss" (nats per token), "accuracy", "exact" (of "sequences", those with a prompt),
+    "tokens" (their weight), and for each connection "connection/k" (rms of the result of f_cross /
+    rms of the stream it is added to).
     """
     weight = jnp.where(sums["weight"] > 0, sums["weight"], 1.0)
     metrics = {
         "loss": sums["loss"] / weight,
         "accuracy": sums["correct"] / weight,
         "exact": sums["exact"] / jnp.maximum(sums["sequences"], 1.0),
+        "sequences": sums["sequences"],
         "tokens": sums["weight"],
     }
     for k, (result, stream) in enumerate(sums.get("connections", ())):
@@ -96,8 +100,16 @@ def means(sums: Sums) -> dict[str, jax.Array]:
     return metrics
 
 
-def _sequences(segments_BT, counted_BT, right_BT) -> tuple[jax.Array, jax.Array]:
-    """The numbers of segments with only right counted tokens, and with any counted token."""
+def as_numbers(metrics: Mapping[str, jax.Array]) -> dict[str, float]:
+    """What is reported of the metrics of `means`: no "exact" where no sequence has a prompt."""
+    numbers = {key: float(value) for key, value in metrics.items()}
+    if not numbers.pop("sequences"):
+        del numbers["exact"]
+    return numbers
+
+
+def _sequences(segments_BT, prompt_BT, counted_BT, right_BT) -> tuple[jax.Array, jax.Array]:
+    """The numbers of segments with a prompt: whose counted tokens are all right, and with any."""
     length = segments_BT.shape[1]
 
     # Row by row: a scatter over all rows would gather the whole batch on every device.
@@ -105,7 +117,8 @@ def _sequences(segments_BT, counted_BT, right_BT) -> tuple[jax.Array, jax.Array]
     def in_segments(segments_T, of_T):
         return jnp.zeros(length + 1, jnp.int32).at[segments_T].add(of_T.astype(jnp.int32))
 
-    counted_BS = in_segments(segments_BT, counted_BT)
+    asked_BS, counted_BS = (in_segments(segments_BT, of) > 0 for of in (prompt_BT, counted_BT))
+    asked_BS &= counted_BS
     wrong_BS = in_segments(segments_BT, counted_BT & ~right_BT)
-    exact = jnp.sum((counted_BS > 0) & (wrong_BS == 0)).astype(jnp.float32)
-    return exact, jnp.sum(counted_BS > 0).astype(jnp.float32)
+    exact = jnp.sum(asked_BS & (wrong_BS == 0)).astype(jnp.float32)
+    return exact, jnp.sum(asked_BS).astype(jnp.float32)

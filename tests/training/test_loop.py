@@ -278,9 +278,13 @@ def test_plain_text_has_no_exactness(decoder_run, tmp_path):
     config = decoder_run.config.copy_and_resolve_references()
     config.data.validation = ({"jsonl": str(path)},)
     config.train.num_steps = 1
-    (text,) = records(loop.train(config, tmp_path / "text"), "validation").values()
-    assert {"loss", "accuracy"} <= text.keys() and not any("exact" in key for key in text)
-    config.data.validation += config.data.train
+    config.data.train, train = config.data.validation, config.data.train
+    run = loop.train(config, tmp_path / "text")
+    for split in ("train", "validation"):
+        (text,) = records(run, split).values()
+        assert {"loss", "accuracy"} <= text.keys() and not any("exact" in key for key in text)
+    config.data.train = train
+    config.data.validation += train
     (both,) = records(loop.train(config, tmp_path / "both"), "validation").values()
     assert [key for key in both if "exact/" in key] == ["exact/data"] and both["exact"] == 0
 

@@ -7,9 +7,11 @@ import pytest
 import tiny_models
 from flax import nnx
 
+from calm_jax.data.dataset import Dataset, TaskRows
+from calm_jax.data.rows import Sequences
 from calm_jax.models import Inputs
 from calm_jax.training import loss as loss_module
-from calm_jax.training.loss import means, noisy
+from calm_jax.training.loss import as_numbers, means, noisy
 
 
 def loss_sums(model, *inputs):
@@ -25,10 +27,12 @@ def independent_sums(logits_BTV, batch):
     """Sums by loops over tokens, in float64."""
     sums = dict.fromkeys(("loss", "weight", "correct", "exact", "sequences"), 0.0)
     for row in range(len(logits_BTV)):
-        right_of = {}
+        right_of, asked = {}, set()
         for t in range(logits_BTV.shape[1]):
             segment = batch["decoder_segment_ids"][row, t]
             weight = batch["decoder_loss_weights"][row, t]
+            if batch["decoder_causal_attention"][row, t] and batch["decoder_positions"][row, t]:
+                asked.add(segment)
             if segment == 0 or weight == 0:
                 continue
             logits, target = logits_BTV[row, t], batch["decoder_target_tokens"][row, t]
@@ -38,8 +42,8 @@ def independent_sums(logits_BTV, batch):
             sums["weight"] += weight
             sums["correct"] += weight * right
             right_of.setdefault(segment, []).append(right)
-        sums["sequences"] += len(right_of)
-        sums["exact"] += sum(all(rights) for rights in right_of.values())
+        sums["sequences"] += len(asked & right_of.keys())
+        sums["exact"] += sum(all(right_of[segment]) for segment in asked & right_of.keys())
     return sums
 
 
@@ -63,7 +67,7 @@ def test_sums_are_those_of_a_loop_over_tokens(make, packed):
     loss, sums = loss_sums(model, batch)
 
     expected = independent_sums(logits_BTV, batch)
-    assert 2 <= expected["exact"] < expected["sequences"]
+    assert 0 < expected["exact"] < expected["sequences"]
     assert expected["correct"] < expected["weight"]
     for key, value in expected.items():
         np.testing.assert_allclose(sums[key], value, rtol=2e-5, err_msg=key)
@@ -100,11 +104,30 @@ def test_means_divide_what_batches_add_up_to():
             "loss": 7 / 4,
             "accuracy": 3 / 4,
             "exact": 1 / 5,
+            "sequences": 5,
             "tokens": 4,
             "connection/0": 0.5,
             "connection/1": 3.0,
         }
     )
+
+
+@pytest.mark.parametrize("pack", [False, True])
+def test_only_what_has_a_prompt_can_be_exact(pack):
+    """Of four rightly predicted sequences two are plain text, in rows as they are cached."""
+    model = tiny_models.decoder()
+    sequences = Sequences.of([[3, 4], [], [5], []], [[6], [7, 8, 9], [10, 11], [12]], [1])
+    rows = sequences.rows(12, pack)
+    part = TaskRows("mixed", 1.0, False, rows)
+    batch = Dataset((part,), 12).batch(np.arange(len(part)))
+    batch["decoder_target_tokens"] = logits_of(model, batch).argmax(-1).astype(np.int32)
+    sums = loss_sums(model, batch)[1]
+    assert (sums["exact"], sums["sequences"], sums["weight"]) == (2, 2, 7)
+    assert as_numbers(means(sums)) == {"loss": sums["loss"] / 7} | {
+        "accuracy": 1, "exact": 1, "tokens": 7}  # fmt: skip
+    batch["decoder_causal_attention"] = (batch["decoder_positions"] == 0).astype(np.int32)
+    text = as_numbers(means(loss_sums(model, batch)[1]))
+    assert text.keys() == {"loss", "accuracy", "tokens"}
 
 
 def test_means_of_nothing_are_zero():
