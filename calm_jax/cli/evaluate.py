@@ -14,6 +14,7 @@ USAGE = """Scores a model by exact match and writes every prediction.
   calm evaluate --workdir=runs/mine --parts
   calm evaluate --workdir=runs/kv/composed [--step=2000] [--limit=100]
   calm evaluate --model=models/anchor --tasks=test.jsonl [--output=scores/anchor]
+  calm evaluate --model=models/anchor --tasks=test.parquet --columns=inputs:question,targets:answer
 
 WORKDIR is a run of `calm train`. Tasks and lengths are those of its config unless flags say
 otherwise: evaluate.tasks (where it is empty, the files of data.validation), evaluate.limit and
@@ -34,6 +35,9 @@ def _define(values: flags.FlagValues) -> None:
     models.define(values)
     flags.DEFINE_list(
         "tasks", None, "Tasks or files of JSON lines, separated by commas", flag_values=values
+    )
+    flags.DEFINE_list(
+        "columns", None, "FIELD:COLUMN of the files, separated by commas", flag_values=values
     )
     flags.DEFINE_integer(
         "limit", None, "examples of each task at most, 0 for all", lower_bound=0, flag_values=values
@@ -72,6 +76,15 @@ def _load_config(values: flags.FlagValues) -> ConfigDict:
     return ConfigDict(used)
 
 
+def _columns(given: list[str] | None) -> dict[str, str]:
+    """The flag --columns as a map from fields to columns."""
+    pairs = [text.partition(":")[::2] for text in given or ()]
+    for field, column in pairs:
+        if not field or not column:
+            raise CalmError(f"--columns={','.join(given)} is not FIELD:COLUMN,FIELD:COLUMN")
+    return dict(pairs)
+
+
 def main(argv: list[str]) -> int:
     """Runs the command; `argv` is what follows its name."""
     given = models.mesh_as_config(argv)
@@ -91,6 +104,7 @@ def main(argv: list[str]) -> int:
         tasks=settings.evaluate.tasks,
         limit=settings.evaluate.limit,
         max_new_tokens=settings.evaluate.max_new_tokens,
+        columns=_columns(values.columns),
         mesh=settings.mesh.to_dict(),
         parts=values.parts,
         output=output,

@@ -12,6 +12,8 @@ the prompt. A turn with `"weight": 0` is read but not trained on. The chat templ
 vocabulary writes them, if it has one (`chat.turns`), with the record's `tools` and
 `chat_template_kwargs`; else each message is `role: content` and a line break, and the prompt ends
 with `assistant: `. Content may be a list of parts, as OpenAI's: `[{"type": "text", "text": "…"}]`.
+`prompt` and `completion` may be the two parts of a chat, as TRL's: lists of messages, of which the
+turns in the completion are trained on.
 
 Fields that are null count as absent. Fields that do not affect training are ignored.
 """
@@ -46,7 +48,7 @@ def examples(record: Any, vocabulary: Vocabulary | None = None) -> Iterator[dict
     templated = vocabulary is not None and vocabulary.chat_template is not None
     if not isinstance(record, Mapping):
         raise CalmError(f"not a JSON object but {type(record).__name__}")
-    record = {key: value for key, value in record.items() if value is not None}
+    record = _joined({key: value for key, value in record.items() if value is not None})
     form = _form(record)
     is_turn = templated and form[0] == "messages"
     if form[0] == "messages":
@@ -58,6 +60,20 @@ def examples(record: Any, vocabulary: Vocabulary | None = None) -> Iterator[dict
     for inputs, targets in pairs:
         example = {"inputs": inputs, "targets": targets}
         yield {**example, "is_turn": is_turn} if templated else example
+
+
+def _joined(record: dict[str, Any]) -> dict[str, Any]:
+    """The record with `messages` in place of a prompt and a completion that are messages."""
+    parts = [record.get(key) for key in _FORMS[-1]]
+    if "messages" in record or not all(isinstance(part, list) for part in parts):
+        return record
+    read = [{**m, "weight": 0} if _is_assistant(m) else m for m in parts[0]]
+    rest = {key: value for key, value in record.items() if key not in _FORMS[-1]}
+    return {"messages": read + parts[1], **rest}
+
+
+def _is_assistant(message: Any) -> bool:
+    return isinstance(message, dict) and message.get("role") == "assistant"
 
 
 def _form(record: Mapping[str, Any]) -> tuple[str, ...]:

@@ -50,6 +50,7 @@ def evaluate(
     tasks: Sequence[str] | None = None,
     limit: int | None = None,
     max_new_tokens: int | None = None,
+    columns: Mapping[str, str] | None = None,
     mesh: Mapping[str, int] | None = None,
     batch_size: int = BATCH_SIZE,
     parts: bool = False,
@@ -73,6 +74,8 @@ def evaluate(
         limit: examples of each task at most, 0 for all; default: the run's `evaluate.limit`, or 0.
         max_new_tokens: length of an answer at most, in tokens; default: the run's
             `evaluate.max_new_tokens`, or 32.
+        columns: of the files, as in an entry of `config.data`: {"inputs": "question", …}; default:
+            those of the run's validation data.
         mesh: sizes of the mesh axes, as in a run's config; default: the first device alone.
         batch_size: prompts answered at once.
         parts: also scores the anchor and each augment of a composed model alone.
@@ -99,7 +102,7 @@ def evaluate(
     output = absolute(output) if output else evaluation_folder(folder)
     _check_tasks(settings["tasks"], folder, output)
     step = _step(folder, config, step)
-    entries = {task: _entry(task, config) for task in settings["tasks"]}
+    entries = {task: _entry(task, config, columns) for task in settings["tasks"]}
     scored = {
         "step": step,
         "fingerprint": config.get("fingerprint"),
@@ -170,8 +173,12 @@ def validation_files(config: Mapping[str, Any]) -> list[str]:
     return list(filter(None, map(files_of, config.get("data", {}).get("validation", ()))))
 
 
-def _entry(task: str, config: Mapping[str, Any]) -> Mapping[str, Any]:
+def _entry(
+    task: str, config: Mapping[str, Any], columns: Mapping[str, str] | None
+) -> Mapping[str, Any]:
     """What a name stands for: files that the run validates on are read as it reads them."""
+    if columns:
+        return {**named_entry(task), "columns": dict(columns)}
     entries = config.get("data", {}).get("validation", ())
     return next((entry for entry in entries if files_of(entry) == task), None) or named_entry(task)
 

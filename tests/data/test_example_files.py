@@ -49,6 +49,7 @@ def test_the_forms_of_a_record(tmp_path):
         {"messages": CHAT},
         {"messages": in_parts, "tools": [], "chat_template_kwargs": {}},
         {"messages": weighed},
+        {"prompt": CHAT[:3], "completion": CHAT[3:]},
         "",
         "  ",
     )
@@ -58,6 +59,7 @@ def test_the_forms_of_a_record(tmp_path):
         {"inputs": "a", "targets": "b"},
         *TURNS,
         *TURNS,
+        TURNS[1],
         TURNS[1],
     ]
 
@@ -82,6 +84,11 @@ BAD_LINES = {
     '{"inputs": 1, "targets": "a"}': '"inputs" is not a string but int',
     '{"text": ""}': '"text" is empty',
     '{"prompt": "a"}': 'lacks "completion"',
+    json.dumps({"prompt": CHAT, "completion": "b"}): '"prompt" is not a string but list',
+    json.dumps({"prompt": CHAT, "completion": []}): "no turn of the assistant with a weight",
+    json.dumps(
+        {"prompt": CHAT, "completion": CHAT, "messages": CHAT}
+    ): '"messages" beside "prompt"',
     '{"a": "b"}': "has a",
     '{"messages": "a"}': '"messages" is not a list',
     '{"messages": [{"role": "user", "content": "a"}]}': "no turn of the assistant",

@@ -271,6 +271,11 @@ def test_frozen_folder_is_scored(decoder_run, ask, tmp_path, capsys):
         (["--model=RUN/frozen", f"--tasks={MATH}", "--step=3"], "which has no checkpoints"),
         (["--model=RUN/frozen", f"--tasks={MATH}", "--parts"], "has no parts to score"),
         (["--workdir=RUN", "--limit=-1"], "limit"),
+        (["--model=RUN/frozen", "--tasks=a.jsonl", "--columns=a"], "is not FIELD:COLUMN"),
+        (
+            ["--model=RUN/frozen", f"--tasks={MATH}", "--columns=inputs:a"],
+            "does not apply to 'task'",
+        ),
     ],
 )
 def test_flags_that_do_not_fit(decoder_run, flags, message):
@@ -325,6 +330,13 @@ def test_a_file_of_json_lines_is_asked(decoder_run, tmp_path, capsys, caplog):
     write(answered[0], {"text": "a whole text"}, *answered[1:])
     assert runner.evaluate(folder, tasks=[str(file)])[str(file)]["count"] == 3
     assert "held out.jsonl: 1 of 4 have no prompt to answer" in caplog.text
+    write(*({"question": e["inputs"], "label": e["targets"], "text": "other"} for e in answered))
+    flags = [f"--model={folder / 'frozen'}", f"--tasks={file}", f"--output={tmp_path}"]
+    assert command.main([*flags, "--columns=inputs:question,targets:label"]) == 0
+    asked = predictions_file(tmp_path, str(file)).read_text().splitlines()
+    assert [json.loads(line)["inputs"] for line in asked] == [e["inputs"] for e in answered]
+    with pytest.raises(CalmError, match='lacks "answer", which "columns" names'):
+        command.main([*flags, "--columns=inputs:question,targets:answer"])
 
     config = json.loads((folder / "config.json").read_text())
     config["data"]["validation"] = [{"jsonl": str(file)}, {"task": "another"}]
