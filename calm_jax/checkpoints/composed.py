@@ -104,8 +104,8 @@ def export_bridge(
         target: a folder that does not exist yet.
 
     Raises:
-        CalmError: `target` exists or cannot be written, the run cannot be read, or the anchor has
-            a low-rank update and is from no frozen folder.
+        CalmError: `target` exists or cannot be written, the run cannot be read, the anchor
+            has a low-rank update and is from no frozen folder, or an augment is no decoder.
 
     See `load_composed` for an example.
     """
@@ -166,9 +166,12 @@ def load_frozen_models(
 def identities(composed: ComposedDecoder) -> list[dict[str, Any]]:
     """Role, folder, dtype it was cast to and fingerprint of each frozen model, the anchor first.
 
-    The folder's key is "place", as in all runs and exported bridges.
+    The folder's key is "place", as in all runs and exported bridges. Raises `CalmError` for an
+    augment that is no decoder.
     """
     roles = ["anchor", *(f"augment {k}" for k in range(len(composed.augments)))]
+    for role, model in zip(roles, composed.models, strict=True):
+        _check_decoder(role, model)
     return [
         {
             "role": role,
@@ -176,7 +179,7 @@ def identities(composed: ComposedDecoder) -> list[dict[str, Any]]:
             "dtype": model.loaded_dtype,
             "fingerprint": frozen.model_fingerprint(model),
         }
-        for role, model in zip(roles, [composed.anchor, *composed.augments], strict=True)
+        for role, model in zip(roles, composed.models, strict=True)
     ]
 
 
@@ -215,6 +218,7 @@ def _untrained(values, anchor, augments, mesh, where: str) -> ComposedDecoder:
     if len(given) - 1 != count:
         raise CalmError(f"{where} was trained with {count} augments, not {len(given) - 1}")
     for entry, model in zip(values["frozen"], given, strict=True):
+        _check_decoder(entry["role"], model)
         if isinstance(model, Decoder) and lora_in(model):
             raise CalmError(
                 f"the {entry['role']} that is given has a low-rank update, but {where} was trained "
@@ -235,6 +239,15 @@ def _untrained(values, anchor, augments, mesh, where: str) -> ComposedDecoder:
         models[0] = nnx.merge(*nnx.split(models[0]))
         add_lora(models[0], update, nnx.Rngs(0))
     return compose(models[0], models[1:], configs, rngs=nnx.Rngs(0))
+
+
+def _check_decoder(role: str, model: Any) -> None:
+    """Raises `CalmError` for a model that is no decoder; `model` may be a folder or None."""
+    if isinstance(model, nnx.Module) and not isinstance(model, Decoder):
+        raise CalmError(
+            f"{role} is a {type(model).__name__}, not a Decoder, which alone has a frozen folder "
+            "to be known by"
+        )
 
 
 def _recorded(entry: Mapping[str, Any], where: str) -> frozen.Description:

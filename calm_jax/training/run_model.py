@@ -132,8 +132,9 @@ def set_execution(model: Decoder | ComposedDecoder, config: ConfigDict, device: 
     anchor.execution = execution(Need.of_decoder("the anchor", anchor.config), config.train.remat)
     # No gradient flows through an augment, so there is nothing to rematerialise.
     for number, augment in enumerate(model.augments):
-        need = Need.of_decoder(f"augment {number}", augment.config)
-        augment.execution = execution(need, "none")
+        if isinstance(augment, Decoder):
+            need = Need.of_decoder(f"augment {number}", augment.config)
+            augment.execution = execution(need, "none")
     # All connections share one backend; "chunked" meets every need.
     needs = [Need.of_bridge(composition, anchor.config) for composition in model.configs]
     chosen = {execution(need, config.train.remat) for need in needs}
