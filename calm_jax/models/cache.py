@@ -1,9 +1,11 @@
 """Caches of the keys and values of earlier tokens.
 
 A cache is a pytree: a forward pass takes one and returns an updated one. A row has S slots; slot s
-holds the row's s-th token, padding not counted. A slot of segment 0 is empty.
+holds the row's s-th token, padding not counted. What lies behind a row's length is never seen,
+since no query sees a slot after its own: a row is cut back by setting its length.
 
-Axes: B batch, T new token, S slot, L layer, K key heads, H head width.
+Axes: B batch, P rows of the inputs, T new token, S slot, R slots that are read, L layer,
+K key heads, H head width.
 """
 
 import dataclasses
@@ -13,69 +15,32 @@ import jax
 import jax.numpy as jnp
 
 from calm_jax import sharding
+from calm_jax.errors import CalmError
 from calm_jax.models.inputs import Inputs
 
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class KeysValues:
-    """Keys and values of stacked layers.
-
-    Attributes:
-        keys_LBSKH, values_LBSKH: [L, B, S, K, H] in one dtype; keys are rotated.
-    """
-
-    keys_LBSKH: jax.Array
-    values_LBSKH: jax.Array
-
-    @classmethod
-    def empty(
-        cls, layers: int, batch: int, slots: int, heads: int, head_dim: int, dtype: Any
-    ) -> "KeysValues":
-        """Zeros, sharded by the rules if there is a mesh."""
-        shape = (layers, batch, slots, heads, head_dim)
-        return cls(*(_sharded(jnp.zeros(shape, dtype)) for _ in range(2)))
-
-    def write(
-        self, layer: jax.Array | int, slots_BT: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array
-    ) -> "KeysValues":
-        """A copy with the keys and values [B, T, K, H] of one layer at slots int32 [B, T].
-
-        Tokens with a slot of S or more are dropped.
-        """
-
-        # Row by row: a scatter over all rows would gather the whole batch on every device.
-        def put(x_LSKH, new_TKH, slots_T):
-            return x_LSKH.at[layer, slots_T].set(new_TKH.astype(x_LSKH.dtype), mode="drop")
-
-        put = jax.vmap(put, in_axes=(1, 0, 0), out_axes=1)
-        return KeysValues(
-            _sharded(put(self.keys_LBSKH, k_BTKH, slots_BT)),
-            _sharded(put(self.values_LBSKH, v_BTKH, slots_BT)),
-        )
-
-    def of_layer(self, layer: jax.Array | int, dtype: Any) -> tuple[jax.Array, jax.Array]:
-        """Keys and values [B, S, K, H] of one layer, in `dtype`."""
-        return tuple(
-            jax.lax.dynamic_index_in_dim(x, layer, keepdims=False).astype(dtype)
-            for x in (self.keys_LBSKH, self.values_LBSKH)
-        )
+INT8_MAX = 127.0
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Slots:
-    """The tokens in the slots of a cache.
+    """The tokens in the slots of a cache, and which of them a forward pass uses.
 
     Attributes:
         segments_BS: int32 [B, S], the segment of the token in each slot; 0: empty.
         prompt_mask_BS: int32 [B, S], 1 where the token belongs to the prompt.
         length_B: int32 [B], number of tokens in each row.
+        rows_P: int32 [P], the rows that the inputs belong to; a row of B or more is dropped. None:
+            all, in order.
+        read: number of slots R that are read, from the first; None: all. It must cover the new
+            tokens.
     """
 
     segments_BS: jax.Array
     prompt_mask_BS: jax.Array
     length_B: jax.Array
+    rows_P: jax.Array | None = None
+    read: int | None = dataclasses.field(default=None, metadata={"static": True})
 
     @classmethod
     def empty(cls, batch: int, slots: int) -> "Slots":
@@ -83,30 +48,184 @@ class Slots:
         zeros_BS = sharding.constrain(jnp.zeros((batch, slots), jnp.int32), "batch", "cache_length")
         return cls(zeros_BS, zeros_BS, sharding.constrain(jnp.zeros(batch, jnp.int32), "batch"))
 
+    @property
+    def length_P(self) -> jax.Array:
+        """int32 [P], number of tokens in each row that the inputs belong to."""
+        return self.length_B if self.rows_P is None else self.length_B[self.rows_P]
+
     def slots_of(self, inputs: Inputs) -> jax.Array:
-        """The slots of new `filled` inputs, int32 [B, T]; S for padding."""
+        """The slots of new `filled` inputs, int32 [P, T]; S for padding."""
         return jnp.where(inputs.segments_BT != 0, inputs.order_BT, self.segments_BS.shape[1])
 
     def write(self, inputs: Inputs) -> "Slots":
-        """A copy with the tokens of `filled` inputs [B, T]."""
-        slots_BT = self.slots_of(inputs)
+        """A copy with the tokens of `filled` inputs [P, T]."""
+        slots_PT = self.slots_of(inputs)
 
-        @jax.vmap
-        def put(x_S, slots_T, new_T):
-            return x_S.at[slots_T].set(new_T, mode="drop")
+        def put(x_BS, new_PT):
+            if self.rows_P is not None:
+                return x_BS.at[self.rows_P[:, None], slots_PT].set(new_PT, mode="drop")
+            return jax.vmap(lambda x_S, *new: x_S.at[new[0]].set(new[1], mode="drop"))(
+                x_BS, slots_PT, new_PT
+            )
 
         prompt_mask_BS = self.prompt_mask_BS
         if inputs.prompt_mask_BT is not None:
-            prompt_mask_BS = put(prompt_mask_BS, slots_BT, inputs.prompt_mask_BT)
-        return Slots(
-            put(self.segments_BS, slots_BT, inputs.segments_BT),
-            prompt_mask_BS,
-            self.length_B + jnp.sum(inputs.segments_BT != 0, axis=1, dtype=jnp.int32),
+            prompt_mask_BS = put(prompt_mask_BS, inputs.prompt_mask_BT)
+        new_P = jnp.sum(inputs.segments_BT != 0, axis=1, dtype=jnp.int32)
+        length_B = self.length_B
+        if self.rows_P is None:
+            length_B += new_P
+        else:
+            length_B = length_B.at[self.rows_P].add(new_P, mode="drop")
+        return dataclasses.replace(
+            self,
+            segments_BS=put(self.segments_BS, inputs.segments_BT),
+            prompt_mask_BS=prompt_mask_BS,
+            length_B=length_B,
         )
 
+    def with_copy(self, source: jax.Array, target: jax.Array, count: int) -> "Slots":
+        """A copy whose row `target` has the first `count` slots of row `source`; same lengths."""
+        segments_BS, prompt_mask_BS = (
+            x_BS.at[target, :count].set(x_BS[source, :count])
+            for x_BS in (self.segments_BS, self.prompt_mask_BS)
+        )
+        return dataclasses.replace(self, segments_BS=segments_BS, prompt_mask_BS=prompt_mask_BS)
+
     def keys(self) -> Inputs:
-        """The slots as keys [B, S], ordered by slot number."""
-        return Inputs(segments_BT=self.segments_BS, prompt_mask_BT=self.prompt_mask_BS)
+        """The slots that are read, as keys [P, R] ordered by slot number."""
+        rows_P = slice(None) if self.rows_P is None else self.rows_P
+        segments_PR, mask_PR = (
+            x_BS[:, : self.read][rows_P] for x_BS in (self.segments_BS, self.prompt_mask_BS)
+        )
+        return Inputs(segments_BT=segments_PR, prompt_mask_BT=mask_PR)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Vectors:
+    """A vector for each of stacked layers, row, key head and slot.
+
+    Attributes:
+        values_LBKSH: [L, B, K, S, H], in a float dtype or int8.
+        scales_LBKS: float32 [L, B, K, S], the factor of int8 values; None for a float dtype.
+    """
+
+    values_LBKSH: jax.Array
+    scales_LBKS: jax.Array | None = None
+
+    @classmethod
+    def empty(
+        cls, layers: int, batch: int, heads: int, slots: int, head_dim: int, dtype: Any
+    ) -> "Vectors":
+        """Zeros, sharded by the rules if there is a mesh."""
+        shape = (layers, batch, heads, slots, head_dim)
+        scales_LBKS = None
+        if jnp.dtype(dtype) == jnp.int8:
+            scales_LBKS = _sharded(jnp.zeros(shape[:-1], jnp.float32))
+        return cls(_sharded(jnp.zeros(shape, dtype)), scales_LBKS)
+
+    def write(
+        self, layer: jax.Array | int, slots: Slots, slots_PT: jax.Array, new_PTKH: jax.Array
+    ) -> "Vectors":
+        """A copy with vectors [P, T, K, H] of one layer at slots int32 [P, T].
+
+        Tokens with a slot of S or more are dropped.
+        """
+
+        def put(x_LBKS, new_PTK):
+            new_PTK = new_PTK.astype(x_LBKS.dtype)
+            if slots.rows_P is not None:
+                index = (layer, slots.rows_P[:, None], slice(None), slots_PT)
+                return _sharded(x_LBKS.at[index].set(new_PTK, mode="drop"))
+
+            # Row by row: a scatter over all rows would gather the whole batch on every device.
+            def put_row(x_LKS, new_TK, slots_T):
+                return x_LKS.at[layer, :, slots_T].set(new_TK, mode="drop")
+
+            return _sharded(jax.vmap(put_row, (1, 0, 0), 1)(x_LBKS, new_PTK, slots_PT))
+
+        if self.scales_LBKS is None:
+            return Vectors(put(self.values_LBKSH, new_PTKH))
+        new_PTKH = new_PTKH.astype(jnp.float32)
+        scales_PTK = jnp.max(jnp.abs(new_PTKH), axis=-1) / INT8_MAX
+        scaled_PTKH = new_PTKH / jnp.maximum(scales_PTK, jnp.finfo(jnp.float32).tiny)[..., None]
+        return Vectors(
+            put(self.values_LBKSH, jnp.round(scaled_PTKH)), put(self.scales_LBKS, scales_PTK)
+        )
+
+    def with_copy(self, source: jax.Array, target: jax.Array, count: int) -> "Vectors":
+        """A copy whose row `target` has the first `count` slots of row `source`."""
+        return jax.tree.map(
+            lambda x: x.at[:, target, :, :count].set(x[:, source, :, :count]), self
+        )
+
+    def read(self, layer: jax.Array | int, slots: Slots, dtype: Any) -> jax.Array:
+        """The vectors of one layer that are read, [P, R, K, H] in `dtype`."""
+
+        def get(x_LBKS):
+            _, B, K, S, *width = x_LBKS.shape
+            R = S if slots.read is None else slots.read
+            zeros = (0,) * (2 + len(width))
+
+            def of_rows(row, count):
+                part = jax.lax.dynamic_slice(
+                    x_LBKS, (layer, row, *zeros), (1, count, K, R, *width)
+                )
+                return part[0]
+
+            if slots.rows_P is None:
+                return of_rows(0, B)
+            return jax.vmap(lambda row: of_rows(row, 1)[0])(slots.rows_P)
+
+        x_PKRH = get(self.values_LBKSH).astype(dtype)
+        if self.scales_LBKS is not None:
+            x_PKRH *= get(self.scales_LBKS)[..., None].astype(dtype)
+        return jnp.swapaxes(x_PKRH, 1, 2)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class KeysValues:
+    """Rotated keys and values of stacked layers."""
+
+    keys: Vectors
+    values: Vectors
+
+    @classmethod
+    def empty(
+        cls, layers: int, batch: int, heads: int, slots: int, head_dim: int, dtype: Any
+    ) -> "KeysValues":
+        """Zeros, sharded by the rules if there is a mesh."""
+        return cls(
+            *(Vectors.empty(layers, batch, heads, slots, head_dim, dtype) for _ in range(2))
+        )
+
+    def write(
+        self,
+        layer: jax.Array | int,
+        slots: Slots,
+        slots_PT: jax.Array,
+        k_PTKH: jax.Array,
+        v_PTKH: jax.Array,
+    ) -> "KeysValues":
+        """A copy with keys and values [P, T, K, H] of one layer at slots int32 [P, T]."""
+        return KeysValues(
+            self.keys.write(layer, slots, slots_PT, k_PTKH),
+            self.values.write(layer, slots, slots_PT, v_PTKH),
+        )
+
+    def with_copy(self, source: jax.Array, target: jax.Array, count: int) -> "KeysValues":
+        """A copy whose row `target` has the first `count` slots of row `source`."""
+        return KeysValues(*(x.with_copy(source, target, count) for x in (self.keys, self.values)))
+
+    def read(self, layer: jax.Array | int, slots: Slots, dtype: Any) -> tuple[jax.Array, jax.Array]:
+        """Keys and values of one layer that are read, [P, R, K, H] each in `dtype`."""
+        return self.keys.read(layer, slots, dtype), self.values.read(layer, slots, dtype)
+
+
+# Of stacked layers, or of layers that are not stacked: each L = 1.
+LayerCaches = KeysValues | tuple[KeysValues, ...]
 
 
 @jax.tree_util.register_dataclass
@@ -114,8 +233,25 @@ class Slots:
 class DecoderCache:
     """The cache of a decoder, or of an augment's layers up to its last tap."""
 
-    layers: KeysValues
+    layers: LayerCaches
     slots: Slots
+
+    def using(self, rows_P: jax.Array | None = None, read: int | None = None) -> "DecoderCache":
+        """A copy whose next inputs belong to rows int32 [P] and read the first `read` slots."""
+        return dataclasses.replace(
+            self, slots=dataclasses.replace(self.slots, rows_P=rows_P, read=read)
+        )
+
+    def with_length(self, length_B: jax.Array) -> "DecoderCache":
+        """A copy whose rows end after `length_B` tokens, int32 [B]."""
+        return dataclasses.replace(self, slots=dataclasses.replace(self.slots, length_B=length_B))
+
+    def with_copy(self, source: jax.Array, target: jax.Array, count: int) -> "DecoderCache":
+        """A copy whose row `target` has the first `count` slots of row `source`; same lengths."""
+        layers, several = self.layers, isinstance(self.layers, tuple)
+        copies = [x.with_copy(source, target, count) for x in (layers if several else [layers])]
+        layers = tuple(copies) if several else copies[0]
+        return DecoderCache(layers, self.slots.with_copy(source, target, count))
 
 
 @jax.tree_util.register_dataclass
@@ -134,6 +270,43 @@ class ComposedCache:
     augments: tuple[Any, ...]
     bridge: tuple[tuple[KeysValues, ...], ...]
 
+    @property
+    def slots(self) -> Slots:
+        return self.anchor.slots
 
-def _sharded(x_LBSKH: jax.Array) -> jax.Array:
-    return sharding.constrain(x_LBSKH, "layers", "batch", "cache_length", "kv_heads", "head_dim")
+    def using(self, rows_P: jax.Array | None = None, read: int | None = None) -> "ComposedCache":
+        """As `DecoderCache.using`."""
+        return self._mapped(lambda cache: cache.using(rows_P, read))
+
+    def with_length(self, length_B: jax.Array) -> "ComposedCache":
+        """As `DecoderCache.with_length`."""
+        return self._mapped(lambda cache: cache.with_length(length_B))
+
+    def with_copy(self, source: jax.Array, target: jax.Array, count: int) -> "ComposedCache":
+        """As `DecoderCache.with_copy`."""
+        cache = self._mapped(lambda cache: cache.with_copy(source, target, count))
+        bridge = [[x.with_copy(source, target, count) for x in round_] for round_ in self.bridge]
+        return dataclasses.replace(cache, bridge=tuple(map(tuple, bridge)))
+
+    def _mapped(self, function) -> "ComposedCache":
+        return dataclasses.replace(
+            self, anchor=function(self.anchor), augments=tuple(map(function, self.augments))
+        )
+
+
+def filled(inputs: Inputs, slots: Slots | None) -> Inputs:
+    """`inputs.filled`, after the tokens of a cache.
+
+    Raises `CalmError` if the inputs of a cache have an order of their own: a cache orders tokens by
+    their arrival.
+    """
+    if slots is None:
+        return inputs.filled()
+    if inputs.order_BT is not None:
+        raise CalmError("a cache orders tokens as they come; its inputs take no order_BT")
+    return inputs.filled(slots.length_P)
+
+
+def _sharded(x_LBKS: jax.Array) -> jax.Array:
+    axes = ("layers", "batch", "kv_heads", "cache_length", "head_dim")
+    return sharding.constrain(x_LBKS, *axes[: x_LBKS.ndim])

@@ -18,7 +18,7 @@ from flax import nnx
 from calm_jax import sharding
 from calm_jax.errors import CalmError
 from calm_jax.models.bridge import Bridge, add_bridges
-from calm_jax.models.cache import ComposedCache, DecoderCache, KeysValues
+from calm_jax.models.cache import ComposedCache, DecoderCache, KeysValues, filled
 from calm_jax.models.calling import array_of, call, make_on_mesh_of
 from calm_jax.models.config import CompositionConfig, DecoderConfig, heads
 from calm_jax.models.connections import Connection, ConnectionPlan, plan_connections
@@ -248,14 +248,17 @@ class ComposedDecoder(nnx.Module):
 
         An observation is what `observe(h, f_cross result, attention weights)` returns.
         """
-        inputs = inputs.filled(None if cache is None else cache.anchor.slots.length_B)
-        slots = None if cache is None else cache.anchor.slots.write(inputs)
+        before = None if cache is None else cache.slots
+        inputs = filled(inputs, before)
+        slots = None if before is None else before.write(inputs)
         taps, augment_caches = [], []
+        # A cache orders its tokens itself.
+        given = inputs if cache is None else inputs.replace(order_BT=None)
         for number, (augment, tap_layers) in enumerate(
             zip(self.augments, self.plan.tap_layers, strict=True)
         ):
             before = None if cache is None else cache.augments[number]
-            tap, after = augment.taps(inputs, tap_layers, before)
+            tap, after = augment.taps(given, tap_layers, before)
             taps.append(tap if perturb is None else tap.perturbed(perturb, number))
             augment_caches.append(after)
 
@@ -334,7 +337,7 @@ def _empty_bridge_cache(
 ) -> tuple[tuple[KeysValues, ...], ...]:
     def of_entry(entry: tuple[Connection, ...]) -> KeysValues:
         N, H = heads(configs[entry[0].augment], anchor)
-        return KeysValues.empty(len(entry), batch, slots, N, H, dtype)
+        return KeysValues.empty(len(entry), batch, N, slots, H, dtype)
 
     return tuple(tuple(map(of_entry, round_.entries)) for round_ in plan.rounds)
 

@@ -58,7 +58,7 @@ class BridgePass:
                     "'decoder_causal_attention'"
                 )
             keys = keys.prompt()
-        self.slots_BS = None if slots is None else slots.slots_of(taps)
+        self.slots, self.slots_BS = slots, None if slots is None else slots.slots_of(taps)
         head_dim = heads(config, anchor)[1]
         self.attend = Attention(
             chosen(execution.attention, Need.of_bridge(config, anchor), queries, keys),

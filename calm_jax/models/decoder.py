@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from calm_jax import sharding
-from calm_jax.models.cache import DecoderCache, KeysValues, Slots
+from calm_jax.models.cache import DecoderCache, KeysValues, LayerCaches, Slots, filled
 from calm_jax.models.calling import call, make_on_mesh_of
 from calm_jax.models.config import DecoderConfig
 from calm_jax.models.connections import evenly_spaced
@@ -20,7 +20,7 @@ from calm_jax.models.origin import Origin, of_origin
 from calm_jax.models.parameters import constant, matrix, stacked, weight
 from calm_jax.models.products import look_up, product
 from calm_jax.models.quantized import quantize_module
-from calm_jax.models.stack import run_groups, run_layers
+from calm_jax.models.stack import are_stacked, run_groups, run_layers
 from calm_jax.models.taps import Taps
 
 
@@ -139,7 +139,7 @@ class Decoder(nnx.Module):
         x_BTD, kept, taps = self.embed(inputs), _layers_of(cache), Taps({})
         first, apart = 0, tuple(layers)
         # The last tap is left out of the loop, as the last round is left out of a stacked round.
-        if evenly_spaced([-1, *layers[:-1]]):
+        if are_stacked(self.layers) and evenly_spaced([-1, *layers[:-1]]):
             in_loop, apart = apart[:-1], apart[-1:]
             first = in_loop[-1] + 1
             x_BTD, kept, outputs = run_groups(
@@ -169,7 +169,8 @@ class Decoder(nnx.Module):
             dtype: of keys and values; default: that of the config.
         """
         config = self.config
-        arguments = (config, layers or config.num_layers, batch, slots, dtype or config.dtype)
+        stacked, layers = are_stacked(self.layers), layers or config.num_layers
+        arguments = (config, layers, stacked, batch, slots, dtype or config.dtype)
         return make_on_mesh_of(self.embedding.get_value(), _empty_cache, arguments)
 
     def embed(self, inputs: Inputs) -> jax.Array:
@@ -201,19 +202,20 @@ class Decoder(nnx.Module):
         self, inputs: Inputs, cache: DecoderCache | None
     ) -> tuple[ForwardPass, Inputs, Slots | None]:
         """What the layers share, the `filled` inputs, and the cache's slots that include them."""
-        inputs = inputs.filled(None if cache is None else cache.slots.length_B)
-        slots = None if cache is None else cache.slots.write(inputs)
+        before = None if cache is None else cache.slots
+        inputs = filled(inputs, before)
+        slots = None if before is None else before.write(inputs)
         return ForwardPass(self.config, self.execution, inputs, slots), inputs, slots
 
 
 def _empty_cache(
-    config: DecoderConfig, layers: int, batch: int, slots: int, dtype: Any
+    config: DecoderConfig, layers: int, stacked: bool, batch: int, slots: int, dtype: Any
 ) -> DecoderCache:
+    each = [layers] if stacked else [1] * layers
     K, H = config.num_kv_heads, config.head_dim
-    return DecoderCache(
-        KeysValues.empty(layers, batch, slots, K, H, dtype), Slots.empty(batch, slots)
-    )
+    caches = tuple(KeysValues.empty(count, batch, K, slots, H, dtype) for count in each)
+    return DecoderCache(caches[0] if stacked else caches, Slots.empty(batch, slots))
 
 
-def _layers_of(cache: DecoderCache | None) -> KeysValues | None:
+def _layers_of(cache: DecoderCache | None) -> LayerCaches | None:
     return None if cache is None else cache.layers

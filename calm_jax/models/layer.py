@@ -52,7 +52,7 @@ class ForwardPass:
         slots: Slots | None = None,
     ):
         self.config, self.execution = config, execution
-        self.slots_BT = None if slots is None else slots.slots_of(inputs)
+        self.slots, self.slots_BT = slots, None if slots is None else slots.slots_of(inputs)
         keys = inputs if slots is None else slots.keys()
         need = Need.of_decoder("the decoder", config)
         self.attend = Attention(
@@ -237,8 +237,8 @@ class Layer(nnx.Module):
             normed_BTD = whole_length(self.attention_norm(x_BTD))
             k_BSKH, v_BSKH = self.attention.keys_and_values(normed_BTD, forward, local)
             if cache is not None:
-                cache = cache.write(number, forward.slots_BT, k_BSKH, v_BSKH)
-                k_BSKH, v_BSKH = cache.of_layer(number, x_BTD.dtype)
+                cache = cache.write(number, forward.slots, forward.slots_BT, k_BSKH, v_BSKH)
+                k_BSKH, v_BSKH = cache.read(number, forward.slots, x_BTD.dtype)
             attended_BTD = self.attention.attend(normed_BTD, k_BSKH, v_BSKH, forward, local)
             if self.config.post_norms:
                 attended_BTD = self.post_attention_norm(residual_layout(attended_BTD))

@@ -1,7 +1,8 @@
-"""Runs stacked layers, whose weights are arrays [L, ...] for L layers.
+"""Runs layers, whose weights are stacked arrays [L, ...] for L layers, or a list of layers.
 
 To run all layers is a scan over the weights. To run some is a scan over their numbers, which slices
-one layer at a time out of the whole stack: no part of a stack is ever copied.
+one layer at a time out of the whole stack: no part of a stack is ever copied. Layers in a list, as
+`calm_jax.decoding.prepared` makes them, run one after another.
 """
 
 from collections.abc import Callable
@@ -12,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from calm_jax.models.cache import KeysValues
+from calm_jax.models.cache import KeysValues, LayerCaches
 from calm_jax.models.layer import ForwardPass
 
 
@@ -20,15 +21,15 @@ def run_layers(
     layers: nnx.Module,
     x_BTD: jax.Array,
     forward: ForwardPass,
-    cache: KeysValues | None = None,
+    cache: LayerCaches | None = None,
     *,
     first: jax.Array | int = 0,
     count: int | None = None,
-) -> tuple[jax.Array, KeysValues | None]:
+) -> tuple[jax.Array, LayerCaches | None]:
     """Runs `count` layers from number `first`, which may be traced; default: all layers.
 
     Args:
-        layers: a `Layer` whose arrays have a leading axis of layers.
+        layers: a `Layer` whose arrays have a leading axis of layers, or an `nnx.List` of layers.
         x_BTD: the residual stream [B, T, D].
         cache: covers at least the layers that run.
 
@@ -37,6 +38,8 @@ def run_layers(
     """
     if count == 0:
         return x_BTD, cache
+    if not are_stacked(layers):
+        return _one_by_one(layers, x_BTD, forward, cache, first, count)
     graphdef, stacked = nnx.split(layers)
     local_L = np.array(forward.config.local_layers)
     depth = len(local_L)
@@ -55,6 +58,11 @@ def run_layers(
         return _scan(graphdef, weights_of, x_BTD, cache, numbers, forward)
     inputs = (stacked, jnp.asarray(local_L), None if cache is None else numbers)
     return _scan(graphdef, lambda weights: weights, x_BTD, cache, inputs, forward)
+
+
+def are_stacked(layers: nnx.Module) -> bool:
+    """Whether layers are one module of stacked arrays, and no list."""
+    return not isinstance(layers, nnx.List)
 
 
 def run_groups(
@@ -80,6 +88,22 @@ def run_groups(
         group, (x_BTD, cache), size * jnp.arange(groups), unroll=forward.execution.unroll
     )
     return x_BTD, cache, outputs
+
+
+def _one_by_one(
+    layers: nnx.List,
+    x_BTD: jax.Array,
+    forward: ForwardPass,
+    caches: tuple[KeysValues, ...] | None,
+    first: int,
+    count: int | None,
+) -> tuple[jax.Array, tuple[KeysValues, ...] | None]:
+    """As `run_layers`, for a list of layers; each has a cache of its own."""
+    after = [None] * len(layers) if caches is None else list(caches)
+    for number in range(first, len(layers) if count is None else first + count):
+        local = forward.config.local_layers[number]
+        x_BTD, after[number] = layers[number](x_BTD, after[number], forward, local, 0)
+    return x_BTD, None if caches is None else tuple(after)
 
 
 def _scan(

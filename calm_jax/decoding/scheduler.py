@@ -1,0 +1,451 @@
+"""Continuous batching: requests wait for a row of the state, and a finished row takes the next one.
+
+A row keeps its tokens in the cache when its answer has ended, until another prompt needs the row. A
+prompt that begins as the tokens of a row do takes them from there instead of computing them.
+
+Every process of a run makes the same calls, so all decide alike.
+"""
+
+import collections
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from calm_jax import sharding
+from calm_jax.data.vocabulary import check_ids
+from calm_jax.decoding import steps
+from calm_jax.decoding.memory import check_fits
+from calm_jax.decoding.prepared import prepared
+from calm_jax.decoding.sampling import Choice, Sampling, TokenLogprob
+from calm_jax.errors import CalmError
+from calm_jax.models.calling import on_devices_of
+
+SHARED = 16  # tokens that a beginning must have to be worth copying
+MOST_STEPS = 64  # tokens a row that one dispatch makes at most
+_TOPS = (0, 1, 5, 20)  # numbers of most probable tokens that are compiled for
+
+
+class News(NamedTuple):
+    """What has come of a request.
+
+    Attributes:
+        sample: the number of the answer; -1: scores of the prompt.
+        tokens: new tokens of the answer.
+        logprobs: one for each token, if asked for; of the prompt, one from `score_from` on.
+        finish_reason: None: more is to come; "stop": an end token; "length"; "error".
+        error: what went wrong.
+    """
+
+    sample: int
+    tokens: list[int]
+    logprobs: list[TokenLogprob]
+    finish_reason: str | None = None
+    error: str | None = None
+
+
+@dataclasses.dataclass(eq=False)
+class Request:
+    """A prompt, and what is asked of it.
+
+    Attributes:
+        prompt: token ids.
+        sampling: of its answers; None: only the prompt is scored.
+        on_news: is called with `News`, inside `Scheduler.step`.
+        score_from: index of the first prompt token whose log-probability is told, from 1.
+    """
+
+    prompt: list[int]
+    sampling: Sampling | None
+    on_news: Callable[[News], None]
+    score_from: int | None = None
+
+
+@dataclasses.dataclass(eq=False)
+class _Answer:
+    """One answer of a request, waiting or in a row."""
+
+    request: Request
+    sample: int
+    read: int = 0  # tokens of the prompt that are in the cache
+    made: int = 0
+    scores: list[TokenLogprob] = dataclasses.field(default_factory=list)
+
+    @property
+    def prompt(self) -> list[int]:
+        return self.request.prompt
+
+    @property
+    def most(self) -> int:
+        return 0 if self.request.sampling is None else self.request.sampling.max_new_tokens
+
+    @property
+    def top(self) -> int:
+        sampling = self.request.sampling
+        asked = sampling.logprobs or 0 if sampling is not None else 1
+        return next(top for top in _TOPS if top >= asked)
+
+    @property
+    def penalty(self) -> bool:
+        sampling = self.request.sampling
+        return sampling is not None and sampling.repetition_penalty != 1.0
+
+
+@dataclasses.dataclass(eq=False)
+class _Row:
+    """A row of the state: the tokens that its cache holds, and the answer that it makes."""
+
+    tokens: list[int] = dataclasses.field(default_factory=list)
+    prompt_length: int = 0  # of `tokens`, how many were read as a prompt
+    answer: _Answer | None = None
+    last_used: int = 0
+
+
+def buckets(most: int, least: int) -> list[int]:
+    """Lengths that programs are compiled for: powers of two and the halves between, up to `most`."""
+    sizes = [least]
+    while sizes[-1] < most:
+        power = 1 << (sizes[-1].bit_length() - 1)
+        sizes.append(power * 3 // 2 if sizes[-1] == power and power >= 32 else power * 2)
+    return [*sizes[:-1], most]
+
+
+class Scheduler:
+    """Answers requests of one model. Not thread-safe: one thread calls everything.
+
+    Args:
+        max_length: tokens of a prompt and its answer at most.
+        slots: number of rows that are decoded at once.
+        cache_dtype: of keys and values: a float dtype or "int8"; default: the model's.
+        prefill_chunk: tokens of prompts that one dispatch reads at most.
+        eos_ids: ids that end an answer; default: the vocabulary's.
+
+    Raises:
+        CalmError: a size below 1, or a cache that does not fit the devices.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        *,
+        max_length: int = 2048,
+        slots: int = 8,
+        cache_dtype: Any = None,
+        prefill_chunk: int = 512,
+        eos_ids: Sequence[int] | None = None,
+    ):
+        for name, value in (
+            ("max_length", max_length),
+            ("slots", slots),
+            ("prefill_chunk", prefill_chunk),
+        ):
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise CalmError(f"{name} is {value!r}; it must be an integer of at least 1")
+        self.vocabulary = model.vocabulary
+        self.max_length, self.slots = max_length, slots
+        self.rows_of_tables = min(part.config.vocab_size for part in model.models)
+        known = self.rows_of_tables
+        self.known = known if self.vocabulary is None else min(known, self.vocabulary.size)
+        if eos_ids is None:
+            eos_ids = () if self.vocabulary is None else self.vocabulary.eos_ids
+        self._ends = set(eos_ids)
+        self._ends_E = np.array(sorted(self._ends), np.int32)
+        length = -(-max_length // steps.SCORED) * steps.SCORED
+        chunk = min(-(-prefill_chunk // steps.SCORED) * steps.SCORED, length)
+        self._chunks, self._reads = buckets(chunk, steps.SCORED), buckets(length, 64)
+        check_fits(model, slots, length, cache_dtype)
+        self._model = prepared(model)
+        self._graphdef, self._weights = nnx.split(self._model)
+        self._state = self._empty_state(length, cache_dtype)
+        # A bridge that sees the prompt alone reads an answer's tokens differently.
+        configs = getattr(model, "configs", ())
+        self._prompt_alone = any(config.encoder_only for config in configs)
+        self._rows = [_Row() for _ in range(slots)]
+        self._waiting: collections.deque[_Answer] = collections.deque()
+        self._time = 0
+
+    @property
+    def waiting(self) -> int:
+        """Number of answers that have no row yet."""
+        return len(self._waiting)
+
+    @property
+    def running(self) -> int:
+        """Number of rows in use."""
+        return sum(row.answer is not None for row in self._rows)
+
+    def submit(self, request: Request) -> None:
+        """Adds a request to the queue.
+
+        Raises:
+            CalmError: an empty prompt, an id outside an embedding, or more tokens than
+                `max_length`.
+        """
+        prompt, sampling = request.prompt, request.sampling
+        if not prompt:
+            raise CalmError("an empty prompt has no next token; give at least one id")
+        check_ids(prompt, self.rows_of_tables, "prompt", self.vocabulary)
+        new = 0 if sampling is None else sampling.max_new_tokens
+        if len(prompt) + new > self.max_length:
+            raise CalmError(
+                f"the prompt has {len(prompt)} tokens and max_new_tokens is {new}, together more "
+                f"than max_length {self.max_length}"
+            )
+        if request.score_from is not None and not 1 <= request.score_from <= len(prompt):
+            raise CalmError(
+                f"score_from is {request.score_from}; it must be from 1 to the prompt's length, "
+                f"{len(prompt)}"
+            )
+        for sample in range(1 if sampling is None else sampling.n):
+            self._waiting.append(_Answer(request, sample))
+
+    def cancel(self, request: Request, sample: int | None = None) -> None:
+        """Forgets a request, or one of its answers; its rows are free. Unknown ones are ignored."""
+
+        def is_meant(answer: _Answer | None) -> bool:
+            return (
+                answer is not None
+                and answer.request is request
+                and sample in (None, answer.sample)
+            )
+
+        self._waiting = collections.deque(a for a in self._waiting if not is_meant(a))
+        ended = [is_meant(row.answer) for row in self._rows]
+        for row, is_ended in zip(self._rows, ended, strict=True):
+            if is_ended:
+                row.answer = None
+        if any(ended):
+            self._state = steps.end_rows(self._state, np.array(ended))
+
+    def step(self, most: int = MOST_STEPS) -> bool:
+        """One dispatch: reads a chunk of prompts, or decodes up to `most` tokens a row.
+
+        Returns:
+            whether there was something to do.
+        """
+        self._time += 1
+        with on_devices_of(self._model):
+            group = self._to_read()
+            if group:
+                self._read(group)
+            elif self.running:
+                self._decode(min(most, MOST_STEPS))
+            else:
+                return False
+        return True
+
+    # Prompts.
+
+    def _to_read(self) -> list[_Row]:
+        """The rows whose prompts the next dispatch reads, all of which fit one chunk."""
+        group = [row for row in self._rows if row.answer and row.answer.read < len(row.answer.prompt)]
+        if group:
+            return group[:1]
+        size = None
+        while self._waiting and any(row.answer is None for row in self._rows):
+            answer = self._waiting[0]
+            row, source, shared = self._best_row(answer)
+            chunk = self._chunk_for(len(answer.prompt) - shared)
+            begun = [len(_common(answer.prompt, other.answer.prompt)) for other in group]
+            fits = size is None or (
+                chunk == size and len(group) < self._together(size) and max(begun) < SHARED
+            )
+            if not fits:
+                break
+            self._waiting.popleft()
+            if source is not None and source is not row:
+                self._copy(source, row, shared)
+            row.tokens, row.prompt_length = answer.prompt[:shared], shared
+            row.answer, answer.read, size = answer, shared, chunk
+            group.append(row)
+            if len(answer.prompt) - shared > chunk:
+                break
+        return group
+
+    def _together(self, chunk: int) -> int:
+        """The number of prompts that a dispatch of several reads."""
+        return min(self.slots, max(1, self._chunks[-1] // chunk))
+
+    def _chunk_for(self, tokens: int) -> int:
+        return next((size for size in self._chunks if size >= tokens), self._chunks[-1])
+
+    def _best_row(self, answer: _Answer) -> tuple[_Row, _Row | None, int]:
+        """A free row for an answer, the row with its longest beginning, and that one's length."""
+        prompt = answer.prompt
+        # The last token is read anew, since its logits are needed; so are those before a score.
+        most = len(prompt) - 1
+        if answer.request.score_from is not None:
+            most = min(most, answer.request.score_from - 1)
+        source, shared = None, SHARED - 1
+        for row in self._rows:
+            of_row = row.tokens[: row.prompt_length] if self._prompt_alone else row.tokens
+            length = min(len(_common(prompt, of_row)), most)
+            if length > shared:
+                source, shared = row, length
+        if source is None:
+            shared = 0
+        free = [row for row in self._rows if row.answer is None]
+        if source in free and shared * 2 > len(source.tokens):
+            return source, source, shared
+        return min(free, key=lambda row: (len(row.tokens) > 0, row.last_used)), source, shared
+
+    def _copy(self, source: _Row, target: _Row, count: int) -> None:
+        index = self._rows.index
+        # Some more are copied, so that few lengths are compiled; they are overwritten.
+        count = next(size for size in self._reads if size >= count)
+        self._state = steps.copy_row(
+            self._state, np.int32(index(source)), np.int32(index(target)), count=count
+        )
+
+    def _read(self, group: list[_Row]) -> None:
+        answers = [row.answer for row in group]
+        sizes = [len(answer.prompt) - answer.read for answer in answers]
+        T = self._chunk_for(max(sizes))
+        P = 1 if len(group) == 1 else self._together(T)
+        tokens_PT, next_PT = np.zeros((2, P, T), np.int32)
+        length_P, start_P, left_P = np.zeros((3, P), np.int32)
+        rows_P = np.full(P, self.slots, np.int32)
+        rows_P[: len(group)] = [self._rows.index(row) for row in group]
+        if self._state.seen_BV is None and any(answer.penalty for answer in answers):
+            shape = (self.slots, self.known)
+            self._state = dataclasses.replace(self._state, seen_BV=jnp.zeros(shape, bool))
+        seen_PV = None if self._state.seen_BV is None else np.zeros((P, self.known), bool)
+        for place, (row, answer, size) in enumerate(zip(group, answers, sizes, strict=True)):
+            size, start, prompt = min(size, T), answer.read, answer.prompt
+            tokens_PT[place, :size] = prompt[start : start + size]
+            following = prompt[start + 1 : start + size + 1]
+            next_PT[place, : len(following)] = following
+            length_P[place], start_P[place] = size, start
+            answer.read += size
+            row.tokens += prompt[start : start + size]
+            row.prompt_length, row.last_used = len(row.tokens), self._time
+            if answer.read == len(prompt):
+                left_P[place] = answer.most
+            if seen_PV is not None:
+                seen_PV[place, [token for token in prompt if token < self.known]] = True
+        choices = [(answer.request.sampling or Sampling(), answer.sample) for answer in answers]
+        choices += [(Sampling(), 0)] * (P - len(group))
+        chunk = steps.Chunk(
+            tokens_PT, next_PT, length_P, rows_P, start_P, left_P, Choice.of(choices), seen_PV
+        )
+        scored = any(answer.request.score_from is not None for answer in answers)
+        needed = max(start_P) + T
+        self._state, news, scores = steps.prefill(
+            self._graphdef,
+            self._weights,
+            self._state,
+            chunk,
+            self._ends_E,
+            known=self.known,
+            read=next((size for size in self._reads if size >= needed), self._reads[-1]),
+            scored=scored,
+            top=max(answer.top for answer in answers),
+        )
+        news, scores = sharding.on_host((news, scores))
+        for place, (row, answer) in enumerate(zip(group, answers, strict=True)):
+            if answer.request.score_from is not None:
+                self._keep_scores(answer, start_P[place], length_P[place], [x[place] for x in scores])
+            if answer.read < len(answer.prompt):
+                continue
+            if answer.request.score_from is not None and answer.sample == 0:
+                reason = "length" if answer.most == 0 else None
+                answer.request.on_news(News(-1, [], answer.scores, reason))
+            if answer.most == 0:
+                row.answer = None
+            else:
+                self._tell(row, jax.tree.map(lambda x, place=place: x[None, place], news))
+
+    def _keep_scores(self, answer: _Answer, start: int, size: int, scores: list[Any]) -> None:
+        logprobs_T, top_ids_Tk, top_logprobs_Tk = scores
+        for place in range(size):
+            index = start + place + 1  # of the token whose score stands at this place
+            if answer.request.score_from <= index < len(answer.prompt):
+                answer.scores.append(
+                    _logprob(logprobs_T[place], top_ids_Tk[place], top_logprobs_Tk[place])
+                )
+
+    # Answers.
+
+    def _decode(self, most: int) -> None:
+        longest = max(len(row.tokens) for row in self._rows if row.answer is not None)
+        read = next((size for size in self._reads if size > longest), self._reads[-1])
+        answers = [row.answer for row in self._rows if row.answer is not None]
+        self._state, news = steps.decode(
+            self._graphdef,
+            self._weights,
+            self._state,
+            self._ends_E,
+            np.int32(min(most, read - longest)),
+            np.bool_(self._waiting),
+            known=self.known,
+            read=read,
+            most=MOST_STEPS,
+            top=max(answer.top for answer in answers),
+        )
+        news = sharding.on_host(news)
+        for number, row in enumerate(self._rows):
+            if row.answer is not None:
+                row.last_used = self._time
+                made = news.made[:, number]
+                self._tell(row, jax.tree.map(lambda x, n=number, m=made: x[m, n], news))
+
+    def _tell(self, row: _Row, news: steps.News) -> None:
+        """Hands new tokens [N] to the request; frees the row if the answer has ended."""
+        answer = row.answer
+        sampling, tokens = answer.request.sampling, [int(token) for token in news.tokens]
+        error = reason = None
+        if not np.all(news.is_number):
+            count = int(np.argmin(news.is_number))
+            error = (
+                f"row {self._rows.index(row)}, step {answer.made + count}: the logits are not "
+                "finite numbers"
+            )
+            reason, tokens = "error", tokens[:count]
+        elif tokens and tokens[-1] in self._ends:
+            reason = "stop"
+        elif answer.made + len(tokens) == answer.most:
+            reason = "length"
+        logprobs = []
+        if sampling.logprobs is not None:
+            logprobs = [
+                _logprob(logprob, ids[: sampling.logprobs], top[: sampling.logprobs])
+                for logprob, ids, top in zip(
+                    news.logprobs, news.top_ids, news.top_logprobs, strict=True
+                )
+            ][: len(tokens)]
+        # The last token is not in the cache: the next step reads it.
+        before = row.answer.made and row.tokens_pending
+        row.tokens += before or []
+        row.tokens_pending = tokens[-1:]
+        row.tokens += tokens[:-1]
+        answer.made += len(tokens)
+        if reason is not None:
+            row.answer = None
+        answer.request.on_news(News(answer.sample, tokens, logprobs, reason, error))
+
+    def _empty_state(self, length: int, cache_dtype: Any) -> steps.State:
+        with on_devices_of(self._model):
+            zeros_B = np.zeros(self.slots, np.int32)
+            cache = self._model.init_cache(self.slots, length, dtype=cache_dtype)
+            choice = Choice.of([(Sampling(), 0)] * self.slots)
+            state = steps.State(cache, zeros_B, zeros_B, zeros_B, choice)
+            mesh = sharding.mesh_of_array(jax.tree.leaves(self._weights)[0])
+            return sharding.replicated_where_on_host(state, mesh)
+
+
+def _common(ours: list[int], theirs: list[int]) -> list[int]:
+    """The beginning that two lists share."""
+    length = min(len(ours), len(theirs))
+    if ours[:length] == theirs[:length]:
+        return ours[:length]
+    return ours[: int(np.argmin(np.equal(ours[:length], theirs[:length])))]
+
+
+def _logprob(logprob: Any, ids: Any, logprobs: Any) -> TokenLogprob:
+    return TokenLogprob(
+        float(logprob), tuple((int(i), float(x)) for i, x in zip(ids, logprobs, strict=True))
+    )

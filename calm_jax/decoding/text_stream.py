@@ -1,0 +1,59 @@
+"""The text of an answer as its tokens come."""
+
+from collections.abc import Sequence
+from typing import Any
+
+HALF = "\N{REPLACEMENT CHARACTER}"  # what the bytes of half a character decode to
+
+
+class TextStream:
+    """Turns tokens into text: never half a character, and nothing of a text that stops an answer.
+
+    Args:
+        vocabulary: a `calm_jax.data.vocabulary.Vocabulary`.
+        prompt_ids: what the answer goes on from.
+        stop: texts before which the answer ends.
+
+    Attributes:
+        text: all text so far.
+        stopped: whether one of `stop` has come.
+    """
+
+    def __init__(self, vocabulary: Any, prompt_ids: Sequence[int], stop: Sequence[str] = ()):
+        self._vocabulary, self._prompt, self._stop = vocabulary, list(prompt_ids), tuple(stop)
+        self._tokens: list[int] = []
+        self.text = ""
+        self.stopped = False
+
+    def push(self, tokens: Sequence[int]) -> str:
+        """The text that is now certain."""
+        if self.stopped:
+            return ""
+        self._tokens += tokens
+        return self._given(self._decoded().rstrip(HALF), may_go_on=True)
+
+    def finish(self) -> str:
+        """The rest of the text."""
+        return "" if self.stopped else self._given(self._decoded(), may_go_on=False)
+
+    def _decoded(self) -> str:
+        return self._vocabulary.decode_after(self._prompt, self._tokens)
+
+    def _given(self, whole: str, *, may_go_on: bool) -> str:
+        ends = [whole.find(text) for text in self._stop if text in whole]
+        if ends:
+            self.stopped, whole = True, whole[: min(ends)]
+        elif may_go_on:
+            whole = whole[: len(whole) - self._begun(whole)]
+        new, self.text = whole[len(self.text) :], max(whole, self.text, key=len)
+        return new
+
+    def _begun(self, whole: str) -> int:
+        """The number of last characters that may be the beginning of a text that stops."""
+        begun = (
+            length
+            for text in self._stop
+            for length in range(len(text) - 1, 0, -1)
+            if whole.endswith(text[:length])
+        )
+        return max(begun, default=0)
