@@ -23,6 +23,10 @@ _MODULES = {
     "export_bridge": "calm_jax.checkpoints.composed",
     "load_composed": "calm_jax.checkpoints.composed",
     "generate": "calm_jax.decoding",
+    "Completion": "calm_jax.decoding",
+    "Generator": "calm_jax.decoding",
+    "Sampling": "calm_jax.decoding",
+    "Score": "calm_jax.decoding",
 }
 
 __all__ = sorted(_MODULES)

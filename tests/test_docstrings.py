@@ -11,7 +11,7 @@ MODULES = {
     "calm_jax.models.config": 1,
     "calm_jax.checkpoints.frozen": 1,
     "calm_jax.checkpoints.composed": 1,
-    "calm_jax.decoding.generation": 1,
+    "calm_jax.decoding.generator": 3,
 }
 
 

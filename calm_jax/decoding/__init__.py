@@ -1,5 +1,6 @@
-"""Decoding."""
+"""Decoding: answers of a model, cached, batched and sampled."""
 
-from calm_jax.decoding.generation import generate
+from calm_jax.decoding.generator import Completion, Generator, Score, generate
+from calm_jax.decoding.sampling import Sampling, TokenLogprob
 
-__all__ = ["generate"]
+__all__ = ["Completion", "Generator", "Sampling", "Score", "TokenLogprob", "generate"]

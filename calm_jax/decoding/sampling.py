@@ -92,7 +92,8 @@ class Sampling:
             return
         kinds = (int, np.integer) if whole else (int, float, np.integer, np.floating)
         if isinstance(value, bool) or not isinstance(value, kinds):
-            raise CalmError(f"{name} is {value!r}; it must be {'an integer' if whole else 'a number'}")
+            kind = "an integer" if whole else "a number"
+            raise CalmError(f"{name} is {value!r}; it must be {kind}")
         if not math.isfinite(value) or value < low or (high is not None and value > high):
             bounds = f"at least {low}" if high is None else f"from {low} to {high}"
             raise CalmError(f"{name} is {value}; it must be {bounds}")
@@ -192,9 +193,7 @@ def choose(logits_BV: jax.Array, choice: Choice, place_B: jax.Array) -> jax.Arra
         drawn_B = jax.vmap(jax.random.categorical)(keys_B, filtered(logits_BV, choice))
         return jnp.where(choice.temperature_B == 0, greedy_B, drawn_B.astype(jnp.int32))
 
-    return jax.lax.cond(
-        jnp.any(choice.temperature_B > 0), drawn, lambda _: greedy_B, logits_BV
-    )
+    return jax.lax.cond(jnp.any(choice.temperature_B > 0), drawn, lambda _: greedy_B, logits_BV)
 
 
 def log_probabilities(

@@ -12,7 +12,6 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
@@ -80,6 +79,10 @@ class _Answer:
         return self.request.prompt
 
     @property
+    def is_read(self) -> bool:
+        return self.read == len(self.prompt)
+
+    @property
     def most(self) -> int:
         return 0 if self.request.sampling is None else self.request.sampling.max_new_tokens
 
@@ -101,12 +104,13 @@ class _Row:
 
     tokens: list[int] = dataclasses.field(default_factory=list)
     prompt_length: int = 0  # of `tokens`, how many were read as a prompt
+    pending: list[int] = dataclasses.field(default_factory=list)  # made, and not in the cache yet
     answer: _Answer | None = None
     last_used: int = 0
 
 
 def buckets(most: int, least: int) -> list[int]:
-    """Lengths that programs are compiled for: powers of two and the halves between, up to `most`."""
+    """Lengths that programs are compiled for: powers of two, halves between them, and `most`."""
     sizes = [least]
     while sizes[-1] < most:
         power = 1 << (sizes[-1].bit_length() - 1)
@@ -208,9 +212,7 @@ class Scheduler:
 
         def is_meant(answer: _Answer | None) -> bool:
             return (
-                answer is not None
-                and answer.request is request
-                and sample in (None, answer.sample)
+                answer is not None and answer.request is request and sample in (None, answer.sample)
             )
 
         self._waiting = collections.deque(a for a in self._waiting if not is_meant(a))
@@ -242,7 +244,7 @@ class Scheduler:
 
     def _to_read(self) -> list[_Row]:
         """The rows whose prompts the next dispatch reads, all of which fit one chunk."""
-        group = [row for row in self._rows if row.answer and row.answer.read < len(row.answer.prompt)]
+        group = [row for row in self._rows if row.answer and not row.answer.is_read]
         if group:
             return group[:1]
         size = None
@@ -259,7 +261,7 @@ class Scheduler:
             self._waiting.popleft()
             if source is not None and source is not row:
                 self._copy(source, row, shared)
-            row.tokens, row.prompt_length = answer.prompt[:shared], shared
+            row.tokens, row.pending = answer.prompt[:shared], []
             row.answer, answer.read, size = answer, shared, chunk
             group.append(row)
             if len(answer.prompt) - shared > chunk:
@@ -312,7 +314,7 @@ class Scheduler:
         rows_P[: len(group)] = [self._rows.index(row) for row in group]
         if self._state.seen_BV is None and any(answer.penalty for answer in answers):
             shape = (self.slots, self.known)
-            self._state = dataclasses.replace(self._state, seen_BV=jnp.zeros(shape, bool))
+            self._state = dataclasses.replace(self._state, seen_BV=np.zeros(shape, bool))
         seen_PV = None if self._state.seen_BV is None else np.zeros((P, self.known), bool)
         for place, (row, answer, size) in enumerate(zip(group, answers, sizes, strict=True)):
             size, start, prompt = min(size, T), answer.read, answer.prompt
@@ -323,7 +325,7 @@ class Scheduler:
             answer.read += size
             row.tokens += prompt[start : start + size]
             row.prompt_length, row.last_used = len(row.tokens), self._time
-            if answer.read == len(prompt):
+            if answer.is_read:
                 left_P[place] = answer.most
             if seen_PV is not None:
                 seen_PV[place, [token for token in prompt if token < self.known]] = True
@@ -345,11 +347,13 @@ class Scheduler:
             scored=scored,
             top=max(answer.top for answer in answers),
         )
-        news, scores = sharding.on_host((news, scores))
+        news, scores = jax.tree.map(sharding.on_host, (news, scores))
         for place, (row, answer) in enumerate(zip(group, answers, strict=True)):
             if answer.request.score_from is not None:
-                self._keep_scores(answer, start_P[place], length_P[place], [x[place] for x in scores])
-            if answer.read < len(answer.prompt):
+                self._keep_scores(
+                    answer, start_P[place], length_P[place], [x[place] for x in scores]
+                )
+            if not answer.is_read:
                 continue
             if answer.request.score_from is not None and answer.sample == 0:
                 reason = "length" if answer.most == 0 else None
@@ -380,13 +384,13 @@ class Scheduler:
             self._state,
             self._ends_E,
             np.int32(min(most, read - longest)),
-            np.bool_(self._waiting),
+            np.bool_(len(self._waiting) > 0),
             known=self.known,
             read=read,
             most=MOST_STEPS,
             top=max(answer.top for answer in answers),
         )
-        news = sharding.on_host(news)
+        news = jax.tree.map(sharding.on_host, news)
         for number, row in enumerate(self._rows):
             if row.answer is not None:
                 row.last_used = self._time
@@ -418,23 +422,19 @@ class Scheduler:
                 )
             ][: len(tokens)]
         # The last token is not in the cache: the next step reads it.
-        before = row.answer.made and row.tokens_pending
-        row.tokens += before or []
-        row.tokens_pending = tokens[-1:]
-        row.tokens += tokens[:-1]
+        row.tokens += [*row.pending, *tokens[:-1]]
+        row.pending = tokens[-1:]
         answer.made += len(tokens)
         if reason is not None:
             row.answer = None
+        if reason == "error":
+            row.tokens = []
         answer.request.on_news(News(answer.sample, tokens, logprobs, reason, error))
 
     def _empty_state(self, length: int, cache_dtype: Any) -> steps.State:
         with on_devices_of(self._model):
-            zeros_B = np.zeros(self.slots, np.int32)
             cache = self._model.init_cache(self.slots, length, dtype=cache_dtype)
-            choice = Choice.of([(Sampling(), 0)] * self.slots)
-            state = steps.State(cache, zeros_B, zeros_B, zeros_B, choice)
-            mesh = sharding.mesh_of_array(jax.tree.leaves(self._weights)[0])
-            return sharding.replicated_where_on_host(state, mesh)
+            return steps.begin(self._weights, cache, Choice.of([(Sampling(), 0)] * self.slots))
 
 
 def _common(ours: list[int], theirs: list[int]) -> list[int]:

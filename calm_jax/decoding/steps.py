@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from calm_jax import sharding
 from calm_jax.decoding.sampling import Choice, choose, log_probabilities, penalised
 from calm_jax.models import Inputs
 
@@ -118,13 +119,17 @@ def prefill(
         the state; the first tokens; and of `next_PT` the log-probabilities, [P, T], and ids and
         log-probabilities of the most probable tokens, [P, T, k].
     """
-    model = nnx.merge(graphdef, weights)
+    with _mesh_of(weights):
+        return _prefill(
+            nnx.merge(graphdef, weights), state, chunk, ends_E, known, read, scored, top
+        )
+
+
+def _prefill(model, state, chunk, ends_E, known, read, scored, top):
     rows_P, T = chunk.rows_P, chunk.tokens_PT.shape[1]
     length_B = state.cache.slots.length_B.at[rows_P].set(chunk.start_P, mode="drop")
     real_PT = (jnp.arange(T) < chunk.length_P[:, None]).astype(jnp.int32)
-    inputs = Inputs(
-        chunk.tokens_PT, segments_BT=real_PT, prompt_mask_BT=real_PT, packed=False
-    )
+    inputs = Inputs(chunk.tokens_PT, segments_BT=real_PT, prompt_mask_BT=real_PT, packed=False)
     cache = state.cache.with_length(length_B).using(rows_P, read)
     h_PTD, cache = model.residual(inputs, cache)
     last_P11 = jnp.maximum(chunk.length_P - 1, 0)[:, None, None]
@@ -150,7 +155,7 @@ def prefill(
         seen_BV,
     )
     scores = _scores(model, h_PTD, chunk.next_PT, known, top) if scored else None
-    return state, news, scores
+    return _laid_out(state), news, scores
 
 
 @functools.partial(
@@ -180,7 +185,13 @@ def decode(
     Returns:
         the state, and the tokens [N, B] of each step, N = `most`.
     """
-    model = nnx.merge(graphdef, weights)
+    with _mesh_of(weights):
+        return _decode(
+            nnx.merge(graphdef, weights), state, ends_E, steps, until_idle, known, read, most, top
+        )
+
+
+def _decode(model, state, ends_E, steps, until_idle, known, read, most, top):
     active = jnp.sum(state.left_B > 0)
 
     def more(carry):
@@ -227,7 +238,26 @@ def decode(
         jnp.zeros((most, B), bool),
     )
     _, state, kept = jax.lax.while_loop(more, add_token, (jnp.int32(0), state, kept))
-    return state, kept
+    return _laid_out(state), kept
+
+
+@jax.jit
+def begin(weights: nnx.State, cache: Any, choice: Choice) -> State:
+    """The state in which all rows are idle, on the devices of the weights."""
+    with _mesh_of(weights):
+        zeros_B = jnp.zeros_like(cache.slots.length_B)
+        return _laid_out(State(cache, zeros_B, zeros_B, zeros_B, choice))
+
+
+def _mesh_of(weights: nnx.State):
+    return sharding.mesh_of(jax.tree.leaves(weights)[0])
+
+
+def _laid_out(state: State) -> State:
+    """A state whose small arrays are laid out by the rules, so that every step takes the same."""
+    small = dataclasses.replace(state, cache=state.cache.slots)
+    small = jax.tree.map(lambda x: sharding.constrain(x, "batch", *[None] * (x.ndim - 1)), small)
+    return dataclasses.replace(small, cache=state.cache)
 
 
 @functools.partial(jax.jit, static_argnames=("count",), donate_argnames=("state",))
@@ -263,7 +293,7 @@ def _scores(
     model: nnx.Module, h_PTD: jax.Array, next_PT: jax.Array, known: int, top: int
 ) -> tuple[jax.Array, ...]:
     """Log-probabilities of `next_PT`, some positions at a time: all logits would be much larger."""
-    P, T, D = h_PTD.shape
+    P, T = next_PT.shape
 
     def part(inputs):
         h_PSD, next_PS = inputs

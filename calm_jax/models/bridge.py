@@ -84,9 +84,7 @@ def add_bridges(
         with jax.named_scope("f_cross"):
             k_BSNH, v_BSNH = cross_attention.keys_and_values(taps[k], h_BTD.dtype, forward)
             if caches:
-                caches[k] = caches[k].write(
-                    number, forward.slots, forward.slots_BS, k_BSNH, v_BSNH
-                )
+                caches[k] = caches[k].write(number, forward.slots, forward.slots_BS, k_BSNH, v_BSNH)
                 k_BSNH, v_BSNH = caches[k].read(number, forward.slots, h_BTD.dtype)
             y_BTD, weights = cross_attention.attend(h_BTD, k_BSNH, v_BSNH, forward)
         sum_BTD += y_BTD

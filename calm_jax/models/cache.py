@@ -156,9 +156,7 @@ class Vectors:
 
     def with_copy(self, source: jax.Array, target: jax.Array, count: int) -> "Vectors":
         """A copy whose row `target` has the first `count` slots of row `source`."""
-        return jax.tree.map(
-            lambda x: x.at[:, target, :, :count].set(x[:, source, :, :count]), self
-        )
+        return jax.tree.map(lambda x: x.at[:, target, :, :count].set(x[:, source, :, :count]), self)
 
     def read(self, layer: jax.Array | int, slots: Slots, dtype: Any) -> jax.Array:
         """The vectors of one layer that are read, [P, R, K, H] in `dtype`."""
@@ -169,9 +167,7 @@ class Vectors:
             zeros = (0,) * (2 + len(width))
 
             def of_rows(row, count):
-                part = jax.lax.dynamic_slice(
-                    x_LBKS, (layer, row, *zeros), (1, count, K, R, *width)
-                )
+                part = jax.lax.dynamic_slice(x_LBKS, (layer, row, *zeros), (1, count, K, R, *width))
                 return part[0]
 
             if slots.rows_P is None:
@@ -197,9 +193,7 @@ class KeysValues:
         cls, layers: int, batch: int, heads: int, slots: int, head_dim: int, dtype: Any
     ) -> "KeysValues":
         """Zeros, sharded by the rules if there is a mesh."""
-        return cls(
-            *(Vectors.empty(layers, batch, heads, slots, head_dim, dtype) for _ in range(2))
-        )
+        return cls(*(Vectors.empty(layers, batch, heads, slots, head_dim, dtype) for _ in range(2)))
 
     def write(
         self,

@@ -120,9 +120,9 @@ def test_tokens_beyond_the_last_slot_are_dropped():
     _, cache = model.residual(piece(inputs, 0, 5), cache)
     _, after = model.residual(piece(inputs, 5, 9), cache)
     np.testing.assert_array_equal(
-        after.layers.keys_LBSKH[:, :, :5], cache.layers.keys_LBSKH[:, :, :5]
+        after.layers.keys.values_LBKSH[:, :, :, :5], cache.layers.keys.values_LBKSH[:, :, :, :5]
     )
-    assert np.any(np.asarray(after.layers.keys_LBSKH[:, :, 5]))
+    assert np.any(np.asarray(after.layers.keys.values_LBKSH[:, :, :, 5]))
     np.testing.assert_array_equal(after.slots.segments_BS, np.ones((2, 6)))
 
 
@@ -141,8 +141,8 @@ def test_a_cache_on_a_mesh_is_laid_out_by_the_rules():
     assert_close(np.concatenate(found, axis=1), expected, 1e-5)
     # 4 rows over 2 devices; the anchor's 2 key heads stay whole, f_cross' 4 are split.
     held = {
-        "anchor": (cache.anchor.layers.keys_LBSKH, (4, 2, 8, 2, 4)),
-        "bridge": (cache.bridge[0][0].values_LBSKH, (1, 2, 8, 1, 8)),
+        "anchor": (cache.anchor.layers.keys.values_LBKSH, (4, 2, 2, 8, 4)),
+        "bridge": (cache.bridge[0][0].values.values_LBKSH, (1, 2, 1, 8, 8)),
         "slots": (cache.anchor.slots.segments_BS, (2, 8)),
     }
     for name, (array, shape) in held.items():

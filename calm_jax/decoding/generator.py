@@ -1,0 +1,339 @@
+"""Answers of a model: whole, as they come, or only scored."""
+
+import queue
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from calm_jax.decoding.sampling import Sampling, TokenLogprob
+from calm_jax.decoding.scheduler import MOST_STEPS, News, Request, Scheduler
+from calm_jax.decoding.text_stream import TextStream
+from calm_jax.errors import CalmError
+from calm_jax.models import ComposedDecoder, Decoder
+
+STREAMED_STEPS = 4  # tokens that are made before their text is shown
+MOST_ROWS = 64  # that `generate` decodes at once
+
+Prompt = str | Sequence[int]
+
+
+class Completion(NamedTuple):
+    """One answer to a prompt.
+
+    Attributes:
+        tokens: ids, the end token included.
+        text: the tokens after the prompt as text, without what stopped it; "" without vocabulary.
+        finish_reason: "stop": an end token or a text that stops; "length"; "error".
+        logprobs: one for each token, if asked for.
+        error: with "error", what went wrong.
+    """
+
+    tokens: list[int]
+    text: str
+    finish_reason: str
+    logprobs: list[TokenLogprob] | None = None
+    error: str | None = None
+
+
+class Score(NamedTuple):
+    """How probable a continuation is: natural logarithms, the sum and that of each token.
+
+    `is_greedy`: whether each of its tokens is the most probable one.
+    """
+
+    logprob: float
+    tokens_logprobs: list[float]
+    is_greedy: bool
+
+
+class Generator:
+    """Answers prompts with one model, whose caches it keeps between calls.
+
+    Args:
+        model: a decoder or a composed model, on one device or a mesh.
+        max_length: tokens of a prompt and its answer at most.
+        slots: number of rows that are decoded at once; more prompts wait for a row.
+        cache_dtype: of keys and values: a float dtype or "int8"; default: the model's.
+        prefill_chunk: tokens of prompts that are read at once at most.
+        eos_ids: ids that end an answer; default: the vocabulary's.
+
+    Raises:
+        CalmError: a size below 1, or caches that do not fit the devices.
+
+    >>> from flax import nnx
+    >>> from calm_jax import Decoder, DecoderConfig, Generator, Sampling
+    >>> config = DecoderConfig.palm(vocab_size=32, embed_dim=16, num_layers=2, num_heads=2,
+    ...                             head_dim=8, mlp_dim=32)
+    >>> generator = Generator(Decoder(config, nnx.Rngs(0)), max_length=64)
+    >>> answers = generator.generate([[1, 2, 3], [4]], Sampling(max_new_tokens=5, n=2))
+    >>> [[len(answer.tokens) for answer in of_prompt] for of_prompt in answers]
+    [[5, 5], [5, 5]]
+    """
+
+    def __init__(
+        self,
+        model: Decoder | ComposedDecoder,
+        *,
+        max_length: int = 2048,
+        slots: int = 8,
+        cache_dtype: Any = None,
+        prefill_chunk: int = 512,
+        eos_ids: Sequence[int] | None = None,
+    ):
+        self.vocabulary = model.vocabulary
+        self.scheduler = Scheduler(
+            model,
+            max_length=max_length,
+            slots=slots,
+            cache_dtype=cache_dtype,
+            prefill_chunk=prefill_chunk,
+            eos_ids=eos_ids,
+        )
+
+    def generate(
+        self, prompts: Sequence[Prompt], sampling: Sampling | Sequence[Sampling] | None = None
+    ) -> list[list[Completion]]:
+        """The answers to each prompt, `sampling.n` of them.
+
+        Args:
+            prompts: texts, which the vocabulary encodes; or token ids, used as they are.
+            sampling: for all prompts, or one for each; default: `Sampling()`.
+
+        Raises:
+            CalmError: one text instead of a list; text without a vocabulary; a prompt that is
+                empty, too long, or has an unknown id. No prompt is answered then.
+        """
+        ids = [encode(self.vocabulary, prompt) for prompt in _listed(prompts)]
+        sampling = sampling or Sampling()
+        each = [sampling] * len(ids) if isinstance(sampling, Sampling) else list(sampling)
+        if len(each) != len(ids):
+            raise CalmError(f"{len(each)} samplings were given for {len(ids)} prompts")
+        answers = [
+            [_Answer(self.vocabulary, prompt, one.stop) for _ in range(one.n)]
+            for prompt, one in zip(ids, each, strict=True)
+        ]
+        requests = []
+        for prompt, one, of_prompt in zip(ids, each, answers, strict=True):
+
+            def on_news(news: News, of_prompt=of_prompt) -> None:
+                of_prompt[news.sample].add(news)
+
+            requests.append(Request(prompt, one, on_news))
+        self._run(requests, answers)
+        return [
+            [answer.completion(one.logprobs is not None) for answer in of_prompt]
+            for of_prompt, one in zip(answers, each, strict=True)
+        ]
+
+    def stream(self, prompt: Prompt, sampling: Sampling | None = None) -> Iterator[str]:
+        """The text of one answer as it comes, never half a character.
+
+        Raises:
+            CalmError: as `generate`; no vocabulary; `n` above 1; logits that are not finite.
+        """
+        sampling = sampling or Sampling()
+        if self.vocabulary is None:
+            raise CalmError("the model has no vocabulary to stream text with; use generate")
+        if sampling.n != 1:
+            raise CalmError(f"n is {sampling.n}; a stream has one answer")
+        ids, come = encode(self.vocabulary, prompt), queue.SimpleQueue()
+        answer = _Answer(self.vocabulary, ids, sampling.stop)
+        request = Request(ids, sampling, lambda news: come.put(answer.add(news)))
+        self.scheduler.submit(request)
+        try:
+            while not (answer.ended and come.empty()):
+                if come.empty():
+                    self.scheduler.step(STREAMED_STEPS)
+                elif piece := come.get():
+                    yield piece
+            if answer.error:
+                raise CalmError(answer.error)
+        finally:
+            self.scheduler.cancel(request)
+
+    def score(self, prompts: Sequence[Prompt], continuations: Sequence[Prompt]) -> list[Score]:
+        """How probable each continuation is after its prompt.
+
+        Texts are encoded as one: the continuation's tokens are those after the prompt's.
+
+        Raises:
+            CalmError: as `generate`; lists of different lengths; an empty continuation.
+        """
+        prompts, continuations = _listed(prompts), _listed(continuations)
+        if len(prompts) != len(continuations):
+            raise CalmError(
+                f"{len(continuations)} continuations were given for {len(prompts)} prompts"
+            )
+        found: list[list[TokenLogprob]] = [[] for _ in prompts]
+        requests, tokens = [], []
+        for prompt, continuation, scores in zip(prompts, continuations, found, strict=True):
+            before, after = self._split(prompt, continuation)
+            tokens.append(after)
+            requests.append(
+                Request(
+                    before + after,
+                    None,
+                    lambda news, scores=scores: scores.extend(news.logprobs),
+                    score_from=len(before),
+                )
+            )
+        self._run(requests, [])
+        return [
+            Score(
+                sum(one.logprob for one in scores),
+                [one.logprob for one in scores],
+                all(one.top[0][0] == token for one, token in zip(scores, after, strict=True)),
+            )
+            for scores, after in zip(found, tokens, strict=True)
+        ]
+
+    def _split(self, prompt: Prompt, continuation: Prompt) -> tuple[list[int], list[int]]:
+        before = encode(self.vocabulary, prompt)
+        if isinstance(continuation, str):
+            if not isinstance(prompt, str):
+                raise CalmError("a prompt of ids has a continuation of ids, not of text")
+            whole = encode(self.vocabulary, prompt + continuation)
+            before, after = whole[: len(before)], whole[len(before) :]
+        else:
+            after = encode(self.vocabulary, continuation)
+        if not before or not after:
+            raise CalmError(f"{'a prompt' if not before else 'a continuation'} has no tokens")
+        return before, after
+
+    def _run(self, requests: list[Request], answers: list[list["_Answer"]]) -> None:
+        """Runs all requests to their ends, or none if one is refused."""
+        # Alike beginnings and lengths come together.
+        ordered = sorted(requests, key=lambda request: (len(request.prompt), request.prompt))
+        try:
+            for request in ordered:
+                self.scheduler.submit(request)
+            while self.scheduler.step(MOST_STEPS):
+                for request, of_prompt in zip(requests, answers, strict=False):
+                    for sample, answer in enumerate(of_prompt):
+                        if answer.must_end:
+                            self.scheduler.cancel(request, sample)
+                            answer.must_end = False
+        except BaseException:
+            for request in requests:
+                self.scheduler.cancel(request)
+            raise
+
+
+class _Answer:
+    """An answer as it comes."""
+
+    def __init__(self, vocabulary: Any, prompt: list[int], stop: tuple[str, ...]):
+        if stop and vocabulary is None:
+            raise CalmError(f"stop is {stop}, but the model has no vocabulary")
+        self._stream = None if vocabulary is None else TextStream(vocabulary, prompt, stop)
+        self._looks = bool(stop)
+        self.tokens: list[int] = []
+        self.logprobs: list[TokenLogprob] = []
+        self.reason: str | None = None
+        self.error: str | None = None
+        self.must_end = False
+
+    @property
+    def ended(self) -> bool:
+        return self.reason is not None
+
+    def add(self, news: News) -> str:
+        """Takes news; returns the text that is now certain."""
+        if self.ended or news.sample < 0:
+            return ""
+        pieces = []
+        # Token by token only where the one that completes a text that stops must be found.
+        parts = [[token] for token in news.tokens] if self._looks else [news.tokens]
+        for part in parts:
+            self.tokens += part
+            if self._stream is not None:
+                pieces.append(self._stream.push(part))
+                if self._stream.stopped:
+                    self.reason, self.must_end = "stop", news.finish_reason is None
+                    break
+        self.logprobs += news.logprobs
+        del self.logprobs[len(self.tokens) :]
+        if self.reason is None and news.finish_reason is not None:
+            self.reason, self.error = news.finish_reason, news.error
+            if self._stream is not None:
+                pieces.append(self._stream.finish())
+        return "".join(pieces)
+
+    def completion(self, with_logprobs: bool) -> Completion:
+        return Completion(
+            self.tokens,
+            "" if self._stream is None else self._stream.text,
+            self.reason,
+            self.logprobs if with_logprobs else None,
+            self.error,
+        )
+
+
+def generate(
+    model: Decoder | ComposedDecoder,
+    prompts: Sequence[Prompt],
+    *,
+    max_new_tokens: int,
+    eos_id: int | None = None,
+    **sampling: Any,
+) -> np.ndarray:
+    """Continues each prompt; without further options with the most probable token each time.
+
+    Args:
+        prompts: texts, which `model.vocabulary.encode_sequence` encodes; or token ids, used as
+            they are.
+        max_new_tokens: number of tokens generated for each prompt.
+        eos_id: the token that ends a row; default: any of the vocabulary's `eos_ids`.
+        sampling: other fields of `Sampling`, such as `temperature`; `n` answers are n rows.
+
+    Returns:
+        int32 [B, max_new_tokens]; after its end token a row is filled with `eos_id`.
+
+    Raises:
+        CalmError: a single text instead of a list, text without a vocabulary, an empty prompt, an
+            id outside an embedding, an option out of its range, or logits that are not finite.
+
+    >>> from flax import nnx
+    >>> from calm_jax import Decoder, DecoderConfig, generate
+    >>> config = DecoderConfig.palm(vocab_size=32, embed_dim=16, num_layers=2, num_heads=2,
+    ...                             head_dim=8, mlp_dim=32)
+    >>> generate(Decoder(config, nnx.Rngs(0)), [[1, 2, 3], [4]], max_new_tokens=5).shape
+    (2, 5)
+    """
+    asked = Sampling(max_new_tokens=max_new_tokens, **sampling)
+    prompts = _listed(prompts)
+    if not prompts:
+        return np.zeros((0, max_new_tokens), np.int32)
+    ids = [encode(model.vocabulary, prompt) for prompt in prompts]
+    eos_ids = () if model.vocabulary is None else model.vocabulary.eos_ids
+    if eos_id is not None:
+        eos_ids = (eos_id,)
+    generator = Generator(
+        model,
+        max_length=max(map(len, ids)) + max_new_tokens,
+        slots=min(len(ids) * asked.n, MOST_ROWS),
+        eos_ids=eos_ids,
+    )
+    answers = [answer for of_prompt in generator.generate(ids, asked) for answer in of_prompt]
+    new_BN = np.full((len(answers), max_new_tokens), eos_ids[0] if eos_ids else 0, np.int32)
+    for row, answer in zip(new_BN, answers, strict=True):
+        if answer.error is not None:
+            raise CalmError(answer.error)
+        row[: len(answer.tokens)] = answer.tokens
+    return new_BN
+
+
+def encode(vocabulary: Any, prompt: Prompt) -> list[int]:
+    """The token ids of a prompt. Raises `CalmError` for text without a vocabulary."""
+    if not isinstance(prompt, str):
+        return [int(token) for token in prompt]
+    if vocabulary is None:
+        raise CalmError(f"the model has no vocabulary to encode {prompt!r}; give token ids")
+    return vocabulary.encode_sequence(prompt)
+
+
+def _listed(prompts: Sequence[Prompt]) -> list[Prompt]:
+    if isinstance(prompts, str):
+        raise CalmError(f"prompts is the text {prompts!r}; give a list of prompts")
+    return list(prompts)
