@@ -1,4 +1,4 @@
-"""A model as it is decoded: on a CPU, a list of layers instead of stacked arrays.
+"""A model as it is decoded: on one CPU device, a list of layers instead of stacked arrays.
 
 A step of decoding is bound by reading the weights. XLA's CPU backend copies a layer out of a stack
 before it multiplies, which takes four times as long as the product itself; on a CPU the layers of a
@@ -20,9 +20,8 @@ from calm_jax.models.stack import are_stacked
 def prepared(model: Decoder | ComposedDecoder) -> Decoder | ComposedDecoder:
     """A model that computes the same over the same weights, in the form that decodes fastest."""
     arrays = jax.tree.leaves(nnx.state(model))
-    if not all(device.platform == "cpu" for x in arrays for device in x.sharding.device_set):
-        return model
-    return _apart(model)
+    devices = {device for x in arrays for device in x.sharding.device_set}
+    return _apart(model) if [device.platform for device in devices] == ["cpu"] else model
 
 
 def _apart(model: Any) -> Any:
@@ -48,17 +47,8 @@ def _view(stack: nnx.Module, number: int | None) -> nnx.Module:
     if number is None:
         return stack
     graphdef, state = nnx.split(stack)
-    return nnx.merge(graphdef, jax.tree.map(lambda x: _view_of_array(x, number), state))
-
-
-def _view_of_array(x: jax.Array, number: int) -> jax.Array:
-    parts = [
-        jax.device_put(np.asarray(shard.data)[number], shard.device, may_alias=True)
-        for shard in x.addressable_shards
-    ]
-    if not isinstance(x.sharding, jax.sharding.NamedSharding):
-        return parts[0]
-    spec = jax.sharding.PartitionSpec(*x.sharding.spec[1:])
-    return jax.make_array_from_single_device_arrays(
-        x.shape[1:], jax.sharding.NamedSharding(x.sharding.mesh, spec), parts
+    (device,) = jax.tree.leaves(state)[0].sharding.device_set
+    views = jax.tree.map(
+        lambda x: jax.device_put(np.asarray(x)[number], device, may_alias=True), state
     )
+    return nnx.merge(graphdef, views)

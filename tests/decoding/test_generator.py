@@ -1,0 +1,324 @@
+"""Answers of a Generator against full recomputation, whatever rows, chunks and slots they take."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny_models
+import tiny_tokenizers
+from random_models import gemma, llama, palm, random_composed, random_decoder
+
+from calm_jax import sharding
+from calm_jax.data.vocabularies import vocabulary_of_folder
+from calm_jax.decoding import Generator, Sampling, generate, steps
+from calm_jax.decoding.memory import bytes_per_token
+from calm_jax.decoding.scheduler import buckets
+from calm_jax.errors import CalmError
+from calm_jax.models import CompositionConfig, Inputs
+from calm_jax.models.parameters import Structure, module_tree
+
+FORMS = {
+    "palm": lambda: random_decoder(palm()),
+    "xpos, l2 norms": lambda: random_decoder(palm(qk_norm="l2", xpos_scale_base=8.0)),
+    "window": lambda: random_decoder(
+        gemma(num_layers=4, window=7, window_pattern=(True, False), local_rope_base=100.0)
+    ),
+    "regular": lambda: random_composed(
+        llama(num_layers=7), (palm(num_layers=6),), CompositionConfig(every=2)
+    ),
+    "several, rotary": lambda: random_composed(
+        gemma(num_layers=4, window=5),
+        (palm(num_layers=4), llama(num_layers=4)),
+        (CompositionConfig(every=1), CompositionConfig(((0, 3), (3, 1)), rotary=True)),
+    ),
+    "only the prompt": lambda: random_composed(
+        palm(), (palm(),), CompositionConfig(every=1, encoder_only=True)
+    ),
+}
+
+
+def random_prompts(count, low, high, seed=0):
+    random = np.random.default_rng(seed)
+    return [random.integers(1, 24, random.integers(low, high)).tolist() for _ in range(count)]
+
+
+def logprobs_of(model, prompt, tokens):
+    """float32 [N, V], the distribution of each token after the prompt, recomputed at once."""
+    row = jnp.asarray([[*prompt, *tokens[:-1]]], jnp.int32)
+    mask = (jnp.arange(row.shape[1]) < len(prompt)).astype(jnp.int32)[None]
+    logits = model(Inputs(row, prompt_mask_BT=mask))[0, len(prompt) - 1 :]
+    return np.asarray(jax.nn.log_softmax(logits))
+
+
+def assert_greedy(model, prompt, completion):
+    """Every token is the most probable one after all before it, with that log-probability."""
+    expected_NV = logprobs_of(model, prompt, completion.tokens)
+    np.testing.assert_array_equal(completion.tokens, expected_NV.argmax(1))
+    found = [one.logprob for one in completion.logprobs]
+    np.testing.assert_allclose(found, expected_NV.max(1), atol=2e-5)
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_cached_is_recomputed(name):
+    """More prompts than rows, longer than windows and chunks, some with a shared beginning."""
+    model = FORMS[name]()
+    beginning = random_prompts(1, 40, 41)[0]
+    prompts = [*random_prompts(4, 1, 60), [*beginning, 1, 2], [*beginning, 3], beginning[:30]]
+    generator = Generator(model, max_length=80, slots=3, prefill_chunk=16)
+    sampling = Sampling(max_new_tokens=9, logprobs=0)
+    answers = generator.generate(prompts, sampling)
+    for prompt, (completion,) in zip(prompts, answers, strict=True):
+        assert completion.finish_reason == "length"
+        assert_greedy(model, prompt, completion)
+    # What rows still hold from before changes nothing.
+    again = generator.generate(prompts[::-1], sampling)[::-1]
+    assert [a.tokens for (a,) in again] == [a.tokens for (a,) in answers]
+
+
+@pytest.mark.parametrize(
+    "chunk", [32, *(pytest.param(n, marks=pytest.mark.slow) for n in (16, 48))]
+)
+def test_every_boundary_of_chunks(chunk):
+    model = FORMS["regular"]()
+    generator = Generator(model, max_length=70, slots=2, prefill_chunk=chunk)
+    prompts = [random_prompts(1, size, size + 1)[0] for size in (15, 16, 17, 32, 33, 48, 49, 64)]
+    for prompt, (completion,) in zip(
+        prompts,
+        generator.generate(prompts, Sampling(max_new_tokens=3, logprobs=0)),
+        strict=True,
+    ):
+        assert_greedy(model, prompt, completion)
+
+
+def read_tokens(monkeypatch):
+    """A list that gets the number of tokens of each prefill."""
+    counts, prefill = [], steps.prefill
+
+    def counted(graphdef, weights, state, chunk, *arguments, **options):
+        counts.append(int(np.sum(chunk.length_P)))
+        return prefill(graphdef, weights, state, chunk, *arguments, **options)
+
+    monkeypatch.setattr(steps, "prefill", counted)
+    return counts
+
+
+def test_a_shared_beginning_is_read_once(monkeypatch):
+    counts = read_tokens(monkeypatch)
+    beginning = random_prompts(1, 100, 101)[0]
+    prompts = [[*beginning, 1 + i % 20, 1 + i // 20] for i in range(40)]
+    generator = Generator(FORMS["regular"](), max_length=128, slots=4)
+    generator.generate(prompts, Sampling(max_new_tokens=2))
+    assert sum(counts) <= 102 + 39 * 2
+    counts.clear()
+    generator.generate([beginning], Sampling(max_new_tokens=2, n=4, temperature=1.0))
+    assert sum(counts) <= 4  # the last token for each answer
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        pytest.param({"temperature": 1.0}, marks=pytest.mark.slow),
+        pytest.param({"temperature": 0.7, "top_k": 5, "top_p": 0.9}, marks=pytest.mark.slow),
+        {"temperature": 1.3, "min_p": 0.1, "repetition_penalty": 1.4},
+    ],
+    ids=str,
+)
+def test_seeded_samples_are_the_same_in_any_batch(options):
+    model = FORMS["regular"]()
+    prompts = random_prompts(6, 1, 30)
+    sampling = Sampling(max_new_tokens=6, seed=11, n=2, **options)
+    together = Generator(model, max_length=64, slots=5).generate(prompts, sampling)
+    alone = Generator(model, max_length=64, slots=2)
+    for prompt, answers in zip(prompts, together, strict=True):
+        (found,) = alone.generate([prompt], sampling)
+        assert [answer.tokens for answer in found] == [answer.tokens for answer in answers]
+    assert any(first.tokens != second.tokens for first, second in together)
+    other = alone.generate(prompts, dataclasses.replace(sampling, seed=12))
+    assert [a.tokens for (a, _) in other] != [a.tokens for (a, _) in together]
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_scores_are_recomputed(name):
+    model = FORMS[name]()
+    prompts = [*random_prompts(3, 1, 40), [7] * 30, [7] * 30]
+    continuations = random_prompts(5, 1, 20, seed=1)
+    scores = Generator(model, max_length=64, slots=2, prefill_chunk=32).score(
+        prompts, continuations
+    )
+    for prompt, continuation, score in zip(prompts, continuations, scores, strict=True):
+        row = [*prompt, *continuation]
+        inputs = Inputs(jnp.asarray([row]), prompt_mask_BT=jnp.ones((1, len(row)), jnp.int32))
+        expected_NV = np.asarray(jax.nn.log_softmax(model(inputs)[0, len(prompt) - 1 : -1]))
+        expected_N = expected_NV[np.arange(len(continuation)), continuation]
+        np.testing.assert_allclose(score.tokens_logprobs, expected_N, atol=2e-5)
+        np.testing.assert_allclose(score.logprob, expected_N.sum(), atol=1e-4)
+        assert score.is_greedy == bool(np.all(expected_NV.argmax(1) == continuation))
+
+
+def test_a_greedy_answer_is_a_greedy_continuation():
+    generator = Generator(FORMS["regular"](), max_length=64, slots=2)
+    ((answer,),) = generator.generate([[3, 4]], Sampling(max_new_tokens=4))
+    (score,) = generator.score([[3, 4]], [answer.tokens])
+    assert score.is_greedy
+
+
+@pytest.mark.parametrize(
+    "mesh",
+    [
+        {"data": 2, "fsdp": 2, "tensor": 2},
+        pytest.param({"data": 2, "tensor": 4}, marks=pytest.mark.slow),
+        pytest.param({"data": 8}, marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
+def test_eight_devices_answer_as_one(mesh):
+    config = CompositionConfig(every=2, num_heads=4)
+    model = tiny_models.randomised(tiny_models.composed(config))
+    structure = Structure(model)
+    spread = structure.merge(
+        jax.device_put(module_tree(model), structure.shardings(sharding.make_mesh(mesh)))
+    )
+    prompts = random_prompts(6, 1, 40)
+    sampling = Sampling(max_new_tokens=6, logprobs=0)
+    options = {"max_length": 64, "slots": 4, "prefill_chunk": 32}
+    alone = Generator(model, **options).generate(prompts, sampling)
+    found = Generator(spread, **options).generate(prompts, sampling)
+    for (ours,), (theirs,) in zip(found, alone, strict=True):
+        assert ours.tokens == theirs.tokens
+        np.testing.assert_allclose(
+            [x.logprob for x in ours.logprobs], [x.logprob for x in theirs.logprobs], atol=2e-5
+        )
+
+
+def test_int8_caches_differ_by_rounding_alone():
+    """A vector's largest value is 127 steps, so scores move a little, and not by nothing."""
+    model = FORMS["regular"]()
+    prompts, continuations = random_prompts(3, 20, 40), random_prompts(3, 10, 20, seed=1)
+    options = {"max_length": 64, "slots": 2}
+    exact, rounded = (
+        Generator(model, cache_dtype=dtype, **options).score(prompts, continuations)
+        for dtype in (None, "int8")
+    )
+    for ours, theirs in zip(rounded, exact, strict=True):
+        difference = np.abs(np.subtract(ours.tokens_logprobs, theirs.tokens_logprobs))
+        assert 0 < difference.max() < 0.1
+
+
+@pytest.mark.parametrize("dtype", [None, "bfloat16", "int8"])
+@pytest.mark.parametrize("name", FORMS)
+def test_bytes_of_the_state_equal_the_formula(name, dtype):
+    model = FORMS[name]()
+    cache = model.init_cache(2, 48, dtype=dtype)
+    held = sum(x.nbytes for x in jax.tree.leaves(cache) if x.ndim > 2)
+    assert held == 2 * 48 * bytes_per_token(model, dtype)
+
+
+def test_few_programs_answer_many_lengths():
+    model = FORMS["palm"]()
+    generator = Generator(model, max_length=128, slots=4, prefill_chunk=32)
+    before = steps.prefill._cache_size() + steps.decode._cache_size()
+    for seed in range(4):
+        prompts = random_prompts(50, 1, 120, seed)
+        generator.generate(prompts, Sampling(max_new_tokens=3))
+    chunks, reads = len(buckets(32, 16)), len(buckets(128, 64))
+    programs = steps.prefill._cache_size() + steps.decode._cache_size() - before
+    assert programs <= 2 * chunks * reads + reads
+
+
+# Text.
+
+
+@pytest.fixture(scope="module")
+def writer(tmp_path_factory):
+    """A model whose vocabulary writes bytes, so that characters take several tokens."""
+    path = tmp_path_factory.mktemp("tokenizer")
+    vocabulary = vocabulary_of_folder(str(tiny_tokenizers.qwen(path)))
+    model = tiny_models.decoder(vocab_size=vocabulary.size)
+    model.vocabulary = vocabulary
+    return model
+
+
+def test_a_stream_gives_the_text_of_generate(writer):
+    generator = Generator(writer, max_length=64, slots=2)
+    for seed in range(5):
+        sampling = Sampling(max_new_tokens=30, temperature=2.0, seed=seed)
+        pieces = list(generator.stream("Grüße", sampling))
+        ((answer,),) = generator.generate(["Grüße"], sampling)
+        assert "".join(pieces) == answer.text
+        assert all(pieces)
+
+
+def test_an_answer_ends_before_a_text_that_stops(writer):
+    generator = Generator(writer, max_length=64, slots=2)
+    free = Sampling(max_new_tokens=30, temperature=2.0, seed=3)
+    ((answer,),) = generator.generate(["a"], free)
+    stop = answer.text[8:10]
+    ((stopped,),) = generator.generate(["a"], dataclasses.replace(free, stop=(stop, "never this")))
+    assert stopped.text == answer.text[: answer.text.index(stop)]
+    assert stopped.finish_reason == "stop"
+    assert answer.tokens[: len(stopped.tokens)] == stopped.tokens
+    assert len(stopped.tokens) < len(answer.tokens)
+    assert "".join(generator.stream("a", dataclasses.replace(free, stop=(stop,)))) == stopped.text
+    assert generator.scheduler.running == 0
+
+
+# Bad input.
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"max_new_tokens": 0}, "max_new_tokens is 0; it must be at least 1"),
+        ({"max_new_tokens": -3}, "max_new_tokens is -3"),
+        ({"max_new_tokens": 2.5}, "max_new_tokens is 2.5; it must be an integer"),
+        ({"temperature": float("nan")}, "temperature is nan"),
+        ({"temperature": 1.0, "top_p": float("nan")}, "top_p is nan"),
+        ({"temperature": 1.0, "top_p": 0.0}, "top_p is 0; it must be above 0"),
+        ({"temperature": -1.0}, "temperature is -1.0; it must be at least 0"),
+        ({"top_k": 5}, "top_k is 5, but temperature is 0"),
+        ({"logprobs": 21}, "logprobs is 21; it must be from 0 to 20"),
+        ({"n": True}, "n is True; it must be an integer"),
+        ({"stop": ("",)}, "stop has ''"),
+    ],
+    ids=lambda x: str(x)[:30],
+)
+def test_sampling_that_is_refused(options, message):
+    with pytest.raises(CalmError, match=message):
+        Sampling(**options)
+
+
+def test_prompts_that_are_refused():
+    generator = Generator(FORMS["palm"](), max_length=32, slots=2)
+    for prompts, message in (
+        ([[1], []], "empty prompt"),
+        ([[1], [1] * 30], "the prompt has 30 tokens and max_new_tokens is 5, together more than"),
+        (["text"], "no vocabulary to encode 'text'"),
+        ([[1], [10**6]], "1000000"),
+    ):
+        with pytest.raises(CalmError, match=message):
+            generator.generate(prompts, Sampling(max_new_tokens=5))
+        assert not generator.scheduler.step()
+
+
+def test_logits_that_are_not_finite_end_one_row_alone():
+    model = tiny_models.decoder(tied_head=False)
+    table = model.embedding.get_value()
+    model.embedding.set_value(table.at[13].set(jnp.nan))
+    generator = Generator(model, max_length=32, slots=2)
+    (bad,), (good,) = generator.generate([[13, 2], [5, 2]], Sampling(max_new_tokens=4))
+    assert bad.finish_reason == "error"
+    assert "step 0: the logits are not finite" in bad.error
+    assert good.finish_reason == "length"
+    with pytest.raises(CalmError, match="not finite"):
+        generate(model, [[13, 2]], max_new_tokens=2)
+
+
+def test_caches_that_do_not_fit(monkeypatch):
+    monkeypatch.setattr("calm_jax.decoding.memory.free_bytes", lambda array: 100_000)
+    model = FORMS["palm"]()
+    fit = 100_000 // (bytes_per_token(model) * 64)
+    with pytest.raises(CalmError, match=f"; {fit} rows would fit"):
+        Generator(model, max_length=64, slots=fit + 1)
+    Generator(model, max_length=64, slots=fit)
