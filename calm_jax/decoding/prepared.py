@@ -9,6 +9,7 @@ import dataclasses
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
@@ -19,7 +20,9 @@ from calm_jax.models.stack import are_stacked
 
 def prepared(model: Decoder | ComposedDecoder) -> Decoder | ComposedDecoder:
     """A model that computes the same over the same weights, in the form that decodes fastest."""
-    arrays = jax.tree.leaves(nnx.state(model))
+    graphdef, state = nnx.split(model)
+    state = jax.tree.map(jnp.asarray, state)  # NumPy arrays have no device
+    model, arrays = nnx.merge(graphdef, state), jax.tree.leaves(state)
     devices = {device for x in arrays for device in x.sharding.device_set}
     return _apart(model) if [device.platform for device in devices] == ["cpu"] else model
 

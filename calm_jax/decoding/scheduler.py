@@ -161,8 +161,8 @@ class Scheduler:
         length = -(-max_length // steps.SCORED) * steps.SCORED
         chunk = min(-(-prefill_chunk // steps.SCORED) * steps.SCORED, length)
         self._chunks, self._reads = buckets(chunk, steps.SCORED), buckets(length, 64)
-        check_fits(model, slots, length, cache_dtype)
         self._model = prepared(model)
+        check_fits(self._model, slots, length, cache_dtype)
         self._graphdef, self._weights = nnx.split(self._model)
         self._state = self._empty_state(length, cache_dtype)
         # A bridge that sees the prompt alone reads an answer's tokens differently.
