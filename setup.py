@@ -49,15 +49,23 @@ INSTALL = [
     "xxhash",
 ]
 
+# `calm serve`: routes, HTTP, and the text format of its metrics. Nothing else needs them.
+SERVE = ["prometheus_client", "starlette", "uvicorn"]
+
 EXTRAS = {
     "tpu": ["jax[tpu]"],
     "cuda": ["jax[cuda12]"],
     # The TPU's compiler, which needs no TPU; the version that plans were made with.
     "plan": ["libtpu>=0.0.51"],
+    "serve": SERVE,
     "test": [
+        *SERVE,
+        # Drives the server as a client; the next one as its users do.
+        "httpx",
         "hypothesis",
         # Checks the manifest of launch/ against its API's schema.
         "jsonschema",
+        "openai",
         "pytest",
         "pytest-xdist",
         "pyyaml",
@@ -77,7 +85,7 @@ setup(
     # The oldest Python that the jax above runs on.
     python_requires=">=3.11",
     packages=find_packages(include=["calm_jax", "calm_jax.*"]),
-    package_data={"calm_jax": ["py.typed", "evaluation/templates/*"]},
+    package_data={"calm_jax": ["py.typed", "evaluation/templates/*", "serving/*.html"]},
     install_requires=INSTALL,
     extras_require=EXTRAS,
     entry_points={"console_scripts": ["calm = calm_jax.__main__:main"]},

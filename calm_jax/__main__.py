@@ -21,6 +21,7 @@ COMMANDS = {
     "evaluate": "scores a run on its tasks",
     "convert": "turns published checkpoints into frozen folders, and back",
     "generate": "answers prompts with a trained model",
+    "serve": "answers requests as an OpenAI-compatible server",
     "report": "turns the runs of an experiment into one page",
     "plan": "says what training needs on TPUs or GPUs that are not there",
 }

@@ -19,7 +19,7 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 FLOORS = [
     {"__main__", "cli"},
     {"planning"},
-    {"training", "evaluation"},
+    {"training", "evaluation", "serving"},
     {"checkpoints", "decoding"},
     {"models", "data"},
     {"sharding", "processes", "membership"},

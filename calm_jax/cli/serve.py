@@ -1,0 +1,107 @@
+"""`calm serve`: an OpenAI-compatible server of a model."""
+
+import importlib.util
+import os
+import pathlib
+from typing import Any
+
+from absl import flags
+from ml_collections import ConfigDict
+
+from calm_jax.cli import config, models
+from calm_jax.cli.generate import MESH
+from calm_jax.errors import CalmError
+from calm_jax.quiet import quiet_libtpu
+
+USAGE = """Answers requests over HTTP as OpenAI's API does, until SIGTERM.
+
+  calm serve --workdir=runs/kv/composed
+  calm serve --workdir=models/gemma --host=0.0.0.0 --port=80 --slots=16 --max_length=4096
+
+WORKDIR is a run of `calm train`, a frozen folder or an exported bridge. Of a composed model its
+anchor and augments are served too, as NAME/anchor and NAME/augment. The page at / asks them all.
+Where the environment variable CALM_API_KEY is set, requests must carry it as a bearer token. On
+SIGTERM new requests are refused and the answers that run are ended; a second one ends at once.
+The first device computes; --mesh.tensor=8 and the like spread the model over all."""
+
+KEY = "CALM_API_KEY"
+
+
+def _define(values: flags.FlagValues) -> None:
+    flags.DEFINE_string("workdir", None, "folder that holds a model", flag_values=values)
+    models.define(values)
+    flags.DEFINE_string(
+        "name", None, "the model's name, otherwise its folder's", flag_values=values
+    )
+    flags.DEFINE_string("host", "127.0.0.1", "address to listen on", flag_values=values)
+    flags.DEFINE_integer("port", 8000, "to listen on; 0: any that is free", flag_values=values)
+    flags.DEFINE_integer("slots", 8, "answers that are made at once", flag_values=values)
+    flags.DEFINE_integer(
+        "max_length", 2048, "tokens of a prompt and its answer at most", flag_values=values
+    )
+    flags.DEFINE_integer(
+        "prefill_chunk", 512, "tokens of prompts that are read at once", flag_values=values
+    )
+    flags.DEFINE_enum(
+        "cache_dtype",
+        None,
+        ["float32", "bfloat16", "float16", "int8"],
+        "of keys and values, otherwise the model's",
+        flag_values=values,
+    )
+    flags.DEFINE_integer(
+        "max_queue", 64, "answers that may wait; more are refused", flag_values=values
+    )
+    flags.DEFINE_integer("max_tokens", 1024, "of one answer at most", flag_values=values)
+    flags.DEFINE_float("request_seconds", 300.0, "that a request may take", flag_values=values)
+
+
+def main(argv: list[str]) -> int:
+    """Runs the command; `argv` is what follows its name."""
+    given = models.mesh_as_config(argv)
+    values, settings = config.parse(
+        given,
+        USAGE,
+        _define,
+        required=("workdir",),
+        load_config=lambda _: ConfigDict({"mesh": MESH}),
+    )
+    _check(values)
+    for package in ("starlette", "uvicorn", "prometheus_client"):
+        if importlib.util.find_spec(package) is None:
+            raise CalmError(f"{package} is not installed: pip install 'calm_jax[serve]'")
+
+    from calm_jax.checkpoints.any_model import load_model
+    from calm_jax.serving.app import Limits, Server
+    from calm_jax.serving.parts import served_models
+    from calm_jax.serving.running import run
+    from calm_jax.sharding import make_mesh
+
+    quiet_libtpu()
+    mesh = make_mesh(settings.mesh.to_dict()) if given != argv else None
+    model = load_model(values.workdir, step=values.step, mesh=mesh, **models.moved(values))
+    name = values.name or pathlib.Path(values.workdir).resolve().name
+    served = served_models(model, name, _options(values))
+    limits = Limits(values.max_queue, values.max_tokens, values.request_seconds)
+    server = Server(served, limits, os.environ.get(KEY))
+    server.engine.build(name)
+    run(server, values.host, values.port)
+    return 0
+
+
+def _options(values: flags.FlagValues) -> dict[str, Any]:
+    """The arguments of every scheduler."""
+    names = ("slots", "max_length", "prefill_chunk", "cache_dtype")
+    return {name: getattr(values, name) for name in names}
+
+
+def _check(values: flags.FlagValues) -> None:
+    for name, least in (("port", 0), ("max_queue", 0), ("max_tokens", 1)):
+        if getattr(values, name) < least:
+            raise CalmError(f"--{name} is {getattr(values, name)}; it must be at least {least}")
+    if values.port > 65535:
+        raise CalmError(f"--port is {values.port}; it must be at most 65535")
+    if not 0 < values.request_seconds < float("inf"):
+        raise CalmError(f"--request_seconds is {values.request_seconds}; it must be above 0")
+    if os.environ.get(KEY) == "":
+        raise CalmError(f"{KEY} is set and empty; unset it to serve without a key")

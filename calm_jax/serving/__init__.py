@@ -1,0 +1,1 @@
+"""An OpenAI-compatible server of a frozen decoder or a composed pair."""

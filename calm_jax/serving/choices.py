@@ -1,0 +1,130 @@
+"""Choices of an answer as their tokens come: text, log-probabilities, and how they end."""
+
+import dataclasses
+import math
+from typing import Any
+
+from calm_jax.decoding import TokenLogprob
+from calm_jax.decoding.scheduler import News
+from calm_jax.decoding.text_stream import TextStream
+from calm_jax.serving.protocol import Asked
+from calm_jax.serving.token_texts import TokenTexts
+
+# Tokens before an answer that decide how its first token is written: more than a character has.
+_CONTEXT = 16
+_NEVER = -9999.0  # OpenAI's log-probability of what has probability 0, which JSON cannot say
+
+
+@dataclasses.dataclass
+class Piece:
+    """A token with its log-probability, and where it begins in the text of the choice."""
+
+    token: int
+    logprob: TokenLogprob | None
+    offset: int
+
+
+class Choice:
+    """One choice of an answer.
+
+    Attributes:
+        index: its number in the answer.
+        tokens: number of tokens, the end token and those of a stop text included.
+        finish_reason: None until it has ended.
+    """
+
+    def __init__(self, asked: Asked, number: int, index: int):
+        self.index = index
+        self.tokens = 0
+        self.finish_reason: str | None = None
+        self._vocabulary, self._prompt = asked.model.vocabulary, asked.prompts[number]
+        context = self._prompt[-_CONTEXT:]
+        self._text = TextStream(self._vocabulary, context, asked.stop)
+        self._wants_pieces = asked.logprobs is not None
+        # A text that may stop is held back, but not from where tokens begin.
+        self._all = TextStream(self._vocabulary, context) if self._wants_pieces else None
+        self._by_token = self._wants_pieces or bool(asked.stop)
+        self._start = len(asked.texts[number]) if asked.echo else 0
+        self._waiting: list[Piece] = []
+
+    def add(self, news: News) -> tuple[str, list[Piece]]:
+        """Text that is certain after news of this choice, and the tokens that begin in it."""
+        text = ""
+        # One by one, so that what an answer says does not depend on how its tokens were made.
+        groups = [[token] for token in news.tokens] if self._by_token else [news.tokens]
+        for place, group in enumerate(groups):
+            if self._wants_pieces:
+                offset = self._start + len(self._all.text)
+                self._waiting.append(Piece(group[0], news.logprobs[place], offset))
+                self._all.push(group)
+            text += self._text.push(group)
+            self.tokens += len(group)
+            if self._text.stopped:
+                self.finish_reason = "stop"
+                return text, self._ready(stopped=True)
+        if news.finish_reason is not None:
+            text += self._text.finish()
+            self.finish_reason = "stop" if self._text.stopped else news.finish_reason
+        return text, self._ready(stopped=self._text.stopped)
+
+    def _ready(self, *, stopped: bool) -> list[Piece]:
+        end = self._start + len(self._text.text)
+        whole = self.finish_reason is not None and not stopped
+        ready = [piece for piece in self._waiting if whole or piece.offset < end]
+        self._waiting = self._waiting[len(ready) :]
+        return ready
+
+
+def prompt_pieces(asked: Asked, number: int, scores: list[TokenLogprob]) -> list[Piece]:
+    """The tokens of an echoed prompt; the first has no log-probability."""
+    stream, pieces = TextStream(asked.model.vocabulary, []), []
+    for token, score in zip(asked.prompts[number], [None, *scores], strict=True):
+        pieces.append(Piece(token, score, len(stream.text)))
+        if token not in asked.model.vocabulary.eos_ids:
+            stream.push([token])
+    return pieces
+
+
+def legacy_logprobs(texts: TokenTexts, pieces: list[Piece], top: int) -> dict[str, Any]:
+    """The object of /v1/completions; each dict has the token itself beside the `top` others."""
+    tokens, logprobs, tops = [], [], []
+    for piece in pieces:
+        if piece.logprob is None:
+            tokens.append(texts.text(piece.token))
+            logprobs.append(None)
+            tops.append(None)
+            continue
+        value = piece.logprob.logprob
+        values = dict(piece.logprob.top[:top])
+        values.setdefault(piece.token, value)
+        names = texts.unambiguous(list(values))
+        tokens.append(names[list(values).index(piece.token)])
+        logprobs.append(_finite(values[piece.token]))
+        tops.append(dict(zip(names, map(_finite, values.values()), strict=True)))
+    return {
+        "tokens": tokens,
+        "token_logprobs": logprobs,
+        "top_logprobs": tops if top else None,
+        "text_offset": [piece.offset for piece in pieces],
+    }
+
+
+def chat_logprobs(texts: TokenTexts, pieces: list[Piece], top: int) -> dict[str, Any]:
+    """The object of /v1/chat/completions."""
+
+    def entry(token: int, logprob: float) -> dict[str, Any]:
+        raw = texts.raw(token)
+        return {"token": texts.text(token), "logprob": _finite(logprob), "bytes": raw}
+
+    content = [
+        {
+            **entry(piece.token, piece.logprob.logprob),
+            "top_logprobs": [entry(*pair) for pair in piece.logprob.top[:top]],
+        }
+        for piece in pieces
+    ]
+    return {"content": content, "refusal": None}
+
+
+def _finite(logprob: float) -> float:
+    return max(logprob, _NEVER) if math.isfinite(logprob) else _NEVER

@@ -1,0 +1,253 @@
+"""The thread that calls the schedulers of all served models, and what the event loop sees of it.
+
+The event loop sends commands by a queue; news come back by `call_soon_threadsafe`. One thread
+steps all models in turn: they share the devices.
+"""
+
+import asyncio
+import contextlib
+import dataclasses
+import queue
+import threading
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from absl import logging
+
+from calm_jax.decoding import Sampling
+from calm_jax.decoding.scheduler import News, Request, Scheduler
+from calm_jax.errors import CalmError
+from calm_jax.serving.errors import Refused, one_line
+
+STEPS = 8  # tokens a row between two looks at the commands
+
+
+@dataclasses.dataclass(frozen=True)
+class ServedModel:
+    """A model under its name.
+
+    Attributes:
+        vocabulary: of its texts.
+        slots: number of rows of its scheduler.
+        max_length: tokens of a prompt and its answer at most.
+        make_scheduler: is called in the engine's thread before the model's first request.
+    """
+
+    name: str
+    vocabulary: Any
+    slots: int
+    max_length: int
+    make_scheduler: Callable[[], Scheduler]
+
+
+@dataclasses.dataclass(frozen=True)
+class Usage:
+    """What a model does at the moment: answers without a row, and rows in use."""
+
+    waiting: int = 0
+    running: int = 0
+    acceptance: float | None = None
+
+
+class Flight:
+    """The prompts of one HTTP request in the engine, and the news of them.
+
+    A `with` block: at its end what has not ended is cancelled. All methods are the event loop's.
+    """
+
+    def __init__(self, engine: "EngineThread", model: ServedModel, answers: int):
+        self._engine, self._model = engine, model
+        self._news: asyncio.Queue[tuple[int, News] | Exception | None] = asyncio.Queue()
+        self.requests: list[Request] = []
+        self.answers = answers  # that have not ended
+
+    async def submit(
+        self, prompts: Sequence[list[int]], sampling: Sampling, score_from: int | None
+    ) -> None:
+        """Hands all prompts to the scheduler; raises `Refused` if it does not take them."""
+        for number, prompt in enumerate(prompts):
+
+            def on_news(news: News, number: int = number) -> None:
+                self.tell((number, news))
+
+            self.requests.append(Request(prompt, sampling, on_news, score_from))
+        self._engine.command("submit", self._model, self)
+        await self._next()
+
+    async def next(self) -> tuple[int, News]:
+        """The number of a prompt, and news of it; raises `Refused` if the engine fails."""
+        number, news = await self._next()
+        if news.finish_reason is not None and self.answers:
+            self._engine.release(self._model, self, 1)
+        return number, news
+
+    async def _next(self) -> Any:
+        item = await self._news.get()
+        if isinstance(item, Exception):
+            raise item
+        return item
+
+    def tell(self, item: Any) -> None:
+        """From the thread: the next that `submit` or `next` gets."""
+        self._engine.call_in_loop(self._news.put_nowait, item)
+
+    def fail(self, error: Exception) -> None:
+        """Raises an error where news are waited for."""
+        self._news.put_nowait(error)
+
+    def end_sample(self, number: int, sample: int) -> None:
+        """Frees the row of one answer."""
+        self._engine.command("cancel", self._model, self, self.requests[number], sample)
+
+    def __enter__(self) -> "Flight":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._engine.command("end", self._model, self)
+
+
+class EngineThread:
+    """Owns the thread and the schedulers; its public methods are the event loop's.
+
+    Args:
+        models: by name.
+        max_queue: answers of a model that may wait for a row.
+    """
+
+    def __init__(self, models: Mapping[str, ServedModel], max_queue: int):
+        self.models, self.max_queue = dict(models), max_queue
+        self._commands: queue.SimpleQueue = queue.SimpleQueue()
+        self._schedulers: dict[str, Scheduler] = {}
+        self._flights: dict[str, set[Flight]] = {name: set() for name in self.models}
+        self._answers = dict.fromkeys(self.models, 0)  # in flight, as the event loop knows
+        self._usage = dict.fromkeys(self.models, Usage())
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+
+    def build(self, name: str) -> None:
+        """Makes the scheduler of a model before the thread starts, where errors reach the user."""
+        self._schedulers[name] = self.models[name].make_scheduler()
+
+    def start(self) -> None:
+        """Starts the thread, which belongs to the event loop that runs here."""
+        self._loop = asyncio.get_running_loop()
+        self._thread.start()
+
+    async def stop(self) -> None:
+        """Ends the thread after the dispatch that runs."""
+        self._commands.put(None)
+        await asyncio.to_thread(self._thread.join)
+
+    @property
+    def is_alive(self) -> bool:
+        return self._thread.is_alive()
+
+    def usage(self, name: str) -> Usage:
+        """Of a model; what the thread has not seen yet waits too."""
+        usage = self._usage[name]
+        unseen = self._answers[name] - usage.waiting - usage.running
+        return dataclasses.replace(usage, waiting=usage.waiting + max(0, unseen))
+
+    def flight(self, model: ServedModel, answers: int) -> Flight:
+        """Takes room for so many answers.
+
+        Raises:
+            Refused: there is none now, or never.
+        """
+        most = model.slots + self.max_queue
+        if answers > most:
+            line = f"{answers} answers are asked for at once; this server takes {most} at most"
+            raise Refused(400, line, param="n")
+        if self._answers[model.name] + answers > most:
+            raise Refused(429, "the queue is full; try again", code="queue_full")
+        self._answers[model.name] += answers
+        return Flight(self, model, answers)
+
+    def release(self, model: ServedModel, flight: Flight, answers: int) -> None:
+        """Gives the room of answers that have ended to others."""
+        flight.answers -= answers
+        self._answers[model.name] -= answers
+
+    def command(self, kind: str, *values: Any) -> None:
+        self._commands.put((kind, *values))
+
+    def call_in_loop(self, function: Callable[..., None], *values: Any) -> None:
+        """From the thread: calls a function in the event loop."""
+        # A loop that is closed has nobody who waits.
+        with contextlib.suppress(RuntimeError):
+            self._loop.call_soon_threadsafe(function, *values)
+
+    # The thread.
+
+    def _run(self) -> None:
+        busy = False
+        while self._obey(wait=not busy):
+            busy = False
+            for name in list(self._schedulers):
+                try:
+                    busy |= self._schedulers[name].step(STEPS)
+                    self._look(name)
+                except Exception as error:
+                    self._fail(name, error)
+
+    def _obey(self, *, wait: bool) -> bool:
+        """Does all commands, the first of which may be waited for; False: the thread shall end."""
+        while wait or not self._commands.empty():
+            command = self._commands.get()
+            if command is None:
+                return False
+            wait, (kind, model, *values) = False, command
+            try:
+                getattr(self, f"_{kind}")(model, *values)
+                self._look(model.name)
+            except Exception as error:
+                self._fail(model.name, error)
+        return True
+
+    def _submit(self, model: ServedModel, flight: Flight) -> None:
+        name = model.name
+        self._flights[name].add(flight)
+        if name not in self._schedulers:
+            self._schedulers[name] = model.make_scheduler()
+        try:
+            for request in flight.requests:
+                self._schedulers[name].submit(request)
+        except CalmError as error:
+            flight.tell(Refused(400, str(error), param="prompt"))
+        else:
+            flight.tell(None)
+
+    def _cancel(self, model: ServedModel, flight: Flight, request: Request, sample: int) -> None:
+        if flight in self._flights[model.name]:
+            self._schedulers[model.name].cancel(request, sample)
+
+    def _end(self, model: ServedModel, flight: Flight) -> None:
+        # A flight of a scheduler that has failed is unknown here, and its rows are gone.
+        if flight in self._flights[model.name]:
+            self._flights[model.name].remove(flight)
+            for request in flight.requests:
+                self._schedulers[model.name].cancel(request)
+        self.call_in_loop(self._release_all, model, flight)
+
+    def _release_all(self, model: ServedModel, flight: Flight) -> None:
+        self.release(model, flight, flight.answers)
+
+    def _look(self, name: str) -> None:
+        scheduler = self._schedulers.get(name)
+        if scheduler is not None:
+            acceptance = getattr(scheduler, "acceptance", None)
+            self._usage[name] = Usage(scheduler.waiting, scheduler.running, acceptance)
+
+    def _fail(self, name: str, error: Exception) -> None:
+        """Ends all requests of a model; the next one gets a new scheduler.
+
+        The state of the old one may be lost: a dispatch that fails has taken its buffers.
+        """
+        line = one_line(error)
+        logging.error("%s: %s\n%s", name, line, "".join(traceback.format_exception(error)))
+        traceback.clear_frames(error.__traceback__)  # which hold the scheduler's arrays
+        self._schedulers.pop(name, None)
+        self._usage[name] = Usage()
+        for flight in self._flights[name]:
+            flight.tell(Refused(500, f"the engine failed: {line}", code="engine_failed"))
+        self._flights[name] = set()

@@ -1,0 +1,44 @@
+"""A model and its parts under the names that clients ask for."""
+
+import functools
+from typing import Any
+
+from calm_jax.decoding.scheduler import Scheduler
+from calm_jax.errors import CalmError
+from calm_jax.models import ComposedDecoder, Decoder
+from calm_jax.serving.engine_thread import ServedModel
+
+
+def served_models(
+    model: Decoder | ComposedDecoder, name: str, options: dict[str, Any]
+) -> list[ServedModel]:
+    """The model as `name`; of a composed model also NAME/anchor, and NAME/augment or NAME/augment0
+    and so on, over the same weights.
+
+    Augments that are no decoders of text are left out.
+
+    Args:
+        options: arguments of every `Scheduler`.
+
+    Raises:
+        CalmError: the model has no vocabulary.
+    """
+    if model.vocabulary is None:
+        raise CalmError(f"{name} has no vocabulary, so its answers have no text")
+    parts = {name: model}
+    if isinstance(model, ComposedDecoder):
+        parts[f"{name}/anchor"] = model.anchor
+        for number, augment in enumerate(model.augments):
+            suffix = "" if len(model.augments) == 1 else str(number)
+            if isinstance(augment, Decoder) and augment.vocabulary is not None:
+                parts[f"{name}/augment{suffix}"] = augment
+    return [
+        ServedModel(
+            part_name,
+            part.vocabulary,
+            options["slots"],
+            options["max_length"],
+            functools.partial(Scheduler, part, **options),
+        )
+        for part_name, part in parts.items()
+    ]

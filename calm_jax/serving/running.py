@@ -1,0 +1,71 @@
+"""Runs the server in this process until it is told to stop."""
+
+import asyncio
+import contextlib
+import os
+import signal
+import sys
+from collections.abc import Iterator
+
+import uvicorn
+
+from calm_jax.errors import RunFailed
+from calm_jax.serving.app import Server
+
+_SECONDS = 0.1  # between two looks at the answers that are left
+
+
+class _Uvicorn(uvicorn.Server):
+    """Stops when the last answer has ended; until then new requests are refused, not unheard."""
+
+    def __init__(self, server: Server, config: uvicorn.Config):
+        super().__init__(config)
+        self._server = server
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._stop, number)
+        yield
+
+    def _stop(self, number: int) -> None:
+        if self._server.draining:
+            # The engine may be within a dispatch of minutes, which nothing else ends.
+            os._exit(128 + number)
+        self._server.draining = True
+        left = self._server.open_answers
+        print(f"stopping; answers that still run: {left}", file=sys.stderr, flush=True)
+        self._draining = asyncio.create_task(self._drain())
+
+    async def _drain(self) -> None:
+        while self._server.open_answers:
+            await asyncio.sleep(_SECONDS)
+        self.should_exit = True
+
+
+def run(server: Server, host: str, port: int) -> None:
+    """Listens until SIGTERM or SIGINT, and returns when all answers have ended.
+
+    Raises:
+        RunFailed: the address cannot be had.
+    """
+    config = uvicorn.Config(
+        server,
+        host=host,
+        port=port,
+        log_level="warning",
+        access_log=False,
+        lifespan="on",
+        # A client that hangs up while its request is read must not keep the process.
+        timeout_graceful_shutdown=5,
+    )
+    try:
+        listener = config.bind_socket()
+    except SystemExit:  # how uvicorn says it, after a line of its own
+        raise RunFailed(f"--host={host} --port={port}: the address cannot be had") from None
+    shown = f"[{host}]" if ":" in host else host
+    print(f"serving {', '.join(server.models)} on http://{shown}:{listener.getsockname()[1]}")
+    sys.stdout.flush()
+    with contextlib.closing(listener):
+        _Uvicorn(server, config).run(sockets=[listener])
