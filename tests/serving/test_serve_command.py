@@ -21,9 +21,10 @@ from calm_jax.data.vocabulary import ByteVocabulary
 def frozen(tmp_path_factory):
     folder = tmp_path_factory.mktemp("models") / "frozen"
     vocabulary = ByteVocabulary()
-    calm_jax.save_frozen(
-        tiny_models.decoder(vocab_size=vocabulary.size), folder, vocabulary=vocabulary
-    )
+    decoder = tiny_models.decoder(vocab_size=vocabulary.size)
+    # The end token is never the most probable one, so that a greedy answer is as long as asked.
+    decoder.embedding[...] = decoder.embedding[...].at[vocabulary.eos_id].set(0)
+    calm_jax.save_frozen(decoder, folder, vocabulary=vocabulary)
     return folder
 
 
