@@ -78,3 +78,13 @@ def test_tokenization(run_benchmark):
     rows = run_benchmark("tokenization", "--examples=200", "--repeats=1", size="")
     assert [row["what"] for row in rows] == ["encode_batch", "open_dataset"]
     assert_positive(rows, "seconds", "examples a second", "tokens a second", "/ encode_batch")
+
+
+@pytest.mark.slow
+def test_serve(run_benchmark):
+    rows = run_benchmark("serve", "--seconds=2", "--clients=4", "--tokens=8")
+    rows = {row["what"]: row["figure"] for row in rows}
+    assert rows["answered"] > 0 and rows["tokens a second"] > 0
+    for name in ("errors", "lost", "mixed up", "changed"):
+        assert rows[name] == 0
+    assert rows["answered"] + rows["hung up"] == rows["requests"]
