@@ -1,4 +1,7 @@
-"""A model as it is decoded: on one CPU device, a list of layers instead of stacked arrays.
+"""A model as it is decoded: f_proj absorbed, and on one CPU device a list of layers.
+
+f_cross' keys and values are products of two matrices with a tap, and a token has one tap: so the
+product of the matrices is taken once instead, as in multi-head latent attention.
 
 A step of decoding is bound by reading the weights. XLA's CPU backend copies a layer out of a stack
 before it multiplies, which takes four times as long as the product itself; on a CPU the layers of a
@@ -6,6 +9,7 @@ stack are views of it, without a copy. Accelerators read a layer where it lies i
 """
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -24,7 +28,25 @@ def prepared(model: Decoder | ComposedDecoder) -> Decoder | ComposedDecoder:
     state = jax.tree.map(jnp.asarray, state)  # NumPy arrays have no device
     model, arrays = nnx.merge(graphdef, state), jax.tree.leaves(state)
     devices = {device for x in arrays for device in x.sharding.device_set}
+    if isinstance(model, ComposedDecoder):
+        model.bridge.rounds = nnx.List(
+            [
+                nnx.List([_absorbed(cross_attention) for cross_attention in round_])
+                for round_ in model.bridge.rounds
+            ]
+        )
     return _apart(model) if [device.platform for device in devices] == ["cpu"] else model
+
+
+def _absorbed(cross_attention: nnx.Module) -> nnx.Module:
+    graphdef, state = nnx.split(cross_attention)
+    after = nnx.eval_shape(lambda state: nnx.merge(graphdef, state).absorbed(), state)
+    return nnx.merge(nnx.graphdef(after), _absorb(graphdef, state))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _absorb(graphdef: nnx.GraphDef, state: nnx.State) -> nnx.State:
+    return nnx.state(nnx.merge(graphdef, state).absorbed())
 
 
 def _apart(model: Any) -> Any:

@@ -168,7 +168,7 @@ class Scheduler:
         # A bridge that sees the prompt alone reads an answer's tokens differently.
         configs = getattr(model, "configs", ())
         self._prompt_alone = any(config.encoder_only for config in configs)
-        self._rows = [_Row() for _ in range(slots)]
+        self.rows = [_Row() for _ in range(slots)]
         self._waiting: collections.deque[_Answer] = collections.deque()
         self._time = 0
 
@@ -180,7 +180,7 @@ class Scheduler:
     @property
     def running(self) -> int:
         """Number of rows in use."""
-        return sum(row.answer is not None for row in self._rows)
+        return sum(row.answer is not None for row in self.rows)
 
     def submit(self, request: Request) -> None:
         """Adds a request to the queue.
@@ -216,8 +216,8 @@ class Scheduler:
             )
 
         self._waiting = collections.deque(a for a in self._waiting if not is_meant(a))
-        ended = [is_meant(row.answer) for row in self._rows]
-        for row, is_ended in zip(self._rows, ended, strict=True):
+        ended = [is_meant(row.answer) for row in self.rows]
+        for row, is_ended in zip(self.rows, ended, strict=True):
             if is_ended:
                 row.answer = None
         if any(ended):
@@ -244,11 +244,11 @@ class Scheduler:
 
     def _to_read(self) -> list[_Row]:
         """The rows whose prompts the next dispatch reads, all of which fit one chunk."""
-        group = [row for row in self._rows if row.answer and not row.answer.is_read]
+        group = [row for row in self.rows if row.answer and not row.answer.is_read]
         if group:
             return group[:1]
         size = None
-        while self._waiting and any(row.answer is None for row in self._rows):
+        while self._waiting and any(row.answer is None for row in self.rows):
             answer = self._waiting[0]
             row, source, shared = self._best_row(answer)
             chunk = self._chunk_for(len(answer.prompt) - shared)
@@ -283,20 +283,20 @@ class Scheduler:
         if answer.request.score_from is not None:
             most = min(most, answer.request.score_from - 1)
         source, shared = None, SHARED - 1
-        for row in self._rows:
+        for row in self.rows:
             of_row = row.tokens[: row.prompt_length] if self._prompt_alone else row.tokens
             length = min(len(_common(prompt, of_row)), most)
             if length > shared:
                 source, shared = row, length
         if source is None:
             shared = 0
-        free = [row for row in self._rows if row.answer is None]
+        free = [row for row in self.rows if row.answer is None]
         if source in free and shared * 2 > len(source.tokens):
             return source, source, shared
         return min(free, key=lambda row: (len(row.tokens) > 0, row.last_used)), source, shared
 
     def _copy(self, source: _Row, target: _Row, count: int) -> None:
-        index = self._rows.index
+        index = self.rows.index
         # Some more are copied, so that few lengths are compiled; they are overwritten.
         count = next(size for size in self._reads if size >= count)
         self._state = steps.copy_row(
@@ -311,7 +311,7 @@ class Scheduler:
         tokens_PT, next_PT = np.zeros((2, P, T), np.int32)
         length_P, start_P, left_P = np.zeros((3, P), np.int32)
         rows_P = np.full(P, self.slots, np.int32)
-        rows_P[: len(group)] = [self._rows.index(row) for row in group]
+        rows_P[: len(group)] = [self.rows.index(row) for row in group]
         if self._state.seen_BV is None and any(answer.penalty for answer in answers):
             shape = (self.slots, self.known)
             self._state = dataclasses.replace(self._state, seen_BV=np.zeros(shape, bool))
@@ -375,9 +375,9 @@ class Scheduler:
     # Answers.
 
     def _decode(self, most: int) -> None:
-        longest = max(len(row.tokens) for row in self._rows if row.answer is not None)
+        longest = max(len(row.tokens) for row in self.rows if row.answer is not None)
         read = next((size for size in self._reads if size > longest), self._reads[-1])
-        answers = [row.answer for row in self._rows if row.answer is not None]
+        answers = [row.answer for row in self.rows if row.answer is not None]
         self._state, news = steps.decode(
             self._graphdef,
             self._weights,
@@ -391,7 +391,7 @@ class Scheduler:
             top=max(answer.top for answer in answers),
         )
         news = jax.tree.map(sharding.on_host, news)
-        for number, row in enumerate(self._rows):
+        for number, row in enumerate(self.rows):
             if row.answer is not None:
                 row.last_used = self._time
                 made = news.made[:, number]
@@ -405,7 +405,7 @@ class Scheduler:
         if not np.all(news.is_number):
             count = int(np.argmin(news.is_number))
             error = (
-                f"row {self._rows.index(row)}, step {answer.made + count}: the logits are not "
+                f"row {self.rows.index(row)}, step {answer.made + count}: the logits are not "
                 "finite numbers"
             )
             reason, tokens = "error", tokens[:count]

@@ -31,7 +31,7 @@ FORMS = {
     "several, rotary": lambda: random_composed(
         gemma(num_layers=4, window=5),
         (palm(num_layers=4), llama(num_layers=4)),
-        (CompositionConfig(every=1), CompositionConfig(((0, 3), (3, 1)), rotary=True)),
+        (CompositionConfig(every=1), CompositionConfig(((0, 3), (3, 1)), rotary=True, bias=True)),
     ),
     "only the prompt": lambda: random_composed(
         palm(), (palm(),), CompositionConfig(every=1, encoder_only=True)
