@@ -88,3 +88,10 @@ def test_serve(run_benchmark):
     for name in ("errors", "lost", "mixed up", "changed"):
         assert rows[name] == 0
     assert rows["answered"] + rows["hung up"] == rows["requests"]
+
+
+@pytest.mark.slow
+def test_decode(run_benchmark):
+    rows = run_benchmark("decode", "--parts=pair,recomputing,beginning", "--new=16", "--rounds=1")
+    assert [row["rows"] for row in rows] == [1, 8, 1, 8]
+    assert_positive(rows, "ours s", "other s", "ratio")
