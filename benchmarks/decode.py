@@ -156,7 +156,7 @@ def continuous_batching(pair) -> list[tuple]:
 def shared_beginning(pair) -> list[tuple]:
     generator = Generator(pair, max_length=1088, slots=8)
     beginning = random_prompts(1, 1000, 1001)[0]
-    prompts = [[*beginning, number, number + 1] for number in range(1, 65)]
+    prompts = [[*beginning, 1 + n % 32, 1 + n // 32] for n in range(64)]
 
     def one():
         generator.generate(prompts[:1], Sampling(max_new_tokens=1))
