@@ -66,7 +66,7 @@ def running(models, limits=None, key=None):
 class Slow:
     """A scheduler that says "a" a token, each of which takes some time, or fails when told to."""
 
-    waiting, acceptance = 0, 0.5
+    waiting = 0
 
     def __init__(self, seconds=0.01):
         self.rows, self.seconds, self.failure, self.nan = {}, seconds, None, False

@@ -3,6 +3,9 @@
 from collections.abc import Sequence
 from typing import Any
 
+# How a token is written depends on the few before it alone; a character has a few tokens at most.
+CONTEXT = 16
+
 HALF = "\N{REPLACEMENT CHARACTER}"  # what the bytes of half a character decode to
 
 
@@ -20,8 +23,10 @@ class TextStream:
     """
 
     def __init__(self, vocabulary: Any, prompt_ids: Sequence[int], stop: Sequence[str] = ()):
-        self._vocabulary, self._prompt, self._stop = vocabulary, list(prompt_ids), tuple(stop)
-        self._tokens: list[int] = []
+        self._vocabulary, self._stop = vocabulary, tuple(stop)
+        # All but the last tokens are text for good, so that long answers are not decoded again.
+        self._before, self._tokens = list(prompt_ids)[-CONTEXT:], []
+        self._settled = ""
         self.text = ""
         self.stopped = False
 
@@ -37,7 +42,11 @@ class TextStream:
         return "" if self.stopped else self._given(self._decoded(), may_go_on=False)
 
     def _decoded(self) -> str:
-        return self._vocabulary.decode_after(self._prompt, self._tokens)
+        whole = self._settled + self._vocabulary.decode_after(self._before, self._tokens)
+        if len(self._tokens) >= 2 * CONTEXT and not whole.endswith(HALF):
+            self._settled, self._before = whole, self._tokens[-CONTEXT:]
+            self._tokens = []
+        return whole
 
     def _given(self, whole: str, *, may_go_on: bool) -> str:
         ends = [whole.find(text) for text in self._stop if text in whole]

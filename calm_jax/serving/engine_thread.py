@@ -47,7 +47,6 @@ class Usage:
 
     waiting: int = 0
     running: int = 0
-    acceptance: float | None = None
 
 
 class Flight:
@@ -235,8 +234,7 @@ class EngineThread:
     def _look(self, name: str) -> None:
         scheduler = self._schedulers.get(name)
         if scheduler is not None:
-            acceptance = getattr(scheduler, "acceptance", None)
-            self._usage[name] = Usage(scheduler.waiting, scheduler.running, acceptance)
+            self._usage[name] = Usage(scheduler.waiting, scheduler.running)
 
     def _fail(self, name: str, error: Exception) -> None:
         """Ends all requests of a model; the next one gets a new scheduler.

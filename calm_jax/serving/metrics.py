@@ -50,15 +50,10 @@ class Metrics:
             "calm_waiting_answers", "Answers that wait for a row", model, registry=registry
         )
         self._running = Gauge("calm_running_rows", "Rows in use", model, registry=registry)
-        self._acceptance = Gauge(
-            "calm_draft_acceptance", "Share of drafted tokens taken", model, registry=registry
-        )
 
     def page(self) -> bytes:
         for name in self._engine.models:
             usage = self._engine.usage(name)
             self._waiting.labels(name).set(usage.waiting)
             self._running.labels(name).set(usage.running)
-            if usage.acceptance is not None:
-                self._acceptance.labels(name).set(usage.acceptance)
         return generate_latest(self._registry)

@@ -324,7 +324,6 @@ def test_metrics(slow):
     assert samples["calm_prompt_tokens_total", "slow"] == 3
     assert samples["calm_generated_tokens_total", "slow"] == 5
     assert samples["calm_waiting_answers", "slow"] == samples["calm_running_rows", "slow"] == 0
-    assert samples["calm_draft_acceptance", "slow"] == 0.5
     assert samples["calm_time_to_first_token_seconds_count", "slow"] == 1
     assert samples["calm_request_seconds_count", "/v1/completions"] == 2
 
