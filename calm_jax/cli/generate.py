@@ -1,6 +1,7 @@
 """`calm generate`: what a model answers."""
 
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 from absl import flags
@@ -11,31 +12,66 @@ from calm_jax.errors import CalmError
 from calm_jax.quiet import quiet_libtpu
 from calm_jax.text_files import read_lines
 
-USAGE = """Prints what a model answers to each prompt.
+USAGE = """Prints what a model answers to each prompt, or talks with it.
 
   calm generate --workdir=runs/kv/composed --prompt='<math>ab+cd='
   calm generate --workdir=runs/kv/anchor/frozen --prompts_file=prompts.txt --max_new_tokens=8
-  calm generate --workdir=models/gemma --chat --prompt='Who wrote Faust?'
+  calm generate --workdir=models/gemma --chat --prompt='Who wrote Faust?' --temperature=0.8 --n=3
+  calm generate --workdir=models/gemma --prompts_file=prompts.txt --output=answers.jsonl
+  calm generate --workdir=models/gemma
 
 WORKDIR is a run of `calm train`, a frozen folder or an exported bridge. Where the frozen models of
-a bridge have moved since it was trained, --anchor and --augments say where they are. At every step
-the most probable token is taken. With --chat each prompt is a message of the user, put to the model
-in its own chat template. The first device computes; --mesh.tensor=8 and the like spread the model
-over all."""
+a bridge have moved since it was trained, --anchor and --augments say where they are. Without
+--temperature the most probable token is taken at every step. With --chat each prompt is a message
+of the user, put to the model in its own chat template. The first device computes; --mesh.tensor=8
+and the like spread the model over all.
+
+--output writes the answers as they come, a JSON line each: index, prompt, answer and finish_reason;
+with --n above 1, answers and finish_reasons. The same command goes on with a file that it was
+stopped in.
+
+Without a prompt, the lines of standard input are answered until its end or /exit. A model with a
+chat template remembers the conversation (--nochat: does not); any other goes on from each line."""
 
 MESH = {"slices": 0, "data": -1, "fsdp": 1, "tensor": 1}
+SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "stop", "n", "seed")
+SIZES = ("max_length", "slots", "cache_dtype", "prefill_chunk")
+NEW_TOKENS, NEW_TOKENS_OF_A_TURN = 32, 512
 
 
 def _define(values: flags.FlagValues) -> None:
-    flags.DEFINE_string("workdir", None, "folder that holds a model", flag_values=values)
+    def define(kind, name, help, default=None, **options):
+        getattr(flags, f"DEFINE_{kind}")(name, default, help=help, flag_values=values, **options)
+
+    define("string", "workdir", "folder that holds a model")
     models.define(values)
-    flags.DEFINE_multi_string("prompt", [], "text to go on from; repeatable", flag_values=values)
-    flags.DEFINE_string("prompts_file", None, "file with a prompt a line", flag_values=values)
-    flags.DEFINE_bool("chat", False, "prompts are messages of a user", flag_values=values)
-    flags.DEFINE_string(
-        "system", None, "message of the system before each with --chat", flag_values=values
+    define("multi_string", "prompt", "text to go on from; repeatable", [])
+    define("string", "prompts_file", "file with a prompt a line")
+    define("string", "output", "file of JSON lines that the answers are added to")
+    define("bool", "chat", "prompts are messages of a user")
+    define("string", "system", "message of the system before each with --chat")
+    define(
+        "integer",
+        "max_new_tokens",
+        f"length of an answer at most; {NEW_TOKENS}, in a conversation {NEW_TOKENS_OF_A_TURN}",
     )
-    flags.DEFINE_integer("max_new_tokens", 32, "length of an answer at most", flag_values=values)
+    define("float", "temperature", "divides the logits; 0: the most probable token is taken")
+    define("integer", "top_k", "only the k most probable tokens")
+    define("float", "top_p", "only the most probable tokens that have this probability together")
+    define("float", "min_p", "only tokens this fraction as probable as the most probable one")
+    define("float", "repetition_penalty", "above 1 makes tokens that there are less probable")
+    define("multi_string", "stop", "text before which an answer ends; repeatable")
+    define("integer", "n", "answers to each prompt")
+    define("integer", "seed", "of all random numbers")
+    define("integer", "slots", "answers that are made at once")
+    define("integer", "max_length", "tokens of a prompt and its answer; what the prompts need")
+    define(
+        "enum",
+        "cache_dtype",
+        "of keys and values; that of the model",
+        enum_values=["float32", "bfloat16", "float16", "int8"],
+    )
+    define("integer", "prefill_chunk", "tokens of prompts that are read at once at most")
 
 
 def main(argv: list[str]) -> int:
@@ -51,33 +87,103 @@ def main(argv: list[str]) -> int:
     prompts = list(values.prompt)
     if values.prompts_file is not None:
         prompts += read_lines(values.prompts_file)
-    if not prompts:
-        raise CalmError("no prompt: give --prompt or --prompts_file")
-    if values.system is not None and not values.chat:
-        raise CalmError("--system stands before messages of a chat: give --chat too")
+    talks = not values.prompt and values.prompts_file is None
+    _check(values, prompts, talks)
 
     from calm_jax.checkpoints.any_model import load_model
-    from calm_jax.decoding import generate
+    from calm_jax.cli.answer_file import AnswerFile
+    from calm_jax.cli.conversation import converse
+    from calm_jax.decoding import Generator, Sampling
+    from calm_jax.membership import refuse_several
     from calm_jax.sharding import make_mesh
 
     quiet_libtpu()
+    refuse_several("calm generate")
+    new = NEW_TOKENS_OF_A_TURN if talks else NEW_TOKENS
+    sampling = Sampling(**{"max_new_tokens": new} | _given(values, ("max_new_tokens", *SAMPLING)))
+    sizes = _given(values, SIZES)
+    output = AnswerFile(values.output, prompts, sampling.n) if values.output else None
+    if output is not None and output.done == len(prompts):
+        print(f"{output.path} has all {output.done} answers")
+        return 0
     mesh = make_mesh(settings.mesh.to_dict()) if given != argv else None
     model = load_model(values.workdir, step=values.step, mesh=mesh, **models.moved(values))
-    texts = prompts
-    if values.chat:
-        texts = _chats(model.vocabulary, prompts, values.system, values.workdir)
-    answers = generate(model, texts, max_new_tokens=values.max_new_tokens)
-    for prompt, text, tokens in zip(prompts, texts, answers, strict=True):
-        answer = model.vocabulary.decode_after(model.vocabulary.encode_sequence(text), tokens)
-        chat = f"user: {prompt}\nassistant: {answer.lstrip(' ')}"
-        print(chat if values.chat else prompt + answer)
-        if not answer:
-            print(f"the answer to {prompt!r} is empty", file=sys.stderr)
+    if talks:
+        if model.vocabulary is None:
+            raise CalmError(f"the model of {values.workdir} has no vocabulary to talk with")
+        chat = values.chat
+        if chat is None:
+            chat = values.system is not None or model.vocabulary.chat_template is not None
+        if chat:
+            _check_template(model, values.workdir)
+        generator = Generator(model, **sizes, slots=1)
+        converse(generator, sampling, chat=chat, system=values.system)
+        return 0
+    texts = _chats(model, prompts, values.system, values.workdir) if values.chat else prompts
+    done = output.done if output else 0
+    answers = _answers(model, texts, done, sampling, sizes)
+    if output is not None:
+        output.fill(answers)
+        return 0
+    for prompt, of_prompt in zip(prompts, answers, strict=True):
+        for answer in of_prompt:
+            if answer.error:
+                raise CalmError(f"{prompt[:40]!r}: {answer.error}")
+            chat = f"user: {prompt}\nassistant: {answer.text.lstrip(' ')}"
+            print(chat if values.chat else prompt + answer.text)
+            if not answer.text:
+                print(f"the answer to {prompt!r} is empty", file=sys.stderr)
     return 0
 
 
-def _chats(vocabulary: Any, prompts: list[str], system: str | None, workdir: str) -> list[str]:
-    if vocabulary is None or vocabulary.chat_template is None:
+def _check(values: flags.FlagValues, prompts: list[str], talks: bool) -> None:
+    if not prompts and not talks:
+        raise CalmError(f"{values.prompts_file}: there is no prompt in it")
+    if values.system is not None and not (values.chat or (talks and values.chat is None)):
+        raise CalmError("--system stands before messages of a chat: give --chat too")
+    for name in ("output", "slots", "n") if talks else ():
+        if values[name].value is not None:
+            raise CalmError(
+                f"--{name}={values[name].value} is for prompts: give --prompt or --prompts_file"
+            )
+
+
+def _given(values: flags.FlagValues, names: tuple[str, ...]) -> dict[str, Any]:
+    """The flags that were given, by name."""
+    return {name: values[name].value for name in names if values[name].value is not None}
+
+
+def _answers(
+    model: Any, texts: list[str], done: int, sampling: Any, sizes: dict[str, Any]
+) -> Iterator[list[Any]]:
+    """The `Completion`s of each text from the one numbered `done` on; all are checked first."""
+    from calm_jax.decoding import Generator
+    from calm_jax.decoding.blocks import in_blocks
+    from calm_jax.decoding.generator import MOST_ROWS, encode
+    from calm_jax.decoding.scheduler import Request
+
+    prompts = [encode(model.vocabulary, text) for text in texts]
+    needed = {
+        "max_length": max(map(len, prompts)) + sampling.max_new_tokens,
+        "slots": min((len(prompts) - done) * sampling.n, MOST_ROWS),
+    }
+    generator = Generator(model, **needed | sizes)
+    for index, (text, prompt) in enumerate(zip(texts, prompts, strict=True)):
+        request = Request(prompt, sampling, lambda news: None)
+        try:
+            generator.scheduler.submit(request)
+        except CalmError as error:
+            raise CalmError(f"prompt {index}, {text[:40]!r}: {error}") from None
+        generator.scheduler.cancel(request)
+    return in_blocks(generator, prompts[done:], sampling)
+
+
+def _check_template(model: Any, workdir: str) -> None:
+    if model.vocabulary is None or model.vocabulary.chat_template is None:
         raise CalmError(f"--chat: the vocabulary of {workdir} has no chat template")
+
+
+def _chats(model: Any, prompts: list[str], system: str | None, workdir: str) -> list[str]:
+    _check_template(model, workdir)
     before = [] if system is None else [{"role": "system", "content": system}]
-    return [vocabulary.chat([*before, {"role": "user", "content": text}]) for text in prompts]
+    return [model.vocabulary.chat([*before, {"role": "user", "content": text}]) for text in prompts]

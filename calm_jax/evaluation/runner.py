@@ -18,7 +18,8 @@ from calm_jax.checkpoints.kinds import COMPOSED_RUN, DECODER_RUN, FROZEN, kind_o
 from calm_jax.checkpoints.training import TrainingCheckpoints
 from calm_jax.data.entries import files_of, identity, named_entry
 from calm_jax.data.vocabulary import Vocabulary
-from calm_jax.decoding import generate
+from calm_jax.decoding import Generator, Sampling
+from calm_jax.decoding.blocks import in_blocks
 from calm_jax.errors import CalmError
 from calm_jax.evaluation import metrics
 from calm_jax.evaluation.results import (
@@ -77,7 +78,7 @@ def evaluate(
         columns: of the files, as in an entry of `config.data`: {"inputs": "question", …}; default:
             those of the run's validation data.
         mesh: sizes of the mesh axes, as in a run's config; default: the first device alone.
-        batch_size: prompts answered at once.
+        batch_size: prompts answered at once at most.
         parts: also scores the anchor and each augment of a composed model alone.
         output: where the results go; default: `evaluation/` in the model's folder.
         command: the command line that asks for it, kept in summary.json for the report.
@@ -132,10 +133,7 @@ def evaluate(
             for task, entry in entries.items()
         }
         answers = {
-            name: {
-                task: _answers(one, loaded.vocabulary, (name, task), asked, settings, batch_size)
-                for task, asked in examples.items()
-            }
+            name: _answers(one, loaded.vocabulary, name, examples, settings, batch_size)
             for name, one in models.items()
         }
         # Until the new summary is written, none describes predictions that are not its own.
@@ -270,39 +268,43 @@ def _write_target(example: dict[str, Any], vocabulary: Vocabulary) -> int:
 def _answers(
     model,
     vocabulary: Vocabulary,
-    name: tuple[str, str],
-    examples: Records,
+    name: str,
+    examples: Mapping[str, Records],
     settings: Mapping[str, Any],
     batch_size: int,
-) -> Records:
-    """The examples, in their order, with "prediction" and "correct"; `name` is shown meanwhile."""
+) -> dict[str, Records]:
+    """The examples of each task, with "prediction" and "correct"; `name` is shown meanwhile."""
     if model.vocabulary is None:  # an augment may have none, and then reads by the anchor's
         model.vocabulary = vocabulary
-    prompts = [model.vocabulary.encode_sequence(example["inputs"]) for example in examples]
-    lengths = [len(prompt) for prompt in prompts]
-    # Like lengths together, and the last batch filled up: few shapes, so few compilations.
-    order = np.argsort(lengths, kind="stable")
-    predictions: dict[int, str] = {}
-    with tqdm(total=len(examples), desc=" ".join(filter(None, name)), unit="example") as progress:
-        for start in range(0, len(order), batch_size):
-            rows = order[start : start + batch_size]
-            asked = [prompts[row] for row in np.resize(rows, batch_size)]
-            tokens_BN = generate(model, asked, max_new_tokens=settings["max_new_tokens"])
-            for row, tokens_N in zip(rows, tokens_BN[: len(rows)], strict=True):
-                predictions[row] = vocabulary.decode_after(prompts[row], tokens_N)
-            progress.update(len(rows))
-    return [
-        {
-            **example,
-            "prediction": predictions[row],
-            "correct": any(
-                metrics.is_exact_match(predictions[row], example[key])
-                for key in ("targets", "written")
-                if key in example
-            ),
-        }
-        for row, example in enumerate(examples)
-    ]
+    prompts = {
+        task: [model.vocabulary.encode_sequence(example["inputs"]) for example in asked]
+        for task, asked in examples.items()
+    }
+    sampling = Sampling(max_new_tokens=settings["max_new_tokens"])
+    # One for all tasks, since each length of its rows is compiled anew.
+    generator = Generator(
+        model,
+        max_length=max(len(p) for asked in prompts.values() for p in asked)
+        + sampling.max_new_tokens,
+        slots=min(batch_size, max(map(len, prompts.values()))),
+    )
+    answers = {}
+    for task, asked in prompts.items():
+        shown, said = f"{name} {task}".strip(), []
+        with tqdm(total=len(asked), desc=shown, unit="example") as progress:
+            for prompt, (answer,) in zip(asked, in_blocks(generator, asked, sampling), strict=True):
+                if answer.error is not None:
+                    raise CalmError(f"{shown}: {answer.error}")
+                said.append(vocabulary.decode_after(prompt, answer.tokens))
+                progress.update()
+        answers[task] = list(map(_judged, examples[task], said))
+    return answers
+
+
+def _judged(example: dict[str, Any], prediction: str) -> dict[str, Any]:
+    targets = [example[key] for key in ("targets", "written") if key in example]
+    correct = any(metrics.is_exact_match(prediction, target) for target in targets)
+    return {**example, "prediction": prediction, "correct": correct}
 
 
 def _attention(model: ComposedDecoder, answers: Mapping[str, Records]) -> dict[str, Any]:

@@ -17,6 +17,7 @@ import calm_jax
 from calm_jax import sharding
 from calm_jax.__main__ import COMMANDS, main
 from calm_jax.data.vocabulary import ByteVocabulary
+from calm_jax.decoding import Completion
 from calm_jax.quiet import quiet_libtpu
 from calm_jax.training import loop
 from calm_jax.training.preemption import Preemption
@@ -263,7 +264,8 @@ def test_generate_on_a_mesh(frozen, capsys, monkeypatch):
 
 
 def test_an_empty_answer_is_told(frozen, capsys, monkeypatch):
-    monkeypatch.setattr("calm_jax.decoding.generate", lambda *_, **__: np.zeros((1, 0), int))
+    nothing = [[Completion([], "", "stop")]]
+    monkeypatch.setattr("calm_jax.decoding.Generator.generate", lambda *_: nothing)
     assert main(["generate", f"--workdir={frozen}", "--prompt=one"]) == 0
     assert capsys.readouterr() == ("one\n", "the answer to 'one' is empty\n")
 
@@ -271,7 +273,7 @@ def test_an_empty_answer_is_told(frozen, capsys, monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "no prompt: give --prompt or --prompts_file"),
+        (["--prompts_file=/dev/null"], "/dev/null: there is no prompt in it"),
         (["--prompts_file=/nowhere/prompts"], "/nowhere/prompts: No such file"),
         (["--prompt=a\udcff"], r"argument '--prompt=a\udcff' is not UTF-8 text"),
         (["--prompt=a", "--step=3"], "it has no step 3 to choose"),

@@ -6,7 +6,6 @@ tests/parity/test_tokenizers.py compares them with transformers.
 
 import datetime
 import json
-import types
 
 import numpy as np
 import published_tokenizers
@@ -441,10 +440,15 @@ def test_the_command_writes_an_answer_behind_its_prompt(tmp_path, monkeypatch, c
     """By itself "▁dog" would lose its space."""
     published_tokenizers.FOLDERS["tokenizer.model"](tmp_path)
     vocabulary = vocabulary_of_folder(tmp_path)
-    answer = [vocabulary.token_id("▁dog"), vocabulary.eos_id]
-    assert vocabulary.decode(answer) == "dog"
-    model = types.SimpleNamespace(vocabulary=vocabulary)
+    dog = vocabulary.token_id("▁dog")
+    assert vocabulary.decode([dog]) == "dog"
+    model = tiny_models.decoder(vocab_size=vocabulary.size)
+    model.vocabulary = vocabulary
+    # The head is the embedding, so a token is followed by the one whose row is its own, but longer.
+    embedding_VD = model.embedding.get_value()
+    last = vocabulary.encode_sequence("the first")[-1]
+    model.embedding.set_value(embedding_VD.at[dog].set(10 * embedding_VD[last]))
     monkeypatch.setattr("calm_jax.checkpoints.any_model.load_model", lambda *_, **__: model)
-    monkeypatch.setattr("calm_jax.decoding.generate", lambda *_, **__: np.array([answer]))
-    assert command.main(["--workdir=m", "--prompt=the first"]) == 0
+    flags = ["--workdir=m", "--prompt=the first", "--max_new_tokens=1"]
+    assert command.main(flags) == 0
     assert capsys.readouterr().out == "the first dog\n"

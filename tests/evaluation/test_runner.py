@@ -22,7 +22,7 @@ from calm_jax.checkpoints.training import TrainingCheckpoints
 from calm_jax.cli import evaluate as command
 from calm_jax.data import key_value
 from calm_jax.data.vocabularies import load_vocabulary, vocabulary_of_folder
-from calm_jax.decoding import generate
+from calm_jax.decoding import Completion, generate
 from calm_jax.errors import CalmError
 from calm_jax.evaluation import runner
 from calm_jax.evaluation.results import predictions_file, read_run
@@ -289,7 +289,7 @@ def test_done_once_for_the_same_settings(decoder_run, ask, monkeypatch):
     first = runner.evaluate(folder, limit=2)
     assert first[MATH]["count"] == 2
     with monkeypatch.context() as patch:
-        patch.setattr(runner, "generate", None)  # would fail if called
+        patch.setattr(runner, "Generator", None)  # would fail if called
         assert runner.evaluate(folder, limit=2) == first
     assert runner.evaluate(folder, limit=3)[MATH]["count"] == 3
     assert SUBS not in runner.evaluate(folder, limit=3, tasks=[MATH])
@@ -384,7 +384,7 @@ def test_nothing_is_left_behind_by_an_error(decoder_run, ask, monkeypatch):
     def fail(*_, **__):
         raise RuntimeError("out of memory")
 
-    monkeypatch.setattr(runner, "generate", fail)
+    monkeypatch.setattr(runner, "in_blocks", fail)
     with pytest.raises(RuntimeError):
         runner.evaluate(folder, limit=1)
     assert read_run(folder).scores[MATH] == before[MATH]
@@ -445,11 +445,11 @@ def test_a_perfect_model_is_right_where_its_vocabulary_cannot_write_the_targets(
     settings = {"limit": 0, "max_new_tokens": 30}
     examples = runner._examples(model, "a", entry, {}, settings)
     rows = [[*vocabulary.encode(target), vocabulary.eos_id] for target in targets]
-    answers = np.full((len(rows), 30), vocabulary.eos_id)
-    for row, ids in zip(answers, rows, strict=True):
-        row[: len(ids)] = ids
-    monkeypatch.setattr(runner, "generate", lambda *_, **__: answers)
-    records = runner._answers(model, vocabulary, ("", "a"), examples, settings, len(rows))
+    answers = [[Completion(row, "", "stop")] for row in rows]
+    monkeypatch.setattr(runner, "Generator", lambda *_, **__: None)
+    monkeypatch.setattr(runner, "in_blocks", lambda *_: iter(answers))
+    asked = {"a": examples}
+    records = runner._answers(model, vocabulary, "", asked, settings, len(rows))["a"]
     assert [record["correct"] for record in records] == [True] * len(rows)
     found = {r["targets"]: r["written"].strip() for r in records if "written" in r}
     assert found == written

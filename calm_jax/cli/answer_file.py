@@ -1,0 +1,105 @@
+"""A file of JSON lines that fills up with answers, and that a killed command goes on with."""
+
+import json
+from collections.abc import Iterator, Sequence
+from typing import Any, BinaryIO
+
+from etils import epath
+from tqdm import tqdm
+
+from calm_jax.checkpoints.files import absolute, check_writable, is_bucket, storage
+from calm_jax.errors import CalmError
+from calm_jax.text_files import parse_json
+
+BEGINNING = b'{"index": '  # of every line
+
+
+class AnswerFile:
+    """Answers to prompts, in their order: line i is the answer to prompt i.
+
+    Args:
+        path: the file, which need not exist.
+        prompts: all prompts.
+        n: answers to each.
+
+    Attributes:
+        done: number of prompts whose answers are in the file.
+
+    Raises:
+        CalmError: the file holds something else, is in a bucket, or cannot be read or written.
+    """
+
+    def __init__(self, path: epath.PathLike, prompts: Sequence[str], n: int):
+        self.path, self._prompts, self._n = absolute(path), prompts, n
+        if is_bucket(self.path):
+            raise CalmError(f"--output={path}: answers are added to a file, not in a bucket")
+        self.done = self._length = 0
+        check_writable(self.path.parent)
+        if self.path.exists():
+            with storage("read", self.path):
+                *lines, rest = self.path.read_bytes().split(b"\n")
+            for line in lines:
+                self._check(line)
+                self.done += 1
+                self._length += len(line) + 1
+            if not rest.startswith(BEGINNING[: len(rest)]):
+                raise CalmError(f"{self.path}: its last line is no answer; give another --output")
+
+    def _check(self, line: bytes) -> None:
+        index = self.done
+        record = parse_json(line, self.path, index + 1)
+        where = f"{self.path}: index {index}"
+        if not isinstance(record, dict) or record.get("index") != index or "prompt" not in record:
+            raise CalmError(f"{where} is not in line {index + 1}; give another --output")
+        if index >= len(self._prompts):
+            raise CalmError(f"{where} is answered, but there are {index} prompts")
+        if record["prompt"] != self._prompts[index]:
+            raise CalmError(
+                f"{where} answers the prompt {record['prompt']!r}, not {self._prompts[index]!r}; "
+                "give another --output"
+            )
+        found = len(record.get("answers", [""]))
+        if found != self._n:
+            raise CalmError(f"{where} has {found} answers, but --n is {self._n}")
+
+    def _opened(self) -> BinaryIO:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        return open(self.path, "ab")
+
+    def fill(self, answers: Iterator[list[Any]]) -> None:
+        """Adds the answers to all prompts from `done` on as they come, and shows how fast.
+
+        Args:
+            answers: of each prompt, its `Completion`s.
+        """
+        total, tokens, failed = len(self._prompts), 0, []
+        with (
+            tqdm(total=total, initial=self.done, unit="answer", smoothing=0) as progress,
+            storage("write", self.path),
+            self._opened() as file,
+        ):
+            file.truncate(self._length)  # a kill leaves a part of a line
+            for of_prompt in answers:
+                record = {"index": self.done, "prompt": self._prompts[self.done]}
+                record |= _said(of_prompt)
+                line = json.dumps(record, ensure_ascii=False) + "\n"
+                file.write(line.encode("utf-8", errors="backslashreplace"))
+                file.flush()
+                failed += [(self.done, one.error) for one in of_prompt if one.error]
+                self.done += 1
+                tokens += sum(len(one.tokens) for one in of_prompt)
+                rate = tokens / max(progress.format_dict["elapsed"], 1e-9)
+                progress.set_postfix_str(f"{rate:.0f} tokens/s", refresh=False)
+                progress.update()
+        if failed:
+            index, error = failed[0]
+            raise CalmError(f"{self.path}: {len(failed)} answers failed, first {index}: {error}")
+
+
+def _said(answers: list[Any]) -> dict[str, Any]:
+    if len(answers) == 1:
+        return {"answer": answers[0].text, "finish_reason": answers[0].finish_reason}
+    return {
+        "answers": [answer.text for answer in answers],
+        "finish_reasons": [answer.finish_reason for answer in answers],
+    }
