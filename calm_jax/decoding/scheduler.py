@@ -159,8 +159,9 @@ class Scheduler:
         self._ends = set(eos_ids)
         self._ends_E = np.array(sorted(self._ends), np.int32)
         length = -(-max_length // steps.SCORED) * steps.SCORED
-        chunk = min(-(-prefill_chunk // steps.SCORED) * steps.SCORED, length)
-        self._chunks, self._reads = buckets(chunk, steps.SCORED), buckets(length, 64)
+        self._at_once = -(-prefill_chunk // steps.SCORED) * steps.SCORED
+        self._chunks = buckets(min(self._at_once, length), steps.SCORED)
+        self._reads = buckets(length, 64)
         self._model = prepared(model)
         check_fits(self._model, slots, length, cache_dtype)
         self._graphdef, self._weights = nnx.split(self._model)
@@ -270,7 +271,7 @@ class Scheduler:
 
     def _together(self, chunk: int) -> int:
         """The number of prompts that a dispatch of several reads."""
-        return min(self.slots, max(1, self._chunks[-1] // chunk))
+        return min(self.slots, max(1, self._at_once // chunk))
 
     def _chunk_for(self, tokens: int) -> int:
         return next((size for size in self._chunks if size >= tokens), self._chunks[-1])
