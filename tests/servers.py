@@ -9,7 +9,7 @@ import httpx
 import uvicorn
 
 from calm_jax.data.vocabulary import ByteVocabulary
-from calm_jax.decoding.scheduler import News
+from calm_jax.decoding.requests import News
 from calm_jax.errors import CalmError
 from calm_jax.serving.app import Server
 from calm_jax.serving.engine_thread import ServedModel

@@ -160,7 +160,7 @@ def _answers(
     from calm_jax.decoding import Generator
     from calm_jax.decoding.blocks import in_blocks
     from calm_jax.decoding.generator import MOST_ROWS, encode
-    from calm_jax.decoding.scheduler import Request
+    from calm_jax.decoding.requests import Request
 
     prompts = [encode(model.vocabulary, text) for text in texts]
     needed = {

@@ -6,8 +6,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from calm_jax.decoding.requests import News, Request
 from calm_jax.decoding.sampling import Sampling, TokenLogprob
-from calm_jax.decoding.scheduler import MOST_STEPS, News, Request, Scheduler
+from calm_jax.decoding.scheduler import MOST_STEPS, Scheduler
 from calm_jax.decoding.text_stream import TextStream
 from calm_jax.errors import CalmError
 from calm_jax.models import ComposedDecoder, Decoder

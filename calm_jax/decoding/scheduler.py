@@ -8,8 +8,8 @@ Every process of a run makes the same calls, so all decide alike.
 
 import collections
 import dataclasses
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -20,93 +20,13 @@ from calm_jax.data.vocabulary import check_ids
 from calm_jax.decoding import steps
 from calm_jax.decoding.memory import check_fits
 from calm_jax.decoding.prepared import prepared
-from calm_jax.decoding.sampling import Choice, Sampling, TokenLogprob
+from calm_jax.decoding.requests import Answer, News, Request, Row, common, token_logprob
+from calm_jax.decoding.sampling import Choice, Sampling
 from calm_jax.errors import CalmError
 from calm_jax.models.calling import on_devices_of
 
 SHARED = 16  # tokens that a beginning must have to be worth copying
 MOST_STEPS = 64  # tokens a row that one dispatch makes at most
-_TOPS = (0, 1, 5, 20)  # numbers of most probable tokens that are compiled for
-
-
-class News(NamedTuple):
-    """What has come of a request.
-
-    Attributes:
-        sample: the number of the answer; -1: scores of the prompt.
-        tokens: new tokens of the answer.
-        logprobs: one for each token, if asked for; of the prompt, one from `score_from` on.
-        finish_reason: None: more is to come; "stop": an end token; "length"; "error".
-        error: what went wrong.
-    """
-
-    sample: int
-    tokens: list[int]
-    logprobs: list[TokenLogprob]
-    finish_reason: str | None = None
-    error: str | None = None
-
-
-@dataclasses.dataclass(eq=False)
-class Request:
-    """A prompt, and what is asked of it.
-
-    Attributes:
-        prompt: token ids.
-        sampling: of its answers; None: only the prompt is scored.
-        on_news: is called with `News`, inside `Scheduler.step`.
-        score_from: index of the first prompt token whose log-probability is told, from 1.
-    """
-
-    prompt: list[int]
-    sampling: Sampling | None
-    on_news: Callable[[News], None]
-    score_from: int | None = None
-
-
-@dataclasses.dataclass(eq=False)
-class _Answer:
-    """One answer of a request, waiting or in a row."""
-
-    request: Request
-    sample: int
-    read: int = 0  # tokens of the prompt that are in the cache
-    made: int = 0
-    scores: list[TokenLogprob] = dataclasses.field(default_factory=list)
-
-    @property
-    def prompt(self) -> list[int]:
-        return self.request.prompt
-
-    @property
-    def is_read(self) -> bool:
-        return self.read == len(self.prompt)
-
-    @property
-    def most(self) -> int:
-        return 0 if self.request.sampling is None else self.request.sampling.max_new_tokens
-
-    @property
-    def top(self) -> int:
-        sampling = self.request.sampling
-        asked = sampling.logprobs or 0 if sampling is not None else 1
-        return next(top for top in _TOPS if top >= asked)
-
-    @property
-    def penalty(self) -> bool:
-        sampling = self.request.sampling
-        return sampling is not None and sampling.repetition_penalty != 1.0
-
-
-@dataclasses.dataclass(eq=False)
-class _Row:
-    """A row of the state: the tokens that its cache holds, and the answer that it makes."""
-
-    tokens: list[int] = dataclasses.field(default_factory=list)
-    prompt_length: int = 0  # of `tokens`, how many were read as a prompt
-    pending: list[int] = dataclasses.field(default_factory=list)  # made, and not in the cache yet
-    answer: _Answer | None = None
-    last_used: int = 0
 
 
 def buckets(most: int, least: int) -> list[int]:
@@ -169,8 +89,8 @@ class Scheduler:
         # A bridge that sees the prompt alone reads an answer's tokens differently.
         configs = getattr(model, "configs", ())
         self._prompt_alone = any(config.encoder_only for config in configs)
-        self.rows = [_Row() for _ in range(slots)]
-        self._waiting: collections.deque[_Answer] = collections.deque()
+        self.rows = [Row() for _ in range(slots)]
+        self._waiting: collections.deque[Answer] = collections.deque()
         self._time = 0
 
     @property
@@ -206,12 +126,12 @@ class Scheduler:
                 f"{len(prompt)}"
             )
         for sample in range(1 if sampling is None else sampling.n):
-            self._waiting.append(_Answer(request, sample))
+            self._waiting.append(Answer(request, sample))
 
     def cancel(self, request: Request, sample: int | None = None) -> None:
         """Forgets a request, or one of its answers; its rows are free. Unknown ones are ignored."""
 
-        def is_meant(answer: _Answer | None) -> bool:
+        def is_meant(answer: Answer | None) -> bool:
             return (
                 answer is not None and answer.request is request and sample in (None, answer.sample)
             )
@@ -243,7 +163,7 @@ class Scheduler:
 
     # Prompts.
 
-    def _to_read(self) -> list[_Row]:
+    def _to_read(self) -> list[Row]:
         """The rows whose prompts the next dispatch reads, all of which fit one chunk."""
         group = [row for row in self.rows if row.answer and not row.answer.is_read]
         if group:
@@ -253,7 +173,7 @@ class Scheduler:
             answer = self._waiting[0]
             row, source, shared = self._best_row(answer)
             chunk = self._chunk_for(len(answer.prompt) - shared)
-            begun = [len(_common(answer.prompt, other.answer.prompt)) for other in group]
+            begun = [len(common(answer.prompt, other.answer.prompt)) for other in group]
             fits = size is None or (
                 chunk == size and len(group) < self._together(size) and max(begun) < SHARED
             )
@@ -276,7 +196,7 @@ class Scheduler:
     def _chunk_for(self, tokens: int) -> int:
         return next((size for size in self._chunks if size >= tokens), self._chunks[-1])
 
-    def _best_row(self, answer: _Answer) -> tuple[_Row, _Row | None, int]:
+    def _best_row(self, answer: Answer) -> tuple[Row, Row | None, int]:
         """A free row for an answer, the row with its longest beginning, and that one's length."""
         prompt = answer.prompt
         # The last token is read anew, since its logits are needed; so are those before a score.
@@ -286,7 +206,7 @@ class Scheduler:
         source, shared = None, SHARED - 1
         for row in self.rows:
             of_row = row.tokens[: row.prompt_length] if self._prompt_alone else row.tokens
-            length = min(len(_common(prompt, of_row)), most)
+            length = min(len(common(prompt, of_row)), most)
             if length > shared:
                 source, shared = row, length
         if source is None:
@@ -296,7 +216,7 @@ class Scheduler:
             return source, source, shared
         return min(free, key=lambda row: (len(row.tokens) > 0, row.last_used)), source, shared
 
-    def _copy(self, source: _Row, target: _Row, count: int) -> None:
+    def _copy(self, source: Row, target: Row, count: int) -> None:
         index = self.rows.index
         # Some more are copied, so that few lengths are compiled; they are overwritten.
         count = next(size for size in self._reads if size >= count)
@@ -304,7 +224,7 @@ class Scheduler:
             self._state, np.int32(index(source)), np.int32(index(target)), count=count
         )
 
-    def _read(self, group: list[_Row]) -> None:
+    def _read(self, group: list[Row]) -> None:
         answers = [row.answer for row in group]
         sizes = [len(answer.prompt) - answer.read for answer in answers]
         T = self._chunk_for(max(sizes))
@@ -364,13 +284,13 @@ class Scheduler:
             else:
                 self._tell(row, jax.tree.map(lambda x, place=place: x[None, place], news))
 
-    def _keep_scores(self, answer: _Answer, start: int, size: int, scores: list[Any]) -> None:
+    def _keep_scores(self, answer: Answer, start: int, size: int, scores: list[Any]) -> None:
         logprobs_T, top_ids_Tk, top_logprobs_Tk = scores
         for place in range(size):
             index = start + place + 1  # of the token whose score stands at this place
             if answer.request.score_from <= index < len(answer.prompt):
                 answer.scores.append(
-                    _logprob(logprobs_T[place], top_ids_Tk[place], top_logprobs_Tk[place])
+                    token_logprob(logprobs_T[place], top_ids_Tk[place], top_logprobs_Tk[place])
                 )
 
     # Answers.
@@ -398,7 +318,7 @@ class Scheduler:
                 made = news.made[:, number]
                 self._tell(row, jax.tree.map(lambda x, n=number, m=made: x[m, n], news))
 
-    def _tell(self, row: _Row, news: steps.News) -> None:
+    def _tell(self, row: Row, news: steps.News) -> None:
         """Hands new tokens [N] to the request; frees the row if the answer has ended."""
         answer = row.answer
         sampling, tokens = answer.request.sampling, [int(token) for token in news.tokens]
@@ -417,7 +337,7 @@ class Scheduler:
         logprobs = []
         if sampling.logprobs is not None:
             logprobs = [
-                _logprob(logprob, ids[: sampling.logprobs], top[: sampling.logprobs])
+                token_logprob(logprob, ids[: sampling.logprobs], top[: sampling.logprobs])
                 for logprob, ids, top in zip(
                     news.logprobs, news.top_ids, news.top_logprobs, strict=True
                 )
@@ -436,17 +356,3 @@ class Scheduler:
         with on_devices_of(self._model):
             cache = self._model.init_cache(self.slots, length, dtype=cache_dtype)
             return steps.begin(self._weights, cache, Choice.of([(Sampling(), 0)] * self.slots))
-
-
-def _common(ours: list[int], theirs: list[int]) -> list[int]:
-    """The beginning that two lists share."""
-    length = min(len(ours), len(theirs))
-    if ours[:length] == theirs[:length]:
-        return ours[:length]
-    return ours[: int(np.argmin(np.equal(ours[:length], theirs[:length])))]
-
-
-def _logprob(logprob: Any, ids: Any, logprobs: Any) -> TokenLogprob:
-    return TokenLogprob(
-        float(logprob), tuple((int(i), float(x)) for i, x in zip(ids, logprobs, strict=True))
-    )

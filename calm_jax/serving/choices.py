@@ -5,7 +5,7 @@ import math
 from typing import Any
 
 from calm_jax.decoding import TokenLogprob
-from calm_jax.decoding.scheduler import News
+from calm_jax.decoding.requests import News
 from calm_jax.decoding.text_stream import TextStream
 from calm_jax.serving.protocol import Asked
 from calm_jax.serving.token_texts import TokenTexts

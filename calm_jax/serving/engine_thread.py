@@ -16,7 +16,8 @@ from typing import Any
 from absl import logging
 
 from calm_jax.decoding import Sampling
-from calm_jax.decoding.scheduler import News, Request, Scheduler
+from calm_jax.decoding.requests import News, Request
+from calm_jax.decoding.scheduler import Scheduler
 from calm_jax.errors import CalmError
 from calm_jax.serving.errors import Refused, one_line
 
