@@ -58,6 +58,8 @@ class AnswerFile:
                 f"{where} answers the prompt {record['prompt']!r}, not {self._prompts[index]!r}; "
                 "give another --output"
             )
+        if "error" in record.get("finish_reasons", [record.get("finish_reason")]):
+            raise CalmError(f"{where} has failed; remove its line and what follows to ask again")
         found = len(record.get("answers", [""]))
         if found != self._n:
             raise CalmError(f"{where} has {found} answers, but --n is {self._n}")

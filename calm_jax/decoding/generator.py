@@ -1,5 +1,6 @@
 """Answers of a model: whole, as they come, or only scored."""
 
+import math
 import queue
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
@@ -159,7 +160,7 @@ class Generator:
         Texts are encoded as one: the continuation's tokens are those after the prompt's.
 
         Raises:
-            CalmError: as `generate`; lists of different lengths; an empty continuation.
+            CalmError: as `generate`; lists of different lengths; an empty continuation; NaN logits.
         """
         prompts, continuations = _listed(prompts), _listed(continuations)
         if len(prompts) != len(continuations):
@@ -177,9 +178,13 @@ class Generator:
                     None,
                     lambda news, scores=scores: scores.extend(news.logprobs),
                     score_from=len(before),
+                    asked=len(before),
                 )
             )
         self._run(requests, [])
+        for number, scores in enumerate(found):
+            if any(math.isnan(one.logprob) for one in scores):
+                raise CalmError(f"prompt {number}: the logits of its continuation are NaN")
         return [
             Score(
                 sum(one.logprob for one in scores),
@@ -312,7 +317,7 @@ def generate(
         eos_ids = (eos_id,)
     generator = Generator(
         model,
-        max_length=max(map(len, ids)) + max_new_tokens,
+        max_length=max(map(len, ids)) + asked.max_new_tokens,
         slots=min(len(ids) * asked.n, MOST_ROWS),
         eos_ids=eos_ids,
     )

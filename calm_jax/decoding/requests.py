@@ -38,12 +38,18 @@ class Request:
         sampling: of its answers; None: only the prompt is scored.
         on_news: is called with `News`, inside `Scheduler.step`.
         score_from: index of the first prompt token whose log-probability is told, from 1.
+        asked: number of tokens that an augment which sees the prompt alone may see; default: all.
     """
 
     prompt: list[int]
     sampling: Sampling | None
     on_news: Callable[[News], None]
     score_from: int | None = None
+    asked: int | None = None
+
+    def __post_init__(self):
+        if self.asked is None:
+            self.asked = len(self.prompt)
 
 
 @dataclasses.dataclass(eq=False)

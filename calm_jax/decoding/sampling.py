@@ -97,6 +97,7 @@ class Sampling:
         if not math.isfinite(value) or value < low or (high is not None and value > high):
             bounds = f"at least {low}" if high is None else f"from {low} to {high}"
             raise CalmError(f"{name} is {value}; it must be {bounds}")
+        object.__setattr__(self, name, (int if whole else float)(value))
 
 
 class TokenLogprob(NamedTuple):
@@ -162,7 +163,8 @@ def filtered(logits_BV: jax.Array, choice: Choice) -> jax.Array:
         ordered_BV = jnp.where(jnp.arange(V) < k_B[:, None], ordered_BV, MASKED)
         probabilities_BV = jax.nn.softmax(ordered_BV, axis=1)
         before_BV = jnp.cumsum(probabilities_BV, axis=1) - probabilities_BV
-        kept_BV = before_BV < choice.top_p_B[:, None]
+        # Rounding would cut the last tokens of a row that asks for all.
+        kept_BV = (before_BV < choice.top_p_B[:, None]) | (choice.top_p_B[:, None] >= 1)
         kept_BV &= probabilities_BV >= choice.min_p_B[:, None] * probabilities_BV[:, :1]
         kept_BV &= ordered_BV > MASKED
         # The most probable token is always kept.

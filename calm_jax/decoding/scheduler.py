@@ -120,6 +120,8 @@ class Scheduler:
                 f"the prompt has {len(prompt)} tokens and max_new_tokens is {new}, together more "
                 f"than max_length {self.max_length}"
             )
+        if request.score_from is not None:
+            check_ids(prompt[request.score_from :], self.known, "scored", self.vocabulary)
         if request.score_from is not None and not 1 <= request.score_from <= len(prompt):
             raise CalmError(
                 f"score_from is {request.score_from}; it must be from 1 to the prompt's length, "
@@ -230,30 +232,36 @@ class Scheduler:
         T = self._chunk_for(max(sizes))
         P = 1 if len(group) == 1 else self._together(T)
         tokens_PT, next_PT = np.zeros((2, P, T), np.int32)
-        length_P, start_P, left_P = np.zeros((3, P), np.int32)
+        length_P, start_P, left_P, prompt_P = np.zeros((4, P), np.int32)
         rows_P = np.full(P, self.slots, np.int32)
         rows_P[: len(group)] = [self.rows.index(row) for row in group]
         if self._state.seen_BV is None and any(answer.penalty for answer in answers):
             shape = (self.slots, self.known)
             self._state = dataclasses.replace(self._state, seen_BV=np.zeros(shape, bool))
         seen_PV = None if self._state.seen_BV is None else np.zeros((P, self.known), bool)
-        for place, (row, answer, size) in enumerate(zip(group, answers, sizes, strict=True)):
+        for place, (answer, size) in enumerate(zip(answers, sizes, strict=True)):
             size, start, prompt = min(size, T), answer.read, answer.prompt
             tokens_PT[place, :size] = prompt[start : start + size]
             following = prompt[start + 1 : start + size + 1]
             next_PT[place, : len(following)] = following
             length_P[place], start_P[place] = size, start
-            answer.read += size
-            row.tokens += prompt[start : start + size]
-            row.prompt_length, row.last_used = len(row.tokens), self._time
-            if answer.is_read:
+            prompt_P[place] = answer.request.asked
+            if start + size == len(prompt):
                 left_P[place] = answer.most
             if seen_PV is not None:
                 seen_PV[place, [token for token in prompt if token < self.known]] = True
         choices = [(answer.request.sampling or Sampling(), answer.sample) for answer in answers]
         choices += [(Sampling(), 0)] * (P - len(group))
         chunk = steps.Chunk(
-            tokens_PT, next_PT, length_P, rows_P, start_P, left_P, Choice.of(choices), seen_PV
+            tokens_PT,
+            next_PT,
+            length_P,
+            rows_P,
+            start_P,
+            left_P,
+            prompt_P,
+            Choice.of(choices),
+            seen_PV,
         )
         scored = any(answer.request.score_from is not None for answer in answers)
         needed = max(start_P) + T
@@ -266,9 +274,18 @@ class Scheduler:
             known=self.known,
             read=next((size for size in self._reads if size >= needed), self._reads[-1]),
             scored=scored,
-            top=max(answer.top for answer in answers),
+            top=min(max(answer.top for answer in answers), self.known),
         )
         news, scores = jax.tree.map(sharding.on_host, (news, scores))
+        # Only now do the rows hold these tokens: what fails before leaves no trace.
+        for row, answer, size in zip(group, answers, length_P, strict=False):
+            row.tokens += answer.prompt[answer.read : answer.read + size]
+            answer.read += int(size)
+            row.prompt_length, row.last_used = (
+                min(len(row.tokens), answer.request.asked),
+                self._time,
+            )
+        told = []
         for place, (row, answer) in enumerate(zip(group, answers, strict=True)):
             if answer.request.score_from is not None:
                 self._keep_scores(
@@ -278,11 +295,14 @@ class Scheduler:
                 continue
             if answer.request.score_from is not None and answer.sample == 0:
                 reason = "length" if answer.most == 0 else None
-                answer.request.on_news(News(-1, [], answer.scores, reason))
+                told.append((answer.request, News(-1, [], answer.scores, reason)))
             if answer.most == 0:
                 row.answer = None
+                if not news.is_number[place]:
+                    self._clear(row)
             else:
-                self._tell(row, jax.tree.map(lambda x, place=place: x[None, place], news))
+                told.append(self._news(row, jax.tree.map(lambda x, n=place: x[None, n], news)))
+        _tell(told)
 
     def _keep_scores(self, answer: Answer, start: int, size: int, scores: list[Any]) -> None:
         logprobs_T, top_ids_Tk, top_logprobs_Tk = scores
@@ -309,17 +329,21 @@ class Scheduler:
             known=self.known,
             read=read,
             most=MOST_STEPS,
-            top=max(answer.top for answer in answers),
+            top=min(max(answer.top for answer in answers), self.known),
         )
         news = jax.tree.map(sharding.on_host, news)
+        told = []
         for number, row in enumerate(self.rows):
             if row.answer is not None:
                 row.last_used = self._time
                 made = news.made[:, number]
-                self._tell(row, jax.tree.map(lambda x, n=number, m=made: x[m, n], news))
+                told.append(
+                    self._news(row, jax.tree.map(lambda x, n=number, m=made: x[m, n], news))
+                )
+        _tell(told)
 
-    def _tell(self, row: Row, news: steps.News) -> None:
-        """Hands new tokens [N] to the request; frees the row if the answer has ended."""
+    def _news(self, row: Row, news: steps.News) -> tuple[Request, News]:
+        """What the request is told of new tokens [N]; frees the row if the answer has ended."""
         answer = row.answer
         sampling, tokens = answer.request.sampling, [int(token) for token in news.tokens]
         error = reason = None
@@ -349,10 +373,21 @@ class Scheduler:
         if reason is not None:
             row.answer = None
         if reason == "error":
-            row.tokens = []
-        answer.request.on_news(News(answer.sample, tokens, logprobs, reason, error))
+            self._clear(row)
+        return answer.request, News(answer.sample, tokens, logprobs, reason, error)
+
+    def _clear(self, row: Row) -> None:
+        """Empties a row that holds NaN, which would spread to queries that do not see it."""
+        row.tokens = []
+        self._state = steps.clear_row(self._state, np.int32(self.rows.index(row)))
 
     def _empty_state(self, length: int, cache_dtype: Any) -> steps.State:
         with on_devices_of(self._model):
             cache = self._model.init_cache(self.slots, length, dtype=cache_dtype)
             return steps.begin(self._weights, cache, Choice.of([(Sampling(), 0)] * self.slots))
+
+
+def _tell(told: list[tuple[Request, News]]) -> None:
+    """Hands news to their requests, once the scheduler knows all of it: a request may cancel."""
+    for request, news in told:
+        request.on_news(news)

@@ -54,6 +54,7 @@ class Chunk:
         length_P: int32 [P], number of tokens that are not padding.
         rows_P: int32 [P], rows of the state.
         start_P: int32 [P], number of tokens of the row that stay in the cache.
+        prompt_P: int32 [P], number of tokens of the row that are a prompt.
         left_P: int32 [P], length of the answer at most; 0: the prompt goes on, or nothing is asked.
         choice: the sampling options, [P].
         seen_PV: bool [P, V], the tokens of the whole prompt; None as in the state.
@@ -65,6 +66,7 @@ class Chunk:
     rows_P: Any
     start_P: Any
     left_P: Any
+    prompt_P: Any
     choice: Choice
     seen_PV: Any = None
 
@@ -129,7 +131,9 @@ def _prefill(model, state, chunk, ends_E, known, read, scored, top):
     rows_P, T = chunk.rows_P, chunk.tokens_PT.shape[1]
     length_B = state.cache.slots.length_B.at[rows_P].set(chunk.start_P, mode="drop")
     real_PT = (jnp.arange(T) < chunk.length_P[:, None]).astype(jnp.int32)
-    inputs = Inputs(chunk.tokens_PT, segments_BT=real_PT, prompt_mask_BT=real_PT, packed=False)
+    index_PT = chunk.start_P[:, None] + jnp.arange(T)
+    prompt_PT = jnp.where(index_PT < chunk.prompt_P[:, None], real_PT, 0)
+    inputs = Inputs(chunk.tokens_PT, segments_BT=real_PT, prompt_mask_BT=prompt_PT, packed=False)
     cache = state.cache.with_length(length_B).using(rows_P, read)
     h_PTD, cache = model.residual(inputs, cache)
     last_P11 = jnp.maximum(chunk.length_P - 1, 0)[:, None, None]
@@ -264,6 +268,16 @@ def _laid_out(state: State) -> State:
 def copy_row(state: State, source: jax.Array, target: jax.Array, *, count: int) -> State:
     """Row `target` gets the first `count` cached tokens of row `source`."""
     return dataclasses.replace(state, cache=state.cache.with_copy(source, target, count))
+
+
+@functools.partial(jax.jit, donate_argnames=("state",))
+def clear_row(state: State, row: jax.Array) -> State:
+    """The state with zeros in place of all that the caches hold of a row."""
+
+    def cleared(x):
+        return x.at[:, row].set(0) if x.ndim > 2 else x  # [L, B, ...], and [B, S] of slots
+
+    return dataclasses.replace(state, cache=jax.tree.map(cleared, state.cache))
 
 
 @functools.partial(jax.jit, donate_argnames=("state",))

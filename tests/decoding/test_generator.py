@@ -14,6 +14,7 @@ from calm_jax import sharding
 from calm_jax.data.vocabularies import vocabulary_of_folder
 from calm_jax.decoding import Generator, Sampling, generate, steps
 from calm_jax.decoding.memory import bytes_per_token
+from calm_jax.decoding.requests import Request
 from calm_jax.decoding.scheduler import buckets
 from calm_jax.errors import CalmError
 from calm_jax.models import CompositionConfig, Inputs
@@ -148,9 +149,7 @@ def test_scores_are_recomputed(name):
         prompts, continuations
     )
     for prompt, continuation, score in zip(prompts, continuations, scores, strict=True):
-        row = [*prompt, *continuation]
-        inputs = Inputs(jnp.asarray([row]), prompt_mask_BT=jnp.ones((1, len(row)), jnp.int32))
-        expected_NV = np.asarray(jax.nn.log_softmax(model(inputs)[0, len(prompt) - 1 : -1]))
+        expected_NV = logprobs_of(model, prompt, continuation)
         expected_N = expected_NV[np.arange(len(continuation)), continuation]
         np.testing.assert_allclose(score.tokens_logprobs, expected_N, atol=2e-5)
         np.testing.assert_allclose(score.logprob, expected_N.sum(), atol=1e-4)
@@ -311,8 +310,48 @@ def test_logits_that_are_not_finite_end_one_row_alone():
     assert bad.finish_reason == "error"
     assert "step 0: the logits are not finite" in bad.error
     assert good.finish_reason == "length"
+    # What the row still holds spreads to no later answer.
+    (again,) = generator.generate([[5, 2]] * 4, Sampling(max_new_tokens=4))[:1]
+    assert again[0].tokens == good.tokens
+    for answers in generator.generate([[5, 2]] * 4, Sampling(max_new_tokens=4)):
+        assert answers[0].tokens == good.tokens
     with pytest.raises(CalmError, match="not finite"):
         generate(model, [[13, 2]], max_new_tokens=2)
+    with pytest.raises(CalmError, match="prompt 1: the logits of its continuation are NaN"):
+        generator.score([[5], [13]], [[2], [2]])
+
+
+def test_what_fails_before_a_prefill_leaves_no_trace(monkeypatch):
+    model, (prompt,) = FORMS["palm"](), random_prompts(1, 30, 31)
+    sampling = Sampling(max_new_tokens=8)
+    generator = Generator(model, max_length=64, slots=1)
+    (expected,) = Generator(model, max_length=64, slots=1).generate([prompt], sampling)
+
+    def fails(*arguments, **options):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(steps, "prefill", fails)
+        generator.generate([prompt], sampling)
+    assert generator.generate([prompt], sampling)[0][0].tokens == expected[0].tokens
+
+
+def test_a_request_may_be_cancelled_by_its_own_news():
+    generator = Generator(FORMS["palm"](), max_length=64, slots=4)
+    seen = []
+
+    def on_news(news):
+        seen.append(news.sample)
+        generator.scheduler.cancel(request)
+
+    request = Request(
+        [1, 2, 3], Sampling(max_new_tokens=8, n=3, logprobs=20, seed=np.int32(5)), on_news
+    )
+    generator.scheduler.submit(request)
+    while generator.scheduler.step():
+        pass
+    assert seen[0] == 0
+    assert generator.scheduler.running == generator.scheduler.waiting == 0
 
 
 def test_caches_that_do_not_fit(monkeypatch):
