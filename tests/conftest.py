@@ -15,16 +15,19 @@ hypothesis.settings.load_profile("calm_jax")
 
 
 @pytest.fixture(autouse=True, scope="module")
-def no_cache_of_programs_is_left():
-    """A run caches its programs on disk; the tests of the next file must not write theirs there.
+def no_program_is_left():
+    """The programs that a file compiled end with it.
 
-    Writing some hundreds of them has once crashed XLA.
+    Each takes some of the mappings that Linux grants a process, and XLA crashes when all are used:
+    the programs of half of the tests are enough. A run also caches its programs on disk; the tests
+    of the next file must not write theirs there.
     """
     yield
     if "jax" in sys.modules:
         import jax
         from jax.experimental.compilation_cache import compilation_cache
 
+        jax.clear_caches()
         if jax.config.jax_compilation_cache_dir is not None:
             jax.config.update("jax_compilation_cache_dir", None)
             compilation_cache.reset_cache()
