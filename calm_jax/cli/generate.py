@@ -5,9 +5,8 @@ from collections.abc import Iterator
 from typing import Any
 
 from absl import flags
-from ml_collections import ConfigDict
 
-from calm_jax.cli import config, models
+from calm_jax.cli import models
 from calm_jax.errors import CalmError
 from calm_jax.quiet import quiet_libtpu
 from calm_jax.text_files import read_lines
@@ -33,7 +32,6 @@ stopped in.
 Without a prompt, the lines of standard input are answered until its end or /exit. A model with a
 chat template remembers the conversation (--nochat: does not); any other goes on from each line."""
 
-MESH = {"slices": 0, "data": -1, "fsdp": 1, "tensor": 1}
 SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "stop", "n", "seed")
 SIZES = ("max_length", "slots", "cache_dtype", "prefill_chunk")
 NEW_TOKENS, NEW_TOKENS_OF_A_TURN = 32, 512
@@ -69,33 +67,24 @@ def _define(values: flags.FlagValues) -> None:
         "enum",
         "cache_dtype",
         "of keys and values; that of the model",
-        enum_values=["float32", "bfloat16", "float16", "int8"],
+        enum_values=models.CACHE_DTYPES,
     )
     define("integer", "prefill_chunk", "tokens of prompts that are read at once at most")
 
 
 def main(argv: list[str]) -> int:
     """Runs the command; `argv` is what follows its name."""
-    given = models.mesh_as_config(argv)
-    values, settings = config.parse(
-        given,
-        USAGE,
-        _define,
-        required=("workdir",),
-        load_config=lambda _: ConfigDict({"mesh": MESH}),
-    )
+    values, mesh = models.parse(argv, USAGE, _define)
     prompts = list(values.prompt)
     if values.prompts_file is not None:
         prompts += read_lines(values.prompts_file)
     talks = not values.prompt and values.prompts_file is None
     _check(values, prompts, talks)
 
-    from calm_jax.checkpoints.any_model import load_model
     from calm_jax.cli.answer_file import AnswerFile
     from calm_jax.cli.conversation import converse
     from calm_jax.decoding import Generator, Sampling
     from calm_jax.membership import refuse_several
-    from calm_jax.sharding import make_mesh
 
     quiet_libtpu()
     refuse_several("calm generate")
@@ -106,8 +95,7 @@ def main(argv: list[str]) -> int:
     if output is not None and output.done == len(prompts):
         print(f"{output.path} has all {output.done} answers")
         return 0
-    mesh = make_mesh(settings.mesh.to_dict()) if given != argv else None
-    model = load_model(values.workdir, step=values.step, mesh=mesh, **models.moved(values))
+    model = models.load(values, mesh)
     if talks:
         if model.vocabulary is None:
             raise CalmError(f"the model of {values.workdir} has no vocabulary to talk with")

@@ -1,10 +1,17 @@
 """What the commands that load a model share: flags for its checkpoint, its parts and its mesh."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from absl import flags
+from ml_collections import ConfigDict
+
+from calm_jax.cli import config
+
+CACHE_DTYPES = ["float32", "bfloat16", "float16", "int8"]  # of keys and values
+
+_MESH = {"slices": 0, "data": -1, "fsdp": 1, "tensor": 1}
 
 
 def define(values: flags.FlagValues) -> None:
@@ -28,3 +35,31 @@ def moved(values: flags.FlagValues) -> dict[str, Any]:
 def mesh_as_config(argv: Sequence[str]) -> list[str]:
     """`--mesh.KEY=VALUE` spelled as a key of the config, `--config.mesh.KEY=VALUE`."""
     return [re.sub(r"^--?mesh\.", "--config.mesh.", argument) for argument in argv]
+
+
+def parse(
+    argv: list[str], usage: str, define: Callable[[flags.FlagValues], None]
+) -> tuple[flags.FlagValues, dict[str, int] | None]:
+    """The flags of a command that needs `--workdir`; and its mesh axes, None if it names none."""
+    given = mesh_as_config(argv)
+    values, settings = config.parse(
+        given,
+        usage,
+        define,
+        required=("workdir",),
+        load_config=lambda _: ConfigDict({"mesh": _MESH}),
+    )
+    return values, settings.mesh.to_dict() if given != argv else None
+
+
+def load(values: flags.FlagValues, mesh: dict[str, int] | None) -> Any:
+    """The model in `--workdir`, on a mesh of the given axes or on the first device."""
+    from calm_jax.checkpoints.any_model import load_model
+    from calm_jax.sharding import make_mesh
+
+    return load_model(
+        values.workdir,
+        step=values.step,
+        mesh=None if mesh is None else make_mesh(mesh),
+        **moved(values),
+    )

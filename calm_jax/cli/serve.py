@@ -6,10 +6,8 @@ import pathlib
 from typing import Any
 
 from absl import flags
-from ml_collections import ConfigDict
 
-from calm_jax.cli import config, models
-from calm_jax.cli.generate import MESH
+from calm_jax.cli import models
 from calm_jax.errors import CalmError
 from calm_jax.quiet import quiet_libtpu
 
@@ -45,7 +43,7 @@ def _define(values: flags.FlagValues) -> None:
     flags.DEFINE_enum(
         "cache_dtype",
         None,
-        ["float32", "bfloat16", "float16", "int8"],
+        models.CACHE_DTYPES,
         "of keys and values, otherwise the model's",
         flag_values=values,
     )
@@ -58,28 +56,18 @@ def _define(values: flags.FlagValues) -> None:
 
 def main(argv: list[str]) -> int:
     """Runs the command; `argv` is what follows its name."""
-    given = models.mesh_as_config(argv)
-    values, settings = config.parse(
-        given,
-        USAGE,
-        _define,
-        required=("workdir",),
-        load_config=lambda _: ConfigDict({"mesh": MESH}),
-    )
+    values, mesh = models.parse(argv, USAGE, _define)
     _check(values)
     for package in ("starlette", "uvicorn", "prometheus_client"):
         if importlib.util.find_spec(package) is None:
             raise CalmError(f"{package} is not installed: pip install 'calm_jax[serve]'")
 
-    from calm_jax.checkpoints.any_model import load_model
     from calm_jax.serving.app import Limits, Server
     from calm_jax.serving.parts import served_models
     from calm_jax.serving.running import run
-    from calm_jax.sharding import make_mesh
 
     quiet_libtpu()
-    mesh = make_mesh(settings.mesh.to_dict()) if given != argv else None
-    model = load_model(values.workdir, step=values.step, mesh=mesh, **models.moved(values))
+    model = models.load(values, mesh)
     name = values.name or pathlib.Path(values.workdir).resolve().name
     served = served_models(model, name, _options(values))
     limits = Limits(values.max_queue, values.max_tokens, values.request_seconds)

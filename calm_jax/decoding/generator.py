@@ -1,7 +1,7 @@
 """Answers of a model: whole, as they come, or only scored."""
 
+import collections
 import math
-import queue
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -139,15 +139,15 @@ class Generator:
             raise CalmError("the model has no vocabulary to stream text with; use generate")
         if sampling.n != 1:
             raise CalmError(f"n is {sampling.n}; a stream has one answer")
-        ids, come = encode(self.vocabulary, prompt), queue.SimpleQueue()
+        ids, come = encode(self.vocabulary, prompt), collections.deque()
         answer = _Answer(self.vocabulary, ids, sampling.stop)
-        request = Request(ids, sampling, lambda news: come.put(answer.add(news)))
+        request = Request(ids, sampling, lambda news: come.append(answer.add(news)))
         self.scheduler.submit(request)
         try:
-            while not (answer.ended and come.empty()):
-                if come.empty():
+            while come or not answer.ended:
+                if not come:
                     self.scheduler.step(STREAMED_STEPS)
-                elif piece := come.get():
+                elif piece := come.popleft():
                     yield piece
             if answer.error:
                 raise CalmError(answer.error)

@@ -121,12 +121,12 @@ class Scheduler:
                 f"than max_length {self.max_length}"
             )
         if request.score_from is not None:
+            if not 1 <= request.score_from <= len(prompt):
+                raise CalmError(
+                    f"score_from is {request.score_from}; it must be from 1 to the prompt's "
+                    f"length, {len(prompt)}"
+                )
             check_ids(prompt[request.score_from :], self.known, "scored", self.vocabulary)
-        if request.score_from is not None and not 1 <= request.score_from <= len(prompt):
-            raise CalmError(
-                f"score_from is {request.score_from}; it must be from 1 to the prompt's length, "
-                f"{len(prompt)}"
-            )
         for sample in range(1 if sampling is None else sampling.n):
             self._waiting.append(Answer(request, sample))
 

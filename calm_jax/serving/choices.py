@@ -10,8 +10,6 @@ from calm_jax.decoding.text_stream import TextStream
 from calm_jax.serving.protocol import Asked
 from calm_jax.serving.token_texts import TokenTexts
 
-# Tokens before an answer that decide how its first token is written: more than a character has.
-_CONTEXT = 16
 _NEVER = -9999.0  # OpenAI's log-probability of what has probability 0, which JSON cannot say
 
 
@@ -38,11 +36,10 @@ class Choice:
         self.tokens = 0
         self.finish_reason: str | None = None
         self._vocabulary, self._prompt = asked.model.vocabulary, asked.prompts[number]
-        context = self._prompt[-_CONTEXT:]
-        self._text = TextStream(self._vocabulary, context, asked.stop)
+        self._text = TextStream(self._vocabulary, self._prompt, asked.stop)
         self._wants_pieces = asked.logprobs is not None
         # A text that may stop is held back, but not from where tokens begin.
-        self._all = TextStream(self._vocabulary, context) if self._wants_pieces else None
+        self._all = TextStream(self._vocabulary, self._prompt) if self._wants_pieces else None
         self._by_token = self._wants_pieces or bool(asked.stop)
         self._start = len(asked.texts[number]) if asked.echo else 0
         self._waiting: list[Piece] = []

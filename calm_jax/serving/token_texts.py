@@ -9,6 +9,7 @@ from calm_jax.decoding.text_stream import HALF
 _BYTE = re.compile(r"<0x([0-9A-F]{2})>")  # how tokenizers name the token of a byte
 
 
+@functools.cache
 def _byte_level_characters() -> dict[str, int]:
     """The byte that each character stands for in names of GPT-2's byte-level BPE."""
     shown = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
