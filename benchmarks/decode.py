@@ -1,7 +1,7 @@
 """Cached decoding: a pair against its parts, recomputing, transformers, and full rows.
 
   python benchmarks/decode.py [--size=small|tiny|h200] [--parts=pair,recomputing,transformers,
-      batching,beginning] [--new=128] [--rounds=3] [--output=FILE.json]
+      batching,beginning,drafts] [--new=128] [--rounds=3] [--output=FILE.json]
 
   pair          tokens/s of a pair x (t_A + t_B), the times of a step of its parts; 1 row and 8
   recomputing   512 new tokens against a whole forward pass for each, of which every 32nd is timed
@@ -9,11 +9,14 @@
   batching      256 prompts of 5 to 500 tokens with answers of 1 to 64: the time that its tokens
                 take in full chunks and full rows ÷ the time taken
   beginning     64 prompts that share 1,000 tokens: time of their prefill ÷ that of one
+  drafts        a pair whose augment foresees 4 of 5 tokens of the anchor: tokens/s with drafts of 4
+                against those without
 
 Weights are random. Everything that is compared is timed in turns, after a first turn that compiles;
 the medians are compared.
 """
 
+import dataclasses
 import statistics
 import tempfile
 import time
@@ -33,7 +36,9 @@ from calm_jax.models import Decoder, Inputs, compose
 from calm_jax.models.calling import call
 
 PARTS = flags.DEFINE_list(
-    "parts", ["pair", "recomputing", "transformers", "batching", "beginning"], "what is measured"
+    "parts",
+    ["pair", "recomputing", "transformers", "batching", "beginning", "drafts"],
+    "what is measured",
 )
 NEW = flags.DEFINE_integer("new", 128, "tokens of an answer")
 ROUNDS = flags.DEFINE_integer("rounds", 3, "times that each is measured")
@@ -50,6 +55,7 @@ def main(_) -> None:
         "transformers": lambda: against_transformers(anchor),
         "batching": lambda: continuous_batching(pair),
         "beginning": lambda: shared_beginning(pair),
+        "drafts": lambda: drafts(configs),
     }
     rows = [("what", "rows", "ours s", "other s", "ratio", "tokens/s")]
     for part in PARTS.value:
@@ -169,6 +175,49 @@ def shared_beginning(pair) -> list[tuple]:
     alone, together = medians(one, all_of_them)
     return [("64 prompts of one beginning / one", 8, *map(short, (together, alone)),
              short(together / alone), None)]  # fmt: skip
+
+
+def drafts(configs) -> list[tuple]:
+    pair, rows = foreseen_pair(configs, share=0.8), []
+    for count in (1, 8):
+        generators = [
+            Generator(pair, max_length=16 + 2 * NEW.value, slots=count, draft=k) for k in (4, 0)
+        ]
+        ours, other = medians(*(answering(one, count, 2 * NEW.value) for one in generators))
+        rows.append(row("drafts of 4 / none", count, ours, other, 2 * NEW.value * count))
+        drafting = generators[0].drafting
+        print(
+            f"{count} rows: {drafting.acceptance:.1%} of drafted tokens accepted, at last "
+            f"{drafting.length} at a time: {drafting.reason}"
+        )
+    return rows
+
+
+def foreseen_pair(configs, share: float):
+    """A pair that does all its work, and whose next token follows from the last one alone.
+
+    Layers and bridge add zeros; the heads name the next token, the augment's the same as the
+    anchor's for a random `share` of all tokens.
+    """
+    random = np.random.default_rng(0)
+    order = random.permutation(configs.anchor.vocab_size)
+    following = np.empty_like(order)
+    following[order] = np.roll(order, -1)
+    foreseen = following.copy()
+    missed = random.permutation(order)[round(share * len(order)) :]
+    foreseen[missed] = following[np.roll(missed, -1)]
+    models = []
+    for number, (config, after) in enumerate(
+        ((configs.anchor, following), (configs.augment, foreseen))
+    ):
+        model = Decoder(config, nnx.Rngs(number))
+        nnx.update(model.layers, jax.tree.map(jnp.zeros_like, nnx.state(model.layers)))
+        embedding_VD = model.embedding[...]
+        head_VD = jnp.zeros_like(embedding_VD).at[after].set(embedding_VD)
+        model.head.set_value(head_VD.T.astype(model.head[...].dtype))
+        models.append(model)
+    composition = dataclasses.replace(configs.composition, init="zero")
+    return compose(*models, composition, rngs=nnx.Rngs(2))
 
 
 def answering(generator: Generator, rows: int, new: int | None = None) -> Callable[[], None]:

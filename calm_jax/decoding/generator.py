@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from calm_jax.decoding.draft_length import Drafting
 from calm_jax.decoding.requests import News, Request
 from calm_jax.decoding.sampling import Sampling, TokenLogprob
 from calm_jax.decoding.scheduler import MOST_STEPS, Scheduler
@@ -58,10 +59,13 @@ class Generator:
         slots: number of rows that are decoded at once; more prompts wait for a row.
         cache_dtype: of keys and values: a float dtype or "int8"; default: the model's.
         prefill_chunk: tokens of prompts that are read at once at most.
+        draft: tokens that an augment of a composed model drafts at a time at most. The answers stay
+            the same; how many are drafted follows from what it saves, and may come to be none.
         eos_ids: ids that end an answer; default: the vocabulary's.
 
     Raises:
-        CalmError: a size below 1, or caches that do not fit the devices.
+        CalmError: a size below 1, caches that do not fit the devices, or a draft of a model without
+            an augment that writes.
 
     >>> from flax import nnx
     >>> from calm_jax import Decoder, DecoderConfig, Generator, Sampling
@@ -81,6 +85,7 @@ class Generator:
         slots: int = 8,
         cache_dtype: Any = None,
         prefill_chunk: int = 512,
+        draft: int = 0,
         eos_ids: Sequence[int] | None = None,
     ):
         self.vocabulary = model.vocabulary
@@ -90,8 +95,14 @@ class Generator:
             slots=slots,
             cache_dtype=cache_dtype,
             prefill_chunk=prefill_chunk,
+            draft=draft,
             eos_ids=eos_ids,
         )
+
+    @property
+    def drafting(self) -> Drafting | None:
+        """How many drafted tokens are accepted, and how many are drafted; None without a draft."""
+        return self.scheduler.drafting
 
     def generate(
         self, prompts: Sequence[Prompt], sampling: Sampling | Sequence[Sampling] | None = None

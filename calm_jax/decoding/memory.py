@@ -1,6 +1,7 @@
 """What the caches of decoding take of a device's memory."""
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -13,7 +14,9 @@ from calm_jax.models.config import heads
 from calm_jax.units import size
 
 
-def bytes_per_token(model: Decoder | ComposedDecoder, dtype: Any = None) -> int:
+def bytes_per_token(
+    model: Decoder | ComposedDecoder, dtype: Any = None, whole: Sequence[int] = ()
+) -> int:
     """Bytes of keys and values that a token takes in all caches of a model, by its configs.
 
     A decoder has 2·K·H values a layer, for K key heads of width H; an augment only up to its last
@@ -21,27 +24,30 @@ def bytes_per_token(model: Decoder | ComposedDecoder, dtype: Any = None) -> int:
 
     Args:
         dtype: of the caches; default: that of each model.
+        whole: numbers of augments of which every layer is cached, such as one that drafts.
     """
     if isinstance(model, Decoder):
         return _of_layers(model.config, model.depth, dtype)
     anchor = model.config
     total = _of_layers(anchor, model.anchor.depth, dtype)
-    for augment, layers in zip(model.augments, model.plan.tap_layers, strict=True):
-        total += _of_layers(augment.config, layers[-1] + 1, dtype)
+    for number, layers in enumerate(model.plan.tap_layers):
+        augment = model.augments[number]
+        depth = augment.depth if number in whole else layers[-1] + 1
+        total += _of_layers(augment.config, depth, dtype)
     for connection in model.connections:
         N, H = heads(model.configs[connection.augment], anchor)
         total += _of_vectors(2 * N, H, dtype or anchor.dtype)
     return total
 
 
-def check_fits(model: Any, slots: int, length: int, dtype: Any) -> None:
+def check_fits(model: Any, slots: int, length: int, dtype: Any, whole: Sequence[int] = ()) -> None:
     """Raises `CalmError`, which names the number of rows that fit, if the caches do not fit."""
     array = jax.tree.leaves(nnx.state(model))[0]
     free = free_bytes(array)
     if free is None:
         return
     devices = len(array.sharding.device_set)
-    row = bytes_per_token(model, dtype) * length / devices
+    row = bytes_per_token(model, dtype, whole) * length / devices
     if slots * row > free:
         raise CalmError(
             f"the caches of {slots} rows of {length} tokens take {size(slots * row)} a device, "

@@ -18,10 +18,14 @@ from flax import nnx
 from calm_jax import sharding
 from calm_jax.data.vocabulary import check_ids
 from calm_jax.decoding import steps
+from calm_jax.decoding.draft_length import Drafting, DraftLength
 from calm_jax.decoding.memory import check_fits
 from calm_jax.decoding.prepared import prepared
 from calm_jax.decoding.requests import Answer, News, Request, Row, common, token_logprob
+from calm_jax.decoding.rounds import drafter
 from calm_jax.decoding.sampling import Choice, Sampling
+from calm_jax.decoding.state import Chunk, State
+from calm_jax.decoding.state import News as Made
 from calm_jax.errors import CalmError
 from calm_jax.models.calling import on_devices_of
 
@@ -46,10 +50,12 @@ class Scheduler:
         slots: number of rows that are decoded at once.
         cache_dtype: of keys and values: a float dtype or "int8"; default: the model's.
         prefill_chunk: tokens of prompts that one dispatch reads at most.
+        draft: tokens that an augment drafts at a time at most; as many as pay, or none.
         eos_ids: ids that end an answer; default: the vocabulary's.
 
     Raises:
-        CalmError: a size below 1, or a cache that does not fit the devices.
+        CalmError: a size below 1, a cache that does not fit the devices, or a draft of a model
+            without an augment that writes.
     """
 
     def __init__(
@@ -60,15 +66,20 @@ class Scheduler:
         slots: int = 8,
         cache_dtype: Any = None,
         prefill_chunk: int = 512,
+        draft: int = 0,
         eos_ids: Sequence[int] | None = None,
     ):
-        for name, value in (
-            ("max_length", max_length),
-            ("slots", slots),
-            ("prefill_chunk", prefill_chunk),
+        for name, value, least in (
+            ("max_length", max_length, 1),
+            ("slots", slots, 1),
+            ("prefill_chunk", prefill_chunk, 1),
+            ("draft", draft, 0),
         ):
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise CalmError(f"{name} is {value!r}; it must be an integer of at least 1")
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise CalmError(f"{name} is {value!r}; it must be an integer of at least {least}")
+        if draft and drafter(model) is None:
+            raise CalmError(f"draft is {draft}, but the model has no augment that could draft")
+        self._drafting = DraftLength(draft) if draft else None
         self.vocabulary = model.vocabulary
         self.max_length, self.slots = max_length, slots
         self.rows_of_tables = min(part.config.vocab_size for part in model.models)
@@ -78,14 +89,16 @@ class Scheduler:
             eos_ids = () if self.vocabulary is None else self.vocabulary.eos_ids
         self._ends = set(eos_ids)
         self._ends_E = np.array(sorted(self._ends), np.int32)
-        length = -(-max_length // steps.SCORED) * steps.SCORED
+        # A draft is read before it is known how much of it stands.
+        length = -(-(max_length + draft) // steps.SCORED) * steps.SCORED
         self._at_once = -(-prefill_chunk // steps.SCORED) * steps.SCORED
         self._chunks = buckets(min(self._at_once, length), steps.SCORED)
         self._reads = buckets(length, 64)
         self._model = prepared(model)
-        check_fits(self._model, slots, length, cache_dtype)
+        whole = (drafter(model),) if draft else ()
+        check_fits(self._model, slots, length, cache_dtype, whole)
         self._graphdef, self._weights = nnx.split(self._model)
-        self._state = self._empty_state(length, cache_dtype)
+        self._state = self._empty_state(length, cache_dtype, whole)
         # A bridge that sees the prompt alone reads an answer's tokens differently.
         configs = getattr(model, "configs", ())
         self._prompt_alone = any(config.encoder_only for config in configs)
@@ -102,6 +115,11 @@ class Scheduler:
     def running(self) -> int:
         """Number of rows in use."""
         return sum(row.answer is not None for row in self.rows)
+
+    @property
+    def drafting(self) -> Drafting | None:
+        """How drafting goes; None without a draft."""
+        return None if self._drafting is None else self._drafting.report
 
     def submit(self, request: Request) -> None:
         """Adds a request to the queue.
@@ -175,7 +193,8 @@ class Scheduler:
             answer = self._waiting[0]
             row, source, shared = self._best_row(answer)
             chunk = self._chunk_for(len(answer.prompt) - shared)
-            begun = [len(common(answer.prompt, other.answer.prompt)) for other in group]
+            # What two have in common beyond a row's tokens is read once: one waits for the other.
+            begun = [len(common(answer.prompt, other.answer.prompt)) - shared for other in group]
             fits = size is None or (
                 chunk == size and len(group) < self._together(size) and max(begun) < SHARED
             )
@@ -252,7 +271,7 @@ class Scheduler:
                 seen_PV[place, [token for token in prompt if token < self.known]] = True
         choices = [(answer.request.sampling or Sampling(), answer.sample) for answer in answers]
         choices += [(Sampling(), 0)] * (P - len(group))
-        chunk = steps.Chunk(
+        chunk = Chunk(
             tokens_PT,
             next_PT,
             length_P,
@@ -317,21 +336,27 @@ class Scheduler:
 
     def _decode(self, most: int) -> None:
         longest = max(len(row.tokens) for row in self.rows if row.answer is not None)
-        read = next((size for size in self._reads if size > longest), self._reads[-1])
-        answers = [row.answer for row in self.rows if row.answer is not None]
-        self._state, news = steps.decode(
+        draft = self._drafting.begin() if self._drafting else 0
+        places = draft + 1  # tokens that a round makes at most
+        read = next((size for size in self._reads if size >= longest + places), self._reads[-1])
+        top = max(row.answer.top for row in self.rows if row.answer is not None)
+        self._state, news, counts = steps.decode(
             self._graphdef,
             self._weights,
             self._state,
             self._ends_E,
-            np.int32(min(most, read - longest)),
+            np.int32(max(1, min(most, read - longest) // places)),
             np.bool_(len(self._waiting) > 0),
             known=self.known,
             read=read,
-            most=MOST_STEPS,
-            top=min(max(answer.top for answer in answers), self.known),
+            most=-(-MOST_STEPS // places),
+            top=min(top, self.known),
+            draft=draft,
         )
-        news = jax.tree.map(sharding.on_host, news)
+        news, counts = jax.tree.map(sharding.on_host, (news, counts))
+        if self._drafting:
+            rounds = int(np.sum(np.any(news.made[::places], axis=1)))
+            self._drafting.end((read, top, self._state.seen_BV is None), rounds, *map(int, counts))
         told = []
         for number, row in enumerate(self.rows):
             if row.answer is not None:
@@ -342,7 +367,7 @@ class Scheduler:
                 )
         _tell(told)
 
-    def _news(self, row: Row, news: steps.News) -> tuple[Request, News]:
+    def _news(self, row: Row, news: Made) -> tuple[Request, News]:
         """What the request is told of new tokens [N]; frees the row if the answer has ended."""
         answer = row.answer
         sampling, tokens = answer.request.sampling, [int(token) for token in news.tokens]
@@ -381,9 +406,10 @@ class Scheduler:
         row.tokens = []
         self._state = steps.clear_row(self._state, np.int32(self.rows.index(row)))
 
-    def _empty_state(self, length: int, cache_dtype: Any) -> steps.State:
+    def _empty_state(self, length: int, cache_dtype: Any, whole: tuple[int, ...]) -> State:
+        arguments = {"whole": whole} if whole else {}  # which a decoder does not take
         with on_devices_of(self._model):
-            cache = self._model.init_cache(self.slots, length, dtype=cache_dtype)
+            cache = self._model.init_cache(self.slots, length, dtype=cache_dtype, **arguments)
             return steps.begin(self._weights, cache, Choice.of([(Sampling(), 0)] * self.slots))
 
 

@@ -15,80 +15,12 @@ import jax.numpy as jnp
 from flax import nnx
 
 from calm_jax import sharding
-from calm_jax.decoding.sampling import Choice, choose, log_probabilities, penalised
+from calm_jax.decoding.rounds import chosen_tokens, drafted_round, token_round
+from calm_jax.decoding.sampling import Choice, log_probabilities
+from calm_jax.decoding.state import Chunk, News, State
 from calm_jax.models import Inputs
 
 SCORED = 16  # positions whose logits are held at once; every chunk is a multiple of it
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class State:
-    """All that decoding remembers on the devices.
-
-    Attributes:
-        cache: the model's, with B rows.
-        token_B: int32 [B], the last token of each row, which is not in the cache yet.
-        made_B: int32 [B], number of tokens in the row's answer.
-        left_B: int32 [B], number of tokens that the answer may still get; 0: the row is idle.
-        choice: the sampling options of each row.
-        seen_BV: bool [B, V], the tokens that a row has; None while no row has a penalty.
-    """
-
-    cache: Any
-    token_B: jax.Array
-    made_B: jax.Array
-    left_B: jax.Array
-    choice: Choice
-    seen_BV: jax.Array | None = None
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Chunk:
-    """Tokens of some prompts; a row of B or more is no row.
-
-    Attributes:
-        tokens_PT: int32 [P, T].
-        next_PT: int32 [P, T], the token after each, of which the log-probability is told.
-        length_P: int32 [P], number of tokens that are not padding.
-        rows_P: int32 [P], rows of the state.
-        start_P: int32 [P], number of tokens of the row that stay in the cache.
-        prompt_P: int32 [P], number of tokens of the row that are a prompt.
-        left_P: int32 [P], length of the answer at most; 0: the prompt goes on, or nothing is asked.
-        choice: the sampling options, [P].
-        seen_PV: bool [P, V], the tokens of the whole prompt; None as in the state.
-    """
-
-    tokens_PT: Any
-    next_PT: Any
-    length_P: Any
-    rows_P: Any
-    start_P: Any
-    left_P: Any
-    prompt_P: Any
-    choice: Choice
-    seen_PV: Any = None
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class News:
-    """What a step made: arrays whose last axes are tokens, and the `top` most probable ones.
-
-    Attributes:
-        tokens: int32 [P] or [N, B].
-        logprobs, top_ids, top_logprobs: of `tokens`.
-        is_number: bool, False where logits are NaN or infinite.
-        made: bool, whether the row made a token.
-    """
-
-    tokens: jax.Array
-    logprobs: jax.Array
-    top_ids: jax.Array
-    top_logprobs: jax.Array
-    is_number: jax.Array
-    made: jax.Array
 
 
 @functools.partial(
@@ -140,7 +72,7 @@ def _prefill(model, state, chunk, ends_E, known, read, scored, top):
     h_P1D = jnp.take_along_axis(h_PTD, last_P11, axis=1)
     logits_PV = model.logits(h_P1D)[:, 0, :known]
     place_P = jnp.zeros_like(rows_P)
-    news = _news(logits_PV, chunk.choice, place_P, chunk.seen_PV, chunk.left_P > 0, top)
+    news = chosen_tokens(logits_PV, chunk.choice, place_P, chunk.seen_PV, chunk.left_P > 0, top)
 
     goes_on_P = news.is_number & ~jnp.isin(news.tokens, ends_E)
 
@@ -164,7 +96,7 @@ def _prefill(model, state, chunk, ends_E, known, read, scored, top):
 
 @functools.partial(
     jax.jit,
-    static_argnames=("graphdef", "known", "read", "most", "top"),
+    static_argnames=("graphdef", "known", "read", "most", "top", "draft"),
     donate_argnames=("state",),
 )
 def decode(
@@ -172,77 +104,68 @@ def decode(
     weights: nnx.State,
     state: State,
     ends_E: jax.Array,
-    steps: jax.Array,
+    rounds: jax.Array,
     until_idle: jax.Array,
     *,
     known: int,
     read: int,
     most: int,
     top: int,
-) -> tuple[State, News]:
-    """Adds up to `steps` tokens to each row that is not idle.
+    draft: int = 0,
+) -> tuple[State, News, jax.Array]:
+    """Runs up to `rounds` rounds, each of which adds a token to each row that is not idle, or more.
 
     Args:
-        steps: int32, at most `most`; read must cover every row's length plus it.
+        rounds: int32, at most `most`; `read` must cover every row's length plus the tokens that
+            they can make.
         until_idle: bool, whether to stop as soon as another row is idle.
+        draft: number of tokens that the augment drafts in each round.
 
     Returns:
-        the state, and the tokens [N, B] of each step, N = `most`.
+        the state; the tokens [N, B] of each step, N = `most` · (`draft` + 1); and int32 [2], the
+        numbers of drafted tokens that were compared, and that were right.
     """
     with _mesh_of(weights):
-        return _decode(
-            nnx.merge(graphdef, weights), state, ends_E, steps, until_idle, known, read, most, top
+        model = nnx.merge(graphdef, weights)
+        add = (
+            functools.partial(drafted_round, model, draft)
+            if draft
+            else functools.partial(token_round, model)
         )
+        add = functools.partial(add, ends_E=ends_E, known=known, read=read, top=top)
+        return _decode(add, state, rounds, until_idle, most, draft + 1, top)
 
 
-def _decode(model, state, ends_E, steps, until_idle, known, read, most, top):
+def _decode(add, state, rounds, until_idle, most, places, top):
     active = jnp.sum(state.left_B > 0)
 
     def more(carry):
-        step, state, _ = carry
+        number, state, _, _ = carry
         now = jnp.sum(state.left_B > 0)
-        return (step < steps) & (now > 0) & ~(until_idle & (now < active))
+        return (number < rounds) & (now > 0) & ~(until_idle & (now < active))
 
-    def add_token(carry):
-        step, state, kept = carry
-        active_B = state.left_B > 0
-        inputs = Inputs(
-            state.token_B[:, None],
-            segments_BT=active_B[:, None].astype(jnp.int32),
-            prompt_mask_BT=jnp.zeros_like(state.token_B)[:, None],
-            packed=False,
+    def round_(carry):
+        number, state, kept, counts = carry
+        state, news, found = add(state)
+        kept = jax.tree.map(
+            lambda x, new: jax.lax.dynamic_update_slice_in_dim(x, new, number * places, 0),
+            kept,
+            news,
         )
-        h_B1D, cache = model.residual(inputs, state.cache.using(None, read))
-        logits_BV = model.logits(h_B1D)[:, 0, :known]
-        news = _news(logits_BV, state.choice, state.made_B, state.seen_BV, active_B, top)
-        goes_on_B = active_B & news.is_number & ~jnp.isin(news.tokens, ends_E)
-        seen_BV = state.seen_BV
-        if seen_BV is not None:
-            seen_BV = jax.vmap(lambda seen_V, token: seen_V.at[token].set(True))(
-                seen_BV, news.tokens
-            )
-        state = State(
-            cache.using(),
-            jnp.where(active_B, news.tokens, state.token_B),
-            state.made_B + active_B,
-            jnp.where(goes_on_B, state.left_B - 1, 0),
-            state.choice,
-            seen_BV,
-        )
-        kept = jax.tree.map(lambda x, new: x.at[step].set(new), kept, news)
-        return step + 1, state, kept
+        return number + 1, state, kept, counts + found
 
-    B = len(state.token_B)
+    N, B = most * places, len(state.token_B)
     kept = News(
-        jnp.zeros((most, B), jnp.int32),
-        jnp.zeros((most, B), jnp.float32),
-        jnp.zeros((most, B, top), jnp.int32),
-        jnp.zeros((most, B, top), jnp.float32),
-        jnp.ones((most, B), bool),
-        jnp.zeros((most, B), bool),
+        jnp.zeros((N, B), jnp.int32),
+        jnp.zeros((N, B), jnp.float32),
+        jnp.zeros((N, B, top), jnp.int32),
+        jnp.zeros((N, B, top), jnp.float32),
+        jnp.ones((N, B), bool),
+        jnp.zeros((N, B), bool),
     )
-    _, state, kept = jax.lax.while_loop(more, add_token, (jnp.int32(0), state, kept))
-    return _laid_out(state), kept
+    carry = (jnp.int32(0), state, kept, jnp.zeros(2, jnp.int32))
+    _, state, kept, counts = jax.lax.while_loop(more, round_, carry)
+    return _laid_out(state), kept, counts
 
 
 @jax.jit
@@ -284,23 +207,6 @@ def clear_row(state: State, row: jax.Array) -> State:
 def end_rows(state: State, ended_B: jax.Array) -> State:
     """Makes rows idle where bool [B] says so."""
     return dataclasses.replace(state, left_B=jnp.where(ended_B, 0, state.left_B))
-
-
-def _news(
-    logits_BV: jax.Array,
-    choice: Choice,
-    place_B: jax.Array,
-    seen_BV: jax.Array | None,
-    made_B: jax.Array,
-    top: int,
-) -> News:
-    weighed_BV = logits_BV
-    if seen_BV is not None:
-        weighed_BV = penalised(logits_BV, seen_BV, choice.penalty_B)
-    tokens_B = choose(weighed_BV, choice, place_B)
-    logprobs = log_probabilities(logits_BV, tokens_B, top)
-    is_number_B = jnp.all(jnp.isfinite(logits_BV), axis=1)
-    return News(tokens_B, *logprobs, is_number_B, made_B)
 
 
 def _scores(

@@ -230,6 +230,13 @@ class DecoderCache:
     layers: LayerCaches
     slots: Slots
 
+    @property
+    def depth(self) -> int:
+        """Number of layers."""
+        if isinstance(self.layers, tuple):
+            return len(self.layers)
+        return self.layers.keys.values_LBKSH.shape[0]
+
     def using(self, rows_P: jax.Array | None = None, read: int | None = None) -> "DecoderCache":
         """A copy whose next inputs belong to rows int32 [P] and read the first `read` slots."""
         return dataclasses.replace(

@@ -8,7 +8,7 @@ Axes: B batch, T query, S key, D anchor width, N heads, V vocabulary.
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -29,7 +29,7 @@ from calm_jax.models.inputs import Inputs
 from calm_jax.models.layer import ForwardPass
 from calm_jax.models.parameters import Structure, Tree, module_tree
 from calm_jax.models.stack import run_layers
-from calm_jax.models.taps import Augment, Perturb
+from calm_jax.models.taps import Augment, Perturb, Taps
 
 
 def compose(
@@ -167,10 +167,16 @@ class ComposedDecoder(nnx.Module):
         return self.logits(self.residual(Inputs.of(inputs))[0])
 
     def residual(
-        self, inputs: Inputs, cache: ComposedCache | None = None
+        self,
+        inputs: Inputs,
+        cache: ComposedCache | None = None,
+        taps: Mapping[int, Taps] | None = None,
     ) -> tuple[jax.Array, ComposedCache | None]:
-        """The bridged residual stream of the anchor [B, T, D], and the updated cache."""
-        x_BTD, cache, _ = self._run(inputs, cache)
+        """The bridged residual stream of the anchor [B, T, D], and the updated cache.
+
+        `taps` are those of augments, by number, whose caches have the inputs already.
+        """
+        x_BTD, cache, _ = self._run(inputs, cache, known_taps=taps)
         return x_BTD, cache
 
     def logits(self, x_BTD: jax.Array) -> jax.Array:
@@ -211,17 +217,25 @@ class ComposedDecoder(nnx.Module):
         number = int(self.part_paths[name][-1])
         return self.augments[number].taps(inputs, self.plan.tap_layers[number])[0]
 
-    def init_cache(self, batch: int, slots: int, dtype: Any = None) -> ComposedCache:
+    def init_cache(
+        self, batch: int, slots: int, dtype: Any = None, whole: Sequence[int] = ()
+    ) -> ComposedCache:
         """An empty cache for `batch` rows of up to `slots` tokens.
 
-        `dtype` is that of keys and values; default: that of each model's config.
+        Args:
+            dtype: of keys and values; default: that of each model's config.
+            whole: numbers of augments that run all their layers, not only those up to a tap.
         """
         arguments = (self.plan, self.configs, self.config, batch, slots, dtype or self.config.dtype)
         return ComposedCache(
             self.anchor.init_cache(batch, slots, dtype=dtype),
             tuple(
-                augment.init_cache(batch, slots, layers[-1] + 1, dtype)
-                for augment, layers in zip(self.augments, self.plan.tap_layers, strict=True)
+                augment.init_cache(
+                    batch, slots, augment.depth if number in whole else layers[-1] + 1, dtype
+                )
+                for number, (augment, layers) in enumerate(
+                    zip(self.augments, self.plan.tap_layers, strict=True)
+                )
             ),
             make_on_mesh_of(self.anchor.embedding.get_value(), _empty_bridge_cache, arguments),
         )
@@ -243,6 +257,7 @@ class ComposedDecoder(nnx.Module):
         observe: Callable[..., Any] = lambda h, y, weights: None,
         perturb: Perturb | None = None,
         bridge_attention: str | None = None,
+        known_taps: Mapping[int, Taps] | None = None,
     ) -> tuple[jax.Array, ComposedCache | None, list[Any]]:
         """The bridged residual stream, the updated cache, and what is observed of each connection.
 
@@ -258,7 +273,10 @@ class ComposedDecoder(nnx.Module):
             zip(self.augments, self.plan.tap_layers, strict=True)
         ):
             before = None if cache is None else cache.augments[number]
-            tap, after = augment.taps(given, tap_layers, before)
+            if known_taps and number in known_taps:
+                tap, after = known_taps[number], before
+            else:
+                tap, after = augment.taps(given, tap_layers, before)
             taps.append(tap if perturb is None else tap.perturbed(perturb, number))
             augment_caches.append(after)
 

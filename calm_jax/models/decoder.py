@@ -133,7 +133,22 @@ class Decoder(nnx.Module):
     ) -> tuple[Taps, DecoderCache | None]:
         """The residual stream [B, T, D] after each of `layers`, ascending, and the updated cache.
 
-        Later layers do not run, and no gradient flows back into the decoder.
+        Later layers run only for a cache that has them. No gradient flows back into the decoder.
+        """
+        taps, _, cache = self.taps_and_residual(inputs, layers, cache, whole=False)
+        return taps, cache
+
+    def taps_and_residual(
+        self,
+        inputs: Inputs,
+        layers: Sequence[int],
+        cache: DecoderCache | None = None,
+        *,
+        whole: bool = True,
+    ) -> tuple[Taps, jax.Array, DecoderCache | None]:
+        """`taps`, the residual stream [B, T, D] after the last layer that runs, and the cache.
+
+        All layers run if `whole` is set, otherwise those that the taps or the cache need.
         """
         forward, inputs, slots = self._forward_pass(inputs, cache)
         x_BTD, kept, taps = self.embed(inputs), _layers_of(cache), Taps({})
@@ -152,7 +167,11 @@ class Decoder(nnx.Module):
             )
             taps.by_layer[layer] = jax.lax.stop_gradient(x_BTD)
             first = layer + 1
-        return taps, None if cache is None else DecoderCache(kept, slots)
+        end = self.depth if whole else first if cache is None else cache.depth
+        x_BTD, kept = run_layers(
+            self.layers, x_BTD, forward, kept, first=first, count=max(0, end - first)
+        )
+        return taps, x_BTD, None if cache is None else DecoderCache(kept, slots)
 
     def run_alone(self, name: str, inputs: Inputs) -> jax.Array:
         """What the decoder, its only part, computes in a forward pass."""

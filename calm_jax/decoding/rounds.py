@@ -1,0 +1,177 @@
+"""What one round of decoding adds to each row: a token, or a drafted beginning and one more.
+
+In a drafted round an augment writes a few tokens alone, one after another, which costs little: the
+layers below its taps have to read them anyway. The composed model then reads all of them at once,
+and its own choice at each place says how many of them stand. Both choose by the same random numbers
+(arXiv 2408.07978), so the answer is token for token the one without a draft, sampled or not.
+
+Axes: B row, T place in a round, V vocabulary.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from calm_jax.decoding.sampling import Choice, choose, log_probabilities, penalised
+from calm_jax.decoding.state import News, State
+from calm_jax.models import ComposedDecoder, Decoder, Inputs
+
+
+def drafter(model: Any) -> int | None:
+    """The number of the augment that drafts: the first that is a decoder; None without one."""
+    augments = model.augments if isinstance(model, ComposedDecoder) else ()
+    return next((n for n, augment in enumerate(augments) if isinstance(augment, Decoder)), None)
+
+
+def token_round(
+    model: Any, state: State, ends_E: jax.Array, known: int, read: int, top: int
+) -> tuple[State, News, jax.Array]:
+    """Adds a token to each row that is not idle.
+
+    Args:
+        ends_E: the ids that end an answer, int32 [E].
+        known: ids from 0 that may be chosen.
+        read: number of slots that are read.
+        top: number of most probable tokens that are told.
+
+    Returns:
+        the state; the tokens, [1, B]; and zeros, int32 [2].
+    """
+    active_B = state.left_B > 0
+    inputs = _inputs(state.token_B[:, None], active_B)
+    h_B1D, cache = model.residual(inputs, state.cache.using(None, read))
+    logits_B1V = model.logits(h_B1D)[:, :, :known]
+    state, news, _ = _answered(state, cache, logits_B1V, active_B, ends_E, top)
+    return state, news, jnp.zeros(2, jnp.int32)
+
+
+def drafted_round(
+    model: ComposedDecoder,
+    draft: int,
+    state: State,
+    ends_E: jax.Array,
+    known: int,
+    read: int,
+    top: int,
+) -> tuple[State, News, jax.Array]:
+    """Adds 1 to `draft` + 1 tokens to each row that is not idle.
+
+    Args:
+        read: as in `token_round`; at least `draft` + 1 more than a row has.
+
+    Returns:
+        the state; the tokens, [`draft` + 1, B]; and int32 [2], the numbers of drafted tokens that
+        were compared, and that were right.
+    """
+    number, active_B = drafter(model), state.left_B > 0
+    augment, layers = model.augments[number], model.plan.tap_layers[number]
+
+    def draft_token(carry, place):
+        token_B, cache, seen_BV = carry
+        inputs = _inputs(token_B[:, None], active_B)
+        taps, h_B1E, cache = augment.taps_and_residual(inputs, layers, cache)
+
+        def next_token():
+            logits_BV = augment.logits(h_B1E)[:, 0, :known]
+            return _choose(logits_BV, state.choice, state.made_B + place, seen_BV)
+
+        # What would follow the last drafted token is not asked for.
+        next_B = jax.lax.cond(place < draft, next_token, lambda: token_B)
+        return (next_B, cache, _with(seen_BV, next_B)), (token_B, taps)
+
+    cache = state.cache.using(None, read)
+    carry = (state.token_B, cache.augments[number], state.seen_BV)
+    (_, of_augment, _), (tokens_TB, taps) = jax.lax.scan(draft_token, carry, jnp.arange(draft + 1))
+    augments = list(cache.augments)
+    augments[number] = of_augment
+    cache = dataclasses.replace(cache, augments=tuple(augments))
+    tokens_BT = tokens_TB.T
+    taps = jax.tree.map(lambda x: jnp.moveaxis(x[..., 0, :], 0, -2), taps)  # [T, ..., B, 1, E]
+    h_BTD, cache = model.residual(_inputs(tokens_BT, active_B), cache, {number: taps})
+    logits_BTV = model.logits(h_BTD)[:, :, :known]
+    return _answered(state, cache, logits_BTV, active_B, ends_E, top, tokens_BT[:, 1:])
+
+
+def chosen_tokens(
+    logits_BV: jax.Array,
+    choice: Choice,
+    place_B: jax.Array,
+    seen_BV: jax.Array | None,
+    made_B: jax.Array,
+    top: int,
+) -> News:
+    """The token of each row [B] after logits, where bool [B] `made_B`; `place_B` is its number."""
+    tokens_B = _choose(logits_BV, choice, place_B, seen_BV)
+    logprobs = log_probabilities(logits_BV, tokens_B, top)
+    is_number_B = jnp.all(jnp.isfinite(logits_BV), axis=1)
+    return News(tokens_B, *logprobs, is_number_B, made_B)
+
+
+def _answered(
+    state: State,
+    cache: Any,
+    logits_BTV: jax.Array,
+    active_B: jax.Array,
+    ends_E: jax.Array,
+    top: int,
+    drafted_BT: jax.Array | None = None,
+) -> tuple[State, News, jax.Array]:
+    """Chooses a token at each place, as long as the drafted one at the place before is the same."""
+    T = logits_BTV.shape[1]
+    if drafted_BT is None:
+        drafted_BT = jnp.zeros((len(active_B), 0), jnp.int32)
+    # No token is -1: after the last place nothing was drafted.
+    drafted_BT = jnp.pad(drafted_BT, ((0, 0), (0, 1)), constant_values=-1)
+
+    def place(carry, inputs):
+        state, goes_on_B, counts = carry
+        logits_BV, drafted_B = inputs
+        news = chosen_tokens(logits_BV, state.choice, state.made_B, state.seen_BV, goes_on_B, top)
+        answers_B = goes_on_B & news.is_number & ~jnp.isin(news.tokens, ends_E)
+        left_B = jnp.where(answers_B, state.left_B - 1, 0)
+        state = dataclasses.replace(
+            state,
+            token_B=jnp.where(goes_on_B, news.tokens, state.token_B),
+            made_B=state.made_B + goes_on_B,
+            left_B=jnp.where(goes_on_B, left_B, state.left_B),
+            seen_BV=_with(state.seen_BV, jnp.where(goes_on_B, news.tokens, state.token_B)),
+        )
+        right_B = goes_on_B & (news.tokens == drafted_B)
+        compared_B = goes_on_B & (drafted_B >= 0)
+        counts += jnp.stack([jnp.sum(compared_B), jnp.sum(right_B)])
+        return (state, right_B & (left_B > 0), counts), news
+
+    made_B = state.made_B
+    # The cache is no part of the loop, which would copy it.
+    carry = (dataclasses.replace(state, cache=None), active_B, jnp.zeros(2, jnp.int32))
+    inputs = (jnp.moveaxis(logits_BTV, 1, 0), drafted_BT.T)
+    (after, _, counts), news = jax.lax.scan(place, carry, inputs)
+    if T > 1:  # what was read and does not stand is cut off
+        cache = cache.with_length(state.cache.slots.length_B + after.made_B - made_B)
+    return dataclasses.replace(after, cache=cache.using()), news, counts
+
+
+def _inputs(tokens_BT: jax.Array, active_B: jax.Array) -> Inputs:
+    segments_BT = jnp.broadcast_to(active_B[:, None], tokens_BT.shape).astype(jnp.int32)
+    return Inputs(
+        tokens_BT,
+        segments_BT=segments_BT,
+        prompt_mask_BT=jnp.zeros_like(tokens_BT),
+        packed=False,
+    )
+
+
+def _choose(
+    logits_BV: jax.Array, choice: Choice, place_B: jax.Array, seen_BV: jax.Array | None
+) -> jax.Array:
+    if seen_BV is not None:
+        logits_BV = penalised(logits_BV, seen_BV, choice.penalty_B)
+    return choose(logits_BV, choice, place_B)
+
+
+def _with(seen_BV: jax.Array | None, tokens_B: jax.Array) -> jax.Array | None:
+    if seen_BV is None:
+        return None
+    return jax.vmap(lambda seen_V, token: seen_V.at[token].set(True))(seen_BV, tokens_B)
