@@ -23,7 +23,8 @@ WORKDIR is a run of `calm train`, a frozen folder or an exported bridge. Where t
 a bridge have moved since it was trained, --anchor and --augments say where they are. Without
 --temperature the most probable token is taken at every step. With --chat each prompt is a message
 of the user, put to the model in its own chat template. The first device computes; --mesh.tensor=8
-and the like spread the model over all.
+and the like spread the model over all. --draft=4 lets the augment of a pair draft, which changes no
+answer and saves time where the two agree often.
 
 --output writes the answers as they come, a JSON line each: index, prompt, answer and finish_reason;
 with --n above 1, answers and finish_reasons. The same command goes on with a file that it was
@@ -33,7 +34,7 @@ Without a prompt, the lines of standard input are answered until its end or /exi
 chat template remembers the conversation (--nochat: does not); any other goes on from each line."""
 
 SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "stop", "n", "seed")
-SIZES = ("max_length", "slots", "cache_dtype", "prefill_chunk")
+SIZES = ("max_length", "slots", "cache_dtype", "prefill_chunk", "draft")
 NEW_TOKENS, NEW_TOKENS_OF_A_TURN = 32, 512
 
 
@@ -70,6 +71,7 @@ def _define(values: flags.FlagValues) -> None:
         enum_values=models.CACHE_DTYPES,
     )
     define("integer", "prefill_chunk", "tokens of prompts that are read at once at most")
+    define("integer", "draft", models.DRAFT)
 
 
 def main(argv: list[str]) -> int:

@@ -10,6 +10,7 @@ from ml_collections import ConfigDict
 from calm_jax.cli import config
 
 CACHE_DTYPES = ["float32", "bfloat16", "float16", "int8"]  # of keys and values
+DRAFT = "tokens that an augment drafts at a time at most; as many as pay, or none"
 
 _MESH = {"slices": 0, "data": -1, "fsdp": 1, "tensor": 1}
 

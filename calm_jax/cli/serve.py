@@ -47,6 +47,7 @@ def _define(values: flags.FlagValues) -> None:
         "of keys and values, otherwise the model's",
         flag_values=values,
     )
+    flags.DEFINE_integer("draft", 0, models.DRAFT, flag_values=values)
     flags.DEFINE_integer(
         "max_queue", 64, "answers that may wait; more are refused", flag_values=values
     )
@@ -79,7 +80,7 @@ def main(argv: list[str]) -> int:
 
 def _options(values: flags.FlagValues) -> dict[str, Any]:
     """The arguments of every scheduler."""
-    names = ("slots", "max_length", "prefill_chunk", "cache_dtype")
+    names = ("slots", "max_length", "prefill_chunk", "cache_dtype", "draft")
     return {name: getattr(values, name) for name in names}
 
 

@@ -18,14 +18,15 @@ from flax import nnx
 from calm_jax import sharding
 from calm_jax.data.vocabulary import check_ids
 from calm_jax.decoding import steps
+from calm_jax.decoding.chunks import chunk_of
 from calm_jax.decoding.draft_length import Drafting, DraftLength
 from calm_jax.decoding.memory import check_fits
 from calm_jax.decoding.prepared import prepared
 from calm_jax.decoding.requests import Answer, News, Request, Row, common, token_logprob
 from calm_jax.decoding.rounds import drafter
 from calm_jax.decoding.sampling import Choice, Sampling
-from calm_jax.decoding.state import Chunk, State
 from calm_jax.decoding.state import News as Made
+from calm_jax.decoding.state import State
 from calm_jax.errors import CalmError
 from calm_jax.models.calling import on_devices_of
 
@@ -250,40 +251,14 @@ class Scheduler:
         sizes = [len(answer.prompt) - answer.read for answer in answers]
         T = self._chunk_for(max(sizes))
         P = 1 if len(group) == 1 else self._together(T)
-        tokens_PT, next_PT = np.zeros((2, P, T), np.int32)
-        length_P, start_P, left_P, prompt_P = np.zeros((4, P), np.int32)
-        rows_P = np.full(P, self.slots, np.int32)
-        rows_P[: len(group)] = [self.rows.index(row) for row in group]
         if self._state.seen_BV is None and any(answer.penalty for answer in answers):
             shape = (self.slots, self.known)
             self._state = dataclasses.replace(self._state, seen_BV=np.zeros(shape, bool))
-        seen_PV = None if self._state.seen_BV is None else np.zeros((P, self.known), bool)
-        for place, (answer, size) in enumerate(zip(answers, sizes, strict=True)):
-            size, start, prompt = min(size, T), answer.read, answer.prompt
-            tokens_PT[place, :size] = prompt[start : start + size]
-            following = prompt[start + 1 : start + size + 1]
-            next_PT[place, : len(following)] = following
-            length_P[place], start_P[place] = size, start
-            prompt_P[place] = answer.request.asked
-            if start + size == len(prompt):
-                left_P[place] = answer.most
-            if seen_PV is not None:
-                seen_PV[place, [token for token in prompt if token < self.known]] = True
-        choices = [(answer.request.sampling or Sampling(), answer.sample) for answer in answers]
-        choices += [(Sampling(), 0)] * (P - len(group))
-        chunk = Chunk(
-            tokens_PT,
-            next_PT,
-            length_P,
-            rows_P,
-            start_P,
-            left_P,
-            prompt_P,
-            Choice.of(choices),
-            seen_PV,
-        )
+        known = None if self._state.seen_BV is None else self.known
+        numbers = [self.rows.index(row) for row in group]
+        chunk = chunk_of(answers, numbers, places=P, tokens=T, no_row=self.slots, known=known)
         scored = any(answer.request.score_from is not None for answer in answers)
-        needed = max(start_P) + T
+        needed = max(answer.read for answer in answers) + T
         self._state, news, scores = steps.prefill(
             self._graphdef,
             self._weights,
@@ -296,6 +271,7 @@ class Scheduler:
             top=min(max(answer.top for answer in answers), self.known),
         )
         news, scores = jax.tree.map(sharding.on_host, (news, scores))
+        start_P, length_P = chunk.start_P, chunk.length_P
         # Only now do the rows hold these tokens: what fails before leaves no trace.
         for row, answer, size in zip(group, answers, length_P, strict=False):
             row.tokens += answer.prompt[answer.read : answer.read + size]

@@ -16,6 +16,7 @@ from typing import Any
 from absl import logging
 
 from calm_jax.decoding import Sampling
+from calm_jax.decoding.draft_length import Drafting
 from calm_jax.decoding.requests import News, Request
 from calm_jax.decoding.scheduler import Scheduler
 from calm_jax.errors import CalmError
@@ -44,10 +45,11 @@ class ServedModel:
 
 @dataclasses.dataclass(frozen=True)
 class Usage:
-    """What a model does at the moment: answers without a row, and rows in use."""
+    """What a model does at the moment: answers without a row, rows in use, and how it drafts."""
 
     waiting: int = 0
     running: int = 0
+    drafting: Drafting | None = None
 
 
 class Flight:
@@ -235,7 +237,7 @@ class EngineThread:
     def _look(self, name: str) -> None:
         scheduler = self._schedulers.get(name)
         if scheduler is not None:
-            self._usage[name] = Usage(scheduler.waiting, scheduler.running)
+            self._usage[name] = Usage(scheduler.waiting, scheduler.running, scheduler.drafting)
 
     def _fail(self, name: str, error: Exception) -> None:
         """Ends all requests of a model; the next one gets a new scheduler.

@@ -50,10 +50,22 @@ class Metrics:
             "calm_waiting_answers", "Answers that wait for a row", model, registry=registry
         )
         self._running = Gauge("calm_running_rows", "Rows in use", model, registry=registry)
+        self._acceptance = Gauge(
+            "calm_draft_acceptance_ratio", "Accepted of compared drafts", model, registry=registry
+        )
+        self._draft = Gauge(
+            "calm_draft_length",
+            "Tokens drafted at a time; 0: it does not pay",
+            model,
+            registry=registry,
+        )
 
     def page(self) -> bytes:
         for name in self._engine.models:
             usage = self._engine.usage(name)
             self._waiting.labels(name).set(usage.waiting)
             self._running.labels(name).set(usage.running)
+            if usage.drafting is not None:
+                self._draft.labels(name).set(usage.drafting.length)
+                self._acceptance.labels(name).set(usage.drafting.acceptance or 0)
         return generate_latest(self._registry)

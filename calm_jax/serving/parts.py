@@ -18,7 +18,7 @@ def served_models(
     Augments that are no decoders of text are left out.
 
     Args:
-        options: arguments of every `Scheduler`.
+        options: arguments of every `Scheduler`, but that the parts do not draft.
 
     Raises:
         CalmError: the model has no vocabulary.
@@ -38,7 +38,7 @@ def served_models(
             part.vocabulary,
             options["slots"],
             options["max_length"],
-            functools.partial(Scheduler, part, **options),
+            functools.partial(Scheduler, part, **options | ({} if part is model else {"draft": 0})),
         )
         for part_name, part in parts.items()
     ]

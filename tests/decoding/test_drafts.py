@@ -32,6 +32,7 @@ FORMS = {
         palm(), (palm(),), CompositionConfig(every=1, encoder_only=True)
     ),
 }
+DEFAULT = ("taps below the last layer", "several")  # the others are slow tests
 ASKED = [  # greedy, sampled and penalised answers, of several lengths, in one batch
     ([9], Sampling(max_new_tokens=17, temperature=0.7, top_k=9, repetition_penalty=1.4)),
     ([3, 4, 5], Sampling(max_new_tokens=21, logprobs=0)),
@@ -40,7 +41,10 @@ ASKED = [  # greedy, sampled and penalised answers, of several lengths, in one b
 ]
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(
+    "form",
+    [name if name in DEFAULT else pytest.param(name, marks=pytest.mark.slow) for name in FORMS],
+)
 def test_a_draft_changes_no_token(form, monkeypatch):
     monkeypatch.setattr(draft_length, "COMPARED", np.inf)  # it stays at its length
     model = FORMS[form]()

@@ -34,7 +34,7 @@ prompts = [random.integers(1, 30, random.integers(1, 40)).tolist() for _ in rang
 sampling = Sampling(max_new_tokens=6)
 options = {"max_length": 64, "slots": 4, "prefill_chunk": 32}
 alone = Generator(model, **options).generate(prompts, sampling)
-for shape in ({"data": 2, "tensor": 2}, {"tensor": 4}):
+for shape, draft in (({"data": 2, "tensor": 2}, 0), ({"tensor": 4}, 2)):
     spread = structure.merge(
         jax.tree.map(
             lambda x, place: jax.make_array_from_callback(x.shape, place, lambda index: x[index]),
@@ -42,7 +42,7 @@ for shape in ({"data": 2, "tensor": 2}, {"tensor": 4}):
             structure.shardings(sharding.make_mesh(shape)),
         )
     )
-    found = Generator(spread, **options).generate(prompts, sampling)
+    found = Generator(spread, **options, draft=draft).generate(prompts, sampling)
     assert [a.tokens for (a,) in found] == [a.tokens for (a,) in alone], shape
 print("equal")
 """

@@ -4,10 +4,12 @@ import jax
 import numpy as np
 import openai
 import pytest
+from servers import running
 
 from calm_jax import Generator, Sampling
 from calm_jax.decoding.text_stream import HALF
 from calm_jax.models import Inputs
+from calm_jax.serving.parts import served_models
 
 
 @pytest.fixture(scope="module")
@@ -48,6 +50,19 @@ def test_sampling_options_reach_the_generator(served, generator):
     choices = served.completion(max_tokens=8, **options)["choices"]
     assert [choice["text"] for choice in choices] == [one.text for one in expected]
     assert len({choice["text"] for choice in choices}) > 1
+
+
+def test_a_drafting_server_says_the_same_and_tells_its_acceptance(pair, generator):
+    options = {"temperature": 0.9, "n": 2, "seed": 5}
+    (expected,) = generator.generate(["Hello"], Sampling(max_new_tokens=20, **options))
+    drafting = {"slots": 4, "max_length": 128, "draft": 2}
+    with running(served_models(pair, "pair", drafting)) as here:
+        choices = here.completion(max_tokens=20, **options)["choices"]
+        assert [choice["text"] for choice in choices] == [one.text for one in expected]
+        figures = here.get("/metrics").text
+        assert here.completion(model="pair/augment")["choices"]
+    assert 'calm_draft_length{model="pair"}' in figures
+    assert 'calm_draft_acceptance_ratio{model="pair"}' in figures
 
 
 def test_without_a_seed_answers_differ(served):

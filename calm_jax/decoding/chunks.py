@@ -1,0 +1,59 @@
+"""Chunks of prompts, as the host makes them for a prefill."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from calm_jax.decoding.requests import Answer
+from calm_jax.decoding.sampling import Choice, Sampling
+from calm_jax.decoding.state import Chunk
+
+
+def chunk_of(
+    answers: Sequence[Answer],
+    rows: Sequence[int],
+    *,
+    places: int,
+    tokens: int,
+    no_row: int,
+    known: int | None,
+) -> Chunk:
+    """The next tokens of the prompt of each answer, in NumPy arrays.
+
+    Args:
+        rows: numbers of the rows that the answers have.
+        places: P, of which those without an answer get the number `no_row`.
+        tokens: T, number of tokens of a prompt at most.
+        known: ids from 0 that are marked as seen in a prompt; None: none are.
+    """
+    P, T = places, tokens
+    tokens_PT, next_PT = np.zeros((2, P, T), np.int32)
+    length_P, start_P, left_P, prompt_P = np.zeros((4, P), np.int32)
+    rows_P = np.full(P, no_row, np.int32)
+    rows_P[: len(rows)] = rows
+    seen_PV = None if known is None else np.zeros((P, known), bool)
+    for place, answer in enumerate(answers):
+        start, prompt = answer.read, answer.prompt
+        size = min(len(prompt) - start, T)
+        tokens_PT[place, :size] = prompt[start : start + size]
+        following = prompt[start + 1 : start + size + 1]
+        next_PT[place, : len(following)] = following
+        length_P[place], start_P[place] = size, start
+        prompt_P[place] = answer.request.asked
+        if start + size == len(prompt):
+            left_P[place] = answer.most
+        if seen_PV is not None:
+            seen_PV[place, [token for token in prompt if token < known]] = True
+    choices = [(answer.request.sampling or Sampling(), answer.sample) for answer in answers]
+    choices += [(Sampling(), 0)] * (P - len(answers))
+    return Chunk(
+        tokens_PT,
+        next_PT,
+        length_P,
+        rows_P,
+        start_P,
+        left_P,
+        prompt_P,
+        Choice.of(choices),
+        seen_PV,
+    )
