@@ -1,5 +1,6 @@
 """How many tokens the augment drafts in a round: as many as pay by measurement, or none."""
 
+import collections
 import time
 from typing import NamedTuple
 
@@ -10,6 +11,7 @@ from calm_jax import processes
 COMPARED = 32  # drafted tokens after which their acceptance is trusted
 PROBE = 64  # dispatches after which the other way is timed again
 GAIN = 1.05  # by which another number must be faster to be taken
+TIMED = 8  # dispatches whose times are kept
 FORGET = 0.95  # weight that a dispatch leaves to what is older
 
 
@@ -49,7 +51,7 @@ class DraftLength:
         self.reason = ""
         self._candidates = sorted({0, most} | {2**n for n in range(most.bit_length())})
         self._recent = [0.0, 0.0]
-        self._seconds: dict[int, float] = {}
+        self._seconds: dict[int, collections.deque[float]] = {}
         self._ran: set = set()
         self._dispatches = 0
         self._next = most
@@ -75,8 +77,8 @@ class DraftLength:
                 for old, new in zip(self._recent, (compared, accepted), strict=True)
             ]
         if (drafted, program) in self._ran and rounds:
-            now = seconds / rounds
-            self._seconds[drafted] = (self._seconds.get(drafted, now) + now) / 2
+            recent = self._seconds.setdefault(drafted, collections.deque(maxlen=TIMED))
+            recent.append(seconds / rounds)
         self._ran.add((drafted, program))
         self._dispatches += 1
         self._choose()
@@ -108,7 +110,8 @@ class DraftLength:
             self._next = 0 if self.length else self.most
 
     def _time(self, drafted: int) -> float:
-        none, most = self._seconds[0], self._seconds[self.most]
+        # What else the machine does only adds to a time.
+        none, most = (min(self._seconds[k]) for k in (0, self.most))
         return none + (most - none) * drafted / self.most
 
 
