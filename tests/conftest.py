@@ -1,10 +1,14 @@
 """Settings of all tests; the first two must stand before JAX is first imported."""
 
+import gc
 import os
 import sys
 
 os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
+# The newer emitters compile two to three times as long, and the tests' programs run once.
+os.environ["XLA_FLAGS"] = (
+    "--xla_force_host_platform_device_count=8 --xla_cpu_use_fusion_emitters=false"
+)
 
 import hypothesis
 import pytest
@@ -12,6 +16,9 @@ import pytest
 # A time limit would test the machine.
 hypothesis.settings.register_profile("calm_jax", deadline=None)
 hypothesis.settings.load_profile("calm_jax")
+
+# Tracing makes many objects and few circles: looking for them takes a tenth of the time.
+gc.set_threshold(50_000, 20, 20)
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -1,12 +1,12 @@
 """Runs a benchmark as a user would: a process of its own, at the smallest size."""
 
 import json
-import os
 import pathlib
 import subprocess
 import sys
 
 import pytest
+from child_processes import environment
 
 FOLDER = pathlib.Path(__file__).parents[2] / "benchmarks"
 
@@ -20,12 +20,7 @@ def run_benchmark(tmp_path):
         output = tmp_path / f"{name}.json"
         done = subprocess.run(
             [sys.executable, FOLDER / f"{name}.py", f"--output={output}", *flags],
-            env={
-                **os.environ,
-                "JAX_PLATFORMS": "cpu",
-                "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
-                "XLA_FLAGS": "",
-            },
+            env=environment(),
             capture_output=True,
             text=True,
         )

@@ -3,7 +3,6 @@
 import contextlib
 import importlib.util
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -11,6 +10,7 @@ import sys
 import httpx
 import pytest
 import tiny_models
+from child_processes import environment
 
 import calm_jax
 from calm_jax.__main__ import main
@@ -37,7 +37,7 @@ def serving(frozen, *flags):
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        env={**os.environ, "XLA_FLAGS": "", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"},
+        env=environment(),
     ) as process:
         try:
             line = process.stdout.readline()

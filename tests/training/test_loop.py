@@ -1,7 +1,6 @@
 """Whole runs, of models so small that a run takes a second after its compilation."""
 
 import json
-import os
 import resource
 import shutil
 import signal
@@ -14,6 +13,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 import tiny_models
+from child_processes import environment
 from tiny_models import stored_bytes
 
 from calm_jax import sharding
@@ -142,16 +142,10 @@ class Progress(loop.Progress):
 loop.Progress = Progress
 loop.train(ConfigDict(json.load(open("config.json"))), "killed")
 """
-    root = Path(__file__).parents[2]
     ended = subprocess.run(
         [sys.executable, "-c", program],
         cwd=shared,
-        env={
-            **os.environ,
-            "PYTHONPATH": f"{root}:{root / 'tests'}",
-            "JAX_PLATFORMS": "cpu",
-            "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
-        },
+        env=environment(devices=8),
         capture_output=True,
         text=True,
         timeout=300,

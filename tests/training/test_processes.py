@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tiny_models
+from child_processes import environment
 from ml_collections import ConfigDict
 from tiny_models import stored_bytes
 
@@ -28,7 +29,6 @@ from calm_jax.training import config_keys, configuration, loop
 
 STEPS = 40
 VOCAB = 264  # of bytes, padded
-ROOT = Path(__file__).parents[2]
 
 
 # One of several, which saves at each of 20 steps; it prints how many threads that has left.
@@ -122,16 +122,9 @@ def free_address():
 
 def start(*arguments, devices=1):
     """A process of this Python, and what it prints."""
-    environment = {
-        **os.environ,
-        "JAX_PLATFORMS": "cpu",
-        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
-        "PYTHONPATH": str(ROOT),
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
-    }
     return subprocess.Popen(
         [sys.executable, *arguments],
-        env=environment,
+        env=environment(devices),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
