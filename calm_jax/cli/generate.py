@@ -6,7 +6,7 @@ from typing import Any
 
 from absl import flags
 
-from calm_jax.cli import models
+from calm_jax.cli import members, models
 from calm_jax.errors import CalmError
 from calm_jax.quiet import quiet_libtpu
 from calm_jax.text_files import read_lines
@@ -28,7 +28,8 @@ answer and saves time where the two agree often.
 
 --output writes the answers as they come, a JSON line each: index, prompt, answer and finish_reason;
 with --n above 1, answers and finish_reasons. The same command goes on with a file that it was
-stopped in.
+stopped in. Several processes share the work: start the same command on each machine; where the
+processes do not find each other, with --coordinator, --process_count and --process_index.
 
 Without a prompt, the lines of standard input are answered until its end or /exit. A model with a
 chat template remembers the conversation (--nochat: does not); any other goes on from each line."""
@@ -44,6 +45,7 @@ def _define(values: flags.FlagValues) -> None:
 
     define("string", "workdir", "folder that holds a model")
     models.define(values)
+    members.define(values)
     define("multi_string", "prompt", "text to go on from; repeatable", [])
     define("string", "prompts_file", "file with a prompt a line")
     define("string", "output", "file of JSON lines that the answers are added to")
@@ -83,47 +85,72 @@ def main(argv: list[str]) -> int:
     talks = not values.prompt and values.prompts_file is None
     _check(values, prompts, talks)
 
-    from calm_jax.cli.answer_file import AnswerFile
-    from calm_jax.cli.conversation import converse
-    from calm_jax.decoding import Generator, Sampling
-    from calm_jax.membership import refuse_several
-
     quiet_libtpu()
-    refuse_several("calm generate")
-    new = NEW_TOKENS_OF_A_TURN if talks else NEW_TOKENS
-    sampling = Sampling(**{"max_new_tokens": new} | _given(values, ("max_new_tokens", *SAMPLING)))
-    sizes = _given(values, SIZES)
-    output = AnswerFile(values.output, prompts, sampling.n) if values.output else None
-    if output is not None and output.done == len(prompts):
-        print(f"{output.path} has all {output.done} answers")
-        return 0
+    with members.joined(values):
+        if talks:
+            _talk(values, mesh)
+        else:
+            _answer(values, mesh, prompts)
+    return 0
+
+
+def _talk(values: flags.FlagValues, mesh: dict[str, int] | None) -> None:
+    """A conversation in the terminal."""
+    import jax
+
+    from calm_jax.cli.conversation import converse
+    from calm_jax.decoding import Generator
+
+    if (count := jax.process_count()) > 1:
+        raise CalmError(f"a conversation needs one process, not {count}: give --prompt")
+    sampling = _sampling(values, NEW_TOKENS_OF_A_TURN)
     model = models.load(values, mesh)
-    if talks:
-        if model.vocabulary is None:
-            raise CalmError(f"the model of {values.workdir} has no vocabulary to talk with")
-        chat = values.chat
-        if chat is None:
-            chat = values.system is not None or model.vocabulary.chat_template is not None
-        if chat:
-            _check_template(model, values.workdir)
-        generator = Generator(model, **sizes, slots=1)
-        converse(generator, sampling, chat=chat, system=values.system)
-        return 0
+    if model.vocabulary is None:
+        raise CalmError(f"the model of {values.workdir} has no vocabulary to talk with")
+    chat = values.chat
+    if chat is None:
+        chat = values.system is not None or model.vocabulary.chat_template is not None
+    if chat:
+        _check_template(model, values.workdir)
+    generator = Generator(model, **_given(values, SIZES), slots=1)
+    converse(generator, sampling, chat=chat, system=values.system)
+
+
+def _answer(values: flags.FlagValues, mesh: dict[str, int] | None, prompts: list[str]) -> None:
+    """Answers all prompts; of several processes, which share the work, the first one tells."""
+    import jax
+
+    from calm_jax import processes
+    from calm_jax.cli.answer_file import AnswerFile
+
+    sampling = _sampling(values, NEW_TOKENS)
+    output = None
+    if values.output and processes.is_first():
+        output = AnswerFile(values.output, prompts, sampling.n)
+    done = processes.gather(output.done if output else 0)[0]
+    if values.output and done == len(prompts):
+        processes.say(f"{values.output} has all {done} answers")
+        return
+    model = models.load(values, (mesh or models.MESH) if jax.process_count() > 1 else mesh)
     texts = _chats(model, prompts, values.system, values.workdir) if values.chat else prompts
-    done = output.done if output else 0
-    answers = _answers(model, texts, done, sampling, sizes)
+    answers = _answers(model, texts, done, sampling, _given(values, SIZES))
     if output is not None:
         output.fill(answers)
-        return 0
-    for prompt, of_prompt in zip(prompts, answers, strict=True):
-        for answer in of_prompt:
+        return
+    for prompt, of_prompt in zip(prompts[done:], answers, strict=True):
+        for answer in of_prompt if not values.output else ():
             if answer.error:
                 raise CalmError(f"{prompt[:40]!r}: {answer.error}")
             chat = f"user: {prompt}\nassistant: {answer.text.lstrip(' ')}"
-            print(chat if values.chat else prompt + answer.text)
-            if not answer.text:
+            processes.say(chat if values.chat else prompt + answer.text)
+            if not answer.text and processes.is_first():
                 print(f"the answer to {prompt!r} is empty", file=sys.stderr)
-    return 0
+
+
+def _sampling(values: flags.FlagValues, new: int) -> Any:
+    from calm_jax.decoding import Sampling
+
+    return Sampling(**{"max_new_tokens": new} | _given(values, ("max_new_tokens", *SAMPLING)))
 
 
 def _check(values: flags.FlagValues, prompts: list[str], talks: bool) -> None:

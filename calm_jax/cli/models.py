@@ -12,7 +12,7 @@ from calm_jax.cli import config
 CACHE_DTYPES = ["float32", "bfloat16", "float16", "int8"]  # of keys and values
 DRAFT = "tokens that an augment drafts at a time at most; as many as pay, or none"
 
-_MESH = {"slices": 0, "data": -1, "fsdp": 1, "tensor": 1}
+MESH = {"slices": 0, "data": -1, "fsdp": 1, "tensor": 1}
 
 
 def define(values: flags.FlagValues) -> None:
@@ -48,7 +48,7 @@ def parse(
         usage,
         define,
         required=("workdir",),
-        load_config=lambda _: ConfigDict({"mesh": _MESH}),
+        load_config=lambda _: ConfigDict({"mesh": MESH}),
     )
     return values, settings.mesh.to_dict() if given != argv else None
 

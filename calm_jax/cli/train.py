@@ -2,7 +2,7 @@
 
 from absl import flags
 
-from calm_jax.cli import config
+from calm_jax.cli import config, members
 from calm_jax.quiet import quiet_libtpu
 
 USAGE = """Trains what the config says, or continues where an earlier call stopped.
@@ -32,20 +32,7 @@ def _define(values: flags.FlagValues) -> None:
     flags.DEFINE_bool(
         "overwrite", False, "remove an earlier run and start anew", flag_values=values
     )
-    flags.DEFINE_string(
-        "coordinator", None, "HOST:PORT of process 0, which opens it", flag_values=values
-    )
-    flags.DEFINE_integer(
-        "process_count", None, "number of processes in the run", flag_values=values
-    )
-    flags.DEFINE_integer("process_index", None, "which of them this is, from 0", flag_values=values)
-    flags.DEFINE_integer(
-        "coordinator_seconds",
-        300,
-        "how long to wait until all processes have found the coordinator",
-        lower_bound=1,
-        flag_values=values,
-    )
+    members.define(values)
 
 
 def main(argv: list[str]) -> int:
@@ -58,14 +45,12 @@ def main(argv: list[str]) -> int:
         load_config=lambda values: config.load_file(values.config),
     )
     # Late, so that --help and a bad flag need not wait.
-    from calm_jax.membership import joined
     from calm_jax.training.loop import train
     from calm_jax.training.preemption import Preemption
 
     quiet_libtpu()
-    member = (values.coordinator, values.process_count, values.process_index)
     command = config.command_line("train", argv)
-    with Preemption() as preemption, joined(*member, timeout=values.coordinator_seconds):
+    with Preemption() as preemption, members.joined(values):
         train(
             run_config,
             values.workdir,

@@ -6,6 +6,7 @@ import json
 import pytest
 import tiny_models
 import tiny_tokenizers
+from child_processes import ends, free_address, start
 
 import calm_jax
 from calm_jax.__main__ import main
@@ -117,6 +118,29 @@ def test_what_is_done_stays_when_an_error_ends_the_command(ask, output, monkeypa
         ask(["a", "b", "c"], status=130)
     assert [json.loads(line)["prompt"] for line in output.read_text().splitlines()] == ["a", "b"]
     assert ask(["a", "b", "c"]) == ["c"]
+
+
+@pytest.mark.slow
+def test_several_processes_share_the_work(ask, frozen, output, tmp_path):
+    """Both have devices of one mesh; what one process has begun, two end."""
+    ask([prompt for prompt in PROMPTS if prompt])
+    expected = output.read_bytes()
+    whole, rest = expected.splitlines(keepends=True)[:2], tmp_path / "rest.jsonl"
+    rest.write_bytes(b"".join(whole))
+    address = free_address()
+    both = [
+        start(
+            *("-m", "calm_jax", "generate", f"--workdir={frozen}", f"--output={rest}"),
+            *(f"--prompts_file={tmp_path / 'prompts.txt'}", f"--max_new_tokens={NEW}", "--slots=2"),
+            *(f"--coordinator={address}", "--process_count=2", f"--process_index={index}"),
+            *("--mesh.data=2",),
+        )
+        for index in range(2)
+    ]
+    statuses, outputs = ends(both)
+    assert statuses == [0, 0], outputs
+    assert rest.read_bytes() == expected
+    assert "answer" in outputs[0] and "answer" not in outputs[1]
 
 
 def test_files_of_other_prompts_are_refused(ask, output, capsys):

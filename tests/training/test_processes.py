@@ -5,8 +5,6 @@ import os
 import resource
 import signal
 import socket
-import subprocess
-import sys
 import time
 import types
 from pathlib import Path
@@ -14,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tiny_models
-from child_processes import environment
+from child_processes import ends, free_address, start
 from ml_collections import ConfigDict
 from tiny_models import stored_bytes
 
@@ -112,33 +110,6 @@ def config_of(shared, name):
 def alone(shared):
     """The composed run in this one process, with 8 devices."""
     return loop.train(config_of(shared, "composed"), shared / "alone")
-
-
-def free_address():
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        return f"localhost:{free.getsockname()[1]}"
-
-
-def start(*arguments, devices=1):
-    """A process of this Python, and what it prints."""
-    return subprocess.Popen(
-        [sys.executable, *arguments],
-        env=environment(devices),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-
-
-def ends(processes):
-    """Exit statuses and outputs, when all have ended."""
-    try:
-        outputs = [process.communicate(timeout=300)[0] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    return [process.returncode for process in processes], outputs
 
 
 class Run:
