@@ -250,13 +250,14 @@ async def _send_body(send: Send, data: bytes, *, more: bool) -> None:
 
 async def _body(request: Request) -> bytes:
     """The body; one that is too large is read to its end, or its sender sees no answer."""
-    parts, count = [], 0
+    body, count = bytearray(), 0
     async for part in request.stream():
         count += len(part)
-        parts = [*parts, part] if count <= MOST_BYTES else []
+        if count <= MOST_BYTES:
+            body += part
     if count > MOST_BYTES:
         raise Refused(413, f"the body has {count} bytes; at most {MOST_BYTES} are read")
-    return b"".join(parts)
+    return bytes(body)
 
 
 async def _watch(receive: Callable[[], Awaitable[Any]], flight: Flight) -> None:
