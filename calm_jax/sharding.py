@@ -170,6 +170,17 @@ def _fitting_axes(name: str | None, shape, axes, mesh, rules: Rules) -> list[tup
     return entries
 
 
+def ways(axis: str | None, size: int, mesh: Mesh | AbstractMesh) -> int:
+    """Number of parts that an activation's axis is split into; 1 if the mesh does not divide it.
+
+    >>> mesh = AbstractMesh((2, 4), ("data", "tensor"))
+    >>> ways("kv_heads", 8, mesh), ways("kv_heads", 2, mesh)
+    (4, 1)
+    """
+    (mesh_axes,) = _fitting_axes(None, (size,), (axis,), mesh, RULES)
+    return math.prod(mesh.shape[mesh_axis] for mesh_axis in mesh_axes)
+
+
 def replicated(mesh: Mesh) -> NamedSharding:
     """The sharding of an array that every device holds in full."""
     return NamedSharding(mesh, PartitionSpec())

@@ -1,57 +1,106 @@
 """What the caches of decoding take of a device's memory."""
 
-import math
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 
+from calm_jax import sharding
 from calm_jax.errors import CalmError
-from calm_jax.models import ComposedDecoder, Decoder
-from calm_jax.models.config import heads
+from calm_jax.models import ComposedDecoder, CompositionConfig, Decoder, DecoderConfig
+from calm_jax.models.connections import plan_connections
+from calm_jax.models.cross_cache import CrossBytes, Mesh, cross_bytes, vector_bytes
 from calm_jax.units import size
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenBytes:
+    """Bytes that a token takes in each cache, on a device that holds its row.
+
+    Attributes:
+        anchor: the anchor's keys and values.
+        augments: those of each augment.
+        cross: f_cross' cache, for each augment.
+    """
+
+    anchor: int
+    augments: tuple[int, ...]
+    cross: tuple[CrossBytes, ...]
+
+    @property
+    def total(self) -> int:
+        """Bytes in all caches, f_cross' in the form that is kept."""
+        return self.anchor + sum(self.augments) + sum(each.kept for each in self.cross)
+
+
+def token_bytes(
+    anchor: DecoderConfig,
+    augments: Sequence[DecoderConfig] = (),
+    compositions: Sequence[CompositionConfig] = (),
+    dtype: Any = None,
+    mesh: Mesh | None = None,
+    whole: Sequence[int] = (),
+) -> TokenBytes:
+    """The bytes of a token by configs alone.
+
+    A decoder has 2·K·H values a layer, for K key heads of width H; an augment only up to its last
+    tap; and f_cross 2·N·H a connection, or E a tapped layer. int8 adds a float32 scale to each
+    vector.
+
+    Args:
+        compositions: one for each of `augments`.
+        dtype: of the caches; default: that of each model, and of the anchor for f_cross.
+        mesh: splits key heads over devices, where it divides them.
+        whole: numbers of augments of which every layer is cached, such as one that drafts.
+    """
+
+    def of_layers(config: DecoderConfig, layers: int) -> int:
+        heads, width = config.num_kv_heads, config.head_dim
+        return 2 * layers * vector_bytes(heads, width, dtype or config.dtype, mesh)
+
+    own = of_layers(anchor, anchor.num_layers)
+    if not augments:
+        return TokenBytes(own, (), ())
+    plan = plan_connections(compositions, anchor.num_layers, [each.num_layers for each in augments])
+    widths = [each.embed_dim for each in augments]
+    depths = [
+        augment.num_layers if number in whole else layers[-1] + 1
+        for number, (augment, layers) in enumerate(zip(augments, plan.tap_layers, strict=True))
+    ]
+    return TokenBytes(
+        own,
+        tuple(map(of_layers, augments, depths)),
+        cross_bytes(plan, compositions, anchor, widths, dtype or anchor.dtype, mesh),
+    )
 
 
 def bytes_per_token(
     model: Decoder | ComposedDecoder, dtype: Any = None, whole: Sequence[int] = ()
 ) -> int:
-    """Bytes of keys and values that a token takes in all caches of a model, by its configs.
-
-    A decoder has 2·K·H values a layer, for K key heads of width H; an augment only up to its last
-    tap; and f_cross 2·N·H a connection. int8 adds a float32 scale to each vector.
-
-    Args:
-        dtype: of the caches; default: that of each model.
-        whole: numbers of augments of which every layer is cached, such as one that drafts.
-    """
+    """`token_bytes` of a model in all caches, on each device that holds the token's row."""
+    mesh = sharding.current_mesh(jax.tree.leaves(nnx.state(model))[0])
     if isinstance(model, Decoder):
-        return _of_layers(model.config, model.depth, dtype)
-    anchor = model.config
-    total = _of_layers(anchor, model.anchor.depth, dtype)
-    for number, layers in enumerate(model.plan.tap_layers):
-        augment = model.augments[number]
-        depth = augment.depth if number in whole else layers[-1] + 1
-        total += _of_layers(augment.config, depth, dtype)
-    for connection in model.connections:
-        N, H = heads(model.configs[connection.augment], anchor)
-        total += _of_vectors(2 * N, H, dtype or anchor.dtype)
-    return total
+        return token_bytes(model.config, dtype=dtype, mesh=mesh).total
+    augments = [augment.config for augment in model.augments]
+    return token_bytes(model.config, augments, model.configs, dtype, mesh, whole).total
 
 
 def check_fits(model: Any, slots: int, length: int, dtype: Any, whole: Sequence[int] = ()) -> None:
     """Raises `CalmError`, which names the number of rows that fit, if the caches do not fit."""
     array = jax.tree.leaves(nnx.state(model))[0]
-    free = free_bytes(array)
+    free, mesh = free_bytes(array), sharding.current_mesh(array)
     if free is None:
         return
-    devices = len(array.sharding.device_set)
-    row = bytes_per_token(model, dtype, whole) * length / devices
-    if slots * row > free:
+    row = bytes_per_token(model, dtype, whole) * length
+    held = row * (slots // sharding.ways("batch", slots, mesh))
+    if held > free:
+        # As many rows as devices are always split.
+        fit = free // row * sharding.ways("batch", mesh.size, mesh)
         raise CalmError(
-            f"the caches of {slots} rows of {length} tokens take {size(slots * row)} a device, "
-            f"where {size(free)} are free; {max(0, math.floor(free / row))} rows would fit"
+            f"the caches of {slots} rows of {length} tokens take {size(held)} a device, "
+            f"where {size(free)} are free; {fit} rows would fit"
         )
 
 
@@ -61,12 +110,3 @@ def free_bytes(array: jax.Array) -> int | None:
     if not statistics or "bytes_limit" not in statistics:
         return None
     return statistics["bytes_limit"] - statistics["bytes_in_use"]
-
-
-def _of_layers(config: Any, layers: int, dtype: Any) -> int:
-    return layers * _of_vectors(2 * config.num_kv_heads, config.head_dim, dtype or config.dtype)
-
-
-def _of_vectors(count: int, width: int, dtype: Any) -> int:
-    dtype = jnp.dtype(dtype)
-    return count * (width * dtype.itemsize + (4 if dtype == jnp.int8 else 0))

@@ -11,11 +11,13 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from calm_jax.models.cache import KeysValues
+from calm_jax.models.cache import KeysValues, Slots, Vectors
 from calm_jax.models.config import CompositionConfig, DecoderConfig
 from calm_jax.models.connections import Connection, ConnectionPlan, Round
-from calm_jax.models.cross_attention import BridgePass, CrossAttention
+from calm_jax.models.cross_attention import BridgePass, CrossAttention, latent
+from calm_jax.models.inputs import Inputs
 from calm_jax.models.parameters import stacked
+from calm_jax.models.taps import Taps
 
 
 class Bridge(nnx.Module):
@@ -54,6 +56,22 @@ class Bridge(nnx.Module):
         )
 
 
+def with_taps(
+    latents: Vectors,
+    taps: Taps,
+    layers: Sequence[int],
+    config: CompositionConfig,
+    slots: Slots,
+    inputs: Inputs,
+) -> Vectors:
+    """The latents of an augment's tapped `layers` with those of new `filled` inputs."""
+    slots_PT = slots.slots_of(inputs)
+    for number, layer in enumerate(layers):
+        latent_PTE = latent(taps.layer(layer), config)
+        latents = latents.write(number, slots, slots_PT, latent_PTE[:, :, None])
+    return latents
+
+
 def add_bridges(
     entries: Sequence[tuple[Connection, ...]],
     passes: Sequence[BridgePass],
@@ -62,17 +80,17 @@ def add_bridges(
     h_BTD: jax.Array,
     state: nnx.State,
     taps: Sequence[jax.Array],
-    caches: Sequence[KeysValues],
+    caches: Sequence[KeysValues | None],
     number: jax.Array | int,
-) -> tuple[jax.Array, list[Any], tuple[KeysValues, ...]]:
+) -> tuple[jax.Array, list[Any], tuple[KeysValues | None, ...]]:
     """h + the sum of f_cross over the entries of one round, all of which read the same h.
 
     Args:
         passes: what the connections of each augment share.
         observe: called with h, the result of f_cross and its attention weights.
         graphdef, state: the round's cross-attentions; in a stacked round those of one step.
-        taps: the tap of each entry.
-        caches: the cache of each entry; empty without a cache.
+        taps: the tap of each entry; if latents are cached, the number of its layer among them.
+        caches: the cache of each entry, None if latents are cached; empty without a cache.
         number: the step of a stacked round, else 0.
 
     Returns:
@@ -82,11 +100,16 @@ def add_bridges(
     for k, cross_attention in enumerate(nnx.merge(graphdef, state)):
         forward = passes[entries[k][0].augment]
         with jax.named_scope("f_cross"):
-            k_BSNH, v_BSNH = cross_attention.keys_and_values(taps[k], h_BTD.dtype, forward)
-            if caches:
-                caches[k] = caches[k].write(number, forward.slots, forward.slots_BS, k_BSNH, v_BSNH)
-                k_BSNH, v_BSNH = caches[k].read(number, forward.slots, h_BTD.dtype)
-            y_BTD, weights = cross_attention.attend(h_BTD, k_BSNH, v_BSNH, forward)
+            if forward.latents is not None:
+                latent_BSE = forward.latents.read(taps[k], forward.slots, h_BTD.dtype)[:, :, 0]
+                y_BTD, weights = cross_attention.attend_to_latents(h_BTD, latent_BSE, forward), None
+            else:
+                k_BSNH, v_BSNH = cross_attention.keys_and_values(taps[k], h_BTD.dtype, forward)
+                if caches:
+                    written = (forward.slots, forward.slots_BS, k_BSNH, v_BSNH)
+                    caches[k] = caches[k].write(number, *written)
+                    k_BSNH, v_BSNH = caches[k].read(number, forward.slots, h_BTD.dtype)
+                y_BTD, weights = cross_attention.attend(h_BTD, k_BSNH, v_BSNH, forward)
         sum_BTD += y_BTD
         observed.append(observe(h_BTD, y_BTD, weights))
     return sum_BTD, observed, tuple(caches)

@@ -5,7 +5,7 @@ holds the row's s-th token, padding not counted. What lies behind a row's length
 since no query sees a slot after its own: a row is cut back by setting its length.
 
 Axes: B batch, P rows of the inputs, T new token, S slot, R slots that are read, L layer,
-K key heads, H head width.
+K key heads, H head width, G groups of features.
 """
 
 import dataclasses
@@ -19,6 +19,10 @@ from calm_jax.errors import CalmError
 from calm_jax.models.inputs import Inputs
 
 INT8_MAX = 127.0
+
+# Logical axes of `Vectors`: of keys and values, and of latents, which are one head.
+KEY_AXES = ("layers", "batch", "kv_heads", "cache_length", "head_dim")
+LATENT_AXES = ("layers", "batch", None, "cache_length", "augment_embed")
 
 
 @jax.tree_util.register_dataclass
@@ -108,22 +112,33 @@ class Vectors:
 
     Attributes:
         values_LBKSH: [L, B, K, S, H], in a float dtype or int8.
-        scales_LBKS: float32 [L, B, K, S], the factor of int8 values; None for a float dtype.
+        scales_LBKSG: float32 [L, B, K, S, G], the factor of int8 values in each of G equal groups
+            of features; None for a float dtype.
+        axes: the logical axes of [L, B, K, S, H], which say how it is sharded.
     """
 
     values_LBKSH: jax.Array
-    scales_LBKS: jax.Array | None = None
+    scales_LBKSG: jax.Array | None = None
+    axes: tuple[str | None, ...] = dataclasses.field(default=KEY_AXES, metadata={"static": True})
 
     @classmethod
     def empty(
-        cls, layers: int, batch: int, heads: int, slots: int, head_dim: int, dtype: Any
+        cls,
+        layers: int,
+        batch: int,
+        heads: int,
+        slots: int,
+        head_dim: int,
+        dtype: Any,
+        axes: tuple[str | None, ...] = KEY_AXES,
+        groups: int = 1,
     ) -> "Vectors":
         """Zeros, sharded by the rules if there is a mesh."""
-        shape = (layers, batch, heads, slots, head_dim)
-        scales_LBKS = None
+        shape, scales_LBKSG = (layers, batch, heads, slots), None
         if jnp.dtype(dtype) == jnp.int8:
-            scales_LBKS = _sharded(jnp.zeros(shape[:-1], jnp.float32))
-        return cls(_sharded(jnp.zeros(shape, dtype)), scales_LBKS)
+            scales_LBKSG = sharding.constrain(jnp.zeros((*shape, groups), jnp.float32), *axes)
+        values_LBKSH = sharding.constrain(jnp.zeros((*shape, head_dim), dtype), *axes)
+        return cls(values_LBKSH, scales_LBKSG, axes)
 
     def write(
         self, layer: jax.Array | int, slots: Slots, slots_PT: jax.Array, new_PTKH: jax.Array
@@ -132,42 +147,49 @@ class Vectors:
 
         Tokens with a slot of S or more are dropped.
         """
+        _, batch, heads, _, width = self.axes
+        row_B = jnp.arange(self.values_LBKSH.shape[1])
+        rows, rows_P = (batch, row_B) if slots.rows_P is None else (None, slots.rows_P)
+        places = (slots_PT, rows_P, row_B, jnp.asarray(layer))
+        axes_of_places = ((rows, "length"), (rows,), (batch,), ())
 
-        def put(x_LBKS, new_PTK):
-            new_PTK = new_PTK.astype(x_LBKS.dtype)
-            if slots.rows_P is not None:
-                index = (layer, slots.rows_P[:, None], slice(None), slots_PT)
-                return _sharded(x_LBKS.at[index].set(new_PTK, mode="drop"))
+        def on_device(x_LBKSH, new_PTKH, slots_PT, rows_P, row_B, layer):
+            row_P = rows_P - row_B[0]
+            row_P = jnp.where(row_P < 0, len(row_B), row_P)  # otherwise it counts from the end
+            return x_LBKSH.at[layer, row_P[:, None], :, slots_PT].set(new_PTKH, mode="drop")
 
-            # Row by row: a scatter over all rows would gather the whole batch on every device.
-            def put_row(x_LKS, new_TK, slots_T):
-                return x_LKS.at[layer, :, slots_T].set(new_TK, mode="drop")
+        def put(x_LBKSH, new_PTKH):
+            # Each device writes its own rows: one scatter over all would gather the batch. One for
+            # each row, by `vmap`, would copy the whole cache to move the axis of rows.
+            return sharding.on_each_device(
+                on_device,
+                (x_LBKSH, new_PTKH.astype(x_LBKSH.dtype), *places),
+                (self.axes, (rows, "length", heads, width), *axes_of_places),
+            )
 
-            return _sharded(jax.vmap(put_row, (1, 0, 0), 1)(x_LBKS, new_PTK, slots_PT))
-
-        if self.scales_LBKS is None:
-            return Vectors(put(self.values_LBKSH, new_PTKH))
+        if self.scales_LBKSG is None:
+            return dataclasses.replace(self, values_LBKSH=put(self.values_LBKSH, new_PTKH))
         new_PTKH = new_PTKH.astype(jnp.float32)
-        scales_PTK = jnp.max(jnp.abs(new_PTKH), axis=-1) / INT8_MAX
-        scaled_PTKH = new_PTKH / jnp.maximum(scales_PTK, jnp.finfo(jnp.float32).tiny)[..., None]
-        return Vectors(
-            put(self.values_LBKSH, jnp.round(scaled_PTKH)), put(self.scales_LBKS, scales_PTK)
+        grouped_PTKGH = new_PTKH.reshape(*new_PTKH.shape[:-1], self.scales_LBKSG.shape[-1], -1)
+        scales_PTKG = jnp.max(jnp.abs(grouped_PTKGH), axis=-1) / INT8_MAX
+        scaled_PTKGH = (
+            grouped_PTKGH / jnp.maximum(scales_PTKG, jnp.finfo(jnp.float32).tiny)[..., None]
         )
-
-    def with_copy(self, source: jax.Array, target: jax.Array, count: int) -> "Vectors":
-        """A copy whose row `target` has the first `count` slots of row `source`."""
-        return jax.tree.map(lambda x: x.at[:, target, :, :count].set(x[:, source, :, :count]), self)
+        return dataclasses.replace(
+            self,
+            values_LBKSH=put(self.values_LBKSH, jnp.round(scaled_PTKGH).reshape(new_PTKH.shape)),
+            scales_LBKSG=put(self.scales_LBKSG, scales_PTKG),
+        )
 
     def read(self, layer: jax.Array | int, slots: Slots, dtype: Any) -> jax.Array:
         """The vectors of one layer that are read, [P, R, K, H] in `dtype`."""
 
-        def get(x_LBKS):
-            _, B, K, S, *width = x_LBKS.shape
+        def get(x_LBKSH):
+            _, B, K, S, H = x_LBKSH.shape
             R = S if slots.read is None else slots.read
-            zeros = (0,) * (2 + len(width))
 
             def of_rows(row, count):
-                part = jax.lax.dynamic_slice(x_LBKS, (layer, row, *zeros), (1, count, K, R, *width))
+                part = jax.lax.dynamic_slice(x_LBKSH, (layer, row, 0, 0, 0), (1, count, K, R, H))
                 return part[0]
 
             if slots.rows_P is None:
@@ -175,8 +197,9 @@ class Vectors:
             return jax.vmap(lambda row: of_rows(row, 1)[0])(slots.rows_P)
 
         x_PKRH = get(self.values_LBKSH).astype(dtype)
-        if self.scales_LBKS is not None:
-            x_PKRH *= get(self.scales_LBKS)[..., None].astype(dtype)
+        if self.scales_LBKSG is not None:
+            scales_PKRG = get(self.scales_LBKSG).astype(dtype)
+            x_PKRH *= jnp.repeat(scales_PKRG, x_PKRH.shape[-1] // scales_PKRG.shape[-1], axis=-1)
         return jnp.swapaxes(x_PKRH, 1, 2)
 
 
@@ -208,10 +231,6 @@ class KeysValues:
             self.keys.write(layer, slots, slots_PT, k_PTKH),
             self.values.write(layer, slots, slots_PT, v_PTKH),
         )
-
-    def with_copy(self, source: jax.Array, target: jax.Array, count: int) -> "KeysValues":
-        """A copy whose row `target` has the first `count` slots of row `source`."""
-        return KeysValues(*(x.with_copy(source, target, count) for x in (self.keys, self.values)))
 
     def read(self, layer: jax.Array | int, slots: Slots, dtype: Any) -> tuple[jax.Array, jax.Array]:
         """Keys and values of one layer that are read, [P, R, K, H] each in `dtype`."""
@@ -249,9 +268,7 @@ class DecoderCache:
 
     def with_copy(self, source: jax.Array, target: jax.Array, count: int) -> "DecoderCache":
         """A copy whose row `target` has the first `count` slots of row `source`; same lengths."""
-        layers, several = self.layers, isinstance(self.layers, tuple)
-        copies = [x.with_copy(source, target, count) for x in (layers if several else [layers])]
-        layers = tuple(copies) if several else copies[0]
+        layers = _with_copy(self.layers, source, target, count)
         return DecoderCache(layers, self.slots.with_copy(source, target, count))
 
 
@@ -264,12 +281,15 @@ class ComposedCache:
         anchor: the anchor's.
         augments: the cache of each augment, of whatever type it uses.
         bridge: f_cross' keys and values, for each round and each entry of its plan; L is the number
-            of connections in the entry.
+            of connections in the entry. None where `latents` are kept instead.
+        latents: for each augment what f_cross makes keys and values of, one head as wide as the
+            augment; L is the number of its tapped layers. None where `bridge` has them.
     """
 
     anchor: DecoderCache
     augments: tuple[Any, ...]
-    bridge: tuple[tuple[KeysValues, ...], ...]
+    bridge: tuple[tuple[KeysValues | None, ...], ...]
+    latents: tuple[Vectors | None, ...]
 
     @property
     def slots(self) -> Slots:
@@ -286,8 +306,8 @@ class ComposedCache:
     def with_copy(self, source: jax.Array, target: jax.Array, count: int) -> "ComposedCache":
         """As `DecoderCache.with_copy`."""
         cache = self._mapped(lambda cache: cache.with_copy(source, target, count))
-        bridge = [[x.with_copy(source, target, count) for x in round_] for round_ in self.bridge]
-        return dataclasses.replace(cache, bridge=tuple(map(tuple, bridge)))
+        bridge, latents = _with_copy((self.bridge, self.latents), source, target, count)
+        return dataclasses.replace(cache, bridge=bridge, latents=latents)
 
     def _mapped(self, function) -> "ComposedCache":
         return dataclasses.replace(
@@ -308,6 +328,6 @@ def filled(inputs: Inputs, slots: Slots | None) -> Inputs:
     return inputs.filled(slots.length_P)
 
 
-def _sharded(x_LBKS: jax.Array) -> jax.Array:
-    axes = ("layers", "batch", "kv_heads", "cache_length", "head_dim")
-    return sharding.constrain(x_LBKS, *axes[: x_LBKS.ndim])
+def _with_copy(vectors: Any, source: jax.Array, target: jax.Array, count: int) -> Any:
+    """`Vectors`, in any tree, whose row `target` has the first `count` slots of row `source`."""
+    return jax.tree.map(lambda x: x.at[:, target, :, :count].set(x[:, source, :, :count]), vectors)

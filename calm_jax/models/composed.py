@@ -17,19 +17,20 @@ from flax import nnx
 
 from calm_jax import sharding
 from calm_jax.errors import CalmError
-from calm_jax.models.bridge import Bridge, add_bridges
-from calm_jax.models.cache import ComposedCache, DecoderCache, KeysValues, filled
-from calm_jax.models.calling import array_of, call, make_on_mesh_of
-from calm_jax.models.config import CompositionConfig, DecoderConfig, heads
+from calm_jax.models.bridge import Bridge, add_bridges, with_taps
+from calm_jax.models.cache import ComposedCache, DecoderCache, filled
+from calm_jax.models.calling import array_of, call
+from calm_jax.models.config import CompositionConfig, DecoderConfig
 from calm_jax.models.connections import Connection, ConnectionPlan, plan_connections
 from calm_jax.models.cross_attention import BridgePass
+from calm_jax.models.cross_cache import empty_cross_cache
 from calm_jax.models.decoder import Decoder
-from calm_jax.models.execution import Execution
+from calm_jax.models.execution import Execution, gradients_at_once
 from calm_jax.models.inputs import Inputs
 from calm_jax.models.layer import ForwardPass
 from calm_jax.models.parameters import Structure, Tree, module_tree
 from calm_jax.models.stack import run_layers
-from calm_jax.models.taps import Augment, Perturb, Taps
+from calm_jax.models.taps import Augment, Perturb, TapNumbers, Taps
 
 
 def compose(
@@ -226,7 +227,8 @@ class ComposedDecoder(nnx.Module):
             dtype: of keys and values; default: that of each model's config.
             whole: numbers of augments that run all their layers, not only those up to a tap.
         """
-        arguments = (self.plan, self.configs, self.config, batch, slots, dtype or self.config.dtype)
+        array, described = self.anchor.embedding.get_value(), (self.plan, self.configs, self.config)
+        sizes = (batch, slots, dtype or self.config.dtype)
         return ComposedCache(
             self.anchor.init_cache(batch, slots, dtype=dtype),
             tuple(
@@ -237,15 +239,18 @@ class ComposedDecoder(nnx.Module):
                     zip(self.augments, self.plan.tap_layers, strict=True)
                 )
             ),
-            make_on_mesh_of(self.anchor.embedding.get_value(), _empty_bridge_cache, arguments),
+            *empty_cross_cache(array, *described, self._widths, *sizes),
         )
+
+    @property
+    def _widths(self) -> tuple[int, ...]:
+        return tuple(augment.width for augment in self.augments)
 
     def _init_bridge(self, rngs: nnx.Rngs) -> Bridge:
         """A new bridge, sharded on the anchor's mesh: it may be too large for one device."""
         mesh = sharding.mesh_holding(self.anchor.embedding.get_value())
-        widths = tuple(augment.width for augment in self.augments)
         structure, init = _bridge_initialiser(
-            self.plan, self.configs, self.anchor.config, widths, mesh
+            self.plan, self.configs, self.anchor.config, self._widths, mesh
         )
         return structure.merge(init(rngs.params()))
 
@@ -283,10 +288,14 @@ class ComposedDecoder(nnx.Module):
         execution = self.execution
         if bridge_attention is not None:
             execution = dataclasses.replace(execution, attention=bridge_attention)
-        passes = [
-            BridgePass(config, self.config, execution, inputs, slots=slots)
-            for config in self.configs
-        ]
+        passes = []
+        for number, config in enumerate(self.configs):
+            latents = None if cache is None else cache.latents[number]
+            tap_layers = self.plan.tap_layers[number]
+            if latents is not None:
+                latents = with_taps(latents, taps[number], tap_layers, config, slots, inputs)
+                taps[number] = TapNumbers(tap_layers)
+            passes.append(BridgePass(config, self.config, execution, inputs, None, slots, latents))
         forward = ForwardPass(self.config, self.anchor.execution, inputs, slots)
         layers, layer_cache = self.anchor.layers, None if cache is None else cache.anchor.layers
         bridge_caches = ((),) * len(self.plan.rounds) if cache is None else cache.bridge
@@ -340,39 +349,13 @@ class ComposedDecoder(nnx.Module):
                 each = [None] * len(entry) if values is None else values
                 observed.update(zip(entry, each, strict=True))
         if cache is not None:
-            anchor_cache = DecoderCache(layer_cache, slots)
-            cache = ComposedCache(anchor_cache, tuple(augment_caches), tuple(next_bridge_caches))
+            cache = ComposedCache(
+                DecoderCache(layer_cache, slots),
+                tuple(augment_caches),
+                tuple(next_bridge_caches),
+                tuple(forward.latents for forward in passes),
+            )
         return h_BTD, cache, [observed[connection] for connection in self.connections]
-
-
-def _empty_bridge_cache(
-    plan: ConnectionPlan,
-    configs: tuple[CompositionConfig, ...],
-    anchor: DecoderConfig,
-    batch: int,
-    slots: int,
-    dtype: Any,
-) -> tuple[tuple[KeysValues, ...], ...]:
-    def of_entry(entry: tuple[Connection, ...]) -> KeysValues:
-        N, H = heads(configs[entry[0].augment], anchor)
-        return KeysValues.empty(len(entry), batch, N, slots, H, dtype)
-
-    return tuple(tuple(map(of_entry, round_.entries)) for round_ in plan.rounds)
-
-
-@jax.custom_vjp
-def gradients_at_once(tree):
-    """`tree`, whose gradients are all computed before the backward pass goes on.
-
-    Otherwise XLA may postpone a bridge's own gradient until the backward pass of all layers below,
-    and keep the activations for it until then.
-    """
-    return tree
-
-
-gradients_at_once.defvjp(
-    lambda tree: (tree, None), lambda _, gradients: (jax.lax.optimization_barrier(gradients),)
-)
 
 
 def check_vocabularies(ours: Any, our_name: str, theirs: Any, their_name: str) -> None:

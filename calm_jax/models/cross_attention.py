@@ -4,6 +4,11 @@ CALM, arXiv 2401.02412 §3.1:
 
     H_(A+B),j = H_B,j + f_cross(f_proj(H_A,i), H_B,j)
 
+A cache keeps either keys and values, or the *latent* that they are products of: the tap, normed but
+not scaled, which all connections to a tapped layer share. Attention then has one key head as wide
+as the augment: each query goes through W_K, and each sum of latents through W_V, as in multi-head
+latent attention (DeepSeek-V2, arXiv 2405.04434).
+
 Axes: B batch, T anchor position (query), S augment position (key), D anchor width, E augment width,
 N heads, H head width.
 """
@@ -15,12 +20,12 @@ from flax import nnx
 from calm_jax.errors import CalmError
 from calm_jax.models.attention import Attention
 from calm_jax.models.attention_choice import Need, chosen
-from calm_jax.models.cache import Slots
+from calm_jax.models.cache import Slots, Vectors
 from calm_jax.models.config import CompositionConfig, DecoderConfig, heads
 from calm_jax.models.execution import Execution
 from calm_jax.models.inputs import Inputs
 from calm_jax.models.layer import rms_norm
-from calm_jax.models.layouts import residual_layout, split_by_heads, whole_length
+from calm_jax.models.layouts import residual_layout, split_by_heads, split_by_width, whole_length
 from calm_jax.models.parameters import constant, matrix, weight
 from calm_jax.models.rotary import apply_rope, rope_angles
 
@@ -35,6 +40,8 @@ class BridgePass:
         queries: the anchor's `filled` inputs [B, T].
         taps: the augment's `filled` inputs [B, S]; default: `queries`.
         slots: the slots of a cache that already holds `taps`; default: queries see only `taps`.
+        latents: the cache of the augment's latents, which already holds those of `taps`; default:
+            connections make keys and values of `taps`, and keep them if there is a cache.
 
     Raises:
         CalmError: `encoder_only` is set and the inputs have no prompt mask.
@@ -48,6 +55,7 @@ class BridgePass:
         queries: Inputs,
         taps: Inputs | None = None,
         slots: Slots | None = None,
+        latents: Vectors | None = None,
     ):
         taps = queries if taps is None else taps
         keys = taps if slots is None else slots.keys()
@@ -59,6 +67,7 @@ class BridgePass:
                 )
             keys = keys.prompt()
         self.slots, self.slots_BS = slots, None if slots is None else slots.slots_of(taps)
+        self.latents = latents
         head_dim = heads(config, anchor)[1]
         self.attend = Attention(
             chosen(execution.attention, Need.of_bridge(config, anchor), queries, keys),
@@ -110,31 +119,21 @@ class CrossAttention(nnx.Module):
         """Keys and values [B, S, N, H] of a tap [B, S, E], in the compute dtype `dtype`."""
         config = self.config
         if config.norms:
-            tap_BSE = rms_norm(tap_BSE, self.tap_norm[...], NORM_EPS)
-        x_BSD = tap_BSE.astype(dtype)
-        if self.projection is not None:
-            x_BSD @= self.projection[...].astype(dtype)
-            if config.bias:
-                x_BSD += self.projection_bias[...].astype(dtype)
-        # Each device projects its part of the length before the full length is gathered.
-        x_BSD = whole_length(residual_layout(x_BSD))
-        k_BSNH = jnp.einsum("BSD,DNH->BSNH", x_BSD, self.key[...].astype(dtype))
-        v_BSNH = jnp.einsum("BSD,DNH->BSNH", x_BSD, self.value[...].astype(dtype))
-        if config.bias:
-            v_BSNH += self.value_bias[...].astype(dtype)
-            if self.projection is None:
-                k_BSNH += self.key_bias[...].astype(dtype)
-        if config.rotary:
-            k_BSNH = apply_rope(k_BSNH, forward.key_angles, "half")
-        return split_by_heads(k_BSNH), split_by_heads(v_BSNH)
+            scale = None if self.tap_norm is None else self.tap_norm[...]
+            tap_BSE = rms_norm(tap_BSE, scale, NORM_EPS)
+        return self._projected(tap_BSE.astype(dtype), forward)
 
     def absorbed(self) -> "CrossAttention":
-        """The same function with f_proj multiplied into keys and values: fewer weights to read.
+        """The same function with f_proj, and its norm's scale, multiplied into keys and values.
 
-        Arrays may have leading axes, of a stack. They are new ones; the others are shared.
+        So there are fewer weights to read. Arrays may have leading axes, of a stack. They are new
+        ones; the others are shared.
         """
-        copy = nnx.merge(*nnx.split(self))
+        config, copy = self.config, nnx.merge(*nnx.split(self))
         projection = self.projection[...]
+        if config.norms:
+            projection = self.tap_norm[...][..., None] * projection
+            copy.tap_norm = None
 
         def through(x, matrix):
             return jnp.einsum(
@@ -145,13 +144,14 @@ class CrossAttention(nnx.Module):
         for name in ("key", "value"):
             matrix = getattr(self, name)[...]
             setattr(copy, name, weight(through(projection, matrix), axes, summed=(-3,)))
-            if self.config.bias:
+            # Added to every key, the same vector changes no softmax, unless it is rotated.
+            if config.bias and (name == "value" or config.rotary):
                 bias = through(self.projection_bias[...][..., None, :], matrix)[..., 0, :, :]
                 if name == "value":
                     bias += self.value_bias[...]
                 setattr(copy, f"{name}_bias", nnx.Param(bias, axes=("heads", "head_dim")))
         copy.projection = None
-        if self.config.bias:
+        if config.bias:
             copy.projection_bias = None
         return copy
 
@@ -168,6 +168,52 @@ class CrossAttention(nnx.Module):
             [B, T, D] in the dtype of `h_BTD`, exactly 0 where a query sees no key; and attention
             weights, float32 [B, N, T, S], or None if the backend is not "xla".
         """
+        q_BTNH, weights_BNTS = self._queries(h_BTD, forward), None
+        if forward.attend.backend == "xla":
+            x_BTNH, weights_BNTS = forward.attend.with_weights(q_BTNH, k_BSNH, v_BSNH)
+        else:
+            x_BTNH = forward.attend(q_BTNH, k_BSNH, v_BSNH)
+        return self._result(h_BTD, split_by_heads(x_BTNH), forward), weights_BNTS
+
+    def attend_to_latents(
+        self, h_BTD: jax.Array, latent_BSE: jax.Array, forward: BridgePass
+    ) -> jax.Array:
+        """As `attend`, for the latents [B, S, E] of the tap in the dtype of `h_BTD`."""
+        if self.projection is not None:
+            return self.absorbed().attend_to_latents(h_BTD, latent_BSE, forward)
+        dtype, (E, _, H) = h_BTD.dtype, self.key.shape
+        if expands(h_BTD.shape[1], latent_BSE.shape[1], E, H):
+            return self.attend(h_BTD, *self._projected(latent_BSE, forward), forward)[0]
+        q_BTNH = self._queries(h_BTD, forward)
+        q_BTNE = jnp.einsum("BTNH,ENH->BTNE", q_BTNH, self.key[...].astype(dtype))
+        latent_BS1E = latent_BSE[:, :, None]
+        x_BTNE = forward.attend(split_by_width(q_BTNE), latent_BS1E, latent_BS1E)
+        x_BTNH = jnp.einsum("BTNE,ENH->BTNH", split_by_width(x_BTNE), self.value[...].astype(dtype))
+        if self.config.bias:
+            # Weights add up to 1.
+            x_BTNH += self.value_bias[...].astype(dtype)
+        return self._result(h_BTD, split_by_heads(x_BTNH), forward)
+
+    def _projected(self, x_BSE: jax.Array, forward: BridgePass) -> tuple[jax.Array, jax.Array]:
+        """Keys and values [B, S, N, H] of a normed tap [B, S, E], in its dtype."""
+        config, x_BSD, dtype = self.config, x_BSE, x_BSE.dtype
+        if self.projection is not None:
+            x_BSD @= self.projection[...].astype(dtype)
+            if config.bias:
+                x_BSD += self.projection_bias[...].astype(dtype)
+        # Each device projects its part of the length before the full length is gathered.
+        x_BSD = whole_length(residual_layout(x_BSD))
+        k_BSNH = jnp.einsum("BSD,DNH->BSNH", x_BSD, self.key[...].astype(dtype))
+        v_BSNH = jnp.einsum("BSD,DNH->BSNH", x_BSD, self.value[...].astype(dtype))
+        if config.bias:
+            v_BSNH += self.value_bias[...].astype(dtype)
+            if self.projection is None and config.rotary:
+                k_BSNH += self.key_bias[...].astype(dtype)
+        if config.rotary:
+            k_BSNH = apply_rope(k_BSNH, forward.key_angles, "half")
+        return split_by_heads(k_BSNH), split_by_heads(v_BSNH)
+
+    def _queries(self, h_BTD: jax.Array, forward: BridgePass) -> jax.Array:
         config, dtype = self.config, h_BTD.dtype
         q_in_BTD = rms_norm(h_BTD, self.query_norm[...], NORM_EPS) if config.norms else h_BTD
         q_BTNH = jnp.einsum("BTD,DNH->BTNH", whole_length(q_in_BTD), self.query[...].astype(dtype))
@@ -175,12 +221,11 @@ class CrossAttention(nnx.Module):
             q_BTNH += self.query_bias[...].astype(dtype)
         if config.rotary:
             q_BTNH = apply_rope(q_BTNH, forward.query_angles, "half")
-        q_BTNH, weights_BNTS = split_by_heads(q_BTNH), None
-        if forward.attend.backend == "xla":
-            x_BTNH, weights_BNTS = forward.attend.with_weights(q_BTNH, k_BSNH, v_BSNH)
-        else:
-            x_BTNH = forward.attend(q_BTNH, k_BSNH, v_BSNH)
-        x_BTNH = split_by_heads(x_BTNH)
+        return split_by_heads(q_BTNH)
+
+    def _result(self, h_BTD: jax.Array, x_BTNH: jax.Array, forward: BridgePass) -> jax.Array:
+        """What `attend` returns, of each head's sum of values."""
+        config, dtype = self.config, h_BTD.dtype
         if config.output_projection:
             y_BTD = jnp.einsum("BTNH,NHD->BTD", x_BTNH, self.output[...].astype(dtype))
             if config.bias:
@@ -190,4 +235,18 @@ class CrossAttention(nnx.Module):
         if config.gate:
             y_BTD *= self.gate[...].astype(dtype)
         sees_any_BT1 = forward.attend.sees_any_BT[:, :, None]
-        return jnp.where(sees_any_BT1, residual_layout(y_BTD), 0), weights_BNTS
+        return jnp.where(sees_any_BT1, residual_layout(y_BTD), 0)
+
+
+def latent(tap_BSE: jax.Array, config: CompositionConfig) -> jax.Array:
+    """What keys and values are products of, whatever the connection: the tap, normed, unscaled."""
+    return rms_norm(tap_BSE, None, NORM_EPS) if config.norms else tap_BSE
+
+
+def expands(queries: int, slots: int, width: int, head_dim: int) -> bool:
+    """Whether to make keys and values of latents takes fewer FLOPs than to attend to them.
+
+    Each head takes 4·E·H·S for keys and values and 4·T·S·H for attention to them, against 4·T·E·H
+    for the queries and results and 4·T·S·E for attention: about where T > H.
+    """
+    return slots * head_dim * (width + queries) < queries * width * (head_dim + slots)

@@ -71,3 +71,18 @@ def check_remat(remat: str, device: jax.Device) -> None:
             f"train.remat is 'offload', but {device.platform} devices have no pinned host memory, "
             f"only {sorted(kinds)}"
         )
+
+
+@jax.custom_vjp
+def gradients_at_once(tree):
+    """`tree`, whose gradients are all computed before the backward pass goes on.
+
+    Otherwise XLA may postpone a bridge's own gradient until the backward pass of all layers below,
+    and keep the activations for it until then.
+    """
+    return tree
+
+
+gradients_at_once.defvjp(
+    lambda tree: (tree, None), lambda _, gradients: (jax.lax.optimization_barrier(gradients),)
+)

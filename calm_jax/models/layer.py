@@ -29,11 +29,14 @@ ACTIVATIONS = {
 }
 
 
-def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
-    """x / rms(x) * scale over the last axis, computed in float32, in the shape and dtype of `x`."""
+def rms_norm(x: jax.Array, scale: jax.Array | None, eps: float) -> jax.Array:
+    """x / rms(x) * scale over the last axis, computed in float32, in the shape and dtype of `x`.
+
+    Without a scale it is 1.
+    """
     x_f32 = x.astype(jnp.float32)
-    inverse_rms = jax.lax.rsqrt(jnp.mean(jnp.square(x_f32), axis=-1, keepdims=True) + eps)
-    return (x_f32 * inverse_rms * scale.astype(jnp.float32)).astype(x.dtype)
+    y = x_f32 * jax.lax.rsqrt(jnp.mean(jnp.square(x_f32), axis=-1, keepdims=True) + eps)
+    return (y if scale is None else y * scale.astype(jnp.float32)).astype(x.dtype)
 
 
 class ForwardPass:

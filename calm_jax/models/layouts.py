@@ -1,6 +1,6 @@
 """How activations are sharded between the parts of a layer.
 
-Axes: B batch, T position, D model width, N heads, H head width.
+Axes: B batch, T position, D model width, N heads, H head width, E augment width.
 """
 
 import jax
@@ -25,6 +25,15 @@ def whole_length(x_BTD: jax.Array) -> jax.Array:
 whole_length.defvjp(
     lambda x_BTD: (whole_length(x_BTD), None), lambda _, gradient: (residual_layout(gradient),)
 )
+
+
+def split_by_width(x_BTNE: jax.Array) -> jax.Array:
+    """Shards [B, T, N, E], which attends to latents, by the width of the augment, as latents are.
+
+    A device then reads its part of them alone, and logits are summed over devices: split by heads,
+    every device would read and keep whole latents.
+    """
+    return sharding.constrain(x_BTNE, "batch", "length", None, "augment_embed")
 
 
 def split_by_heads(x_BTNH: jax.Array, heads: str = "heads") -> jax.Array:

@@ -76,3 +76,15 @@ class Taps:
             layers = jnp.array(self.stacked_layers)
             stacked = jax.vmap(lambda x, layer: perturb(x, augment, layer))(stacked, layers)
         return Taps(by_layer, self.stacked_layers, stacked)
+
+
+class TapNumbers:
+    """In place of `Taps` of `layers` that a cache holds: the numbers of layers among these."""
+
+    def __init__(self, layers: Sequence[int]):
+        self._layers = layers
+
+    def of(self, layers: tuple[int, ...], stacked: bool) -> jax.Array | int:
+        """int32 [G], the numbers of `layers`; not `stacked`, the number of the first."""
+        numbers = [self._layers.index(layer) for layer in layers]
+        return jnp.array(numbers, jnp.int32) if stacked else numbers[0]

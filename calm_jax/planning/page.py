@@ -1,6 +1,6 @@
 """A plan as text: tables in Markdown, aligned so that a terminal shows them too."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from calm_jax import units
@@ -28,6 +28,7 @@ def text(plan: Plan) -> str:
         sections.append(_seconds(plan))
     if "training" in plan:
         sections.append(_training(plan["training"]))
+    sections.append(_decoding(plan))
     if "candidates" in plan:
         sections.append(_candidates(plan))
     if not all(each["compiled"] for each in (plan, *plan.get("candidates", ()))):
@@ -123,6 +124,39 @@ def _training(cost: dict[str, Any]) -> str:
         f"{_range(cost['chip_hours'])} chip hours"
     )
     return line + (f", {_range(cost['dollars'])} dollars." if "dollars" in cost else ".")
+
+
+def _decoding(plan: Plan) -> str:
+    found = plan["decoding"]
+
+    def row(name: str, value: Callable[[dict[str, Any]], Any], shown=units.size) -> Sequence[Any]:
+        return (name, *(shown(value(each)) for each in found))
+
+    rows = [row(f"{plan['memory']['trees'][0]['name']}'s keys and values", lambda x: x["anchor"])]
+    for number in range(len(found[0]["augments"])):
+        name = f"augment {number}'s"
+        rows.append(row(f"{name} keys and values", lambda x, n=number: x["augments"][n]))
+        rows.append(row(f"{name} f_cross", lambda x, n=number: x["cross"][n]["kept"]))
+        rows.append(row("its form", lambda x, n=number: x["cross"][n]["latent"], _form))
+        rows.append(row("in the other form", lambda x, n=number: x["cross"][n]["other"], _or_none))
+    rows.append(row("together", lambda x: x["total"]))
+    rows.append(
+        row(
+            f"rows of {plan['length']:,} tokens that fit all chips",
+            lambda x: x["rows"],
+            "{:,}".format,
+        )
+    )
+    rows.append(row("their tokens", lambda x: x["tokens"], "{:,}".format))
+    return table(("decoding: a token on a chip", *(each["dtype"] for each in found)), rows)
+
+
+def _form(latent: bool) -> str:
+    return "latent" if latent else "projected"
+
+
+def _or_none(size: int | None) -> str:
+    return "none" if size is None else units.size(size)
 
 
 def _candidates(plan: Plan) -> str:

@@ -7,7 +7,7 @@ from ml_collections import ConfigDict
 
 from calm_jax.checkpoints.files import absolute, is_bucket, write_json, write_text
 from calm_jax.errors import CalmError
-from calm_jax.planning import compiled_plan, formula, page, program, search, topologies
+from calm_jax.planning import compiled_plan, decoding, formula, page, program, search, topologies
 from calm_jax.planning.compiled_plan import Plan
 from calm_jax.training import configuration
 
@@ -37,6 +37,7 @@ def run(
     plan = _plan(config, found, search)
     if tokens is not None and "seconds" in plan:
         plan["training"] = compiled_plan.training_cost(plan, tokens, dollars_per_chip_hour)
+    plan["decoding"] = decoding.of_plan(config, plan)
     plan["command"] = command
     shown = page.text(plan)
     print(shown, end="", flush=True)

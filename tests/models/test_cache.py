@@ -139,10 +139,10 @@ def test_a_cache_on_a_mesh_is_laid_out_by_the_rules():
         x_BTD, cache = call(spread, "residual", Inputs(tokens[:, start:stop]), cache)
         found.append(call(spread, "logits", x_BTD))
     assert_close(np.concatenate(found, axis=1), expected, 1e-5)
-    # 4 rows over 2 devices; the anchor's 2 key heads stay whole, f_cross' 4 are split.
+    # 4 rows over 2 devices; the anchor's 2 key heads stay whole, the 2 taps' features are split.
     held = {
         "anchor": (cache.anchor.layers.keys.values_LBKSH, (4, 2, 2, 8, 4)),
-        "bridge": (cache.bridge[0][0].values.values_LBKSH, (1, 2, 1, 8, 8)),
+        "latents": (cache.latents[0].values_LBKSH, (2, 2, 1, 8, 4)),
         "slots": (cache.anchor.slots.segments_BS, (2, 8)),
     }
     for name, (array, shape) in held.items():

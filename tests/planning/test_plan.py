@@ -112,6 +112,25 @@ def test_a_gpu_is_planned_by_formula(config, capsys):
     assert "serve to rank ways of running: their times may be off by a factor of three" in shown
 
 
+def test_the_state_of_decoding_is_told(config, tmp_path, capsys):
+    """A chip has 1 of 2 key heads of 64 features, 2 of f_cross' 4, and half of taps of 256."""
+    command = ["plan", f"--config={config}", "--topology=h200:8", f"--output={tmp_path}"]
+    assert main(command) == 0
+    plan = json.loads((tmp_path / "plan.json").read_text())
+    trees = {tree["name"]: tree["bytes"] for tree in plan["memory"]["trees"]}
+    free = plan["memory"]["available"] - sum(trees.values()) + trees["optimizer"]
+    heads, taps = (2 * 64, 64 + 4), (2 * 128, 128 + 4)  # bfloat16, and int8 with its scales
+    for found, head, tap in zip(plan["decoding"], heads, taps, strict=True):
+        layers, latent = 4 * 2 * head, 2 * tap
+        assert (found["anchor"], found["augments"]) == (layers, [layers])
+        (cross,) = found["cross"]
+        assert cross == {"kept": latent, "latent": True, "other": 2 * 2 * 2 * head}
+        assert found["total"] == 2 * layers + latent
+        assert found["rows"] == free // (256 * found["total"]) * 4
+        assert found["tokens"] == 256 * found["rows"]
+    assert "| rows of 256 tokens that fit all chips" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("setting", ["train.remat=offload", "attention=cudnn"])
 def test_a_plan_takes_what_training_on_such_a_gpu_does(config, setting):
     arguments = [f"--config.{setting}", "--config.data.pack=False"]

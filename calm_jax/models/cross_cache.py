@@ -1,0 +1,134 @@
+"""The two forms of f_cross' cache, and which of them a model keeps.
+
+Projected: keys and values of each connection. Latent: what they are products of, which all
+connections that read a layer of the augment share (`calm_jax.models.cross_attention`).
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from calm_jax import sharding
+from calm_jax.models.cache import KEY_AXES, LATENT_AXES, KeysValues, Vectors
+from calm_jax.models.calling import make_on_mesh_of
+from calm_jax.models.config import CompositionConfig, DecoderConfig, heads
+from calm_jax.models.connections import Connection, ConnectionPlan
+
+# A few features of a residual stream may be many times larger than the others: in int8 they spoil
+# their own group of features alone.
+LATENT_GROUP = 128
+
+Mesh = jax.sharding.Mesh | jax.sharding.AbstractMesh
+
+
+# For each round, for each of its entries.
+BridgeCaches = tuple[tuple[KeysValues | None, ...], ...]
+
+
+class CrossBytes(NamedTuple):
+    """Bytes that a token takes on a device in the cache of the connections of one augment.
+
+    `latent` is None where the latent form is not exact.
+    """
+
+    projected: int
+    latent: int | None
+
+    @property
+    def is_latent(self) -> bool:
+        """Whether the latent form is kept: where it is exact and smaller."""
+        return self.latent is not None and self.latent < self.projected
+
+    @property
+    def kept(self) -> int:
+        """Bytes of the form that is kept."""
+        return self.latent if self.is_latent else self.projected
+
+
+def cross_bytes(
+    plan: ConnectionPlan,
+    configs: Sequence[CompositionConfig],
+    anchor: DecoderConfig,
+    widths: Sequence[int],
+    dtype: Any,
+    mesh: Mesh | None = None,
+) -> tuple[CrossBytes, ...]:
+    """The bytes of both forms for each augment, whose hidden states have `widths`.
+
+    Args:
+        dtype: of the cache.
+        mesh: splits heads over devices, and latents along their width.
+    """
+    found = []
+    for number, (config, width) in enumerate(zip(configs, widths, strict=True)):
+        N, H = heads(config, anchor)
+        connections = sum(connection.augment == number for connection in plan.connections)
+        projected = connections * 2 * vector_bytes(N, H, dtype, mesh)
+        # A rotated key depends on the token's position, so W_K cannot be moved to the query.
+        of_tap = vector_bytes(1, width, dtype, mesh, LATENT_AXES, _groups(width))
+        latent = len(plan.tap_layers[number]) * of_tap
+        found.append(CrossBytes(projected, None if config.rotary else latent))
+    return tuple(found)
+
+
+def vector_bytes(
+    heads: int,
+    width: int,
+    dtype: Any,
+    mesh: Mesh | None = None,
+    axes: tuple[str | None, ...] = KEY_AXES,
+    groups: int = 1,
+) -> int:
+    """Bytes on a device of a vector of `width` for each of `heads`.
+
+    int8 has a float32 scale for each of `groups` of features.
+    """
+    if mesh is not None:
+        heads //= sharding.ways(axes[2], heads, mesh)
+        width //= sharding.ways(axes[4], width, mesh)
+        groups //= sharding.ways(axes[4], groups, mesh)
+    dtype = jnp.dtype(dtype)
+    return heads * (width * dtype.itemsize + (4 * groups if dtype == jnp.int8 else 0))
+
+
+def empty_cross_cache(
+    array: jax.Array,
+    plan: ConnectionPlan,
+    configs: tuple[CompositionConfig, ...],
+    anchor: DecoderConfig,
+    widths: tuple[int, ...],
+    batch: int,
+    slots: int,
+    dtype: Any,
+) -> tuple[BridgeCaches, tuple[Vectors | None, ...]]:
+    """`bridge` and `latents` of a `ComposedCache`, empty, on the mesh of `array`."""
+    sizes = cross_bytes(plan, configs, anchor, widths, dtype, sharding.current_mesh(array))
+    are_latent = tuple(size.is_latent for size in sizes)
+    arguments = (plan, configs, anchor, widths, are_latent, batch, slots, dtype)
+    return make_on_mesh_of(array, _empty, arguments)
+
+
+def _empty(
+    plan, configs, anchor, widths, are_latent, batch, slots, dtype
+) -> tuple[BridgeCaches, tuple[Vectors | None, ...]]:
+    def projected(entry: tuple[Connection, ...]) -> KeysValues | None:
+        augment = entry[0].augment
+        if are_latent[augment]:
+            return None
+        N, H = heads(configs[augment], anchor)
+        return KeysValues.empty(len(entry), batch, N, slots, H, dtype)
+
+    def latent(layers: int, width: int) -> Vectors:
+        return Vectors.empty(layers, batch, 1, slots, width, dtype, LATENT_AXES, _groups(width))
+
+    bridge = tuple(tuple(map(projected, round_.entries)) for round_ in plan.rounds)
+    return bridge, tuple(
+        latent(len(layers), width) if is_latent else None
+        for layers, width, is_latent in zip(plan.tap_layers, widths, are_latent, strict=True)
+    )
+
+
+def _groups(width: int) -> int:
+    return 1 if width % LATENT_GROUP else width // LATENT_GROUP

@@ -1,0 +1,54 @@
+"""What decoding with a plan's models keeps of each token, and how much of it fits."""
+
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from calm_jax import sharding
+from calm_jax.decoding.memory import token_bytes
+from calm_jax.planning import formula
+from calm_jax.planning.compiled_plan import Plan
+from calm_jax.training.abstract_run import decoder_configs
+from calm_jax.training.run_model import composition_configs
+
+
+def of_plan(config: ConfigDict, plan: Plan) -> list[dict[str, Any]]:
+    """The state of a token on a chip, in the models' own dtypes and in int8.
+
+    Models lie on the plan's mesh as they do in training, without the optimizer's state.
+
+    Returns:
+        for each dtype, "dtype"; in bytes, "anchor", "augments" and "total"; "cross" of each
+        augment, with "kept", "latent" (whether that form is kept) and "other", the bytes of the
+        other form or None; "rows" of the plan's length that fit on all chips, and their "tokens".
+    """
+    mesh = formula.abstract_mesh(plan["mesh"])
+    anchor, *augments = decoder_configs(config)
+    compositions = composition_configs(config) if augments else []
+    trees = plan["memory"]["trees"]
+    weights = sum(tree["bytes"] for tree in trees if tree["name"] != "optimizer")
+    free = max(0, plan["memory"]["available"] - weights)
+    found = []
+    for dtype in (None, "int8"):
+        token = token_bytes(anchor, augments, compositions, dtype, mesh)
+        rows = free // (token.total * plan["length"]) * sharding.ways("batch", mesh.size, mesh)
+        cross = [
+            {
+                "kept": each.kept,
+                "latent": each.is_latent,
+                "other": each.projected if each.is_latent else each.latent,
+            }
+            for each in token.cross
+        ]
+        found.append(
+            {
+                "dtype": dtype or "models' dtype",
+                "anchor": token.anchor,
+                "augments": list(token.augments),
+                "cross": cross,
+                "total": token.total,
+                "rows": rows,
+                "tokens": rows * plan["length"],
+            }
+        )
+    return found
