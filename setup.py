@@ -36,6 +36,8 @@ INSTALL = [
     "orbax-checkpoint>=0.12.8",
     # Reads Parquet, the form of most published data sets; tensorflow-datasets brings it anyway.
     "pyarrow",
+    # chrF and BLEU; the oldest that the tests have run with.
+    "sacrebleu>=2.6.0",
     "safetensors",
     "sentencepiece",
     "seqio",

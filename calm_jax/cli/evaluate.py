@@ -1,5 +1,8 @@
 """`calm evaluate`: score a model on tasks."""
 
+import dataclasses
+from typing import Any
+
 from absl import flags
 from ml_collections import ConfigDict
 
@@ -9,16 +12,26 @@ from calm_jax.cli import config, models
 from calm_jax.errors import CalmError
 from calm_jax.quiet import quiet_libtpu
 
-USAGE = """Scores a model by exact match and writes every prediction.
+USAGE = """Scores a model on tasks and writes every prediction.
 
   calm evaluate --workdir=runs/mine --parts
   calm evaluate --workdir=runs/kv/composed [--step=2000] [--limit=100]
   calm evaluate --model=models/anchor --tasks=test.jsonl [--output=scores/anchor]
   calm evaluate --model=models/anchor --tasks=test.parquet --columns=inputs:question,targets:answer
+  calm evaluate --workdir=runs/mine --parts --tasks=gsm8k:data/gsm8k,mgsm/sw+th:data/mgsm
+  calm evaluate --workdir=runs/mine --tasks=humaneval:data/human_eval --samples=10 --temperature=0.8
+  calm evaluate --workdir=runs/mine --tasks=test.jsonl --metric=contains,chrf1
 
 WORKDIR is a run of `calm train`. Tasks and lengths are those of its config unless flags say
 otherwise: evaluate.tasks (where it is empty, the files of data.validation), evaluate.limit and
-evaluate.max_new_tokens. --parts scores the anchor and each augment alone as well, so that the pair
+evaluate.max_new_tokens.
+
+A task of --tasks is TASK:FOLDER, or TASK/LANGUAGE+LANGUAGE:FOLDER for some of its languages, of
+gsm8k, mgsm, ntrex, flores, humaneval, mbpp and codexglue; choices:FILE or text:FILE; a seqio Task
+by its name; or a file of JSON lines or Parquet, whose answers --metric scores. docs/tasks.md has
+them all.
+
+--parts scores the anchor and each augment alone as well, so that the pair
 can be compared with them. MODEL is a frozen folder or an exported bridge. Where the frozen models
 of a bridge have moved since it was trained, --anchor and --augments say where they are.
 
@@ -34,7 +47,7 @@ def _define(values: flags.FlagValues) -> None:
     flags.DEFINE_string("model", None, "frozen folder or exported bridge", flag_values=values)
     models.define(values)
     flags.DEFINE_list(
-        "tasks", None, "Tasks or files of JSON lines, separated by commas", flag_values=values
+        "tasks", None, "TASK:FOLDER, seqio Tasks or files, separated by commas", flag_values=values
     )
     flags.DEFINE_list(
         "columns", None, "FIELD:COLUMN of the files, separated by commas", flag_values=values
@@ -48,7 +61,38 @@ def _define(values: flags.FlagValues) -> None:
     flags.DEFINE_bool(
         "parts", False, "score the anchor and the augments alone as well", flag_values=values
     )
+    flags.DEFINE_integer(
+        "batch_size", 128, "prompts answered at once at most", lower_bound=1, flag_values=values
+    )
+    _define_options(values)
     flags.DEFINE_string("output", None, "folder of the results", flag_values=values)
+
+
+def _define_options(values: flags.FlagValues) -> None:
+    """Defines how tasks are asked; the defaults are those of `answering.Options`."""
+    flags.DEFINE_list(
+        "metric", None, "of files: exact_match, contains, number, regex, chrf1, …; the main first",
+        flag_values=values,
+    )  # fmt: skip
+    flags.DEFINE_integer(
+        "shots", None, "examples before each question; default: the task's", lower_bound=0,
+        flag_values=values,
+    )  # fmt: skip
+    flags.DEFINE_integer(
+        "seed", 0, "that shots and answers are drawn by", lower_bound=0, flag_values=values
+    )
+    flags.DEFINE_integer(
+        "samples", 1, "answers to each problem, for pass@k", lower_bound=1, flag_values=values
+    )
+    flags.DEFINE_float("temperature", 0.0, "0: the most probable token", flag_values=values)
+    flags.DEFINE_float("top_p", 1.0, "share of probability to draw from", flag_values=values)
+    flags.DEFINE_integer(
+        "context", 0, "tokens of a prompt with its answer at most; 0: any", lower_bound=0,
+        flag_values=values,
+    )  # fmt: skip
+    flags.DEFINE_bool(
+        "drop_shots", False, "leave out shots that do not fit into --context", flag_values=values
+    )
 
 
 def _load_config(values: flags.FlagValues) -> ConfigDict:
@@ -90,7 +134,8 @@ def main(argv: list[str]) -> int:
     given = models.mesh_as_config(argv)
     values, settings = config.parse(given, USAGE, _define, load_config=_load_config)
 
-    from calm_jax.evaluation import metrics, results, runner
+    from calm_jax.evaluation import groups, metric_table, results, runner
+    from calm_jax.evaluation.answering import Options
     from calm_jax.membership import refuse_several
 
     quiet_libtpu()
@@ -106,16 +151,25 @@ def main(argv: list[str]) -> int:
         max_new_tokens=settings.evaluate.max_new_tokens,
         columns=_columns(values.columns),
         mesh=settings.mesh.to_dict(),
+        batch_size=values.batch_size,
         parts=values.parts,
+        options=_options(values, Options),
         output=output,
         command=config.command_line("evaluate", argv),
     )
     parts = summary.get(results.PARTS, {})
-    for task, score in summary.items():
-        if task in (results.SCORED, results.PARTS):
-            continue
-        print(f"{task}: {metrics.in_words(score)}")
-        for part, scores in parts.items():
-            print(f"{task}, {part} alone: {metrics.in_words(scores[task])}")
+    scores = results.scores_of(summary)
+    for task, score in scores.items():
+        print(f"{task}: {metric_table.in_words(score)}")
+        for part, of_part in parts.items():
+            print(f"{task}, {part} alone: {metric_table.in_words(of_part[task])}")
         print(results.predictions_file(output, task))
+    for group in groups.groups(scores, parts.get("anchor")):
+        print(f"{group.name}: {group}")
     return 0
+
+
+def _options(values: flags.FlagValues, make: type) -> Any:
+    names = [field.name for field in dataclasses.fields(make) if field.name != "metrics"]
+    metrics = {"metrics": tuple(values.metric)} if values.metric else {}
+    return make(**metrics, **{name: values[name].value for name in names})

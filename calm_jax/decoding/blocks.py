@@ -9,9 +9,10 @@ ROUNDS = 4  # prompts of a block for each row: rows stand idle only at the end o
 
 
 def in_blocks(
-    generator: Generator, prompts: Sequence[Prompt], sampling: Sampling
+    generator: Generator, prompts: Sequence[Prompt], sampling: Sampling | Sequence[Sampling]
 ) -> Iterator[list[Completion]]:
     """The answers to each prompt, in the order of the prompts, as `Generator.generate` says."""
     size = ROUNDS * generator.scheduler.slots
     for start in range(0, len(prompts), size):
-        yield from generator.generate(prompts[start : start + size], sampling)
+        of_block = sampling if isinstance(sampling, Sampling) else sampling[start : start + size]
+        yield from generator.generate(prompts[start : start + size], of_block)

@@ -69,14 +69,3 @@ def score(predictions: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
         "rewritten": sum("written" in record for record in records),
         "interval": list(wilson_interval(right, count)),
     }
-
-
-def in_words(score: Mapping[str, Any]) -> str:
-    """A result of `score` as one line."""
-    low, high = score["interval"]
-    words = f"{score['exact_match']:.1f}% of {score['count']:,} (95% interval {low:.1f}–{high:.1f})"
-    if score.get("empty"):
-        words += f"; {score['empty']:,} answers are empty"
-    if score.get("rewritten"):
-        words += f"; {score['rewritten']:,} targets are scored as the vocabulary writes them"
-    return words

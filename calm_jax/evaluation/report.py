@@ -65,6 +65,7 @@ def build_page(runs: Sequence[Run], scores: Table1 | None, experiment: str, comm
         ladders=score_sections.ladders(scores) if scores else [],
         kept=score_sections.kept,
         tasks=score_sections.scores_by_task(runs),
+        grouped=score_sections.grouped(runs),
         is_key_value=is_key_value,
         world=setting.world(runs),
         world_models=setting.models(runs),

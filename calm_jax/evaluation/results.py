@@ -30,6 +30,11 @@ def predictions_file(evaluation: epath.PathLike, task: str) -> epath.Path:
     return epath.Path(evaluation) / f"{name}.jsonl"
 
 
+def scores_of(summary: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """The scores of a summary.json by task."""
+    return {task: score for task, score in summary.items() if task not in (SCORED, PARTS)}
+
+
 def part_names(augments: int) -> list[str]:
     """What the parts of a composed model are called: "anchor", then "augment 0" and so on."""
     return ["anchor", *(f"augment {number}" for number in range(augments))]
@@ -70,7 +75,7 @@ class Run:
     metrics: list[dict[str, Any]]
     commands: list[str]  # the command lines of `calm train` that made it
     costs: dict[str, Any]
-    scores: dict[str, dict[str, Any]]  # by task, as of `metrics.score`
+    scores: dict[str, dict[str, Any]]  # by task, as of `metric_table.score`
     scored: dict[str, Any]  # which checkpoint was scored, with what settings, when and on what
     predictions: dict[str, list[dict[str, Any]]]  # by task
     attention: dict[str, Any]
@@ -141,7 +146,7 @@ def _read_parts(
 
 def _evaluated(folder: epath.Path, summary: Mapping[str, Any]) -> dict[str, Any]:
     """The fields of a `Run` that an evaluation fills."""
-    scores = {task: score for task, score in summary.items() if task not in (SCORED, PARTS)}
+    scores = scores_of(summary)
     return {
         "scores": scores,
         "scored": summary.get(SCORED, {}),

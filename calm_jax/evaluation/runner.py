@@ -1,15 +1,14 @@
 """Scoring a model: every example of its tasks is answered, compared and written down."""
 
 import contextlib
+import dataclasses
 import datetime
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
-import numpy as np
 from etils import epath
-from tqdm import tqdm
 
 from calm_jax import data, sharding
 from calm_jax.checkpoints.any_model import load_model
@@ -18,10 +17,10 @@ from calm_jax.checkpoints.kinds import COMPOSED_RUN, DECODER_RUN, FROZEN, kind_o
 from calm_jax.checkpoints.training import TrainingCheckpoints
 from calm_jax.data.entries import files_of, identity, named_entry
 from calm_jax.data.vocabulary import Vocabulary
-from calm_jax.decoding import Generator, Sampling
-from calm_jax.decoding.blocks import in_blocks
 from calm_jax.errors import CalmError
-from calm_jax.evaluation import metrics
+from calm_jax.evaluation import metric_table, metrics
+from calm_jax.evaluation.answering import Options, answers, shot_texts
+from calm_jax.evaluation.attention import attention
 from calm_jax.evaluation.results import (
     PARTS,
     SCORED,
@@ -32,13 +31,15 @@ from calm_jax.evaluation.results import (
     read_optional,
     write_json_lines,
 )
-from calm_jax.models import ComposedDecoder, Inputs
+from calm_jax.evaluation.tasks.registry import open_tasks
+from calm_jax.evaluation.tasks.task import Task
+from calm_jax.evaluation.tasks.templates import TEMPLATES
+from calm_jax.models import ComposedDecoder
 
 SPLIT = "test"
 BATCH_SIZE = 128
 DEFAULTS = {"tasks": (), "limit": 0, "max_new_tokens": 32}  # of a model that is not a run
 log = logging.getLogger("absl")
-ATTENTION_TOKENS = 32  # of the prompt whose attention is kept: more are not legible
 Records = list[dict[str, Any]]
 
 
@@ -55,41 +56,46 @@ def evaluate(
     mesh: Mapping[str, int] | None = None,
     batch_size: int = BATCH_SIZE,
     parts: bool = False,
+    options: Options | None = None,
     output: epath.PathLike | None = None,
     command: str = "",
 ) -> dict[str, Any]:
-    """Scores a model by exact match and writes every prediction.
+    """Scores a model on tasks and writes every prediction.
 
     `output` then holds each task's predictions with their metadata (`TASK.jsonl`, with `_` for the
-    `/` in its name), `attention.json` of a composed model (one prompt), the predictions of the
-    parts in folders of their own, and last `summary.json`. Where that already describes the same
-    checkpoint, settings and files of JSON lines, nothing is done.
+    `/` in its name), `shots.json` with the shots of each task that has some, `attention.json` of a
+    composed model (one prompt), the predictions of the parts in folders of their own, and last
+    `summary.json`. Where that already describes the same checkpoint, settings and files, nothing is
+    done.
 
     Args:
         model: the directory of a run, a frozen folder or an exported bridge.
         step: which checkpoint of a composed run; default: the best by validation. A decoder's run
             has one finished model, its frozen folder.
         anchor, augments: folders of the frozen models, where these have moved.
-        tasks: names of Tasks with a test split, or files of JSON lines; default: the run's
-            `evaluate.tasks`, or, where that is empty, the files of its validation data.
+        tasks: names of `tasks.registry`, such as "mgsm/sw+th:FOLDER", names of seqio Tasks with a
+            test split, or files of JSON lines; default: the run's `evaluate.tasks`, or, where that
+            is empty, the files of its validation data.
         limit: examples of each task at most, 0 for all; default: the run's `evaluate.limit`, or 0.
-        max_new_tokens: length of an answer at most, in tokens; default: the run's
-            `evaluate.max_new_tokens`, or 32.
+        max_new_tokens: length of an answer at most, in tokens, of seqio Tasks and files; default:
+            the run's `evaluate.max_new_tokens`, or 32.
         columns: of the files, as in an entry of `config.data`: {"inputs": "question", …}; default:
             those of the run's validation data.
         mesh: sizes of the mesh axes, as in a run's config; default: the first device alone.
         batch_size: prompts answered at once at most.
         parts: also scores the anchor and each augment of a composed model alone.
+        options: how tasks are asked otherwise.
         output: where the results go; default: `evaluation/` in the model's folder.
         command: the command line that asks for it, kept in summary.json for the report.
 
     Returns:
-        what `metrics.score` says of each task, by name; under "_run" what was scored, when and on
-        what; under "_parts" the same scores of each part.
+        what `metric_table.score` says of each task, by name; under "_run" what was scored, when
+        and on what; under "_parts" the same scores of each part.
 
     Raises:
-        CalmError: no model, an unknown step or task, a task without examples, parts of a model that
-            has none, or a folder that cannot be written.
+        CalmError: no model, an unknown step or task, a task without examples, or one that this
+            machine cannot judge, an option that no task uses, parts of a model that has none, or a
+            folder that cannot be written.
     """
     folder = absolute(model)
     config = read_json(folder / "config.json", "a run, a frozen folder or an exported bridge")
@@ -101,14 +107,30 @@ def evaluate(
     settings = {key: of_run[key] if value is None else value for key, value in given.items()}
     settings["tasks"] = list(settings["tasks"] or validation_files(config))
     output = absolute(output) if output else evaluation_folder(folder)
-    _check_tasks(settings["tasks"], folder, output)
+    if not settings["tasks"]:
+        raise CalmError(f"{folder}: there is nothing to score; name a task or a file by --tasks")
     step = _step(folder, config, step)
-    entries = {task: _entry(task, config, columns) for task in settings["tasks"]}
+    options = options or Options()
+    opened = {name: open_tasks(name) for name in settings["tasks"]}
+    entries = {
+        name: _entry(name, config, columns) for name, tasks in opened.items() if tasks is None
+    }
+    tasks = {name: _limited(of_name, settings["limit"]) for name, of_name in opened.items()}
+    _check_options(options, [task for of_name in tasks.values() for task in of_name or ()], entries)
+    _check_names(tasks, output)
     scored = {
         "step": step,
         "fingerprint": config.get("fingerprint"),
         **settings,
-        "files": [identity(entry) for entry in entries.values() if files_of(entry)],
+        "options": dataclasses.asdict(options) | {"metrics": list(options.metrics)},
+        "files": [
+            *(identity(entry) for entry in entries.values() if files_of(entry)),
+            *(
+                [task.name, task.fingerprint(options.shots, options.seed)]
+                for of_name in tasks.values()
+                for task in of_name or ()
+            ),
+        ],
     }
     before = read_optional(output / "summary.json")
     is_same = scored.items() <= before.get(SCORED, {}).items()
@@ -128,24 +150,33 @@ def evaluate(
         if parts:
             names = part_names(len(loaded.augments))
             models |= zip(names, (loaded.anchor, *loaded.augments), strict=True)
-        examples = {
-            task: _examples(loaded, task, entry, config, settings)
-            for task, entry in entries.items()
-        }
-        answers = {
-            name: _answers(one, loaded.vocabulary, name, examples, settings, batch_size)
+        asked = [
+            task
+            for name, of_name in tasks.items()
+            for task in of_name or [_own(loaded, name, entries[name], config, settings, options)]
+        ]
+        said = {
+            name: answers(one, loaded.vocabulary, name, asked, options, batch_size)
             for name, one in models.items()
         }
         # Until the new summary is written, none describes predictions that are not its own.
         (output / "summary.json").unlink(missing_ok=True)
-        for name, of_model in answers.items():
+        for name, of_model in said.items():
             for task, records in of_model.items():
                 write_json_lines(predictions_file(part_folder(output, name), task), records)
+        _write_or_remove(
+            output / "shots.json",
+            {task.name: shots for task in asked if (shots := shot_texts(task, options))},
+        )
         if isinstance(loaded, ComposedDecoder):
-            write_json(output / "attention.json", _attention(loaded, answers[""]))
+            _write_or_remove(output / "attention.json", attention(loaded, said[""]))
     scores = {
-        name: {task: metrics.score(records) for task, records in of_model.items()}
-        for name, of_model in answers.items()
+        name: {
+            task.name: metric_table.score(of_model[task.name], _metrics(task, options))
+            | ({"group": task.group} if task.group else {})
+            for task in asked
+        }
+        for name, of_model in said.items()
     }
     now = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC")
     device = f"{jax.device_count()} × {jax.devices()[0].device_kind}"
@@ -155,15 +186,72 @@ def evaluate(
     return summary
 
 
-def _check_tasks(tasks: Sequence[str], folder: epath.Path, output: epath.Path) -> None:
-    """Raises `CalmError` without a task, or where predictions of two would be one file."""
-    if not tasks:
-        raise CalmError(f"{folder}: there is nothing to score; name a task or a file by --tasks")
+def _check_names(tasks: Mapping[str, Sequence[Task] | None], output: epath.Path) -> None:
+    """Raises `CalmError` where predictions of two tasks would be one file."""
     named: dict[epath.Path, str] = {}
+    for name, of_name in tasks.items():
+        for task in [name] if of_name is None else [task.name for task in of_name]:
+            other = named.setdefault(predictions_file(output, task), name)
+            if other != name:
+                raise CalmError(f"predictions of {other} and {name} would be one file; rename one")
+
+
+def _limited(tasks: Sequence[Task] | None, limit: int) -> list[Task] | None:
+    """The tasks with as many examples at most; 0 is all."""
+    if tasks is None or not limit:
+        return tasks
+    return [dataclasses.replace(task, examples=task.examples[:limit]) for task in tasks]
+
+
+def _check_options(
+    options: Options, tasks: Sequence[Task], entries: Mapping[str, Mapping[str, Any]]
+) -> None:
+    """Raises `CalmError` for what no task would use, and tasks that cannot be judged here."""
+    for name in options.metrics:
+        if name not in metric_table.OF_ANSWERS:
+            known = ", ".join(metric_table.OF_ANSWERS)
+            raise CalmError(f"--metric={name}: of prompts with answers, there are {known}")
+    if not entries and options.metrics != Options.metrics:
+        raise CalmError(
+            f"--metric={','.join(options.metrics)}: no task in --tasks is a file or a seqio Task; "
+            "the others have metrics of their own"
+        )
+    if options.samples > 1 and not any("pass@1" in task.metrics for task in tasks):
+        raise CalmError(f"--samples={options.samples}: no task in --tasks is scored by pass@k")
+    if options.shots and entries:
+        raise CalmError(f"{next(iter(entries))} has no split to draw --shots={options.shots} from")
     for task in tasks:
-        other = named.setdefault(predictions_file(output, task), task)
-        if other != task:
-            raise CalmError(f"predictions of {other} and {task} would be one file; rename one")
+        task.drawn(options.shots, options.seed)
+        if task.needs is not None:
+            task.needs()
+
+
+def _metrics(task: Task, options: Options) -> tuple[str, ...]:
+    """The task's metrics; pass@k for as many answers as there are."""
+    more = [k for k in (10, 100) if k <= options.samples] if "pass@1" in task.metrics else []
+    return (*task.metrics, *(f"pass@{k}" for k in more))
+
+
+def _write_or_remove(path: epath.Path, value: Any) -> None:
+    """Writes JSON, or removes what an evaluation before has left where there is nothing to say."""
+    if value:
+        write_json(path, value)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _own(
+    model,
+    name: str,
+    entry: Mapping[str, Any],
+    config: Mapping[str, Any],
+    settings: Mapping[str, Any],
+    options: Options,
+) -> Task:
+    """A seqio Task or a user's file: prompts and answers as they stand."""
+    examples = _examples(model, name, entry, config, settings, options.metrics)
+    room = settings["max_new_tokens"]
+    return Task(name, examples, TEMPLATES["own"], options.metrics, max_new_tokens=room)
 
 
 def validation_files(config: Mapping[str, Any]) -> list[str]:
@@ -217,8 +305,9 @@ def _examples(
     entry: Mapping[str, Any],
     config: Mapping[str, Any],
     settings: Mapping[str, Any],
+    by: Sequence[str] = Options.metrics,
 ) -> Records:
-    """The examples of a task, after a check that every answer has room to be right."""
+    """The examples of a task; of exact match after a check that every answer can be right."""
     vocabulary, room = model.vocabulary, settings["max_new_tokens"]
     if vocabulary is None:
         raise CalmError(f"the model has no vocabulary to write {task} in")
@@ -232,6 +321,8 @@ def _examples(
         raise CalmError(f"{task}: none of {found} examples has a prompt whose answer can be scored")
     if len(examples) < found:
         log.warning("%s: %d of %d have no prompt to answer", task, found - len(examples), found)
+    if by[0] != "exact_match":
+        return examples
     longest = max(_write_target(example, vocabulary) for example in examples)
     if longest > room:
         raise CalmError(
@@ -263,85 +354,3 @@ def _write_target(example: dict[str, Any], vocabulary: Vocabulary) -> int:
     elif not metrics.is_exact_match(written, example["targets"]):
         example["written"] = written
     return len(ids) + 1
-
-
-def _answers(
-    model,
-    vocabulary: Vocabulary,
-    name: str,
-    examples: Mapping[str, Records],
-    settings: Mapping[str, Any],
-    batch_size: int,
-) -> dict[str, Records]:
-    """The examples of each task, with "prediction" and "correct"; `name` is shown meanwhile."""
-    if model.vocabulary is None:  # an augment may have none, and then reads by the anchor's
-        model.vocabulary = vocabulary
-    prompts = {
-        task: [model.vocabulary.encode_sequence(example["inputs"]) for example in asked]
-        for task, asked in examples.items()
-    }
-    sampling = Sampling(max_new_tokens=settings["max_new_tokens"])
-    # One for all tasks, since each length of its rows is compiled anew.
-    generator = Generator(
-        model,
-        max_length=max(len(p) for asked in prompts.values() for p in asked)
-        + sampling.max_new_tokens,
-        slots=min(batch_size, max(map(len, prompts.values()))),
-    )
-    answers = {}
-    for task, asked in prompts.items():
-        shown, said = f"{name} {task}".strip(), []
-        with tqdm(total=len(asked), desc=shown, unit="example") as progress:
-            for prompt, (answer,) in zip(asked, in_blocks(generator, asked, sampling), strict=True):
-                if answer.error is not None:
-                    raise CalmError(f"{shown}: {answer.error}")
-                said.append(vocabulary.decode_after(prompt, answer.tokens))
-                progress.update()
-        answers[task] = list(map(_judged, examples[task], said))
-    return answers
-
-
-def _judged(example: dict[str, Any], prediction: str) -> dict[str, Any]:
-    targets = [example[key] for key in ("targets", "written") if key in example]
-    correct = any(metrics.is_exact_match(prediction, target) for target in targets)
-    return {**example, "prediction": prediction, "correct": correct}
-
-
-def _attention(model: ComposedDecoder, answers: Mapping[str, Records]) -> dict[str, Any]:
-    """What each connection attends to in one prompt, as a mean over heads.
-
-    The prompt is the first that was answered right, of MATH where there is such a set.
-    """
-    records = [record for of_task in answers.values() for record in of_task]
-    example = min(records, key=lambda record: (not record["correct"], record.get("set") != "math"))
-    vocabulary = model.vocabulary
-    ids = vocabulary.encode_sequence(example["inputs"])[:ATTENTION_TOKENS]
-    tokens_1T = np.array([ids], np.int32)
-    maps = model.attention_maps(Inputs(tokens_1T, prompt_mask_BT=np.ones_like(tokens_1T)))
-    return {
-        "inputs": example["inputs"],
-        "tokens": _texts(vocabulary, ids),
-        "connections": [
-            {
-                "augment": found["augment"],
-                "from": found["from"],
-                "to": found["to"],
-                "weights": np.round(np.asarray(found["weights"])[0].mean(0), 4).tolist(),
-            }
-            for found in maps
-        ],
-    }
-
-
-def _texts(vocabulary: Vocabulary, ids: Sequence[int]) -> list[str]:
-    """What each token adds to the text: "�" is a part of a character; special tokens are named."""
-    names, texts = vocabulary.tokens(), []
-    start, before = 0, ""
-    for end, token in enumerate(ids, start=1):
-        text = vocabulary.decode(ids[start:end])
-        added = text.removeprefix(before)
-        texts.append("\ufffd" if "\ufffd" in added else added or names[token])
-        before = text.rstrip("\ufffd")
-        if token in vocabulary.eos_ids:  # decoding would stop at it: what follows starts anew
-            start, before = end, ""
-    return texts

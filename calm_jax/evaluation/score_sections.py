@@ -1,10 +1,10 @@
 """What the page's sections on right and wrong answers show; the templates say how."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from calm_jax.evaluation import metrics
+from calm_jax.evaluation import groups, metric_table, metrics
 from calm_jax.evaluation.page import run_colour
 from calm_jax.evaluation.results import Run
 from calm_jax.evaluation.table1 import MODELS, PAPER, SETS, Table1, expressions
@@ -74,25 +74,63 @@ def with_parts(runs: Sequence[Run]) -> list[Run]:
 def scores_by_task(runs: Sequence[Run]) -> list[dict[str, Any]]:
     """Every task with the scores of all that were scored on it: pairs, their parts, other runs.
 
-    `constant` is the share of the best constant answer in percent, None where no prediction is
-    left to tell it.
+    `constant` is the share of the best constant answer in percent, None where the metric is not
+    exact match or no prediction is left to tell it. `figure` is None where the scores are not of
+    100, and of the rows of a group, which would be too many; `cells` are the scores, in words.
     """
     scored = with_parts(runs)
     tasks = dict.fromkeys(task for run in scored for task in run.scores)
     found = []
     for task in tasks:
         mine = [run for run in scored if task in run.scores]
-        targets = [record["targets"] for run in mine[-1:] for record in run.predictions[task]]
+        cell = mine[-1].scores[task]
+        is_exact = metric_table.main_name(cell) == "exact_match"
+        targets = [r["targets"] for r in mine[-1].predictions[task] if is_exact]
         constant = metrics.best_constant(targets)[1] if targets else None
         bars = [
-            Bar(run.name, cell["exact_match"], run_colour(run), cell["interval"])
+            Bar(run.name, metric_table.main_value(cell), run_colour(run), cell["interval"])
             for run in mine
             for cell in [run.scores[task]]
         ]
         if constant is not None:
             bars.append(Bar("best constant answer", constant, "var(--constant)"))
-        figure = Figure(task, [Group(bars)])
-        found.append({"task": task, "runs": mine, "constant": constant, "figure": figure})
+        is_drawn = "group" not in cell and all(bar.value <= 100 for bar in bars)
+        is_drawn &= not metric_table.find(metric_table.main_name(cell)).descends
+        found.append(
+            {
+                "task": task,
+                "runs": mine,
+                "constant": constant,
+                "figure": Figure(task, [Group(bars)]) if is_drawn else None,
+                "cells": [(run, _shown(run.scores[task])) for run in mine],
+            }
+        )
+    return found
+
+
+def _shown(cell: Mapping[str, Any]) -> dict[str, Any]:
+    """A task's score as the table has it."""
+    name = metric_table.main_name(cell)
+    digits = 3 if metric_table.find(name).descends else 1
+    low, high = cell["interval"]
+    return {
+        "metric": name,
+        "value": f"{metric_table.main_value(cell):.{digits}f}",
+        "interval": f"{low:.{digits}f}–{high:.{digits}f}",
+        "others": ", ".join(f"{x} {cell[x]:.1f}" for x in cell.get("intervals", ()) if x != name),
+        "empty": cell.get("empty", "not known"),
+        "count": cell["count"],
+    }
+
+
+def grouped(runs: Sequence[Run]) -> list[tuple[Run, groups.Group]]:
+    """The groups of rows of every run and part, beside the anchor's where it was scored."""
+    found = []
+    for run in runs:
+        anchor = run.parts[0].scores if run.parts else None
+        for one in (*run.parts, run):
+            of_one = groups.groups(one.scores, anchor if one is run else None)
+            found += [(one, group) for group in of_one]
     return found
 
 
@@ -109,16 +147,15 @@ def breakdown(runs: Sequence[Run]) -> list[Figure]:
             figures.append(Figure(title, _by_operands(both)))
     for name in reversed(SETS):
         series = [(run.name, expressions(run, name), run_colour(run), False) for run in runs]
-        groups = _by_operands(series)
-        if groups:
-            figures.append(Figure(f"{name.upper()}: {SETS[name]}", groups))
+        if parted := _by_operands(series):
+            figures.append(Figure(f"{name.upper()}: {SETS[name]}", parted))
     return figures
 
 
 def examples(runs: Sequence[Run]) -> dict[str, Any] | None:
     """The same prompts answered by every run, some right and some wrong for a composed one."""
     answers = [
-        (run, {r["inputs"]: r for r in (expressions(run, "math") or run.records())})
+        (run, {r["inputs"]: r for r in (expressions(run, "math") or run.records()) if _judged(r)})
         for run in with_parts(runs)
     ]
     answers = [(run, records) for run, records in answers if records]
@@ -139,12 +176,17 @@ def examples(runs: Sequence[Run]) -> dict[str, Any] | None:
     }
 
 
+def _judged(record: Mapping[str, Any]) -> bool:
+    """Whether a record has an answer that was found right or wrong."""
+    return {"inputs", "targets", "prediction", "correct"} <= record.keys()
+
+
 def _by_operands(series: Sequence[tuple[str, list, str, bool]]) -> list[Group]:
     """Groups of bars by number of operands, of (label, records, colour, faint)."""
     operands = sorted(
         {r["operands"] for _, records, *_ in series for r in records if "operands" in r}
     )
-    groups = []
+    parted = []
     for number in operands:
         bars, counts = [], []
         for label, records, colour, faint in series:
@@ -156,8 +198,8 @@ def _by_operands(series: Sequence[tuple[str, list, str, bool]]) -> list[Group]:
                 counts.append(cell["count"])
         fewest, most = min(counts), max(counts)
         note = f"n = {most:,}" if fewest == most else f"n = {fewest:,}–{most:,}"
-        groups.append(Group(bars, f"{number} operand{'s' if number > 1 else ''}", note))
-    return groups
+        parted.append(Group(bars, f"{number} operand{'s' if number > 1 else ''}", note))
+    return parted
 
 
 def _spaced(records: list, count: int) -> list:

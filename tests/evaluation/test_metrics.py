@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from calm_jax.errors import CalmError
-from calm_jax.evaluation import metrics
+from calm_jax.evaluation import metric_table, metrics
 
 
 def score_test_bounds(correct: int, count: int) -> tuple[float, float]:
@@ -69,7 +69,7 @@ def test_score_counts_what_is_marked_correct():
     said = [(True, "1"), (False, " "), (True, "2"), (True, "")]
     found = metrics.score({"correct": right, "prediction": text} for right, text in said)
     assert (found["exact_match"], found["count"], found["empty"]) == (75.0, 4, 2)
-    assert metrics.in_words(found).endswith("; 2 answers are empty")
+    assert metric_table.in_words(found).endswith("; 2 answers are empty")
     assert found["interval"] == list(metrics.wilson_interval(3, 4))
 
 

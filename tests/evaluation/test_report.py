@@ -293,10 +293,10 @@ def test_parts_stand_beside_the_pair(experiment, folder):
     """Scored with the pair, or alone in their own folders."""
     parts_scored(experiment, folder, anchor=3, augment=1)
     text = write_report(experiment).page.read_text()
-    rows = {row[0]: row[1:] for row in table_rows(text) if len(row) == 5}
-    assert rows["mine"] == ["70.0", "0.0–100.0", "3", "10"]
-    assert rows["mine: anchor alone"] == ["30.0", "0.0–100.0", "7", "10"]
-    assert rows["mine: augment alone"][0] == "10.0" and "another" not in text
+    rows = {row[0]: row[1:] for row in table_rows(text) if len(row) == 7}
+    assert rows["mine"] == ["exact_match", "70.0", "0.0–100.0", "", "3", "10"]
+    assert rows["mine: anchor alone"] == ["exact_match", "30.0", "0.0–100.0", "", "7", "10"]
+    assert rows["mine: augment alone"][1] == "10.0" and "another" not in text
     assert "<em>empty</em>" in text
     described = re.search(r'class="bars" role="img" aria-label="([^"]*)"', text)[1]
     assert " ".join(described.split()) == (

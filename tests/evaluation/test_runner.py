@@ -24,8 +24,11 @@ from calm_jax.data import key_value
 from calm_jax.data.vocabularies import load_vocabulary, vocabulary_of_folder
 from calm_jax.decoding import Completion, generate
 from calm_jax.errors import CalmError
-from calm_jax.evaluation import runner
+from calm_jax.evaluation import answering, attention, metric_table, runner
+from calm_jax.evaluation.answering import Options
 from calm_jax.evaluation.results import predictions_file, read_run
+from calm_jax.evaluation.tasks.task import Task
+from calm_jax.evaluation.tasks.templates import TEMPLATES
 from calm_jax.models import CompositionConfig, Decoder, DecoderConfig, compose
 from calm_jax.models.parameters import module_tree
 
@@ -213,7 +216,7 @@ def test_tokens_of_an_attention_map_are_text(tmp_path):
     vocabulary = load_vocabulary(tmp_path / "tokenizer.json")
     ids = [vocabulary.token_id("<s>"), *vocabulary.encode("the the</s> theé")]
     texts = ["<s>", "t", "he", " the", "</s>", " the", "\ufffd", "é"]
-    assert runner._texts(vocabulary, ids) == texts
+    assert attention.token_texts(vocabulary, ids) == texts
 
 
 def test_parts_are_scored_on_what_the_pair_is_scored_on(composed_run, ask, capsys):
@@ -289,7 +292,7 @@ def test_done_once_for_the_same_settings(decoder_run, ask, monkeypatch):
     first = runner.evaluate(folder, limit=2)
     assert first[MATH]["count"] == 2
     with monkeypatch.context() as patch:
-        patch.setattr(runner, "Generator", None)  # would fail if called
+        patch.setattr(answering, "Generator", None)  # would fail if called
         assert runner.evaluate(folder, limit=2) == first
     assert runner.evaluate(folder, limit=3)[MATH]["count"] == 3
     assert SUBS not in runner.evaluate(folder, limit=3, tasks=[MATH])
@@ -384,7 +387,7 @@ def test_nothing_is_left_behind_by_an_error(decoder_run, ask, monkeypatch):
     def fail(*_, **__):
         raise RuntimeError("out of memory")
 
-    monkeypatch.setattr(runner, "in_blocks", fail)
+    monkeypatch.setattr(answering, "in_blocks", fail)
     with pytest.raises(RuntimeError):
         runner.evaluate(folder, limit=1)
     assert read_run(folder).scores[MATH] == before[MATH]
@@ -446,12 +449,12 @@ def test_a_perfect_model_is_right_where_its_vocabulary_cannot_write_the_targets(
     examples = runner._examples(model, "a", entry, {}, settings)
     rows = [[*vocabulary.encode(target), vocabulary.eos_id] for target in targets]
     answers = [[Completion(row, "", "stop")] for row in rows]
-    monkeypatch.setattr(runner, "Generator", lambda *_, **__: None)
-    monkeypatch.setattr(runner, "in_blocks", lambda *_: iter(answers))
-    asked = {"a": examples}
-    records = runner._answers(model, vocabulary, "", asked, settings, len(rows))["a"]
+    monkeypatch.setattr(answering, "Generator", lambda *_, **__: None)
+    monkeypatch.setattr(answering, "in_blocks", lambda *_: iter(answers))
+    task = Task("a", examples, TEMPLATES["own"], ("exact_match",), max_new_tokens=30)
+    records = answering.answers(model, vocabulary, "", [task], Options(), len(rows))["a"]
     assert [record["correct"] for record in records] == [True] * len(rows)
     found = {r["targets"]: r["written"].strip() for r in records if "written" in r}
     assert found == written
-    assert runner.metrics.score(records)["rewritten"] == len(written)
+    assert metric_table.score(records, ["exact_match"]).get("rewritten", 0) == len(written)
     assert f"cannot write {len(written)} of {len(rows)} answers exactly" in caplog.text

@@ -1,0 +1,281 @@
+"""A model's answers to tasks: generated, chosen by probability, or only read."""
+
+import dataclasses
+import string
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from tqdm import tqdm
+
+from calm_jax.data.vocabulary import Vocabulary
+from calm_jax.decoding import Generator, Sampling
+from calm_jax.decoding.blocks import in_blocks
+from calm_jax.errors import CalmError
+from calm_jax.evaluation import metric_table
+from calm_jax.evaluation.tasks.task import Task
+
+READ_AT_ONCE = 1024  # tokens of a long text, where no other context is given
+_BLOCK = 512  # continuations that are scored before the progress bar moves
+Records = list[dict[str, Any]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """How tasks are asked, beyond what they say themselves.
+
+    Attributes:
+        metrics: that a user's own prompts are scored by, the main one first.
+        shots: of every prompt; None: as many as the task says.
+        seed: that shots are drawn by, and answers.
+        samples: answers to each problem whose score is pass@k.
+        temperature, top_p: of generated answers.
+        max_new_tokens: of an answer, of tasks that say it themselves.
+        context: tokens of a prompt with its answer at most; 0: any number.
+        drop_shots: whether shots that do not fit into it are left out.
+    """
+
+    metrics: tuple[str, ...] = ("exact_match",)
+    shots: int | None = None
+    seed: int = 0
+    samples: int = 1
+    temperature: float = 0.0
+    top_p: float = 1.0
+    max_new_tokens: int | None = None
+    context: int = 0
+    drop_shots: bool = False
+
+    def __post_init__(self):
+        if self.samples > 1 and not self.temperature:
+            raise CalmError(
+                f"--samples={self.samples}: without a temperature all of them are the same; give "
+                "--temperature"
+            )
+        if self.drop_shots and not self.context:
+            raise CalmError("--drop_shots needs --context=TOKENS, which they have to fit into")
+
+
+@dataclasses.dataclass(frozen=True)
+class Asked:
+    """A prompt, in ids, with the continuations to score, if any, and its number of shots."""
+
+    prompt: list[int]
+    continuations: list[list[int]]
+    room: int
+    shots: int
+
+    @property
+    def length(self) -> int:
+        return len(self.prompt) + self.room
+
+
+def answers(
+    model: Any,
+    vocabulary: Vocabulary,
+    name: str,
+    tasks: Sequence[Task],
+    options: Options,
+    batch_size: int,
+) -> dict[str, Records]:
+    """The records of each task, by its name; `name` is that of the model, shown meanwhile.
+
+    A record has the example's fields but for those that "inputs", its question, shows; and
+    "prediction", "correct" where the main metric finds it right or wrong, and what else the metrics
+    need. Raises `CalmError` for a prompt that is longer than the context.
+    """
+    if model.vocabulary is None:  # an augment may have none, and then reads by the anchor's
+        model.vocabulary = vocabulary
+    asked = {task.name: list(_asked(task, model.vocabulary, options)) for task in tasks}
+    every = [one for of_task in asked.values() for one in of_task]
+    # One for all tasks, since each length of its rows is compiled anew.
+    generator = Generator(
+        model,
+        max_length=max(one.length for one in every),
+        slots=min(batch_size, max(map(len, asked.values()))),
+    )
+    return {
+        task.name: _records(generator, vocabulary, task, asked[task.name], name, options)
+        for task in tasks
+    }
+
+
+def shot_texts(task: Task, options: Options) -> list[str]:
+    """What stands before every question of a task, in order."""
+    return [task.template.shot(example) for example in task.drawn(options.shots, options.seed)]
+
+
+def answer_length(task: Task, options: Options) -> int:
+    """Tokens of a generated answer at most."""
+    return options.max_new_tokens or task.max_new_tokens
+
+
+def _asked(task: Task, vocabulary: Vocabulary, options: Options) -> Iterator[Asked]:
+    """What the model is asked for each example, as far as it fits into the context."""
+    if task.answered == "reading":
+        for example in task.examples:
+            yield from _windows(vocabulary, example["text"], options.context or READ_AT_ONCE)
+        return
+    shots = shot_texts(task, options)
+    for number, example in enumerate(task.examples, 1):
+        count = len(shots)
+        one = _with_shots(task, vocabulary, options, example, shots)
+        while options.context and one.length > options.context:
+            if not options.drop_shots or not count:
+                raise CalmError(_too_long(task, number, one, options))
+            count -= 1
+            one = _with_shots(task, vocabulary, options, example, shots[:count])
+        yield one
+
+
+def _too_long(task: Task, number: int, one: Asked, options: Options) -> str:
+    advice = "--drop_shots leaves out shots that do not fit" if one.shots else "it has no shots"
+    return (
+        f"{task.name}, example {number}: the prompt has {len(one.prompt)} tokens with its "
+        f"{one.shots} shots and the answer may have {one.room}, more than "
+        f"--context={options.context}; {advice}"
+    )
+
+
+def _with_shots(
+    task: Task, vocabulary: Vocabulary, options: Options, example: dict, shots: Sequence[str]
+) -> Asked:
+    text = "".join(shots) + task.template.ask(example)
+    prompt = vocabulary.encode_sequence(text)
+    if task.answered == "generation":
+        return Asked(prompt, [], answer_length(task, options), len(shots))
+    continuations = []
+    for choice in example["choices"]:
+        whole = vocabulary.encode_sequence(text + task.template.answer.format(targets=choice))
+        if len(whole) <= len(prompt):
+            raise CalmError(f"{task.name}: the choice {choice!r} has no tokens of its own")
+        continuations.append(whole[len(prompt) :])
+    return Asked(prompt, continuations, max(map(len, continuations)), len(shots))
+
+
+def _windows(vocabulary: Vocabulary, text: str, size: int) -> Iterator[Asked]:
+    """A text in pieces of `size` tokens, each behind the token before it; the last behind more.
+
+    Before the first token stands what starts every text, or else what ends one.
+    """
+    ids = vocabulary.encode(text)
+    start = [*vocabulary.start_ids[-1:]] or [*vocabulary.eos_ids[:1]]
+    if not start:
+        raise CalmError(f"{vocabulary} has neither a start nor an end token to read a text behind")
+    for first in range(0, len(ids), size):
+        piece = ids[first : first + size]
+        before = ids[max(0, first + len(piece) - size - 1) : first] if first else start
+        yield Asked(before, [piece], len(piece), 0)
+
+
+def _records(
+    generator: Generator,
+    vocabulary: Vocabulary,
+    task: Task,
+    asked: list[Asked],
+    model: str,
+    options: Options,
+) -> Records:
+    shown = f"{model} {task.name}".strip()
+    if task.answered == "generation":
+        records = _generated(generator, vocabulary, task, asked, shown, options)
+    elif task.answered == "choices":
+        records = _chosen(generator, task, asked, shown)
+    else:
+        records = _read(generator, task, asked, shown, options)
+    if task.judge is not None:
+        task.judge(records)
+    main = metric_table.find(task.metrics[0])
+    if main.judge is not None:
+        for record in records:
+            record["correct"] = main.judge(record)
+    hidden = {field for _, field, _, _ in string.Formatter().parse(task.template.question)}
+    return [{k: v for k, v in one.items() if k == "inputs" or k not in hidden} for one in records]
+
+
+def _generated(
+    generator: Generator,
+    vocabulary: Vocabulary,
+    task: Task,
+    asked: list[Asked],
+    shown: str,
+    options: Options,
+) -> Records:
+    records = []
+    several = options.samples if "pass@1" in task.metrics else 1
+    samplings = [
+        Sampling(
+            max_new_tokens=answer_length(task, options),
+            temperature=options.temperature,
+            top_p=options.top_p,
+            stop=task.template.stops(example),
+            n=several,
+            seed=options.seed,
+        )
+        for example in task.examples
+    ]
+    prompts = [one.prompt for one in asked]
+    with tqdm(total=len(asked), desc=shown, unit="example") as progress:
+        for example, one, sampling, completions in zip(
+            task.examples, asked, samplings, in_blocks(generator, prompts, samplings), strict=True
+        ):
+            if error := next(filter(None, (answer.error for answer in completions)), None):
+                raise CalmError(f"{shown}: {error}")
+            said = [
+                _cut(vocabulary.decode_after(one.prompt, answer.tokens), sampling.stop)
+                for answer in completions
+            ]
+            records.append({**_kept(task, example, one), "prediction": said[0]})
+            if several > 1:
+                records[-1]["samples"] = said
+            progress.update()
+    return records
+
+
+def _cut(text: str, stops: Sequence[str]) -> str:
+    """The text before what stops it."""
+    places = [text.find(stop) for stop in stops if stop in text]
+    return text[: min(places)] if places else text
+
+
+def _chosen(generator: Generator, task: Task, asked: list[Asked], shown: str) -> Records:
+    pairs = [(one.prompt, ids) for one in asked for ids in one.continuations]
+    scores = iter(_scores(generator, pairs, shown))
+    records = []
+    for example, one in zip(task.examples, asked, strict=True):
+        logprobs = [next(scores) for _ in one.continuations]
+        best = max(range(len(logprobs)), key=logprobs.__getitem__)
+        record = {**_kept(task, example, one), "logprobs": logprobs}
+        records.append({**record, "prediction": example["choices"][best]})
+    return records
+
+
+def _read(
+    generator: Generator, task: Task, asked: list[Asked], shown: str, options: Options
+) -> Records:
+    scores = iter(_scores(generator, [(one.prompt, one.continuations[0]) for one in asked], shown))
+    records = []
+    for example in task.examples:
+        text = example["text"]
+        windows = list(_windows(generator.vocabulary, text, options.context or READ_AT_ONCE))
+        records.append(
+            {
+                "start": text[:80],
+                "bytes": len(text.encode()),
+                "tokens": sum(one.room for one in windows),
+                "logprob": sum(next(scores) for _ in windows),
+            }
+        )
+    return records
+
+
+def _scores(generator: Generator, pairs: list[tuple[list[int], list[int]]], shown: str):
+    with tqdm(total=len(pairs), desc=shown, unit="text") as progress:
+        for start in range(0, len(pairs), _BLOCK):
+            block = pairs[start : start + _BLOCK]
+            for score in generator.score([a for a, _ in block], [b for _, b in block]):
+                progress.update()
+                yield score.logprob
+
+
+def _kept(task: Task, example: dict[str, Any], one: Asked) -> dict[str, Any]:
+    shots = {"shots": one.shots} if task.pool else {}
+    return {"inputs": task.template.ask(example), **example, **shots}

@@ -1,0 +1,284 @@
+"""The metrics that tasks are scored by, by name: every score is one of stored predictions.
+
+A metric scores records. A record has "targets", the right answer, and "prediction", what the model
+said; for some metrics more, which their function names. `seqio_metric` gives a metric in the form
+of seqio's Tasks.
+"""
+
+import dataclasses
+import json
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from decimal import Decimal
+from typing import Any
+
+import numpy as np
+
+from calm_jax.errors import CalmError
+from calm_jax.evaluation import metrics
+from calm_jax.evaluation.number_answers import final_number
+from calm_jax.evaluation.smoothed_bleu import smoothed_bleu4
+
+RESAMPLES = 1000  # of the records, for an interval by bootstrap
+_SEED = 12345  # of the resamples; sacrebleu's own
+Record = Mapping[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Score:
+    """A value with its 95 % interval, and what sacrebleu's signature says of how it was made."""
+
+    value: float
+    interval: tuple[float, float]
+    signature: str | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Metric:
+    """A score of records.
+
+    `judge`, of metrics that find each record right or wrong, says which. `unit` stands behind the
+    value; less is better where `descends`.
+    """
+
+    name: str
+    score: Callable[[Sequence[Record]], Score]
+    judge: Callable[[Record], bool] | None = None
+    unit: str = ""
+    descends: bool = False
+
+
+def find(name: str) -> Metric:
+    """The metric of this name; pass@K for every K. Raises `CalmError` for another name."""
+    if found := re.fullmatch(r"pass@([1-9]\d*)", name):
+        return _pass_at(int(found[1]))
+    if name not in METRICS:
+        raise CalmError(f"there is no metric {name!r}; there are {', '.join(METRICS)}, pass@K")
+    return METRICS[name]
+
+
+def score(records: Sequence[Record], names: Sequence[str]) -> dict[str, Any]:
+    """The scores of a task's records by these metrics, the main one first.
+
+    Returns:
+        a value for each metric by its name, "metric", the name of the main one, "interval", its
+        95 % interval, "intervals" of all by name, "signatures" of those that have one, "count"
+        and, of generated answers, "empty".
+
+    Raises:
+        CalmError: there are no records.
+    """
+    if not records:
+        raise CalmError(f"{names[0]} needs at least one prediction")
+    found = {name: find(name).score(records) for name in names}
+    cell: dict[str, Any] = {name: one.value for name, one in found.items()}
+    cell |= {"metric": names[0], "count": len(records)}
+    if "prediction" in records[0]:
+        cell["empty"] = sum(not record["prediction"].strip() for record in records)
+    if rewritten := sum("written" in record for record in records):
+        cell["rewritten"] = rewritten
+    cell["interval"] = list(found[names[0]].interval)
+    cell["intervals"] = {name: list(one.interval) for name, one in found.items()}
+    signatures = {name: one.signature for name, one in found.items() if one.signature}
+    return cell | ({"signatures": signatures} if signatures else {})
+
+
+def main_value(cell: Mapping[str, Any]) -> float:
+    """The value of a cell's main metric; a cell that names none is one of exact match."""
+    return cell[main_name(cell)]
+
+
+def main_name(cell: Mapping[str, Any]) -> str:
+    """The name of a cell's main metric."""
+    return cell.get("metric", "exact_match")
+
+
+def in_words(cell: Mapping[str, Any]) -> str:
+    """A result of `score` as one line."""
+    name, (low, high) = main_name(cell), cell["interval"]
+    metric, value = find(name), main_value(cell)
+    digits = 3 if metric.descends else 1
+    if metric.unit:
+        told = "" if name == "exact_match" else f"{name} "
+        words = f"{told}{value:.1f}% of {cell['count']:,}"
+    else:
+        words = f"{name} {value:.{digits}f} over {cell['count']:,}"
+    words += f" (95% interval {low:.{digits}f}–{high:.{digits}f})"
+    for other in cell.get("intervals", {}):
+        if other != name:
+            words += f"; {other} {cell[other]:.1f}{find(other).unit}"
+    if cell.get("empty"):
+        words += f"; {cell['empty']:,} answers are empty"
+    if cell.get("rewritten"):
+        words += f"; {cell['rewritten']:,} targets are scored as the vocabulary writes them"
+    return words
+
+
+def seqio_metric(name: str) -> Callable[[Sequence[str], Sequence[str]], dict[str, float]]:
+    """The metric as seqio calls it, for a Task's `metric_fns`: of texts alone."""
+    metric = find(name)
+
+    def compute(targets: Sequence[str], predictions: Sequence[str]) -> dict[str, float]:
+        pairs = zip(targets, predictions, strict=True)
+        records = [{"targets": target, "prediction": said} for target, said in pairs]
+        return {name: metric.score(records).value}
+
+    compute.__name__ = name
+    return compute
+
+
+def bootstrap(values_NK: np.ndarray, statistic: Callable[[np.ndarray], np.ndarray]):
+    """The 95 % interval of a statistic of sums over records, by resampling records.
+
+    Args:
+        values_NK: K numbers of each of N records, float64.
+        statistic: from sums [R, K] to values [R].
+    """
+    random = np.random.default_rng(_SEED)
+    N = len(values_NK)
+    counts_RN = random.multinomial(N, np.full(N, 1 / N), size=RESAMPLES)
+    low, high = np.quantile(statistic(counts_RN @ values_NK), (0.025, 0.975))
+    return float(low), float(high)
+
+
+def _share(judge: Callable[[Record], bool]) -> Callable[[Sequence[Record]], Score]:
+    def score(records: Sequence[Record]) -> Score:
+        right = sum(map(judge, records))
+        low_high = metrics.wilson_interval(right, len(records))
+        return Score(100 * right / len(records), low_high)
+
+    return score
+
+
+def _mean(each: Callable[[Record], float]) -> Callable[[Sequence[Record]], Score]:
+    def score(records: Sequence[Record]) -> Score:
+        values = np.array([each(record) for record in records], np.float64)
+        low_high = bootstrap(values[:, None], lambda sums_R1: sums_R1[:, 0] * 100 / len(values))
+        return Score(100 * float(values.mean()), low_high)
+
+    return score
+
+
+def _is_exact(record: Record) -> bool:
+    targets = [record[key] for key in ("targets", "written") if key in record]
+    return any(metrics.is_exact_match(record["prediction"], target) for target in targets)
+
+
+def _contains(record: Record) -> bool:
+    """Whether the answer has the target in it, whatever the case of its letters."""
+    return record["targets"].strip().casefold() in record["prediction"].casefold()
+
+
+def _is_number(record: Record) -> bool:
+    """Whether both texts end in the same number."""
+    wanted = final_number(record["targets"])
+    if wanted is None:
+        raise CalmError(f"the metric number: the target {record['targets']!r} has no number")
+    return _equal(wanted, final_number(record["prediction"]))
+
+
+def _equal(wanted: Decimal, found: Decimal | None) -> bool:
+    return found is not None and wanted == found
+
+
+def _matches(record: Record) -> bool:
+    """Whether the target, a regular expression, is found in the answer."""
+    try:
+        return re.search(record["targets"], record["prediction"]) is not None
+    except re.error as error:
+        raise CalmError(
+            f"the metric regex: the target {record['targets']!r} is none: {error}"
+        ) from None
+
+
+def _is_chosen(record: Record) -> bool:
+    """Whether the right choice, number "answer", is the most probable of "logprobs"."""
+    return int(np.argmax(record["logprobs"])) == record["answer"]
+
+
+def _is_chosen_normalized(record: Record) -> bool:
+    """Likewise, by log-probability over the number of characters of each of "choices"."""
+    lengths = [len(choice) for choice in record["choices"]]
+    return int(np.argmax(np.array(record["logprobs"]) / lengths)) == record["answer"]
+
+
+def _passed(record: Record) -> bool:
+    """Whether the first answer passed, of "passed", a bool for each."""
+    return record["passed"][0]
+
+
+def pass_at_k(count: int, right: int, k: int) -> float:
+    """The chance that k of `count` answers, of which `right` pass, have one that does.
+
+    Unbiased (Chen et al. 2021, arXiv 2107.03374 §2.1). Raises `CalmError` where k is above `count`.
+    """
+    if k > count:
+        raise CalmError(f"pass@{k} needs {k} answers to each problem, not {count}")
+    if count - right < k:
+        return 1.0
+    return 1.0 - math.prod(1.0 - k / n for n in range(count - right + 1, count + 1))
+
+
+def _pass_at(k: int) -> Metric:
+    def each(record: Record) -> float:
+        return pass_at_k(len(record["passed"]), sum(record["passed"]), k)
+
+    def score(records: Sequence[Record]) -> Score:
+        of_one = k == 1 and all(len(record["passed"]) == 1 for record in records)
+        return (_share(_passed) if of_one else _mean(each))(records)
+
+    return Metric(f"pass@{k}", score, _passed if k == 1 else None, "%")
+
+
+def _bits_per_byte(records: Sequence[Record]) -> Score:
+    """Of "logprob", a natural logarithm of a whole text's probability, and its "bytes"."""
+    values_N2 = np.array([(-r["logprob"] / math.log(2), r["bytes"]) for r in records], np.float64)
+    bits, size = values_N2.sum(0)
+    low_high = bootstrap(values_N2, lambda sums_R2: sums_R2[:, 0] / sums_R2[:, 1])
+    return Score(float(bits / size), low_high)
+
+
+def _sacrebleu(kind: str, **options: Any) -> Callable[[Sequence[Record]], Score]:
+    """A corpus score of sacrebleu, with its own bootstrap."""
+
+    def score(records: Sequence[Record]) -> Score:
+        import sacrebleu.metrics
+
+        metric = getattr(sacrebleu.metrics, kind)(**options)
+        said = [record["prediction"].strip() for record in records]
+        wanted = [record["targets"].strip() for record in records]
+        value = metric.corpus_score(said, [wanted])
+        signature = f"{value.name} {metric.get_signature()}"
+        drawn = metric.corpus_score(said, [wanted], n_bootstrap=RESAMPLES)
+        told = json.loads(
+            drawn.format(signature=str(metric.get_signature()), is_json=True, width=12)
+        )
+        middle, half = told["confidence_mean"], told["confidence_var"]
+        return Score(float(value.score), (middle - half, middle + half), signature)
+
+    return score
+
+
+_judged = {
+    "exact_match": _is_exact,
+    "contains": _contains,
+    "number": _is_number,
+    "regex": _matches,
+    "accuracy": _is_chosen,
+    "accuracy_normalized": _is_chosen_normalized,
+}
+METRICS = {name: Metric(name, _share(judge), judge, "%") for name, judge in _judged.items()} | {
+    metric.name: metric
+    for metric in (
+        # sacrebleu's signature does not hold beta: its name for the score does.
+        Metric("chrf1", _sacrebleu("CHRF", beta=1)),
+        Metric("chrf2", _sacrebleu("CHRF", beta=2)),
+        # Scores of unlike systems are told, so a warning about tokenized answers would be noise.
+        Metric("bleu", _sacrebleu("BLEU", force=True)),
+        Metric("smoothed_bleu4", _mean(lambda r: smoothed_bleu4(r["targets"], r["prediction"]))),
+        Metric("bits_per_byte", _bits_per_byte, descends=True),
+    )
+}
+# What may be asked of a user's own prompts and answers.
+OF_ANSWERS = ("exact_match", "contains", "number", "regex", "chrf1", "chrf2", "bleu")

@@ -1,0 +1,231 @@
+"""Runs programs that nobody has read, such as a model's, and says whether they pass their tests.
+
+Bubblewrap puts each into Linux namespaces of its own: no network, no other processes, and of the
+file system only Python itself, read-only, and an empty folder. Inside, limits hold for time,
+memory, processes and files, and a seccomp filter refuses what such a program never needs.
+docs/sandbox.md says what this stops, and what not.
+"""
+
+import dataclasses
+import functools
+import json
+import math
+import os
+import pathlib
+import random
+import secrets
+import select
+import shutil
+import subprocess
+import sys
+import time
+
+from calm_jax.errors import CalmError
+from calm_jax.evaluation.sandbox import system_calls
+
+_INSIDE = pathlib.Path(__file__).with_name("inside.py")
+_MOST_TOLD = 4096  # bytes that are read of what comes out
+_DEVICES = ("null", "zero", "random", "urandom")
+_NOBODY = 65534
+_GONE = 5.0  # seconds at most
+
+
+@dataclasses.dataclass(frozen=True)
+class Limits:
+    """What a program may use.
+
+    Attributes:
+        seconds: from its start to its end, and of the processors' time.
+        memory: bytes of the address space of each process.
+        processes: and threads, at once.
+        folder: bytes of its folder, which is in memory; a file has a quarter of it at most.
+    """
+
+    seconds: float = 10.0
+    memory: int = 2**30
+    processes: int = 32
+    folder: int = 64 * 2**20
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """Whether the tests passed; and in words, such as "AssertionError: " or "timed out"."""
+
+    passed: bool
+    told: str
+
+
+def run(program: str, tests: str, limits: Limits | None = None) -> Outcome:
+    """Runs a Python program and then its tests, in one namespace.
+
+    It has passed if both end without an exception. That is told by a token, which is read through a
+    pipe after the last test: neither what the program prints nor how it exits can say it.
+
+    Raises:
+        CalmError: there is no sandbox on this machine (`check`).
+    """
+    _need_tools("a program")
+    return _run(program, tests, limits or Limits())
+
+
+def check(what: str) -> None:
+    """Raises `CalmError`, saying what is lacking, unless programs can be run for `what`."""
+    _need_tools(what)
+    if problem := _problem():
+        raise CalmError(_refusal(what, problem))
+
+
+def missing() -> list[str]:
+    """What the sandbox of this machine lacks: each is a wall less, none lets it run anyway."""
+    found = []
+    if problem := system_calls.problem():
+        found.append(f"no filter of system calls: {problem}")
+    found.append(
+        "memory is limited for each process, not for all together (there is no use of cgroups)"
+    )
+    if os.geteuid() == 0 and _uid() == _NOBODY:
+        found.append("no user ids to spare: programs share that of nobody, and its processes")
+    return found
+
+
+def _need_tools(what: str) -> None:
+    if sys.platform != "linux":
+        raise CalmError(_refusal(what, f"it needs Linux, and this is {sys.platform}"))
+    if shutil.which("bwrap") is None:
+        line = "bubblewrap is not installed (apt-get install bubblewrap)"
+        raise CalmError(_refusal(what, line))
+
+
+def _refusal(what: str, problem: str) -> str:
+    return f"{what} is run in a sandbox only, which this machine does not offer: {problem}"
+
+
+@functools.cache
+def _problem() -> str | None:
+    """Why the smallest program does not pass; None if it does."""
+    process, result = _start(Limits())
+    told, _ = _talk(process, result, json.dumps(_job("", "", Limits(), "token")), 20.0)
+    _, errors = process.communicate()
+    if told == "token":
+        return None
+    lines = errors.decode(errors="replace").strip().splitlines() or [told or "it does not answer"]
+    return lines[-1]
+
+
+def _run(program: str, tests: str, limits: Limits) -> Outcome:
+    token = secrets.token_hex(16)
+    process, result = _start(limits)
+    told, in_time = _talk(
+        process, result, json.dumps(_job(program, tests, limits, token)), limits.seconds
+    )
+    process.communicate()
+    if told == token:
+        return Outcome(True, "passed")
+    if not in_time:
+        return Outcome(False, "timed out")
+    return Outcome(False, told or "ended before its tests did")
+
+
+def _job(program: str, tests: str, limits: Limits, token: str) -> dict:
+    return {
+        "program": program,
+        "tests": tests,
+        "token": token,
+        "seconds": math.ceil(limits.seconds),
+        "memory": limits.memory,
+        "processes": limits.processes,
+        "file": limits.folder // 4,
+        "uid": _uid() if os.geteuid() == 0 else None,
+    }
+
+
+def _start(limits: Limits) -> tuple[subprocess.Popen, int]:
+    """The sandbox, which waits for a job, and the descriptor that its result comes from."""
+    result, inner = os.pipe()
+    fds = [inner]
+    command = ["bwrap", "--unshare-pid", "--unshare-net", "--unshare-ipc", "--unshare-uts",
+               "--unshare-cgroup-try", "--die-with-parent", "--new-session", "--clearenv",
+               "--hostname", "sandbox"]  # fmt: skip
+    if os.geteuid() != 0:  # root needs no user namespace, and takes another user's id inside
+        command += ["--unshare-user", "--disable-userns", "--uid", "1000", "--gid", "1000"]
+    for path in ("/usr", "/lib", "/lib64", "/bin", "/etc/ld.so.cache"):
+        command += ["--ro-bind-try", path, path]
+    prefix = pathlib.Path(sys.base_prefix)
+    if not prefix.is_relative_to("/usr"):
+        for parent in [*prefix.parents][-2::-1]:  # bubblewrap would make them for root alone
+            command += ["--perms", "0755", "--dir", str(parent)]
+        command += ["--ro-bind", str(prefix), str(prefix)]
+    for device in _DEVICES:
+        command += ["--dev-bind", f"/dev/{device}", f"/dev/{device}"]
+    command += ["--perms", "0777", "--size", str(limits.folder), "--tmpfs", "/tmp"]
+    command += ["--remount-ro", "/", "--chdir", "/tmp"]
+    if (calls := system_calls.filter_file()) is not None:
+        fds.append(calls)
+        command += ["--seccomp", str(calls)]
+    python = os.path.realpath(getattr(sys, "_base_executable", sys.executable))
+    command += [python, "-I", "-S", "-c", _inside(), str(inner)]
+    try:
+        process = subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,  # of bubblewrap: the program's own goes nowhere
+            env={},
+            cwd="/",
+            pass_fds=fds,
+            executable=shutil.which("bwrap"),
+        )
+    except BaseException:
+        os.close(result)
+        raise
+    finally:
+        for fd in fds:
+            os.close(fd)
+    return process, result
+
+
+def _talk(process: subprocess.Popen, result: int, job: str, seconds: float) -> tuple[str, bool]:
+    """Hands over the job; returns the first line that comes back, and whether it came in time.
+
+    The sandbox is gone after that: the end of its first process ends all that it started.
+    """
+    end, told = time.monotonic() + seconds + 1, b""  # a second for Python to start
+    try:
+        try:
+            process.stdin.write(job.encode(errors="surrogatepass") + b"\n")
+            process.stdin.close()
+        except BrokenPipeError:
+            pass  # it has ended already; its errors say why
+        process.stdin = None
+        while b"\n" not in told and len(told) < _MOST_TOLD:
+            ready, _, _ = select.select([result], [], [], max(0.0, end - time.monotonic()))
+            if not ready:
+                return "", False
+            piece = os.read(result, _MOST_TOLD)
+            if not piece:
+                break
+            told += piece
+        return told.partition(b"\n")[0].decode(errors="replace")[:200], True
+    finally:
+        process.kill()
+        _await_end(result)
+        os.close(result)
+
+
+def _await_end(result: int) -> None:
+    """Waits until all that could write the result are gone: the kernel is about to end them."""
+    end = time.monotonic() + _GONE
+    while select.select([result], [], [], max(0.0, end - time.monotonic()))[0]:
+        if not os.read(result, 2**16):
+            return
+
+
+def _uid() -> int:
+    """A user's id that nobody else has, where there are such."""
+    start, _, count = map(int, pathlib.Path("/proc/self/uid_map").read_text().split()[-3:])
+    return random.randrange(2**30, 2**31) if start + count > 2**31 else _NOBODY
+
+
+@functools.cache
+def _inside() -> str:
+    return _INSIDE.read_text()

@@ -1,0 +1,1 @@
+"""The tasks that models are scored on; `registry` lists them, `templates` has their prompts."""
