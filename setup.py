@@ -60,6 +60,8 @@ EXTRAS = {
     # The TPU's compiler, which needs no TPU; the version that plans were made with.
     "plan": ["libtpu>=0.0.51"],
     "serve": SERVE,
+    # Tasks of lm-evaluation-harness; the version that scores were compared with.
+    "harness": ["lm_eval>=0.4.13"],
     "test": [
         *SERVE,
         # Drives the server as a client; the next one as its users do.

@@ -4,6 +4,7 @@ import dataclasses
 from typing import Any
 
 from absl import flags
+from etils import epath
 from ml_collections import ConfigDict
 
 from calm_jax.checkpoints.files import absolute, read_json
@@ -21,6 +22,7 @@ USAGE = """Scores a model on tasks and writes every prediction.
   calm evaluate --workdir=runs/mine --parts --tasks=gsm8k:data/gsm8k,mgsm/sw+th:data/mgsm
   calm evaluate --workdir=runs/mine --tasks=humaneval:data/human_eval --samples=10 --temperature=0.8
   calm evaluate --workdir=runs/mine --tasks=test.jsonl --metric=contains,chrf1
+  calm evaluate --workdir=runs/mine --harness=my_task --include_path=my_tasks
 
 WORKDIR is a run of `calm train`. Tasks and lengths are those of its config unless flags say
 otherwise: evaluate.tasks (where it is empty, the files of data.validation), evaluate.limit and
@@ -29,7 +31,7 @@ evaluate.max_new_tokens.
 A task of --tasks is TASK:FOLDER, or TASK/LANGUAGE+LANGUAGE:FOLDER for some of its languages, of
 gsm8k, mgsm, ntrex, flores, humaneval, mbpp and codexglue; choices:FILE or text:FILE; a seqio Task
 by its name; or a file of JSON lines or Parquet, whose answers --metric scores. docs/tasks.md has
-them all.
+them all. --harness names tasks of lm-evaluation-harness instead; its results go to harness.json.
 
 --parts scores the anchor and each augment alone as well, so that the pair
 can be compared with them. MODEL is a frozen folder or an exported bridge. Where the frozen models
@@ -40,6 +42,7 @@ where the same checkpoint has been scored with the same settings before. --mesh.
 set the mesh."""
 
 SECTIONS = ("evaluate", "mesh")
+_OF_ANSWERS = ("samples", "temperature", "top_p", "seed")
 
 
 def _define(values: flags.FlagValues) -> None:
@@ -57,6 +60,12 @@ def _define(values: flags.FlagValues) -> None:
     )
     flags.DEFINE_integer(
         "max_new_tokens", None, "length of an answer at most", lower_bound=1, flag_values=values
+    )
+    flags.DEFINE_list(
+        "harness", None, "tasks of lm-evaluation-harness, instead of --tasks", flag_values=values
+    )
+    flags.DEFINE_string(
+        "include_path", None, "folder of your own tasks of the harness", flag_values=values
     )
     flags.DEFINE_bool(
         "parts", False, "score the anchor and the augments alone as well", flag_values=values
@@ -142,6 +151,9 @@ def main(argv: list[str]) -> int:
     refuse_several("calm evaluate")
     folder = absolute(values.workdir or values.model)
     output = absolute(values.output) if values.output else results.evaluation_folder(folder)
+    if values.harness or values.include_path:
+        print(_by_harness(folder, output, values))
+        return 0
     summary = runner.evaluate(
         folder,
         step=values.step,
@@ -167,6 +179,36 @@ def main(argv: list[str]) -> int:
     for group in groups.groups(scores, parts.get("anchor")):
         print(f"{group.name}: {group}")
     return 0
+
+
+def _by_harness(folder: epath.Path, output: epath.Path, values: flags.FlagValues) -> str:
+    """The tables of the harness; of the flags for tasks those that it knows."""
+    unused = [
+        name
+        for name in ("tasks", "metric", "columns", "max_new_tokens", "drop_shots", *_OF_ANSWERS)
+        if values[name].value != values[name].default
+    ]
+    if unused or not values.harness:
+        raise CalmError(f"--{unused[0]} is not for --harness" if unused else "give --harness=TASK")
+    try:
+        from calm_jax.evaluation.harness import evaluate_harness
+    except ImportError as error:
+        raise CalmError(
+            f"--harness needs lm-evaluation-harness ({error}): pip install 'calm_jax[harness]'"
+        ) from error
+    return evaluate_harness(
+        folder,
+        values.harness,
+        include_path=values.include_path,
+        parts=values.parts,
+        output=output,
+        moved=models.moved(values),
+        step=values.step,
+        shots=values.shots,
+        limit=values.limit or 0,
+        context=values.context,
+        batch_size=values.batch_size,
+    )
 
 
 def _options(values: flags.FlagValues, make: type) -> Any:

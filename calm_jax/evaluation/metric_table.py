@@ -254,7 +254,8 @@ def _sacrebleu(kind: str, **options: Any) -> Callable[[Sequence[Record]], Score]
         told = json.loads(
             drawn.format(signature=str(metric.get_signature()), is_json=True, width=12)
         )
-        middle, half = told["confidence_mean"], told["confidence_var"]
+        # Where all is wrong, it tells none.
+        middle, half = told.get("confidence_mean", 0.0), told.get("confidence_var", 0.0)
         return Score(float(value.score), (middle - half, middle + half), signature)
 
     return score

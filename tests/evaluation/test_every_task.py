@@ -88,26 +88,26 @@ def test_parts_and_samples(pair, tmp_path, capsys):
     needs_sandbox()
     output = tmp_path / "scores"
     tasks = [
-        f"mgsm/de+zh:{task_folders.mgsm(tmp_path / 'mgsm')}",
+        f"mgsm/de:{task_folders.mgsm(tmp_path / 'mgsm')}",
         f"choices:{task_folders.choices(tmp_path / 'colours.jsonl')}",
     ]
-    flags = [f"--model={pair}", f"--output={output}", "--max_new_tokens=8"]
+    flags = [f"--model={pair}", f"--output={output}", "--max_new_tokens=4", "--batch_size=1"]
     alike = [*flags, f"--tasks={','.join(tasks)}", "--parts"]
     with pytest.raises(CalmError, match=r"choices/colours has no split to draw --shots=1 from"):
         command.main([*alike, "--shots=1"])
-    assert command.main([*alike, "--context=200", "--drop_shots"]) == 0
+    assert command.main([*alike, "--context=128", "--drop_shots", "--limit=2"]) == 0
     printed = capsys.readouterr().out
     summary = json.loads((output / "summary.json").read_text())
     composed = calm_jax.load_composed(pair)
     models = {"": composed, "anchor": composed.anchor, "augment 0": composed.augments[0]}
     shots = json.loads((output / "shots.json").read_text())["mgsm/de"]
     for name, model in models.items():
-        generator = calm_jax.Generator(model, max_length=256, slots=1)
+        generator = calm_jax.Generator(model, max_length=128, slots=1)
         scores = summary["_parts"][name] if name else summary
         folder = part_folder(output, name)
         record = records_of(folder, "mgsm/de")[1]
         prompt = "".join(shots[: record["shots"]]) + record["inputs"]
-        ((said,),) = generator.generate([prompt], Sampling(max_new_tokens=8, stop=("\nFrage: ",)))
+        ((said,),) = generator.generate([prompt], Sampling(max_new_tokens=4, stop=("\nFrage: ",)))
         assert record["prediction"] == said.text
         for one in records_of(folder, "choices/colours"):
             found = generator.score(
@@ -120,7 +120,7 @@ def test_parts_and_samples(pair, tmp_path, capsys):
         assert scores["choices/colours"]["accuracy"] == 50 * right
         where = f"choices/colours, {name} alone: " if name else "choices/colours: "
         assert f"{where}accuracy {50 * right:.1f}% of 2 (" in printed
-    assert "better than the anchor in 0 of 2" in printed
+    assert "better than the anchor in 0 of 1" in printed
 
     human = f"--tasks=humaneval:{task_folders.human_eval(tmp_path / 'human')}"
     drawn = [*flags, human, "--samples=10", "--temperature=1.0", "--limit=2", "--seed=3"]
@@ -150,6 +150,7 @@ def test_bits_of_a_text_in_windows(pair, tmp_path):
         piece = ids[first : first + 48]
         before = ids[max(0, first + len(piece) - 49) : first] or [model.vocabulary.eos_id]
         logits = np.asarray(model(np.array([before + piece], np.int32)))[0, len(before) - 1 : -1]
+        logits = logits[:, : model.vocabulary.size]  # the rows beyond it have no meaning
         logprobs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
         expected += logprobs[np.arange(len(piece)), piece].sum()
     (record,) = records_of(tmp_path, "text/a")

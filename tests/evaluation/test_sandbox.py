@@ -21,7 +21,7 @@ except CalmError as error:
     LACKS = str(error)
 here = pytest.mark.skipif(LACKS is not None, reason=f"no sandbox: {LACKS}")
 
-SHORT = Limits(seconds=2)
+SHORT = Limits(seconds=2, wait=4)
 
 
 def told(program: str, tests: str = "", limits: Limits = SHORT) -> str:
@@ -103,7 +103,7 @@ def test_fork_bombs_end():
     told("import os\nwhile True:\n    try: os.fork()\n    except OSError: pass")
     told("import threading\nwhile True: threading.Thread(target=lambda: [0 for _ in iter(int, 1)])"
          ".start()")  # fmt: skip
-    assert time.monotonic() - start < 20
+    assert time.monotonic() - start < 40
     # Only so many at once, and none is left.
     program = (
         "import os, time\ncount = 0\ntry:\n    while True:\n        if not os.fork():\n"
@@ -213,7 +213,7 @@ def test_descriptors_are_not_inherited():
 @here
 def test_endless_output_goes_nowhere():
     start = time.monotonic()
-    assert told("while True: print('x' * 10**6)") == "timed out"
+    assert told("while True: print('x' * 10**6)").startswith(("killed", "timed out"))
     assert told(
         "import os\nfor fd in range(3, 64):\n    try:\n        while True: "
         "os.write(fd, b'x' * 4096)\n    except OSError: pass"
@@ -230,10 +230,10 @@ def test_the_time_limit_is_not_caught():
         "    signal.signal(number, lambda *_: None)\n"
         "while True:\n    try:\n        while True: pass\n    except BaseException: pass"
     )
-    assert told(caught) in ("timed out", "ended before its tests did")
-    assert told("import time\ntime.sleep(1000)") == "timed out"
+    assert told(caught) in ("killed, as after 2 s of a processor", "timed out after 4 s")
+    assert told("import time\ntime.sleep(1000)") == "timed out after 4 s"
     assert told("import os, time\nos.setsid\nif os.fork() == 0: os.setsid()\ntime.sleep(1000)")
-    assert time.monotonic() - start < 20
+    assert time.monotonic() - start < 40
     assert not inner_processes()
 
 
@@ -334,7 +334,7 @@ def test_without_root():
     if "Permission denied" in run.stderr or "No module named" in run.stderr:
         pytest.skip("the package cannot be read by another user")
     assert run.returncode == 0, run.stderr
+    ended = "Outcome(passed=False, told='ended before its tests did')"
     assert run.stdout == (
-        "Outcome(passed=True, told='passed') "
-        "Outcome(passed=False, told='ended before its tests did') BlockingIOError SystemExit: 1000\n"
+        f"Outcome(passed=True, told='passed') {ended} BlockingIOError SystemExit: 1000\n"
     )

@@ -6,6 +6,7 @@ memory, processes and files, and a seccomp filter refuses what such a program ne
 docs/sandbox.md says what this stops, and what not.
 """
 
+import contextlib
 import dataclasses
 import functools
 import json
@@ -16,6 +17,7 @@ import random
 import secrets
 import select
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -35,13 +37,15 @@ class Limits:
     """What a program may use.
 
     Attributes:
-        seconds: from its start to its end, and of the processors' time.
+        seconds: of a processor, for each process.
+        wait: seconds from its start to its end; more, since a busy machine makes it wait.
         memory: bytes of the address space of each process.
         processes: and threads, at once.
         folder: bytes of its folder, which is in memory; a file has a quarter of it at most.
     """
 
     seconds: float = 10.0
+    wait: float = 30.0
     memory: int = 2**30
     processes: int = 32
     folder: int = 64 * 2**20
@@ -49,7 +53,7 @@ class Limits:
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """Whether the tests passed; and in words, such as "AssertionError: " or "timed out"."""
+    """Whether the tests passed; and in words, such as "AssertionError: ", or "timed out …"."""
 
     passed: bool
     told: str
@@ -115,14 +119,15 @@ def _problem() -> str | None:
 def _run(program: str, tests: str, limits: Limits) -> Outcome:
     token = secrets.token_hex(16)
     process, result = _start(limits)
-    told, in_time = _talk(
-        process, result, json.dumps(_job(program, tests, limits, token)), limits.seconds
-    )
+    job = json.dumps(_job(program, tests, limits, token))
+    told, in_time = _talk(process, result, job, limits.wait)
     process.communicate()
     if told == token:
         return Outcome(True, "passed")
     if not in_time:
-        return Outcome(False, "timed out")
+        return Outcome(False, f"timed out after {limits.wait:g} s")
+    if not told and process.returncode == 128 + signal.SIGKILL:
+        return Outcome(False, f"killed, as after {limits.seconds:g} s of a processor")
     return Outcome(False, told or "ended before its tests did")
 
 
@@ -189,13 +194,12 @@ def _talk(process: subprocess.Popen, result: int, job: str, seconds: float) -> t
 
     The sandbox is gone after that: the end of its first process ends all that it started.
     """
-    end, told = time.monotonic() + seconds + 1, b""  # a second for Python to start
+    end, told = time.monotonic() + seconds, b""
     try:
-        try:
+        # Where it has ended already, its errors say why.
+        with contextlib.suppress(BrokenPipeError):
             process.stdin.write(job.encode(errors="surrogatepass") + b"\n")
             process.stdin.close()
-        except BrokenPipeError:
-            pass  # it has ended already; its errors say why
         process.stdin = None
         while b"\n" not in told and len(told) < _MOST_TOLD:
             ready, _, _ = select.select([result], [], [], max(0.0, end - time.monotonic()))
@@ -203,6 +207,8 @@ def _talk(process: subprocess.Popen, result: int, job: str, seconds: float) -> t
                 return "", False
             piece = os.read(result, _MOST_TOLD)
             if not piece:
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(1)
                 break
             told += piece
         return told.partition(b"\n")[0].decode(errors="replace")[:200], True
