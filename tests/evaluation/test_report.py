@@ -305,6 +305,45 @@ def test_parts_stand_beside_the_pair(experiment, folder):
     )
 
 
+def test_scores_of_every_kind_stand_in_the_table(experiment):
+    """Corpus scores and bits per byte; rows of a group are summed up beside the anchor's."""
+    parts_scored(experiment, "run", anchor=3, augment=1)
+    path = experiment / "mine" / "evaluation" / "summary.json"
+    summary = json.loads(path.read_text())
+    said = [{"inputs": "a", "targets": "b", "prediction": "c"}]
+    read = [{"start": "a", "bytes": 4, "tokens": 2, "logprob": -9.0}]
+    tasks = {
+        "ntrex/mar": ("chrf1", [50.0, 40.0, 30.0], {"group": "ntrex", "bleu": 7.25}, said),
+        "ntrex/pol": ("chrf1", [20.0, 26.0, 30.0], {"group": "ntrex", "bleu": 3.5}, said),
+        "text/a": ("bits_per_byte", [1.25, 1.5, 2.0], {}, read),
+    }
+    places = ["", "anchor", "augment_0"]
+    cells = [summary, *summary["_parts"].values()]
+    names = list(summary["_parts"])
+    order = [places.index(name.replace(" ", "_")) for name in names]
+    for task, (metric, values, more, records) in tasks.items():
+        for number, cell in zip([0, *order], cells, strict=True):
+            value = values[number]
+            interval = [value - 1, value + 1]
+            others = [name for name in more if name != "group"]
+            cell[task] = {"metric": metric, metric: value, "interval": interval, "count": 1,
+                          "intervals": {name: interval for name in (metric, *others)},
+                          **more}  # fmt: skip
+            folder = path.parent / places[number]
+            file = folder / f"{task.replace('/', '_')}.jsonl"
+            file.write_text("".join(json.dumps(one) + "\n" for one in records))
+    path.write_text(json.dumps(summary))
+    text = write_report(experiment).page.read_text()
+    rows = table_rows(text)
+    assert ["mine", "chrf1", "50.0", "49.0–51.0", "bleu 7.2", "not known", "1"] in rows
+    assert ["mine", "bits_per_byte", "1.250", "0.250–2.250", "", "not known", "1"] in rows
+    # Half of the root of 2, since both rows' intervals are one wide on each side.
+    assert ["mine", "ntrex, chrf1", "35.0", "34.3–35.7", "1 of 2"] in rows
+    assert ["mine: anchor alone", "ntrex, chrf1", "33.0", "32.3–33.7", ""] in rows
+    figures = re.findall(r'class="bars" role="img" aria-label="(\S+)', text)
+    assert figures == ["test.jsonl:"]
+
+
 def table_rows(text: str) -> list[list[str]]:
     """The text of the cells of every row of the page's tables."""
     rows = re.findall(r"<tr[^>]*>(.*?)</tr>", text, re.DOTALL)

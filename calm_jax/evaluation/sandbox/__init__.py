@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import functools
 import json
+import logging
 import math
 import os
 import pathlib
@@ -25,6 +26,7 @@ import time
 from calm_jax.errors import CalmError
 from calm_jax.evaluation.sandbox import system_calls
 
+log = logging.getLogger("absl")
 _INSIDE = pathlib.Path(__file__).with_name("inside.py")
 _MOST_TOLD = 4096  # bytes that are read of what comes out
 _DEVICES = ("null", "zero", "random", "urandom")
@@ -73,20 +75,22 @@ def run(program: str, tests: str, limits: Limits | None = None) -> Outcome:
 
 
 def check(what: str) -> None:
-    """Raises `CalmError`, saying what is lacking, unless programs can be run for `what`."""
+    """Raises `CalmError`, saying what is lacking, unless programs can be run for `what`.
+
+    Warns of what is `missing`.
+    """
     _need_tools(what)
     if problem := _problem():
         raise CalmError(_refusal(what, problem))
+    for lack in missing():
+        log.warning("The sandbox of this machine has %s", lack)
 
 
 def missing() -> list[str]:
-    """What the sandbox of this machine lacks: each is a wall less, none lets it run anyway."""
+    """What the sandbox of this machine lacks, of what it has on others."""
     found = []
     if problem := system_calls.problem():
         found.append(f"no filter of system calls: {problem}")
-    found.append(
-        "memory is limited for each process, not for all together (there is no use of cgroups)"
-    )
     if os.geteuid() == 0 and _uid() == _NOBODY:
         found.append("no user ids to spare: programs share that of nobody, and its processes")
     return found
