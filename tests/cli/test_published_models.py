@@ -55,7 +55,11 @@ def publish(folder, config, vocabulary):
 
 
 @pytest.mark.parametrize(
-    "dtypes", [(), ("--config.anchor_dtype=int8", "--config.augment_dtype=bfloat16")]
+    "dtypes",
+    [
+        pytest.param((), marks=pytest.mark.slow),
+        ("--config.anchor_dtype=int8", "--config.augment_dtype=bfloat16"),
+    ],
 )
 def test_convert_train_generate(tmp_path, capsys, monkeypatch, dtypes):
     monkeypatch.chdir(tmp_path)

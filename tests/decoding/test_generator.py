@@ -40,6 +40,9 @@ FORMS = {
 }
 
 
+LONGEST = 80
+
+
 def random_prompts(count, low, high, seed=0):
     random = np.random.default_rng(seed)
     return [random.integers(1, 24, random.integers(low, high)).tolist() for _ in range(count)]
@@ -47,10 +50,12 @@ def random_prompts(count, low, high, seed=0):
 
 def logprobs_of(model, prompt, tokens):
     """float32 [N, V], the distribution of each token after the prompt, recomputed at once."""
-    row = jnp.asarray([[*prompt, *tokens[:-1]]], jnp.int32)
-    mask = (jnp.arange(row.shape[1]) < len(prompt)).astype(jnp.int32)[None]
-    logits = model(Inputs(row, prompt_mask_BT=mask))[0, len(prompt) - 1 :]
-    return np.asarray(jax.nn.log_softmax(logits))
+    row = [*prompt, *tokens[:-1]]
+    # Nothing looks at the tokens behind it: with them one program recomputes rows of all lengths.
+    row_T = np.pad(np.array(row, np.int32), (0, LONGEST - len(row)))
+    mask_T = (np.arange(LONGEST) < len(prompt)).astype(np.int32)
+    logits_TV = model(Inputs(jnp.asarray(row_T[None]), prompt_mask_BT=jnp.asarray(mask_T[None])))[0]
+    return np.asarray(jax.nn.log_softmax(logits_TV))[len(prompt) - 1 : len(row)]
 
 
 def assert_greedy(model, prompt, completion):

@@ -77,7 +77,7 @@ def test_a_decoder():
     assert_equal(*(logits_and_gradients(decoder, batch, x) for x in ("chunked", "xla")), batch)
 
 
-@pytest.mark.parametrize("remat", ["none", "full"])
+@pytest.mark.parametrize("remat", [pytest.param("none", marks=pytest.mark.slow), "full"])
 def test_a_composed_model(remat):
     config = CompositionConfig.paper(every=1, encoder_only=remat == "full")
     composed = random_composed(gemma(**WINDOWS), (llama(embed_dim=8),), config)

@@ -239,9 +239,8 @@ def test_killed_process_ends_the_other_and_a_restart_goes_on(shared, alone, tmp_
     assert max(losses(run.workdir)) == latest + 5
 
 
-@pytest.mark.parametrize(
-    "fault", ["in a background write", pytest.param("in the call", marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", ["in a background write", "in the call"])
 def test_a_process_that_cannot_save_ends_the_other_and_a_restart_goes_on(shared, tmp_path, fault):
     program = ("-c", FAILS_TO_SAVE) if fault == "in the call" else ("-m", "calm_jax")
     run = Run(
