@@ -62,7 +62,7 @@ class TextStream:
         begun = (
             length
             for text in self._stop
-            for length in range(len(text) - 1, 0, -1)
+            for length in range(min(len(text) - 1, len(whole)), 0, -1)
             if whole.endswith(text[:length])
         )
         return max(begun, default=0)

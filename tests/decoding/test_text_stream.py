@@ -1,5 +1,7 @@
 """Pieces of text are the text of all tokens, decoded at once."""
 
+import time
+
 import numpy as np
 import pytest
 import tiny_tokenizers
@@ -53,6 +55,14 @@ def test_no_piece_ends_in_half_a_character(vocabulary):
     pieces = [stream.push([token]) for token in vocabulary.encode(text)]
     assert not any(HALF in piece for piece in pieces)
     assert len([piece for piece in pieces if piece]) > 3
+
+
+def test_a_long_text_that_stops_costs_no_more_than_the_answer():
+    vocabulary = load_vocabulary("bytes")
+    stream, start = TextStream(vocabulary, [5], ("a" * 200_000 + "b",)), time.perf_counter()
+    assert stream.push(vocabulary.encode("ca")) == "c"
+    assert time.perf_counter() - start < 0.2
+    assert stream.finish() == "a"
 
 
 def test_what_may_become_a_stop_is_held_back(vocabulary):
