@@ -66,7 +66,7 @@ def running(models, limits=None, key=None):
 class Slow:
     """A scheduler that says "a" a token, each of which takes some time, or fails when told to."""
 
-    waiting = 0
+    waiting, drafting = 0, None
 
     def __init__(self, seconds=0.01):
         self.rows, self.seconds, self.failure, self.nan = {}, seconds, None, False
@@ -75,11 +75,12 @@ class Slow:
     def running(self):
         return len(self.rows)
 
-    def submit(self, request):
-        if request.prompt[0] == 2:
+    def submit(self, *requests):
+        if any(request.prompt[0] == 2 for request in requests):
             raise CalmError("the prompt is not to my taste")
-        for sample in range(request.sampling.n):
-            self.rows[request, sample] = request.sampling.max_new_tokens
+        for request in requests:
+            for sample in range(request.sampling.n):
+                self.rows[request, sample] = request.sampling.max_new_tokens
 
     def cancel(self, request, sample=None):
         self.rows = {

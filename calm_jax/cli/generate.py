@@ -188,10 +188,9 @@ def _answers(
     for index, (text, prompt) in enumerate(zip(texts, prompts, strict=True)):
         request = Request(prompt, sampling, lambda news: None)
         try:
-            generator.scheduler.submit(request)
+            generator.scheduler.check(request)
         except CalmError as error:
             raise CalmError(f"prompt {index}, {text[:40]!r}: {error}") from None
-        generator.scheduler.cancel(request)
     return in_blocks(generator, prompts[done:], sampling)
 
 

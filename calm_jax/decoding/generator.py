@@ -126,14 +126,7 @@ class Generator:
             [_Answer(self.vocabulary, prompt, one.stop) for _ in range(one.n)]
             for prompt, one in zip(ids, each, strict=True)
         ]
-        requests = []
-        for prompt, one, of_prompt in zip(ids, each, answers, strict=True):
-
-            def on_news(news: News, of_prompt=of_prompt) -> None:
-                of_prompt[news.sample].add(news)
-
-            requests.append(Request(prompt, one, on_news))
-        self._run(requests, answers)
+        self._run([self._request(*asked) for asked in zip(ids, each, answers, strict=True)])
         return [
             [answer.completion(one.logprobs is not None) for answer in of_prompt]
             for of_prompt, one in zip(answers, each, strict=True)
@@ -192,7 +185,7 @@ class Generator:
                     asked=len(before),
                 )
             )
-        self._run(requests, [])
+        self._run(requests)
         for number, scores in enumerate(found):
             if any(math.isnan(one.logprob) for one in scores):
                 raise CalmError(f"prompt {number}: the logits of its continuation are NaN")
@@ -218,19 +211,25 @@ class Generator:
             raise CalmError(f"{'a prompt' if not before else 'a continuation'} has no tokens")
         return before, after
 
-    def _run(self, requests: list[Request], answers: list[list["_Answer"]]) -> None:
+    def _request(self, prompt: list[int], sampling: Sampling, answers: list["_Answer"]) -> Request:
+        def on_news(news: News) -> None:
+            answer = answers[news.sample]
+            answer.add(news)
+            if answer.must_end:
+                self.scheduler.cancel(request, news.sample)
+
+        request = Request(prompt, sampling, on_news)
+        return request
+
+    def _run(self, requests: list[Request]) -> None:
         """Runs all requests to their ends, or none if one is refused."""
-        # Alike beginnings and lengths come together.
-        ordered = sorted(requests, key=lambda request: (len(request.prompt), request.prompt))
         try:
-            for request in ordered:
-                self.scheduler.submit(request)
+            # Alike beginnings and lengths come together.
+            self.scheduler.submit(
+                *sorted(requests, key=lambda request: (len(request.prompt), request.prompt))
+            )
             while self.scheduler.step(MOST_STEPS):
-                for request, of_prompt in zip(requests, answers, strict=False):
-                    for sample, answer in enumerate(of_prompt):
-                        if answer.must_end:
-                            self.scheduler.cancel(request, sample)
-                            answer.must_end = False
+                pass
         except BaseException:
             for request in requests:
                 self.scheduler.cancel(request)

@@ -51,6 +51,11 @@ class Request:
         if self.asked is None:
             self.asked = len(self.prompt)
 
+    @property
+    def samples(self) -> range:
+        """The numbers of its answers."""
+        return range(1 if self.sampling is None else self.sampling.n)
+
 
 @dataclasses.dataclass(eq=False)
 class Answer:
@@ -67,6 +72,14 @@ class Answer:
         return self.request.prompt
 
     @property
+    def shareable(self) -> int:
+        """Tokens of the prompt that may come from a row that has read them.
+
+        The last one is read anew, since its logits are needed; so are those before a score.
+        """
+        return (self.request.score_from or len(self.prompt)) - 1
+
+    @property
     def is_read(self) -> bool:
         """Whether the whole prompt is in the cache."""
         return self.read == len(self.prompt)
@@ -75,6 +88,17 @@ class Answer:
     def most(self) -> int:
         """Length of the answer at most; 0 where the prompt is only scored."""
         return 0 if self.request.sampling is None else self.request.sampling.max_new_tokens
+
+    def keep_scores(
+        self, start: int, size: int, logprobs_T: Any, top_ids_Tk: Any, top_logprobs_Tk: Any
+    ) -> None:
+        """Takes what `size` tokens of the prompt from index `start` say of those after them."""
+        for place in range(size):
+            index = start + place + 1  # of the token whose score stands at this place
+            if self.request.score_from <= index < len(self.prompt):
+                self.scores.append(
+                    token_logprob(logprobs_T[place], top_ids_Tk[place], top_logprobs_Tk[place])
+                )
 
     @property
     def top(self) -> int:
@@ -101,12 +125,11 @@ class Row:
     last_used: int = 0
 
 
-def common(ours: list[int], theirs: list[int]) -> list[int]:
-    """The beginning that two lists share."""
-    length = min(len(ours), len(theirs))
-    if ours[:length] == theirs[:length]:
-        return ours[:length]
-    return ours[: int(np.argmin(np.equal(ours[:length], theirs[:length])))]
+def common(ours: list[int], theirs: list[int], most: int) -> int:
+    """Length of the beginning that two lists of at least `most` tokens share, up to `most`."""
+    if ours[:most] == theirs[:most]:
+        return most
+    return int(np.argmin(np.equal(ours[:most], theirs[:most])))
 
 
 def token_logprob(logprob: Any, ids: Any, logprobs: Any) -> TokenLogprob:

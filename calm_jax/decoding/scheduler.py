@@ -8,6 +8,7 @@ Every process of a run makes the same calls, so all decide alike.
 
 import collections
 import dataclasses
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -104,7 +105,9 @@ class Scheduler:
         configs = getattr(model, "configs", ())
         self._prompt_alone = any(config.encoder_only for config in configs)
         self.rows = [Row() for _ in range(slots)]
-        self._waiting: collections.deque[Answer] = collections.deque()
+        self._waiting: collections.OrderedDict[tuple[Request, int], Answer] = (
+            collections.OrderedDict()
+        )
         self._time = 0
 
     @property
@@ -122,8 +125,16 @@ class Scheduler:
         """How drafting goes; None without a draft."""
         return None if self._drafting is None else self._drafting.report
 
-    def submit(self, request: Request) -> None:
-        """Adds a request to the queue.
+    def submit(self, *requests: Request) -> None:
+        """Adds requests to the queue, or none if `check` refuses one."""
+        for request in requests:
+            self.check(request)
+        for request in requests:
+            for sample in request.samples:
+                self._waiting[request, sample] = Answer(request, sample)
+
+    def check(self, request: Request) -> None:
+        """Refuses what cannot be answered.
 
         Raises:
             CalmError: an empty prompt, an id outside an embedding, or more tokens than
@@ -146,22 +157,20 @@ class Scheduler:
                     f"length, {len(prompt)}"
                 )
             check_ids(prompt[request.score_from :], self.known, "scored", self.vocabulary)
-        for sample in range(1 if sampling is None else sampling.n):
-            self._waiting.append(Answer(request, sample))
 
     def cancel(self, request: Request, sample: int | None = None) -> None:
         """Forgets a request, or one of its answers; its rows are free. Unknown ones are ignored."""
-
-        def is_meant(answer: Answer | None) -> bool:
-            return (
-                answer is not None and answer.request is request and sample in (None, answer.sample)
-            )
-
-        self._waiting = collections.deque(a for a in self._waiting if not is_meant(a))
-        ended = [is_meant(row.answer) for row in self.rows]
-        for row, is_ended in zip(self.rows, ended, strict=True):
-            if is_ended:
-                row.answer = None
+        samples = request.samples if sample is None else (sample,)
+        for number in samples:
+            self._waiting.pop((request, number), None)
+        ended = [
+            row.answer is not None
+            and row.answer.request is request
+            and row.answer.sample in samples
+            for row in self.rows
+        ]
+        for row in itertools.compress(self.rows, ended):
+            row.answer = None
         if any(ended):
             self._state = steps.end_rows(self._state, np.array(ended))
 
@@ -191,17 +200,17 @@ class Scheduler:
             return group[:1]
         size = None
         while self._waiting and any(row.answer is None for row in self.rows):
-            answer = self._waiting[0]
+            answer = next(iter(self._waiting.values()))
             row, source, shared = self._best_row(answer)
             chunk = self._chunk_for(len(answer.prompt) - shared)
             # What two have in common beyond a row's tokens is read once: one waits for the other.
-            begun = [len(common(answer.prompt, other.answer.prompt)) - shared for other in group]
-            fits = size is None or (
-                chunk == size and len(group) < self._together(size) and max(begun) < SHARED
+            worth = shared + SHARED
+            waits = worth <= answer.shareable and any(
+                answer.prompt[:worth] == other.answer.prompt[:worth] for other in group
             )
-            if not fits:
+            if group and (waits or chunk != size or len(group) == self._together(size)):
                 break
-            self._waiting.popleft()
+            self._waiting.popitem(last=False)
             if source is not None and source is not row:
                 self._copy(source, row, shared)
             row.tokens, row.pending = answer.prompt[:shared], []
@@ -220,17 +229,15 @@ class Scheduler:
 
     def _best_row(self, answer: Answer) -> tuple[Row, Row | None, int]:
         """A free row for an answer, the row with its longest beginning, and that one's length."""
-        prompt = answer.prompt
-        # The last token is read anew, since its logits are needed; so are those before a score.
-        most = len(prompt) - 1
-        if answer.request.score_from is not None:
-            most = min(most, answer.request.score_from - 1)
         source, shared = None, SHARED - 1
         for row in self.rows:
-            of_row = row.tokens[: row.prompt_length] if self._prompt_alone else row.tokens
-            length = min(len(common(prompt, of_row)), most)
-            if length > shared:
-                source, shared = row, length
+            held = row.prompt_length if self._prompt_alone else len(row.tokens)
+            most = min(held, len(row.tokens), answer.shareable)
+            # Most rows differ where they would have to be the same to be longer.
+            if most > shared and row.tokens[shared] == answer.prompt[shared]:
+                length = common(row.tokens, answer.prompt, most)
+                if length > shared:
+                    source, shared = row, length
         if source is None:
             shared = 0
         free = [row for row in self.rows if row.answer is None]
@@ -282,10 +289,13 @@ class Scheduler:
             )
         told = []
         for place, (row, answer) in enumerate(zip(group, answers, strict=True)):
+            made = jax.tree.map(lambda x, n=place: x[None, n], news)
+            if answer.most and not news.is_number[place]:
+                # At once, whatever of the prompt is left: a cancelled row would keep its NaN.
+                told.append(self._news(row, made))
+                continue
             if answer.request.score_from is not None:
-                self._keep_scores(
-                    answer, start_P[place], length_P[place], [x[place] for x in scores]
-                )
+                answer.keep_scores(start_P[place], length_P[place], *[x[place] for x in scores])
             if not answer.is_read:
                 continue
             if answer.request.score_from is not None and answer.sample == 0:
@@ -296,17 +306,8 @@ class Scheduler:
                 if not news.is_number[place]:
                     self._clear(row)
             else:
-                told.append(self._news(row, jax.tree.map(lambda x, n=place: x[None, n], news)))
+                told.append(self._news(row, made))
         _tell(told)
-
-    def _keep_scores(self, answer: Answer, start: int, size: int, scores: list[Any]) -> None:
-        logprobs_T, top_ids_Tk, top_logprobs_Tk = scores
-        for place in range(size):
-            index = start + place + 1  # of the token whose score stands at this place
-            if answer.request.score_from <= index < len(answer.prompt):
-                answer.scores.append(
-                    token_logprob(logprobs_T[place], top_ids_Tk[place], top_logprobs_Tk[place])
-                )
 
     # Answers.
 

@@ -212,8 +212,7 @@ class EngineThread:
         if name not in self._schedulers:
             self._schedulers[name] = model.make_scheduler()
         try:
-            for request in flight.requests:
-                self._schedulers[name].submit(request)
+            self._schedulers[name].submit(*flight.requests)
         except CalmError as error:
             flight.tell(Refused(400, str(error), param="prompt"))
         else:
