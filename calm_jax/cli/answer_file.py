@@ -58,11 +58,14 @@ class AnswerFile:
                 f"{where} answers the prompt {record['prompt']!r}, not {self._prompts[index]!r}; "
                 "give another --output"
             )
-        if "error" in record.get("finish_reasons", [record.get("finish_reason")]):
+        reasons = record.get("finish_reasons", [record.get("finish_reason")])
+        answers = record.get("answers", [record.get("answer")])
+        if not isinstance(reasons, list) or not isinstance(answers, list):
+            raise CalmError(f"{where} has no list of answers; give another --output")
+        if "error" in reasons:
             raise CalmError(f"{where} has failed; remove its line and what follows to ask again")
-        found = len(record.get("answers", [""]))
-        if found != self._n:
-            raise CalmError(f"{where} has {found} answers, but --n is {self._n}")
+        if len(answers) != self._n:
+            raise CalmError(f"{where} has {len(answers)} answers, but --n is {self._n}")
 
     def _opened(self) -> BinaryIO:
         self.path.parent.mkdir(parents=True, exist_ok=True)

@@ -162,6 +162,9 @@ def test_files_of_other_prompts_are_refused(ask, output, capsys):
     ask(["a"], status=2)
     assert "its last line is no answer; give another --output" in capsys.readouterr().err
     assert output.read_text() == "someone's text, without a newline"
+    output.write_text('{"index": 0, "prompt": "a", "answers": 1}\n')
+    ask(["a"], status=2)
+    assert "index 0 has no list of answers; give another --output" in capsys.readouterr().err
     output.write_text("text\n")
     ask(["a"], status=2)
     assert f"{output}:1: not JSON" in capsys.readouterr().err
