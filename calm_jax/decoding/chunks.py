@@ -1,4 +1,4 @@
-"""Chunks of prompts, as the host makes them for a prefill."""
+"""Chunks of prompts, as the host makes them for a prefill, and the lengths that they have."""
 
 from collections.abc import Sequence
 
@@ -7,6 +7,15 @@ import numpy as np
 from calm_jax.decoding.requests import Answer
 from calm_jax.decoding.sampling import Choice, Sampling
 from calm_jax.decoding.state import Chunk
+
+
+def buckets(most: int, least: int) -> list[int]:
+    """Lengths that programs are compiled for: powers of two, halves between them, and `most`."""
+    sizes = [least]
+    while sizes[-1] < most:
+        power = 1 << (sizes[-1].bit_length() - 1)
+        sizes.append(power * 3 // 2 if sizes[-1] == power and power >= 32 else power * 2)
+    return [*sizes[:-1], most]
 
 
 def chunk_of(

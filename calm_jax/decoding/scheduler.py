@@ -19,7 +19,7 @@ from flax import nnx
 from calm_jax import sharding
 from calm_jax.data.vocabulary import check_ids
 from calm_jax.decoding import steps
-from calm_jax.decoding.chunks import chunk_of
+from calm_jax.decoding.chunks import buckets, chunk_of
 from calm_jax.decoding.draft_length import Drafting, DraftLength
 from calm_jax.decoding.memory import check_fits
 from calm_jax.decoding.prepared import prepared
@@ -33,15 +33,7 @@ from calm_jax.models.calling import on_devices_of
 
 SHARED = 16  # tokens that a beginning must have to be worth copying
 MOST_STEPS = 64  # tokens a row that one dispatch makes at most
-
-
-def buckets(most: int, least: int) -> list[int]:
-    """Lengths that programs are compiled for: powers of two, halves between them, and `most`."""
-    sizes = [least]
-    while sizes[-1] < most:
-        power = 1 << (sizes[-1].bit_length() - 1)
-        sizes.append(power * 3 // 2 if sizes[-1] == power and power >= 32 else power * 2)
-    return [*sizes[:-1], most]
+FAILED = "the dispatch that made the answer failed"
 
 
 class Scheduler:
@@ -100,14 +92,13 @@ class Scheduler:
         whole = (drafter(model),) if draft else ()
         check_fits(self._model, slots, length, cache_dtype, whole)
         self._graphdef, self._weights = nnx.split(self._model)
-        self._state = self._empty_state(length, cache_dtype, whole)
+        self._sizes = (length, cache_dtype, whole)
+        self._state: State | None = self._empty_state()
         # A bridge that sees the prompt alone reads an answer's tokens differently.
         configs = getattr(model, "configs", ())
         self._prompt_alone = any(config.encoder_only for config in configs)
         self.rows = [Row() for _ in range(slots)]
-        self._waiting: collections.OrderedDict[tuple[Request, int], Answer] = (
-            collections.OrderedDict()
-        )
+        self._waiting = collections.OrderedDict[tuple[Request, int], Answer]()
         self._time = 0
 
     @property
@@ -160,7 +151,7 @@ class Scheduler:
 
     def cancel(self, request: Request, sample: int | None = None) -> None:
         """Forgets a request, or one of its answers; its rows are free. Unknown ones are ignored."""
-        samples = request.samples if sample is None else (sample,)
+        samples = request.samples if sample is None else [sample]
         for number in samples:
             self._waiting.pop((request, number), None)
         ended = [
@@ -177,19 +168,33 @@ class Scheduler:
     def step(self, most: int = MOST_STEPS) -> bool:
         """One dispatch: reads a chunk of prompts, or decodes up to `most` tokens a row.
 
+        Whatever it raises ends the answers in rows; those that wait are answered by further steps.
+
         Returns:
             whether there was something to do.
         """
         self._time += 1
-        with on_devices_of(self._model):
-            group = self._to_read()
-            if group:
-                self._read(group)
-            elif self.running:
-                self._decode(min(most, MOST_STEPS))
-            else:
-                return False
+        try:
+            if self._state is None:
+                self._state = self._empty_state()
+            with on_devices_of(self._model):
+                group = self._to_read()
+                if group:
+                    self._read(group)
+                elif self.running:
+                    self._decode(min(most, MOST_STEPS))
+                else:
+                    return False
+        except BaseException:
+            self._forget()
+            raise
         return True
+
+    def _forget(self) -> None:
+        """Empties all rows after a dispatch that failed, which has taken the state's arrays."""
+        answers = [row.answer for row in self.rows if row.answer is not None]
+        self._state, self.rows = None, [Row() for _ in self.rows]
+        _tell([(one.request, News(one.sample, [], [], "error", FAILED)) for one in answers])
 
     # Prompts.
 
@@ -283,10 +288,8 @@ class Scheduler:
         for row, answer, size in zip(group, answers, length_P, strict=False):
             row.tokens += answer.prompt[answer.read : answer.read + size]
             answer.read += int(size)
-            row.prompt_length, row.last_used = (
-                min(len(row.tokens), answer.request.asked),
-                self._time,
-            )
+            row.prompt_length = min(len(row.tokens), answer.request.asked)
+            row.last_used = self._time
         told = []
         for place, (row, answer) in enumerate(zip(group, answers, strict=True)):
             made = jax.tree.map(lambda x, n=place: x[None, n], news)
@@ -383,7 +386,8 @@ class Scheduler:
         row.tokens = []
         self._state = steps.clear_row(self._state, np.int32(self.rows.index(row)))
 
-    def _empty_state(self, length: int, cache_dtype: Any, whole: tuple[int, ...]) -> State:
+    def _empty_state(self) -> State:
+        length, cache_dtype, whole = self._sizes
         arguments = {"whole": whole} if whole else {}  # which a decoder does not take
         with on_devices_of(self._model):
             cache = self._model.init_cache(self.slots, length, dtype=cache_dtype, **arguments)

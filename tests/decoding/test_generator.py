@@ -13,9 +13,9 @@ from random_models import gemma, llama, palm, random_composed, random_decoder
 from calm_jax import sharding
 from calm_jax.data.vocabularies import vocabulary_of_folder
 from calm_jax.decoding import Generator, Sampling, generate, steps
+from calm_jax.decoding.chunks import buckets
 from calm_jax.decoding.memory import bytes_per_token
 from calm_jax.decoding.requests import Request
-from calm_jax.decoding.scheduler import buckets
 from calm_jax.errors import CalmError
 from calm_jax.models import CompositionConfig, Inputs
 from calm_jax.models.parameters import Structure, module_tree

@@ -2,6 +2,7 @@
 
 import time
 
+import jax
 import jax.numpy as jnp
 import pytest
 import tiny_models
@@ -89,3 +90,24 @@ def test_many_requests_are_cancelled_in_little_time(model):
         scheduler.cancel(request)
     assert time.perf_counter() - start < 1
     assert scheduler.waiting == 0
+
+
+def test_a_dispatch_that_fails_takes_the_answers_in_rows_alone(model, monkeypatch):
+    """It has its state, which is donated, and keeps nothing of it."""
+    scheduler, told, waited, expected = Scheduler(model, max_length=64, slots=1), [], [], []
+    scheduler.submit(ask([5, 2], expected))
+    run(scheduler)
+    scheduler.submit(ask([5, 3], told), ask([5, 2], waited))
+    scheduler.step()  # the first token of the first
+
+    def fails(graphdef, weights, state, *arguments, **options):
+        jax.tree.map(lambda x: x.delete(), state)
+        raise RuntimeError("out of memory")
+
+    with monkeypatch.context() as patched, pytest.raises(RuntimeError, match="out of memory"):
+        patched.setattr(steps, "decode", fails)
+        scheduler.step()
+    assert told[-1].finish_reason == "error"
+    assert (scheduler.running, scheduler.waiting) == (0, 1)
+    run(scheduler)
+    assert [news.tokens for news in waited] == [news.tokens for news in expected]
