@@ -23,14 +23,14 @@ COMMANDS = {
     "generate": "answers prompts with a trained model",
     "serve": "answers requests as an OpenAI-compatible server",
     "report": "turns the runs of an experiment into one page",
-    "plan": "says what training needs on TPUs or GPUs that are not there",
+    "plan": "says what training needs on TPUs or GPUs that you do not have",
 }
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command; returns the exit status, 0 or one of `calm_jax.errors`.
 
-    Without `argv` the arguments are those of the process, whose logs are then set up as well.
+    Without `argv` it takes the arguments of the process, and also sets up its logs.
     """
     if argv is None:
         _show_own_logs()
@@ -77,7 +77,7 @@ def _usage() -> str:
             "",
             *lines,
             "",
-            "calm COMMAND --help says more; calm --version names the version.",
+            "calm COMMAND --help explains a command; calm --version prints the version.",
         ]
     )
 

@@ -1,4 +1,4 @@
-"""A file of JSON lines that fills up with answers, and that a killed command goes on with."""
+"""A file of JSON lines that collects answers, which a command that was killed continues."""
 
 import json
 from collections.abc import Iterator, Sequence
@@ -32,7 +32,7 @@ class AnswerFile:
     def __init__(self, path: epath.PathLike, prompts: Sequence[str], n: int):
         self.path, self._prompts, self._n = absolute(path), prompts, n
         if is_bucket(self.path):
-            raise CalmError(f"--output={path}: answers are added to a file, not in a bucket")
+            raise CalmError(f"--output={path}: answers are written to disk, not to a bucket")
         self.done = self._length = 0
         check_writable(self.path.parent)
         if self.path.exists():
@@ -43,7 +43,9 @@ class AnswerFile:
                 self.done += 1
                 self._length += len(line) + 1
             if not rest.startswith(BEGINNING[: len(rest)]):
-                raise CalmError(f"{self.path}: its last line is no answer; give another --output")
+                raise CalmError(
+                    f"{self.path}: its last line is not an answer; give another --output"
+                )
 
     def _check(self, line: bytes) -> None:
         index = self.done
@@ -63,7 +65,7 @@ class AnswerFile:
         if not isinstance(reasons, list) or not isinstance(answers, list):
             raise CalmError(f"{where} has no list of answers; give another --output")
         if "error" in reasons:
-            raise CalmError(f"{where} has failed; remove its line and what follows to ask again")
+            raise CalmError(f"{where} has failed; remove its line and all later ones to ask again")
         if len(answers) != self._n:
             raise CalmError(f"{where} has {len(answers)} answers, but --n is {self._n}")
 
@@ -75,7 +77,7 @@ class AnswerFile:
         """Adds the answers to all prompts from `done` on as they come, and shows how fast.
 
         Args:
-            answers: of each prompt, its `Completion`s.
+            answers: for each prompt its `Completion`s.
         """
         total, tokens, failed = len(self._prompts), 0, []
         with (
@@ -83,7 +85,7 @@ class AnswerFile:
             storage("write", self.path),
             self._opened() as file,
         ):
-            file.truncate(self._length)  # a kill leaves a part of a line
+            file.truncate(self._length)  # a kill may leave part of a line
             for of_prompt in answers:
                 record = {"index": self.done, "prompt": self._prompts[self.done]}
                 record |= _said(of_prompt)

@@ -26,15 +26,15 @@ def parse(
     required: Sequence[str] = (),
     load_config: Callable[[flags.FlagValues], ConfigDict] | None = None,
 ) -> tuple[flags.FlagValues, ConfigDict | None]:
-    """Parses a command's arguments; the flags of other commands do not see them.
+    """Parses a command's arguments into flags of its own, which other commands do not share.
 
     Args:
         argv: what follows the command's name.
         usage: the text of --help before the list of flags.
         define: defines the flags.
         required: names of flags that must be given.
-        load_config: returns the config that `--config.KEY=VALUE` changes, given the flags; without
-            it such arguments are errors.
+        load_config: takes the flags and returns the config that `--config.KEY=VALUE` changes;
+            without it such arguments are errors.
 
     Returns:
         the flags, and the config or None.
@@ -65,7 +65,7 @@ def parse(
 
 
 def command_line(command: str, argv: Sequence[str]) -> str:
-    """What a shell reads as the arguments, with as few quotes as can be."""
+    """The shell command with these arguments, in as few quotes as possible."""
     return " ".join(["calm", command, *map(_quoted, argv)])
 
 
@@ -113,7 +113,7 @@ def load_file(file: str) -> ConfigDict:
     """The config that a Python file's `get_config()` returns; FILE:NAME calls `get_config("NAME")`.
 
     Raises:
-        CalmError: there is no such file, or it fails: its line is named.
+        CalmError: there is no such file, or it fails; the message names the line.
     """
     path, _, name = file.partition(":")
     if not pathlib.Path(path).is_file():
@@ -138,7 +138,7 @@ def load_file(file: str) -> ConfigDict:
 
 
 def _keys(config: ConfigDict) -> list[str]:
-    """All dotted keys, those of sections and of lists of sections included."""
+    """All dotted keys, including those of sections and of items in lists of sections."""
     keys = []
     for key, value in flatten(config).items():
         parts = key.split(".")
@@ -150,7 +150,7 @@ def _keys(config: ConfigDict) -> list[str]:
 
 
 def _last_of_each(arguments: Sequence[str]) -> list[str]:
-    """The last of all arguments that set the same key; a flag of a tuple would append them."""
+    """The last argument for each key; if a tuple's key is set twice, its flag would append."""
     joined = []  # `--config.KEY VALUE` as one
     for argument in arguments:
         if joined and OVERRIDE.fullmatch(joined[-1]) and not argument.startswith("-"):
@@ -171,7 +171,7 @@ def _quote_keywords(argument: str) -> str:
 
 
 def _may_be_override(argument: str) -> bool:
-    """Whether it may set a key; without a dash, it may be the value in `--config.KEY VALUE`."""
+    """Whether it may set a key; without a dash it may be the VALUE of `--config.KEY VALUE`."""
     return bool(OVERRIDE.match(argument)) or not argument.startswith("-")
 
 

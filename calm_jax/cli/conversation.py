@@ -9,10 +9,10 @@ END = "/exit"
 
 
 def converse(generator: Any, sampling: Any, *, chat: bool, system: str | None) -> None:
-    """Answers the lines of standard input, piece by piece, until its end or `END`.
+    """Streams an answer to each line of standard input, until its end or `END`.
 
-    With `chat` the messages are kept, and the vocabulary's template puts them to the model; without
-    it each line is gone on from alone. A line that is refused is forgotten, and the reason told.
+    With `chat` all messages are kept, and the vocabulary's template formats them; without it the
+    model continues each line alone. A refused line is dropped, and the reason is printed.
     """
     messages = [] if system is None else [{"role": "system", "content": system}]
     while (line := _next_line()) is not None:

@@ -10,7 +10,7 @@ from calm_jax.cli import config
 from calm_jax.errors import CalmError
 from calm_jax.quiet import quiet_libtpu
 
-USAGE = """Turns a published checkpoint into a frozen folder, or a frozen folder into one.
+USAGE = """Turns a published checkpoint into a frozen folder, or back into a Hugging Face one.
 
   calm convert --source=downloads/Llama-3.2-1B --target=models/anchor --verify
   calm convert --source=SmolLM2-135M-Instruct.Q4_1.gguf --target=models/anchor
@@ -19,7 +19,7 @@ USAGE = """Turns a published checkpoint into a frozen folder, or a frozen folder
   calm convert --source=models/anchor --target=exported --to=huggingface
 
 SOURCE is a folder of Hugging Face, a T5X or Orbax checkpoint, or a .gguf, .npz, .pt or .safetensors
-file, all on this machine. TARGET must not exist yet; it holds all that is needed of the source.
+file, on this machine. TARGET must not exist yet; once it is written, SOURCE is no longer needed.
 
 Families and their options:
 
@@ -35,8 +35,8 @@ def _define(values: flags.FlagValues) -> None:
     flags.DEFINE_string(
         "dtype",
         None,
-        "float32 or bfloat16, otherwise the smaller that holds the source exactly (of a quantised "
-        "one, float32)",
+        "float32 or bfloat16; default: the smaller one that holds the source exactly (float32 if "
+        "the source is quantised)",
         flag_values=values,
     )
     flags.DEFINE_string(
@@ -48,11 +48,12 @@ def _define(values: flags.FlagValues) -> None:
     flags.DEFINE_bool(
         "verify",
         False,
-        "note logits of fixed prompts in TARGET, and compare with transformers if it is installed",
+        "record logits of fixed prompts in TARGET, and compare them with those of transformers if "
+        "it is installed",
         flag_values=values,
     )
     flags.DEFINE_string(
-        "to", None, "huggingface: write the frozen folder SOURCE for it", flag_values=values
+        "to", None, "huggingface: write the frozen folder SOURCE as its models", flag_values=values
     )
 
 
@@ -78,7 +79,7 @@ def main(argv: list[str]) -> int:
     else:
         for name in ("format", "dtype", "adapter", "option", "verify"):
             if values[name].present:
-                raise CalmError(f"--{name} says nothing to --to={values.to}")
+                raise CalmError(f"--{name} has no effect with --to={values.to}")
         export(values.source, values.target, to=values.to)
     print(values.target)
     return 0

@@ -25,21 +25,21 @@ USAGE = """Scores a model on tasks and writes every prediction.
   calm evaluate --workdir=runs/mine --harness=my_task --include_path=my_tasks
 
 WORKDIR is a run of `calm train`. Tasks and lengths are those of its config unless flags say
-otherwise: evaluate.tasks (where it is empty, the files of data.validation), evaluate.limit and
+otherwise: evaluate.tasks (or, if that is empty, the files of data.validation), evaluate.limit and
 evaluate.max_new_tokens.
 
-A task of --tasks is TASK:FOLDER, or TASK/LANGUAGE+LANGUAGE:FOLDER for some of its languages, of
-gsm8k, mgsm, ntrex, flores, humaneval, mbpp and codexglue; choices:FILE or text:FILE; a seqio Task
-by its name; or a file of JSON lines or Parquet, whose answers --metric scores. docs/tasks.md has
-them all. --harness names tasks of lm-evaluation-harness instead; its results go to harness.json.
+--tasks takes TASK:FOLDER, or TASK/LANGUAGE+LANGUAGE:FOLDER for some of its languages, where TASK is
+gsm8k, mgsm, ntrex, flores, humaneval, mbpp or codexglue; choices:FILE or text:FILE; the name of a
+seqio Task; or a file of JSON lines or Parquet, whose answers --metric scores; see docs/tasks.md.
+--harness names tasks of lm-evaluation-harness instead; its results go to harness.json.
 
---parts scores the anchor and each augment alone as well, so that the pair
-can be compared with them. MODEL is a frozen folder or an exported bridge. Where the frozen models
-of a bridge have moved since it was trained, --anchor and --augments say where they are.
+--parts also scores the anchor and each augment alone, so that the pair can be compared with them.
+MODEL is a frozen folder or an exported bridge. If the frozen models of a bridge have moved since it
+was trained, --anchor and --augments say where they are.
 
-Results go to the folder `evaluation` in WORKDIR or MODEL, in place of earlier ones. Nothing is done
-where the same checkpoint has been scored with the same settings before. --mesh.fsdp=4 and the like
-set the mesh."""
+Results replace earlier ones in the folder `evaluation` in WORKDIR or MODEL. A checkpoint that has
+already been scored with the same settings is not scored again. --mesh.fsdp=4 and the like set the
+mesh."""
 
 SECTIONS = ("evaluate", "mesh")
 _OF_ANSWERS = ("samples", "temperature", "top_p", "seed")
@@ -53,25 +53,25 @@ def _define(values: flags.FlagValues) -> None:
         "tasks", None, "TASK:FOLDER, seqio Tasks or files, separated by commas", flag_values=values
     )
     flags.DEFINE_list(
-        "columns", None, "FIELD:COLUMN of the files, separated by commas", flag_values=values
+        "columns", None, "FIELD:COLUMN for the files, separated by commas", flag_values=values
     )
     flags.DEFINE_integer(
-        "limit", None, "examples of each task at most, 0 for all", lower_bound=0, flag_values=values
+        "limit", None, "most examples of each task; 0: all", lower_bound=0, flag_values=values
     )
     flags.DEFINE_integer(
-        "max_new_tokens", None, "length of an answer at most", lower_bound=1, flag_values=values
+        "max_new_tokens", None, "longest answer, in tokens", lower_bound=1, flag_values=values
     )
     flags.DEFINE_list(
         "harness", None, "tasks of lm-evaluation-harness, instead of --tasks", flag_values=values
     )
     flags.DEFINE_string(
-        "include_path", None, "folder of your own tasks of the harness", flag_values=values
+        "include_path", None, "folder of your own tasks for the harness", flag_values=values
     )
     flags.DEFINE_bool(
-        "parts", False, "score the anchor and the augments alone as well", flag_values=values
+        "parts", False, "also score the anchor and the augments alone", flag_values=values
     )
     flags.DEFINE_integer(
-        "batch_size", 128, "prompts answered at once at most", lower_bound=1, flag_values=values
+        "batch_size", 128, "most prompts answered at once", lower_bound=1, flag_values=values
     )
     _define_options(values)
     flags.DEFINE_string("output", None, "folder of the results", flag_values=values)
@@ -80,7 +80,7 @@ def _define(values: flags.FlagValues) -> None:
 def _define_options(values: flags.FlagValues) -> None:
     """Defines how tasks are asked; the defaults are those of `answering.Options`."""
     flags.DEFINE_list(
-        "metric", None, "of files: exact_match, contains, number, regex, chrf1, …; the main first",
+        "metric", None, "for files, main one first: exact_match, contains, number, regex, chrf1, …",
         flag_values=values,
     )  # fmt: skip
     flags.DEFINE_integer(
@@ -88,7 +88,7 @@ def _define_options(values: flags.FlagValues) -> None:
         flag_values=values,
     )  # fmt: skip
     flags.DEFINE_integer(
-        "seed", 0, "that shots and answers are drawn by", lower_bound=0, flag_values=values
+        "seed", 0, "seed for drawing shots and answers", lower_bound=0, flag_values=values
     )
     flags.DEFINE_integer(
         "samples", 1, "answers to each problem, for pass@k", lower_bound=1, flag_values=values
@@ -96,7 +96,7 @@ def _define_options(values: flags.FlagValues) -> None:
     flags.DEFINE_float("temperature", 0.0, "0: the most probable token", flag_values=values)
     flags.DEFINE_float("top_p", 1.0, "share of probability to draw from", flag_values=values)
     flags.DEFINE_integer(
-        "context", 0, "tokens of a prompt with its answer at most; 0: any", lower_bound=0,
+        "context", 0, "most tokens of a prompt with its answer; 0: no limit", lower_bound=0,
         flag_values=values,
     )  # fmt: skip
     flags.DEFINE_bool(
@@ -105,7 +105,7 @@ def _define_options(values: flags.FlagValues) -> None:
 
 
 def _load_config(values: flags.FlagValues) -> ConfigDict:
-    """The keys of a run's config that an evaluation uses; of a model without a run, defaults."""
+    """The keys of a run's config that an evaluation uses; defaults for a model without a run."""
     if bool(values.workdir) == bool(values.model):
         raise CalmError("give either --workdir, a run, or --model, a frozen folder or a bridge")
     from calm_jax.training.config_keys import to_dict

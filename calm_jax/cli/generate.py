@@ -1,4 +1,4 @@
-"""`calm generate`: what a model answers."""
+"""`calm generate`: answers prompts, or holds a conversation."""
 
 import sys
 from collections.abc import Iterator
@@ -19,20 +19,20 @@ USAGE = """Prints what a model answers to each prompt, or talks with it.
   calm generate --workdir=models/gemma --prompts_file=prompts.txt --output=answers.jsonl
   calm generate --workdir=models/gemma
 
-WORKDIR is a run of `calm train`, a frozen folder or an exported bridge. Where the frozen models of
-a bridge have moved since it was trained, --anchor and --augments say where they are. Without
---temperature the most probable token is taken at every step. With --chat each prompt is a message
-of the user, put to the model in its own chat template. The first device computes; --mesh.tensor=8
-and the like spread the model over all. --draft=4 lets the augment of a pair draft, which changes no
-answer and saves time where the two agree often.
+WORKDIR is a run of `calm train`, a frozen folder or an exported bridge. If the frozen models of a
+bridge have moved since it was trained, --anchor and --augments say where they are. Without
+--temperature the most probable token is taken at every step. With --chat each prompt is a user's
+message, formatted by the model's chat template. The model runs on the first device;
+--mesh.tensor=8 and the like spread it over all. --draft=4 lets the augment of a pair draft tokens,
+which changes no answer and saves time if the two often agree.
 
---output writes the answers as they come, a JSON line each: index, prompt, answer and finish_reason;
-with --n above 1, answers and finish_reasons. The same command goes on with a file that it was
-stopped in. Several processes share the work: start the same command on each machine; where the
-processes do not find each other, with --coordinator, --process_count and --process_index.
+--output writes each answer as it comes, as one JSON line: index, prompt, answer and finish_reason;
+with --n above 1, answers and finish_reasons. After a stop the same command continues the file.
+Several processes can share the work: start the same command on each machine, and if the processes
+do not find each other, add --coordinator, --process_count and --process_index.
 
-Without a prompt, the lines of standard input are answered until its end or /exit. A model with a
-chat template remembers the conversation (--nochat: does not); any other goes on from each line."""
+Without a prompt, each line of standard input is answered, until its end or /exit. A model with a
+chat template remembers the conversation (not with --nochat); any other continues each line."""
 
 SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "stop", "n", "seed")
 SIZES = ("max_length", "slots", "cache_dtype", "prefill_chunk", "draft")
@@ -46,33 +46,38 @@ def _define(values: flags.FlagValues) -> None:
     define("string", "workdir", "folder that holds a model")
     models.define(values)
     members.define(values)
-    define("multi_string", "prompt", "text to go on from; repeatable", [])
-    define("string", "prompts_file", "file with a prompt a line")
+    define("multi_string", "prompt", "text to continue; repeatable", [])
+    define("string", "prompts_file", "file with one prompt on each line")
     define("string", "output", "file of JSON lines that the answers are added to")
     define("bool", "chat", "prompts are messages of a user")
-    define("string", "system", "message of the system before each with --chat")
+    define("string", "system", "system message before each prompt; needs --chat")
     define(
         "integer",
         "max_new_tokens",
-        f"length of an answer at most; {NEW_TOKENS}, in a conversation {NEW_TOKENS_OF_A_TURN}",
+        f"longest answer, in tokens; default: {NEW_TOKENS}, in a conversation "
+        f"{NEW_TOKENS_OF_A_TURN}",
     )
     define("float", "temperature", "divides the logits; 0: the most probable token is taken")
     define("integer", "top_k", "only the k most probable tokens")
-    define("float", "top_p", "only the most probable tokens that have this probability together")
-    define("float", "min_p", "only tokens this fraction as probable as the most probable one")
-    define("float", "repetition_penalty", "above 1 makes tokens that there are less probable")
+    define("float", "top_p", "only the most probable tokens, up to this total probability")
+    define("float", "min_p", "only tokens at least this fraction as probable as the best one")
+    define("float", "repetition_penalty", "above 1: makes tokens already present less probable")
     define("multi_string", "stop", "text before which an answer ends; repeatable")
     define("integer", "n", "answers to each prompt")
-    define("integer", "seed", "of all random numbers")
-    define("integer", "slots", "answers that are made at once")
-    define("integer", "max_length", "tokens of a prompt and its answer; what the prompts need")
+    define("integer", "seed", "seed of all random numbers")
+    define("integer", "slots", "answers generated at once")
+    define(
+        "integer",
+        "max_length",
+        "most tokens of a prompt and its answer; default: what the prompts need",
+    )
     define(
         "enum",
         "cache_dtype",
-        "of keys and values; that of the model",
+        "dtype of the caches; default: the model's",
         enum_values=models.CACHE_DTYPES,
     )
-    define("integer", "prefill_chunk", "tokens of prompts that are read at once at most")
+    define("integer", "prefill_chunk", "most tokens of prompts that are read at once")
     define("integer", "draft", models.DRAFT)
 
 
@@ -117,7 +122,7 @@ def _talk(values: flags.FlagValues, mesh: dict[str, int] | None) -> None:
 
 
 def _answer(values: flags.FlagValues, mesh: dict[str, int] | None, prompts: list[str]) -> None:
-    """Answers all prompts; of several processes, which share the work, the first one tells."""
+    """Answers all prompts; if several processes share the work, only the first one prints."""
     import jax
 
     from calm_jax import processes
@@ -155,9 +160,9 @@ def _sampling(values: flags.FlagValues, new: int) -> Any:
 
 def _check(values: flags.FlagValues, prompts: list[str], talks: bool) -> None:
     if not prompts and not talks:
-        raise CalmError(f"{values.prompts_file}: there is no prompt in it")
+        raise CalmError(f"{values.prompts_file}: the file has no prompts")
     if values.system is not None and not (values.chat or (talks and values.chat is None)):
-        raise CalmError("--system stands before messages of a chat: give --chat too")
+        raise CalmError("--system has no effect without a chat: give --chat too")
     for name in ("output", "slots", "n") if talks else ():
         if values[name].value is not None:
             raise CalmError(

@@ -1,4 +1,4 @@
-"""The flags by which a command's process joins others."""
+"""The flags with which a command's process joins others."""
 
 from contextlib import AbstractContextManager
 
@@ -8,23 +8,25 @@ from absl import flags
 def define(values: flags.FlagValues) -> None:
     """Defines what `joined` reads."""
     flags.DEFINE_string(
-        "coordinator", None, "HOST:PORT of process 0, which opens it", flag_values=values
+        "coordinator", None, "HOST:PORT on which process 0 listens", flag_values=values
     )
     flags.DEFINE_integer(
         "process_count", None, "number of processes in the run", flag_values=values
     )
-    flags.DEFINE_integer("process_index", None, "which of them this is, from 0", flag_values=values)
+    flags.DEFINE_integer(
+        "process_index", None, "number of this process, from 0", flag_values=values
+    )
     flags.DEFINE_integer(
         "coordinator_seconds",
         300,
-        "how long to wait until all processes have found the coordinator",
+        "how long to wait for all processes to find the coordinator",
         lower_bound=1,
         flag_values=values,
     )
 
 
 def joined(values: flags.FlagValues) -> AbstractContextManager[None]:
-    """`calm_jax.membership.joined`, as the flags say."""
+    """`calm_jax.membership.joined` with the values of the flags."""
     from calm_jax import membership
 
     member = (values.coordinator, values.process_count, values.process_index)

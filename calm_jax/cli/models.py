@@ -1,4 +1,4 @@
-"""What the commands that load a model share: flags for its checkpoint, its parts and its mesh."""
+"""What commands that load a model share: flags for its checkpoint, its parts and its mesh."""
 
 import re
 from collections.abc import Callable, Sequence
@@ -9,8 +9,8 @@ from ml_collections import ConfigDict
 
 from calm_jax.cli import config
 
-CACHE_DTYPES = ["float32", "bfloat16", "float16", "int8"]  # of keys and values
-DRAFT = "tokens that an augment drafts at a time at most; as many as pay, or none"
+CACHE_DTYPES = ["float32", "bfloat16", "float16", "int8"]
+DRAFT = "most tokens that an augment drafts at a time; fewer or none where drafts do not pay"
 
 MESH = {"slices": 0, "data": -1, "fsdp": 1, "tensor": 1}
 
@@ -18,13 +18,16 @@ MESH = {"slices": 0, "data": -1, "fsdp": 1, "tensor": 1}
 def define(values: flags.FlagValues) -> None:
     """Defines `--step`, `--anchor` and `--augments`."""
     flags.DEFINE_integer(
-        "step", None, "checkpoint of a composed run, otherwise its best", flag_values=values
+        "step", None, "checkpoint of a composed run; default: its best", flag_values=values
     )
     flags.DEFINE_string(
         "anchor", None, "where the anchor of a bridge is now, if it has moved", flag_values=values
     )
     flags.DEFINE_list(
-        "augments", None, "where its augments are now, separated by commas", flag_values=values
+        "augments",
+        None,
+        "where a bridge's augments are now, separated by commas",
+        flag_values=values,
     )
 
 
@@ -41,7 +44,7 @@ def mesh_as_config(argv: Sequence[str]) -> list[str]:
 def parse(
     argv: list[str], usage: str, define: Callable[[flags.FlagValues], None]
 ) -> tuple[flags.FlagValues, dict[str, int] | None]:
-    """The flags of a command that needs `--workdir`; and its mesh axes, None if it names none."""
+    """The flags of a command that needs `--workdir`, and its mesh axes; None if none are given."""
     given = mesh_as_config(argv)
     values, settings = config.parse(
         given,

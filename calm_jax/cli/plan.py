@@ -1,4 +1,4 @@
-"""`calm plan`: what a run needs on machines that are not there."""
+"""`calm plan`: what a run needs on machines that you do not have."""
 
 import shlex
 import textwrap
@@ -8,18 +8,18 @@ from absl import flags
 from calm_jax.cli import config
 from calm_jax.presets import PRESETS
 
-USAGE = f"""Compiles the training step for a TPU slice without having one, and says what it needs.
+USAGE = f"""Compiles the training step for a TPU slice, without one, and says what the step needs.
 
   calm plan --config=configs/gemma2_9b_2b.py --topology=v5e:4x4 --tokens=1e9
   calm plan --config=configs/gemma2_9b_2b.py --topology=v5e:16x16*2 --search --output=plans
 
 It prints memory, arithmetic, traffic and time of a step on one chip, and writes them to OUTPUT as
-plan.json and plan.md. TOPOLOGY is a slice as Cloud TPU names it, `*2` after it for two of them;
+plan.json and plan.md. TOPOLOGY is a slice as Cloud TPU names it; `*2` at its end means two slices.
 h100:8 and h200:8 are planned by formula. --search ranks meshes, micro-batches and rematerialisation
-by formula, and compiles the best two and the config's own.
+by formula, then compiles the best two and the config's own.
 
-Anchor and augments are frozen folders, or presets, which need no weights:
---config.anchor=preset:llama3.1_8b. Presets are
+Anchor and augments are frozen folders, or presets, which need no weights, such as
+--config.anchor=preset:llama3.1_8b. The presets are
 
 {textwrap.indent(textwrap.fill(", ".join(PRESETS), 98), "  ")}"""
 
@@ -46,7 +46,7 @@ def main(argv: list[str]) -> int:
         required=("config", "topology"),
         load_config=lambda values: config.load_file(values.config),
     )
-    from calm_jax.planning import planner  # slow to import, which --help need not wait for
+    from calm_jax.planning import planner  # slow to import; --help need not wait for it
 
     plan = planner.run(
         run_config,

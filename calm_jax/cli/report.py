@@ -9,14 +9,14 @@ USAGE = """Turns the runs of an experiment into one HTML page that needs no netw
 
   calm report --experiment=runs/kv [--output=runs/kv/report.html]
 
-EXPERIMENT holds run directories. Where they are the key-value experiment's, augment, anchor and
-composed, Table 1 is printed, and written to EXPERIMENT/table1.json as well."""
+EXPERIMENT holds run directories. If they are those of the key-value experiment (augment, anchor and
+composed), Table 1 is also printed, and written to EXPERIMENT/table1.json."""
 
 
 def _define(values: flags.FlagValues) -> None:
     flags.DEFINE_string("experiment", None, "folder of run directories", flag_values=values)
     flags.DEFINE_string(
-        "output", None, "the page, otherwise EXPERIMENT/report.html", flag_values=values
+        "output", None, "the page; default: EXPERIMENT/report.html", flag_values=values
     )
 
 

@@ -16,11 +16,11 @@ USAGE = """Answers requests over HTTP as OpenAI's API does, until SIGTERM.
   calm serve --workdir=runs/kv/composed
   calm serve --workdir=models/gemma --host=0.0.0.0 --port=80 --slots=16 --max_length=4096
 
-WORKDIR is a run of `calm train`, a frozen folder or an exported bridge. Of a composed model its
-anchor and augments are served too, as NAME/anchor and NAME/augment. The page at / asks them all.
-Where the environment variable CALM_API_KEY is set, requests must carry it as a bearer token. On
-SIGTERM new requests are refused and the answers that run are ended; a second one ends at once.
-The first device computes; --mesh.tensor=8 and the like spread the model over all."""
+WORKDIR is a run of `calm train`, a frozen folder or an exported bridge. A composed model's anchor
+and augments are served too, as NAME/anchor and NAME/augment. The page at / asks them all. If the
+environment variable CALM_API_KEY is set, requests must carry it as a bearer token. On SIGTERM new
+requests are refused and running answers are completed; a second SIGTERM ends the server at once.
+The model runs on the first device; --mesh.tensor=8 and the like spread it over all."""
 
 KEY = "CALM_API_KEY"
 
@@ -28,31 +28,29 @@ KEY = "CALM_API_KEY"
 def _define(values: flags.FlagValues) -> None:
     flags.DEFINE_string("workdir", None, "folder that holds a model", flag_values=values)
     models.define(values)
-    flags.DEFINE_string(
-        "name", None, "the model's name, otherwise its folder's", flag_values=values
-    )
+    flags.DEFINE_string("name", None, "the model's name; default: its folder's", flag_values=values)
     flags.DEFINE_string("host", "127.0.0.1", "address to listen on", flag_values=values)
-    flags.DEFINE_integer("port", 8000, "to listen on; 0: any that is free", flag_values=values)
-    flags.DEFINE_integer("slots", 8, "answers that are made at once", flag_values=values)
+    flags.DEFINE_integer("port", 8000, "port to listen on; 0: any free one", flag_values=values)
+    flags.DEFINE_integer("slots", 8, "answers generated at once", flag_values=values)
     flags.DEFINE_integer(
-        "max_length", 2048, "tokens of a prompt and its answer at most", flag_values=values
+        "max_length", 2048, "most tokens of a prompt and its answer", flag_values=values
     )
     flags.DEFINE_integer(
-        "prefill_chunk", 512, "tokens of prompts that are read at once", flag_values=values
+        "prefill_chunk", 512, "most tokens of prompts that are read at once", flag_values=values
     )
     flags.DEFINE_enum(
         "cache_dtype",
         None,
         models.CACHE_DTYPES,
-        "of keys and values, otherwise the model's",
+        "dtype of the caches; default: the model's",
         flag_values=values,
     )
     flags.DEFINE_integer("draft", 0, models.DRAFT, flag_values=values)
     flags.DEFINE_integer(
         "max_queue", 64, "answers that may wait; more are refused", flag_values=values
     )
-    flags.DEFINE_integer("max_tokens", 1024, "of one answer at most", flag_values=values)
-    flags.DEFINE_float("request_seconds", 300.0, "that a request may take", flag_values=values)
+    flags.DEFINE_integer("max_tokens", 1024, "most tokens of an answer", flag_values=values)
+    flags.DEFINE_float("request_seconds", 300.0, "most seconds of a request", flag_values=values)
 
 
 def main(argv: list[str]) -> int:

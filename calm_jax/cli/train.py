@@ -10,23 +10,23 @@ USAGE = """Trains what the config says, or continues where an earlier call stopp
   calm train --config=configs/kv_compose.py --workdir=runs/kv/composed
   calm train --config=configs/kv_compose.py --workdir=runs/kv/wide --config.train.batch_size=256
 
-WORKDIR then holds the run's config, checkpoints, metrics and costs, and the finished model of a
-decoder (WORKDIR/frozen). Where WORKDIR holds a run already, that run is continued: mesh, number of
-steps, logging and saving may change, nothing else. `calm train --config=FILE --help` lists every
-key with its value.
+WORKDIR then holds the run's config, checkpoints, metrics and costs, and a trained decoder as a
+frozen folder (WORKDIR/frozen). If WORKDIR already holds a run, that run is continued; only mesh,
+number of steps, logging, saving and the like may then change (docs/config.md lists the keys).
+`calm train --config=FILE --help` lists every key with its value.
 
 On several machines, start the same command on each. On Cloud TPU, GKE, SLURM and Open MPI the
 processes find each other; elsewhere give --coordinator, --process_count and --process_index.
 WORKDIR must be on a file system or bucket that all of them share.
 
-Ctrl-C and SIGTERM finish the step and save it; a second one ends at once. Exit status: 0 finished,
-2 bad input, 75 stopped by SIGTERM, 130 stopped by Ctrl-C, anything else a failure, such as a lost
-process or a full disk. After all of these but 2, the same command continues the run."""
+Ctrl-C and SIGTERM finish the step and save it; a second signal ends the process at once. Exit
+status: 0 finished, 2 bad input, 75 stopped by SIGTERM, 130 stopped by Ctrl-C, anything else a
+failure, such as a lost process or a full disk. After all but 2, the same command continues."""
 
 
 def _define(values: flags.FlagValues) -> None:
     flags.DEFINE_string(
-        "config", None, "Python file whose get_config() says all", flag_values=values
+        "config", None, "Python file whose get_config() returns the config", flag_values=values
     )
     flags.DEFINE_string("workdir", None, "directory of the run", flag_values=values)
     flags.DEFINE_bool(

@@ -5,8 +5,8 @@ Query t sees key s if s comes no later than t, both have the same segment, that 
 the array, or the explicit order of the inputs. The result for a query that sees no key is exactly
 zero, where a softmax would return the mean of all values.
 
-Axes: B batch, T query position, S key position, D model width, N heads, K key heads, G queries a
-key head (N = K·G), H head width.
+Axes: B batch, T query position, S key position, D model width, N heads, K key heads, G queries of
+each key head (N = K·G), H head width.
 """
 
 import functools
@@ -31,7 +31,7 @@ _WITHOUT_WEIGHTS = {
 
 
 class Attention:
-    """What the attention of all layers shares in one forward pass: backend, masks and scale.
+    """Backend, masks and scale, which all layers share in one forward pass.
 
     Args:
         backend: one of `calm_jax.models.attention_choice.BACKENDS`. "splash" and "cudnn" support
@@ -55,7 +55,7 @@ class Attention:
         own_keys = keys is None
         keys = queries if keys is None else keys
         length = keys.shape[1]
-        # A window as long as the rows hides nothing, so local and global layers are the same.
+        # A window as long as the rows hides nothing, so local layers are global ones.
         if queries.order_BT is None and keys.order_BT is None:
             self.orders = ()
             if window is not None and window >= length:
@@ -167,9 +167,9 @@ def causal_mask(
     query_order_BT: jax.Array | None = None,
     key_order_BS: jax.Array | None = None,
 ) -> jax.Array:
-    """Bool [B, T, S]: whether query t sees key s, windows aside.
+    """Bool [B, T, S]: whether query t sees key s if there are no windows.
 
-    All arguments are int32 [B, T] or [B, S]. Without orders, positions in the array count.
+    All arguments are int32 [B, T] or [B, S]. The default order is that of the array.
     """
     same_BTS = query_segments_BT[:, :, None] == key_segments_BS[:, None, :]
     real_B1S = (key_segments_BS != 0)[:, None, :]

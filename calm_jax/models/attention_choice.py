@@ -1,7 +1,7 @@
 """Chooses the backend of a model's attention: the best that the devices and the model allow.
 
-Training chooses once, by the devices of its mesh, which may be absent while a program is compiled
-ahead for them. Otherwise each call chooses by the default device and the inputs.
+Training chooses once, by the devices of its mesh; these may be absent, if a program is compiled
+ahead of time for them. Otherwise each call chooses by the default device and the inputs.
 """
 
 import dataclasses
@@ -49,7 +49,7 @@ def choose(requested: str, device: jax.Device, need: Need, *, length: int, packe
 
     Args:
         requested: one of `BACKENDS`, or "auto".
-        device: any device of the mesh, all of which are of one kind; it may be absent.
+        device: any device of the mesh, since all are of one kind; it may be absent.
         length: tokens in a row.
         packed: whether a row may hold several segments, or padding before its tokens.
 
@@ -113,7 +113,7 @@ def _refusal(backend: str, device: jax.Device, need: Need, length: int, packed: 
 
 
 def _cuda_capability(device: jax.Device) -> tuple[int, ...] | None:
-    """(major, minor) of an NVIDIA GPU; None for other devices (AMD's have letters)."""
+    """(major, minor) of an NVIDIA GPU; None for other devices (AMD's versions have letters)."""
     numbers = str(getattr(device, "compute_capability", "")).split(".")
     if device.platform != "gpu" or not all(number.isdecimal() for number in numbers):
         return None

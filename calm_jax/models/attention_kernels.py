@@ -1,7 +1,7 @@
 """Attention kernels for one kind of device: Splash for TPU, cuDNN for NVIDIA GPUs.
 
-Arguments, axes and results are those of `chunked_attention`, without orders. Where a query sees no
-key the result is finite but meaningless, and the caller sets it to zero.
+Arguments, axes and results are those of `chunked_attention`, without orders. If a query sees no
+key, its result is finite but meaningless; the caller sets it to zero.
 """
 
 import jax

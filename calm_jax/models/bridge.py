@@ -1,4 +1,4 @@
-"""The bridge: the cross-attention of every connection, the new parameters of a composed model.
+"""The bridge: the cross-attention of every connection, a composed model's only new parameters.
 
 Axes: B batch, T query, D anchor width.
 """
@@ -23,7 +23,7 @@ from calm_jax.models.taps import Taps
 class Bridge(nnx.Module):
     """The cross-attentions of each round; those of a stacked round are stacked arrays.
 
-    The initial values of a connection depend only on its number, not on how rounds are stacked.
+    A connection's initial values depend only on its number, not on how rounds are stacked.
 
     Args:
         augment_widths: the width of each augment's hidden states.
@@ -64,7 +64,7 @@ def with_taps(
     slots: Slots,
     inputs: Inputs,
 ) -> Vectors:
-    """The latents of an augment's tapped `layers` with those of new `filled` inputs."""
+    """An augment's `latents`, with those of new `filled` inputs at the tapped `layers` added."""
     slots_PT = slots.slots_of(inputs)
     for number, layer in enumerate(layers):
         latent_PTE = latent(taps.layer(layer), config)
@@ -83,13 +83,13 @@ def add_bridges(
     caches: Sequence[KeysValues | None],
     number: jax.Array | int,
 ) -> tuple[jax.Array, list[Any], tuple[KeysValues | None, ...]]:
-    """h + the sum of f_cross over the entries of one round, all of which read the same h.
+    """h + the sum of f_cross over the entries of one round; all read the same h.
 
     Args:
         passes: what the connections of each augment share.
         observe: called with h, the result of f_cross and its attention weights.
         graphdef, state: the round's cross-attentions; in a stacked round those of one step.
-        taps: the tap of each entry; if latents are cached, the number of its layer among them.
+        taps: the tap of each entry; if latents are cached, the index of its layer among them.
         caches: the cache of each entry, None if latents are cached; empty without a cache.
         number: the step of a stacked round, else 0.
 

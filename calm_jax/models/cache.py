@@ -1,8 +1,8 @@
 """Caches of the keys and values of earlier tokens.
 
 A cache is a pytree: a forward pass takes one and returns an updated one. A row has S slots; slot s
-holds the row's s-th token, padding not counted. What lies behind a row's length is never seen,
-since no query sees a slot after its own: a row is cut back by setting its length.
+holds the row's s-th token, not counting padding. No query sees a slot after its own, so setting a
+smaller length removes a row's last tokens.
 
 Axes: B batch, P rows of the inputs, T new token, S slot, R slots that are read, L layer,
 K key heads, H head width, G groups of features.
@@ -20,7 +20,7 @@ from calm_jax.models.inputs import Inputs
 
 INT8_MAX = 127.0
 
-# Logical axes of `Vectors`: of keys and values, and of latents, which are one head.
+# Logical axes of `Vectors`: those of keys and values, and those of latents, which have one head.
 KEY_AXES = ("layers", "batch", "kv_heads", "cache_length", "head_dim")
 LATENT_AXES = ("layers", "batch", None, "cache_length", "augment_embed")
 
@@ -34,8 +34,8 @@ class Slots:
         segments_BS: int32 [B, S], the segment of the token in each slot; 0: empty.
         prompt_mask_BS: int32 [B, S], 1 where the token belongs to the prompt.
         length_B: int32 [B], number of tokens in each row.
-        rows_P: int32 [P], the rows that the inputs belong to; a row of B or more is dropped. None:
-            all, in order.
+        rows_P: int32 [P], the cache's row of each row of the inputs; B or more: it is dropped.
+            None: all rows, in order.
         read: number of slots R that are read, from the first; None: all. It must cover the new
             tokens.
     """
@@ -89,7 +89,10 @@ class Slots:
         )
 
     def with_copy(self, source: jax.Array, target: jax.Array, count: int) -> "Slots":
-        """A copy whose row `target` has the first `count` slots of row `source`; same lengths."""
+        """A copy whose row `target` has the first `count` slots of row `source`.
+
+        Lengths do not change.
+        """
         segments_BS, prompt_mask_BS = (
             x_BS.at[target, :count].set(x_BS[source, :count])
             for x_BS in (self.segments_BS, self.prompt_mask_BS)
@@ -155,12 +158,12 @@ class Vectors:
 
         def on_device(x_LBKSH, new_PTKH, slots_PT, rows_P, row_B, layer):
             row_P = rows_P - row_B[0]
-            row_P = jnp.where(row_P < 0, len(row_B), row_P)  # otherwise it counts from the end
+            row_P = jnp.where(row_P < 0, len(row_B), row_P)  # a negative index counts from the end
             return x_LBKSH.at[layer, row_P[:, None], :, slots_PT].set(new_PTKH, mode="drop")
 
         def put(x_LBKSH, new_PTKH):
-            # Each device writes its own rows: one scatter over all would gather the batch. One for
-            # each row, by `vmap`, would copy the whole cache to move the axis of rows.
+            # Each device writes its own rows: one scatter over all devices would gather the batch.
+            # A scatter for each row, by `vmap`, would copy the whole cache to move its row axis.
             return sharding.on_each_device(
                 on_device,
                 (x_LBKSH, new_PTKH.astype(x_LBKSH.dtype), *places),
@@ -182,7 +185,7 @@ class Vectors:
         )
 
     def read(self, layer: jax.Array | int, slots: Slots, dtype: Any) -> jax.Array:
-        """The vectors of one layer that are read, [P, R, K, H] in `dtype`."""
+        """One layer's vectors in the slots to read, [P, R, K, H] in `dtype`."""
 
         def get(x_LBKSH):
             _, B, K, S, H = x_LBKSH.shape
@@ -233,11 +236,11 @@ class KeysValues:
         )
 
     def read(self, layer: jax.Array | int, slots: Slots, dtype: Any) -> tuple[jax.Array, jax.Array]:
-        """Keys and values of one layer that are read, [P, R, K, H] each in `dtype`."""
+        """One layer's keys and values in the slots to read, [P, R, K, H] each, in `dtype`."""
         return self.keys.read(layer, slots, dtype), self.values.read(layer, slots, dtype)
 
 
-# Of stacked layers, or of layers that are not stacked: each L = 1.
+# One cache of stacked layers, or a cache with L = 1 for each layer that is not stacked.
 LayerCaches = KeysValues | tuple[KeysValues, ...]
 
 
@@ -267,7 +270,7 @@ class DecoderCache:
         return dataclasses.replace(self, slots=dataclasses.replace(self.slots, length_B=length_B))
 
     def with_copy(self, source: jax.Array, target: jax.Array, count: int) -> "DecoderCache":
-        """A copy whose row `target` has the first `count` slots of row `source`; same lengths."""
+        """As `Slots.with_copy`."""
         layers = _with_copy(self.layers, source, target, count)
         return DecoderCache(layers, self.slots.with_copy(source, target, count))
 
@@ -279,11 +282,11 @@ class ComposedCache:
 
     Attributes:
         anchor: the anchor's.
-        augments: the cache of each augment, of whatever type it uses.
-        bridge: f_cross' keys and values, for each round and each entry of its plan; L is the number
-            of connections in the entry. None where `latents` are kept instead.
-        latents: for each augment what f_cross makes keys and values of, one head as wide as the
-            augment; L is the number of its tapped layers. None where `bridge` has them.
+        augments: the cache of each augment, of whatever type the augment uses.
+        bridge: keys and values of f_cross, for each round and each entry of its plan; L is the
+            number of connections in the entry. None where `latents` replace them.
+        latents: for each augment the latents of its taps, one head as wide as the augment; L is the
+            number of its tapped layers. None where `bridge` holds keys and values.
     """
 
     anchor: DecoderCache
@@ -324,10 +327,10 @@ def filled(inputs: Inputs, slots: Slots | None) -> Inputs:
     if slots is None:
         return inputs.filled()
     if inputs.order_BT is not None:
-        raise CalmError("a cache orders tokens as they come; its inputs take no order_BT")
+        raise CalmError("a cache orders tokens by arrival; its inputs must not have an order_BT")
     return inputs.filled(slots.length_P)
 
 
 def _with_copy(vectors: Any, source: jax.Array, target: jax.Array, count: int) -> Any:
-    """`Vectors`, in any tree, whose row `target` has the first `count` slots of row `source`."""
+    """`Slots.with_copy` for the `Vectors` of any tree."""
     return jax.tree.map(lambda x: x.at[:, target, :, :count].set(x[:, source, :, :count]), vectors)

@@ -1,4 +1,4 @@
-"""Compiled calls of models, on the devices that hold them; models of one config share a program."""
+"""Compiled calls of models on their own devices; models with one config share a program."""
 
 import contextlib
 import functools
@@ -29,7 +29,7 @@ def _call(graphdef, method, state, *arguments):
 
 @contextlib.contextmanager
 def on_devices_of(model: nnx.Module) -> Iterator[None]:
-    """Makes a device that holds the model the default device, which chooses the attention."""
+    """Makes a device of the model the default one, which decides the attention backend."""
     array = array_of(model)
     if array is None:
         yield
@@ -52,7 +52,7 @@ def array_of(model: nnx.Module) -> jax.Array | None:
 def make_on_mesh_of(array: jax.Array, make: Callable[..., Any], arguments: tuple) -> Any:
     """The arrays `make(*arguments)`, sharded by its constraints on the mesh of `array`.
 
-    `arguments` are hashable; a function and arguments that were seen before compile nothing.
+    `arguments` are hashable; the same function and arguments compile only once.
     """
     with sharding.mesh_of(array):
         return make(*arguments)

@@ -5,7 +5,7 @@ recomputes the logits from the inputs and each query's log of the softmax denomi
 without a visible key, in the future or before every window, are skipped while tracing.
 
 Axes: B batch, T query position in its block, S key position in its block, I query blocks, J key
-blocks, N heads, K key heads, G queries a key head (N = K·G), H head width.
+blocks, N heads, K key heads, G queries of each key head (N = K·G), H head width.
 """
 
 import dataclasses
@@ -41,7 +41,7 @@ def chunked_attention(
         q_BTNH, k_BSKH, v_BSKH: queries [B, T, N, H], keys and values [B, S, K, H].
         query_segments_BT, key_segments_BS: int32 [B, T] and [B, S].
         query_order_BT, key_order_BS: int32 [B, T] and [B, S], both or neither; default: the
-            positions in the arrays, which allow blocks to be skipped.
+            positions in the arrays, with which blocks can be skipped.
 
     Returns:
         [B, T, N, H] in the dtype of `v_BSKH`; exactly 0 where a query sees no key.
@@ -175,8 +175,8 @@ def _forward(walk: _Walk, q_IBKGTH, k_JBKSH, v_JBKSH, queries, keys):
 
 def _backward(walk: _Walk, kept, dx_IBKGTH):
     q_IBKGTH, k_JBKSH, v_JBKSH, queries, keys, x_IBKGTH, log_sums_IBKGT = kept
-    # The term of the softmax gradient that all keys of a query share. The values are float32:
-    # rounded to bfloat16 they would double the error of the gradients.
+    # The term of the softmax gradient that all keys of a query share. It stays float32: rounding to
+    # bfloat16 would double the error of the gradients.
     shared_IBKGT = jnp.sum(dx_IBKGTH.astype(jnp.float32) * x_IBKGTH, axis=-1)
 
     def step(carry, pair):
@@ -215,8 +215,8 @@ _attend.defvjp(_forward, _backward)
 def _in_one_piece(function, x):
     """`function(x)` inside a loop of one iteration, which partial evaluation does not enter.
 
-    It would split a bare scan, and under some rematerialisation policies save the masks and logits
-    of all its steps.
+    Partial evaluation would split a bare scan, and under some rematerialisation policies save the
+    masks and logits of all its steps.
     """
     return jax.lax.while_loop(lambda x: x[0] < 1, lambda x: (x[0] + 1, function(x[1])), (0, x))[1]
 

@@ -40,7 +40,7 @@ def compose(
     *,
     rngs: nnx.Rngs,
 ) -> "ComposedDecoder":
-    """Joins an anchor and one or more augments by a new bridge.
+    """Joins an anchor and one or more augments with a new bridge.
 
     The composed model holds the given models: their weights are neither copied nor changed.
 
@@ -72,7 +72,7 @@ def compose(
     several = isinstance(augment_or_list, Sequence)
     models = [anchor]
     for augment in augment_or_list if several else [augment_or_list]:
-        # A model in two roles becomes two modules over the same arrays: each role needs a subtree.
+        # A model in two roles becomes two modules that share arrays: each role needs a subtree.
         alone = all(augment is not model for model in models)
         models.append(augment if alone else nnx.merge(*nnx.split(augment)))
     augments = models[1:]
@@ -134,7 +134,7 @@ class ComposedDecoder(nnx.Module):
 
     @property
     def config(self):
-        """The anchor's `DecoderConfig`, which holds for the composed model's inputs and outputs."""
+        """The anchor's `DecoderConfig`, which also describes the composed inputs and outputs."""
         return self.anchor.config
 
     def __call__(self, inputs: Inputs | jax.Array) -> jax.Array:
@@ -175,7 +175,7 @@ class ComposedDecoder(nnx.Module):
     ) -> tuple[jax.Array, ComposedCache | None]:
         """The bridged residual stream of the anchor [B, T, D], and the updated cache.
 
-        `taps` are those of augments, by number, whose caches have the inputs already.
+        `taps` are those of augments, by number, whose caches already hold the inputs.
         """
         x_BTD, cache, _ = self._run(inputs, cache, known_taps=taps)
         return x_BTD, cache
@@ -199,8 +199,8 @@ class ComposedDecoder(nnx.Module):
             perturb: applied to the taps before the bridge reads them.
 
         Returns:
-            the stream [B, T, D]; and for each connection two squared norms, float32 [2]: of the
-            result of f_cross and of the stream it is added to, over all tokens except padding.
+            the stream [B, T, D]; and for each connection two squared norms, float32 [2]: that of
+            f_cross' result and that of the stream it is added to, over all tokens except padding.
         """
         real_BT1 = (inputs.filled().segments_BT != 0)[:, :, None]
 
@@ -212,7 +212,7 @@ class ComposedDecoder(nnx.Module):
         return x_BTD, norms
 
     def run_alone(self, name: str, inputs: Inputs) -> Any:
-        """What the anchor or augment called `name` computes in a forward pass."""
+        """The result of a forward pass of the anchor or augment called `name`."""
         if name == "anchor":
             return self.anchor.forward(inputs)
         number = int(self.part_paths[name][-1])
@@ -224,7 +224,7 @@ class ComposedDecoder(nnx.Module):
         """An empty cache for `batch` rows of up to `slots` tokens.
 
         Args:
-            dtype: of keys and values; default: that of each model's config.
+            dtype: that of keys and values; default: that of each model's config.
             whole: numbers of augments that run all their layers, not only those up to a tap.
         """
         array, described = self.anchor.embedding.get_value(), (self.plan, self.configs, self.config)
@@ -264,9 +264,9 @@ class ComposedDecoder(nnx.Module):
         bridge_attention: str | None = None,
         known_taps: Mapping[int, Taps] | None = None,
     ) -> tuple[jax.Array, ComposedCache | None, list[Any]]:
-        """The bridged residual stream, the updated cache, and what is observed of each connection.
+        """The bridged residual stream, the updated cache, and an observation of each connection.
 
-        An observation is what `observe(h, f_cross result, attention weights)` returns.
+        An observation is the result of `observe(h, f_cross result, attention weights)`.
         """
         before = None if cache is None else cache.slots
         inputs = filled(inputs, before)
@@ -372,14 +372,14 @@ def check_vocabularies(ours: Any, our_name: str, theirs: Any, their_name: str) -
 
 
 def _check_devices(anchor: Decoder, augment: Augment, name: str) -> None:
-    """Raises `CalmError` if both are committed to devices, and these are not the same."""
+    """Raises `CalmError` if both are committed to devices, but not to the same ones."""
     arrays = [array_of(model) for model in (anchor, augment)]
     if any(array is None or not array.committed for array in arrays):
         return
     ours, theirs = (sorted(device.id for device in x.sharding.device_set) for x in arrays)
     if ours != theirs:
         raise CalmError(
-            f"the anchor is on devices {ours} and {name} on devices {theirs}; load them on one mesh"
+            f"the anchor is on devices {ours}, {name} on devices {theirs}; load both on one mesh"
         )
 
 

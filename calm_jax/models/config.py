@@ -15,7 +15,7 @@ from calm_jax.errors import CalmError
 
 @dataclasses.dataclass(frozen=True)
 class RopeScaling:
-    """Scaling of rotary frequencies for lengths beyond those of a model's first training.
+    """Scaling of rotary frequencies for contexts longer than those of the first training.
 
     kind "linear" divides every frequency by `factor` (Gemma 3's global layers); "llama3" divides
     only low frequencies, and blends between `low_frequency_factor` and `high_frequency_factor`
@@ -57,10 +57,10 @@ class DecoderConfig:
     head_dim: int  # features of a head
     mlp_dim: int  # hidden features of the MLP
 
-    # parallel: attention and MLP read the output of one norm
+    # parallel: attention and MLP read the same normed input
     block: Literal["sequential", "parallel"] = "sequential"
     gated_mlp: bool = True  # SwiGLU or GeGLU; False: two matrices
-    activation: Literal["silu", "gelu_tanh", "gelu"] = "silu"  # of the MLP
+    activation: Literal["silu", "gelu_tanh", "gelu"] = "silu"  # activation of the MLP
 
     norm: Literal["rms", "layer"] = "rms"  # RMSNorm or LayerNorm
     norm_offset: float = 0.0  # added to the stored scale: 1.0 for zero-centred scales
@@ -90,9 +90,9 @@ class DecoderConfig:
     query_scale: float | None = None  # factor on queries; None: head_dim ** -0.5
     embed_scale: float = 1.0  # factor on embeddings
     logit_scale: float = 1.0  # factor on logits
-    tied_head: bool = True  # the embedding is the output matrix too
+    tied_head: bool = True  # the embedding is also the output matrix
 
-    dtype: Literal["float32", "bfloat16"] = "float32"  # of matmuls and of the residual stream
+    dtype: Literal["float32", "bfloat16"] = "float32"  # dtype of matmuls and the residual stream
     # "int8": frozen matrices with a scale per output channel; None: floats
     weights: Literal["int8"] | None = None
 
@@ -113,8 +113,8 @@ class DecoderConfig:
         rotated = self.head_dim if self.rope_dim is None else self.rope_dim
         if self.rope and (rotated % 2 or rotated > self.head_dim):
             raise CalmError(
-                f"decoder: {rotated} rotated features a head; it must be even and at most head_dim "
-                f"{self.head_dim}"
+                f"decoder: each head has {rotated} rotated features; they must be even and at most "
+                f"head_dim {self.head_dim}"
             )
         if self.window is not None and self.window < 1:
             raise CalmError(f"decoder.window is {self.window}; it must be at least 1, or None")
@@ -181,7 +181,7 @@ class DecoderConfig:
         return cls(**values)
 
 
-# Exactly the sizes have no default.
+# Sizes, and only they, have no default.
 _SIZES = tuple(
     f.name for f in dataclasses.fields(DecoderConfig) if f.default is dataclasses.MISSING
 )
@@ -211,10 +211,11 @@ class CompositionConfig:
 
     connections: tuple[tuple[int, int], ...] | None = None  # (augment layer, anchor layer), 0-based
     every: int = 4  # without `connections`: 4 is every 4th augment layer, spread over the anchor
-    num_heads: int | None = None  # None: as the anchor ("typically the same", paper §3.1)
+    num_heads: int | None = None  # None: the anchor's ("typically the same", paper §3.1)
     head_dim: int | None = None  # None: embed_dim of the anchor / num_heads, as in the paper
-    init: Literal["zero", "paper"] = "zero"  # zero: step 0 is the anchor; paper: N(0, 1/fan_in)
-    bias: bool = False  # on f_proj, W_Q, W_V and W_O; the paper states none
+    # zero: the composed model starts as the anchor; paper: N(0, 1/fan_in)
+    init: Literal["zero", "paper"] = "zero"
+    bias: bool = False  # on f_proj, W_Q, W_V and W_O; the paper mentions none
     output_projection: bool = True  # W_O: in the paper's equation, not in its parameter count
     norms: bool = True  # RMSNorm on H_B before W_Q and on the tap before f_proj; not in the paper
     gate: bool = False  # a learned scalar on the result of f_cross; not in the paper
@@ -304,7 +305,7 @@ def heads(config: CompositionConfig, anchor: DecoderConfig) -> tuple[int, int]:
     if config.head_dim is None and anchor.embed_dim % N:
         raise CalmError(
             f"composition.num_heads {N} does not divide the anchor's width {anchor.embed_dim}; "
-            "give composition.head_dim, or other heads"
+            "give composition.head_dim, or another number of heads"
         )
     H = anchor.embed_dim // N if config.head_dim is None else config.head_dim
     if H < 1:
@@ -320,7 +321,7 @@ def heads(config: CompositionConfig, anchor: DecoderConfig) -> tuple[int, int]:
 
 
 def _is_whole(value: Any) -> bool:
-    """Whether a value is a whole number; to Python, True is one too."""
+    """Whether a value is a whole number; for Python, True is one, but not here."""
     return isinstance(value, numbers.Integral) and not isinstance(value, bool)
 
 

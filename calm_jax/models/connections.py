@@ -1,7 +1,7 @@
 """The plan of a composition: its connections, and the order in which bridges and layers run.
 
 The anchor first runs its layers up to the first connected one, then *rounds*. A round applies the
-bridges of one connected layer and runs the layers after it, up to the next connected layer. Evenly
+bridges of one connected layer, then runs the layers up to the next connected layer. Evenly
 spaced rounds with the same augments are merged into one stacked round, which is one scan.
 """
 
@@ -27,8 +27,8 @@ class Round:
     """Bridges, then anchor layers.
 
     Attributes:
-        entries: one entry for each bridge at a connected layer: its connection; in a stacked round
-            its connections, one for each step of the scan.
+        entries: an entry for each bridge of the round's layer: a tuple of its connection; in a
+            stacked round, of its connections, one for each step of the scan.
         stacked: whether the round is a scan.
         first: number of the anchor layer that runs after the (first) bridges.
         layers: number of anchor layers that run; in a stacked round, after each step.
@@ -50,7 +50,7 @@ class ConnectionPlan:
 
     @property
     def names(self) -> list[str]:
-        """`layer→anchor layer` of each connection; if augments are several, after their number."""
+        """`layer→anchor layer` of each connection; of several augments, the number comes first."""
         several = len(self.tap_layers) > 1
         return [
             (f"{c.augment}: " if several else "") + f"{c.layer}→{c.anchor_layer}"

@@ -4,10 +4,10 @@ CALM, arXiv 2401.02412 §3.1:
 
     H_(A+B),j = H_B,j + f_cross(f_proj(H_A,i), H_B,j)
 
-A cache keeps either keys and values, or the *latent* that they are products of: the tap, normed but
-not scaled, which all connections to a tapped layer share. Attention then has one key head as wide
-as the augment: each query goes through W_K, and each sum of latents through W_V, as in multi-head
-latent attention (DeepSeek-V2, arXiv 2405.04434).
+A cache keeps either keys and values, or the *latent* from which they are computed: the tap, normed
+but not scaled, which all connections to a tapped layer share. Attention to latents has one key head
+as wide as the augment: each query goes through W_K, and each sum of latents through W_V, as in
+multi-head latent attention (DeepSeek-V2, arXiv 2405.04434).
 
 Axes: B batch, T anchor position (query), S augment position (key), D anchor width, E augment width,
 N heads, H head width.
@@ -41,7 +41,7 @@ class BridgePass:
         taps: the augment's `filled` inputs [B, S]; default: `queries`.
         slots: the slots of a cache that already holds `taps`; default: queries see only `taps`.
         latents: the cache of the augment's latents, which already holds those of `taps`; default:
-            connections make keys and values of `taps`, and keep them if there is a cache.
+            connections compute keys and values of `taps`, and cache them if there is a cache.
 
     Raises:
         CalmError: `encoder_only` is set and the inputs have no prompt mask.
@@ -97,7 +97,7 @@ class CrossAttention(nnx.Module):
         if config.output_projection:
             self.output = matrix(rngs, (N, H, D), ("heads", "head_dim", "embed"), inputs=2)
         if config.bias:
-            # No bias on keys: the same vector added to every key does not change the softmax.
+            # No bias on keys: adding one vector to every key does not change the softmax.
             self.projection_bias = constant(0.0, (D,), ("embed",))
             self.query_bias = constant(0.0, (N, H), ("heads", "head_dim"))
             self.value_bias = constant(0.0, (N, H), ("heads", "head_dim"))
@@ -124,10 +124,10 @@ class CrossAttention(nnx.Module):
         return self._projected(tap_BSE.astype(dtype), forward)
 
     def absorbed(self) -> "CrossAttention":
-        """The same function with f_proj, and its norm's scale, multiplied into keys and values.
+        """The same function with f_proj, and its norm's scale, multiplied into W_K and W_V.
 
-        So there are fewer weights to read. Arrays may have leading axes, of a stack. They are new
-        ones; the others are shared.
+        Decoding then reads fewer weights. Arrays may have the leading axes of a stack. The products
+        are new arrays; all others are shared.
         """
         config, copy = self.config, nnx.merge(*nnx.split(self))
         projection = self.projection[...]
@@ -144,7 +144,7 @@ class CrossAttention(nnx.Module):
         for name in ("key", "value"):
             matrix = getattr(self, name)[...]
             setattr(copy, name, weight(through(projection, matrix), axes, summed=(-3,)))
-            # Added to every key, the same vector changes no softmax, unless it is rotated.
+            # Adding one vector to every key does not change the softmax, unless keys are rotated.
             if config.bias and (name == "value" or config.rotary):
                 bias = through(self.projection_bias[...][..., None, :], matrix)[..., 0, :, :]
                 if name == "value":
@@ -201,7 +201,7 @@ class CrossAttention(nnx.Module):
             x_BSD @= self.projection[...].astype(dtype)
             if config.bias:
                 x_BSD += self.projection_bias[...].astype(dtype)
-        # Each device projects its part of the length before the full length is gathered.
+        # Each device projects its part of the length, then the full length is gathered.
         x_BSD = whole_length(residual_layout(x_BSD))
         k_BSNH = jnp.einsum("BSD,DNH->BSNH", x_BSD, self.key[...].astype(dtype))
         v_BSNH = jnp.einsum("BSD,DNH->BSNH", x_BSD, self.value[...].astype(dtype))
@@ -224,7 +224,7 @@ class CrossAttention(nnx.Module):
         return split_by_heads(q_BTNH)
 
     def _result(self, h_BTD: jax.Array, x_BTNH: jax.Array, forward: BridgePass) -> jax.Array:
-        """What `attend` returns, of each head's sum of values."""
+        """The result of `attend`, given each head's sum of values."""
         config, dtype = self.config, h_BTD.dtype
         if config.output_projection:
             y_BTD = jnp.einsum("BTNH,NHD->BTD", x_BTNH, self.output[...].astype(dtype))
@@ -239,14 +239,14 @@ class CrossAttention(nnx.Module):
 
 
 def latent(tap_BSE: jax.Array, config: CompositionConfig) -> jax.Array:
-    """What keys and values are products of, whatever the connection: the tap, normed, unscaled."""
+    """The tap, normed but not scaled: the input of every connection's keys and values."""
     return rms_norm(tap_BSE, None, NORM_EPS) if config.norms else tap_BSE
 
 
 def expands(queries: int, slots: int, width: int, head_dim: int) -> bool:
-    """Whether to make keys and values of latents takes fewer FLOPs than to attend to them.
+    """Whether projecting latents to keys and values takes fewer FLOPs than attending to latents.
 
-    Each head takes 4·E·H·S for keys and values and 4·T·S·H for attention to them, against 4·T·E·H
-    for the queries and results and 4·T·S·E for attention: about where T > H.
+    Each head takes 4·E·H·S for the projections and 4·T·S·H for attention, against 4·T·E·H for
+    queries and results and 4·T·S·E for attention to latents: fewer from about T > H on.
     """
     return slots * head_dim * (width + queries) < queries * width * (head_dim + slots)

@@ -1,7 +1,7 @@
 """The two forms of f_cross' cache, and which of them a model keeps.
 
-Projected: keys and values of each connection. Latent: what they are products of, which all
-connections that read a layer of the augment share (`calm_jax.models.cross_attention`).
+Projected: keys and values of each connection. Latent: the normed taps that these are computed from,
+shared by all connections that read the same layer (`calm_jax.models.cross_attention`).
 """
 
 from collections.abc import Sequence
@@ -16,14 +16,14 @@ from calm_jax.models.calling import make_on_mesh_of
 from calm_jax.models.config import CompositionConfig, DecoderConfig, heads
 from calm_jax.models.connections import Connection, ConnectionPlan
 
-# A few features of a residual stream may be many times larger than the others: in int8 they spoil
-# their own group of features alone.
+# A few features of a residual stream may be many times larger than the others: in int8 they reduce
+# the precision of their own group only.
 LATENT_GROUP = 128
 
 Mesh = jax.sharding.Mesh | jax.sharding.AbstractMesh
 
 
-# For each round, for each of its entries.
+# A cache for each entry of each round.
 BridgeCaches = tuple[tuple[KeysValues | None, ...], ...]
 
 
@@ -38,7 +38,7 @@ class CrossBytes(NamedTuple):
 
     @property
     def is_latent(self) -> bool:
-        """Whether the latent form is kept: where it is exact and smaller."""
+        """Whether the latent form is kept: it is exact and smaller."""
         return self.latent is not None and self.latent < self.projected
 
     @property
@@ -55,10 +55,10 @@ def cross_bytes(
     dtype: Any,
     mesh: Mesh | None = None,
 ) -> tuple[CrossBytes, ...]:
-    """The bytes of both forms for each augment, whose hidden states have `widths`.
+    """The bytes of both forms for each augment; `widths` are those of their hidden states.
 
     Args:
-        dtype: of the cache.
+        dtype: that of the cache.
         mesh: splits heads over devices, and latents along their width.
     """
     found = []
@@ -81,9 +81,9 @@ def vector_bytes(
     axes: tuple[str | None, ...] = KEY_AXES,
     groups: int = 1,
 ) -> int:
-    """Bytes on a device of a vector of `width` for each of `heads`.
+    """Bytes on one device of a vector of `width` features for each of `heads`.
 
-    int8 has a float32 scale for each of `groups` of features.
+    int8 has a float32 scale for each of `groups` groups of features.
     """
     if mesh is not None:
         heads //= sharding.ways(axes[2], heads, mesh)

@@ -47,7 +47,7 @@ class Decoder(nnx.Module):
     def __init__(self, config: DecoderConfig, rngs: nnx.Rngs):
         V, D = config.vocab_size, config.embed_dim
         self.config = config
-        # Logits of a random model have unit variance, whatever scales its family applies.
+        # Logits of a random model have unit variance, whatever scales its family uses.
         std = D**-0.5 / config.logit_scale if config.tied_head else 1.0 / config.embed_scale
         table_VD = std * jax.random.normal(rngs.params(), (V, D), jnp.float32)
         self.embedding = weight(table_VD, ("vocab", "embed"), summed=(-1,))
@@ -92,7 +92,7 @@ class Decoder(nnx.Module):
 
     @property
     def part_paths(self) -> dict[str, tuple[str, ...]]:
-        """The path of its only part in its tree: the root."""
+        """The path of its only part, the decoder itself: the root."""
         return {"decoder": ()}
 
     @property
@@ -133,7 +133,7 @@ class Decoder(nnx.Module):
     ) -> tuple[Taps, DecoderCache | None]:
         """The residual stream [B, T, D] after each of `layers`, ascending, and the updated cache.
 
-        Later layers run only for a cache that has them. No gradient flows back into the decoder.
+        Later layers run only if the cache covers them. No gradient flows back into the decoder.
         """
         taps, _, cache = self.taps_and_residual(inputs, layers, cache, whole=False)
         return taps, cache
@@ -153,7 +153,7 @@ class Decoder(nnx.Module):
         forward, inputs, slots = self._forward_pass(inputs, cache)
         x_BTD, kept, taps = self.embed(inputs), _layers_of(cache), Taps({})
         first, apart = 0, tuple(layers)
-        # The last tap is left out of the loop, as the last round is left out of a stacked round.
+        # The last tap stays outside the loop, as the last round stays outside a stacked round.
         if are_stacked(self.layers) and evenly_spaced([-1, *layers[:-1]]):
             in_loop, apart = apart[:-1], apart[-1:]
             first = in_loop[-1] + 1
@@ -174,7 +174,7 @@ class Decoder(nnx.Module):
         return taps, x_BTD, None if cache is None else DecoderCache(kept, slots)
 
     def run_alone(self, name: str, inputs: Inputs) -> jax.Array:
-        """What the decoder, its only part, computes in a forward pass."""
+        """The result of a forward pass of the decoder, its only part."""
         del name
         return self.forward(inputs)
 
@@ -185,7 +185,7 @@ class Decoder(nnx.Module):
 
         Args:
             layers: number of layers to cache, from the first; default: all.
-            dtype: of keys and values; default: that of the config.
+            dtype: that of keys and values; default: that of the config.
         """
         config = self.config
         stacked, layers = are_stacked(self.layers), layers or config.num_layers
@@ -193,13 +193,13 @@ class Decoder(nnx.Module):
         return make_on_mesh_of(self.embedding.get_value(), _empty_cache, arguments)
 
     def embed(self, inputs: Inputs) -> jax.Array:
-        """The features or else the embeddings of the inputs, [B, T, D] in the config's dtype."""
+        """The inputs' features, or their embeddings if None, [B, T, D] in the config's dtype."""
         if inputs.features_BTD is not None:
             return residual_layout(inputs.features_BTD.astype(self.config.dtype))
         x_BTD = look_up(
             self, "embedding", inputs.tokens_BT, self.config.dtype, self.execution.weight_sharding
         )
-        # Gemma rounds the scale to the compute dtype first.
+        # As Gemma does, rounds the scale to the compute dtype first.
         return residual_layout(x_BTD * jnp.asarray(self.config.embed_scale, x_BTD.dtype))
 
     def logits(self, x_BTD: jax.Array) -> jax.Array:
@@ -220,7 +220,7 @@ class Decoder(nnx.Module):
     def _forward_pass(
         self, inputs: Inputs, cache: DecoderCache | None
     ) -> tuple[ForwardPass, Inputs, Slots | None]:
-        """What the layers share, the `filled` inputs, and the cache's slots that include them."""
+        """What the layers share, the `filled` inputs, and the cache's slots with them included."""
         before = None if cache is None else cache.slots
         inputs = filled(inputs, before)
         slots = None if before is None else before.write(inputs)

@@ -1,4 +1,4 @@
-"""How a forward pass is computed: no choice here changes its numbers, except by rounding."""
+"""How a forward pass is computed; no choice here changes its numbers, except by rounding."""
 
 import dataclasses
 from collections.abc import Callable
@@ -59,7 +59,7 @@ class Execution:
 
 
 def _all_but_weights(primitive, *_, **__) -> bool:
-    """Stores all but a layer's slice of stacked weights, or copies of all would be stored."""
+    """Stores all but a layer's slice of stacked weights: storing these would copy all weights."""
     return primitive.name not in _OF_WEIGHTS
 
 
@@ -75,7 +75,7 @@ def check_remat(remat: str, device: jax.Device) -> None:
 
 @jax.custom_vjp
 def gradients_at_once(tree):
-    """`tree`, whose gradients are all computed before the backward pass goes on.
+    """`tree`, whose gradients are all computed before the backward pass continues.
 
     Otherwise XLA may postpone a bridge's own gradient until the backward pass of all layers below,
     and keep the activations for it until then.

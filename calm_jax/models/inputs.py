@@ -24,8 +24,8 @@ class Inputs:
             of the array, which lets attention kernels skip blocks at compile time.
         positions_BT: int32 [B, T], the position of each token in its segment, for rotary angles.
         prompt_mask_BT: int32 [B, T], 1 on the prompt; read only by `encoder_only` bridges.
-        packed: whether a row may hold several segments, or padding before its tokens, which some
-            attention kernels do not support.
+        packed: whether a row may hold several segments, or padding before its tokens; some
+            attention kernels support neither.
     """
 
     tokens_BT: jax.Array | None = None
@@ -64,7 +64,7 @@ class Inputs:
         return dataclasses.replace(self, **fields)
 
     def filled(self, cached_B: jax.Array | None = None) -> "Inputs":
-        """A copy with defaults: one segment a row, no padding, positions of the array.
+        """A copy with defaults: one segment in each row, no padding, positions of the array.
 
         Args:
             cached_B: int32 [B], the number of tokens of each row in a cache. Orders and positions

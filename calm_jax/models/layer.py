@@ -32,7 +32,7 @@ ACTIVATIONS = {
 def rms_norm(x: jax.Array, scale: jax.Array | None, eps: float) -> jax.Array:
     """x / rms(x) * scale over the last axis, computed in float32, in the shape and dtype of `x`.
 
-    Without a scale it is 1.
+    A missing scale is 1.
     """
     x_f32 = x.astype(jnp.float32)
     y = x_f32 * jax.lax.rsqrt(jnp.mean(jnp.square(x_f32), axis=-1, keepdims=True) + eps)

@@ -28,10 +28,10 @@ whole_length.defvjp(
 
 
 def split_by_width(x_BTNE: jax.Array) -> jax.Array:
-    """Shards [B, T, N, E], which attends to latents, by the width of the augment, as latents are.
+    """Shards queries of latents, [B, T, N, E], by the width of the augment, as latents are.
 
-    A device then reads its part of them alone, and logits are summed over devices: split by heads,
-    every device would read and keep whole latents.
+    Each device then reads only its part of the latents, and logits are summed over devices. If
+    queries were split by heads, every device would read and keep whole latents.
     """
     return sharding.constrain(x_BTNE, "batch", "length", None, "augment_embed")
 

@@ -129,7 +129,7 @@ def lora_product(equation: str, x: jax.Array, module: nnx.Module, name: str) -> 
 def merge_lora(decoder: nnx.Module) -> None:
     """Adds a decoder's update, if any, to its matrices and removes it, in place.
 
-    What the decoder was loaded from is then another model: it keeps only the vocabulary.
+    It is then no longer the model it was loaded from: of its origin, only the vocabulary remains.
 
     Raises:
         CalmError: a matrix is int8 and cannot hold the sum.

@@ -76,7 +76,7 @@ class Structure:
     def axes(self) -> Tree:
         """Logical axes of every array, without the leading axes of stacked layers."""
         names = jax.tree.map(
-            # An augment that is no decoder may have arrays without axes: they are not split.
+            # An augment that is not a decoder may have arrays without axes, which are not split.
             lambda variable: variable.replace(Axes(variable.get_metadata("axes", ()))),
             self.state,
             is_leaf=lambda x: isinstance(x, nnx.Variable),

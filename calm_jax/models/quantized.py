@@ -86,7 +86,7 @@ def quantized_leaves(
 def _quantized_stack(
     layers: Iterator[jax.Array], shape: tuple[int, ...], summed: tuple[int, ...], shardings
 ) -> tuple[jax.Array, jax.Array]:
-    """`quantize` of a stack of this shape, given its layers in C order of the leading axes."""
+    """`quantize` of a stack of this shape; `layers` are in C order of its leading axes."""
     kept = [size for axis, size in enumerate(shape, -len(shape)) if axis not in summed]
     values = jnp.zeros(shape, jnp.int8, device=shardings[0])
     scale = jnp.zeros(kept, jnp.float32, device=shardings[1])

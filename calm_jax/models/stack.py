@@ -1,8 +1,8 @@
-"""Runs layers, whose weights are stacked arrays [L, ...] for L layers, or a list of layers.
+"""Runs layers: a module whose weights are stacked arrays [L, ...] for L layers, or a list.
 
-To run all layers is a scan over the weights. To run some is a scan over their numbers, which slices
-one layer at a time out of the whole stack: no part of a stack is ever copied. Layers in a list, as
-`calm_jax.decoding.prepared` makes them, run one after another.
+Running all stacked layers is a scan over the weights. Running some is a scan over their numbers,
+which slices one layer at a time out of the stack: no larger part is ever copied. Layers in a list,
+as `calm_jax.decoding.prepared` makes them, run one after another.
 """
 
 from collections.abc import Callable
@@ -61,7 +61,7 @@ def run_layers(
 
 
 def are_stacked(layers: nnx.Module) -> bool:
-    """Whether layers are one module of stacked arrays, and no list."""
+    """Whether layers are one module of stacked arrays, not a list."""
     return not isinstance(layers, nnx.List)
 
 
@@ -114,7 +114,7 @@ def _scan(
     inputs: Any,
     forward: ForwardPass,
 ) -> tuple[jax.Array, KeysValues | None]:
-    """Scans over `inputs`; `weights_of` gives (weights, whether local, number) for each."""
+    """Scans over `inputs`; `weights_of` gives (weights, whether local, number) of each input."""
 
     def layer(x_BTD, cache, layer_input):
         weights, local, number = weights_of(layer_input)

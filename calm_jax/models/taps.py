@@ -17,7 +17,7 @@ Perturb = Callable[[jax.Array, int, int], jax.Array]
 
 
 class Augment(Protocol):
-    """All that a composed model requires of an augment, which need not be a decoder.
+    """The interface that a composed model needs of an augment, which need not be a decoder.
 
     Attributes:
         width: E, the width of its hidden states.
@@ -61,7 +61,7 @@ class Taps:
         return self.stacked[self.stacked_layers.index(layer)]
 
     def of(self, layers: tuple[int, ...], stacked: bool) -> jax.Array:
-        """The states [G, B, S, E] after `layers`; not `stacked`, [B, S, E] after the first."""
+        """The states [G, B, S, E] after `layers`; if not `stacked`, [B, S, E] after the first."""
         if not stacked:
             return self.layer(layers[0])
         if layers == self.stacked_layers:
@@ -69,7 +69,7 @@ class Taps:
         return jnp.stack([self.layer(layer) for layer in layers])
 
     def perturbed(self, perturb: Perturb, augment: int) -> "Taps":
-        """The result of `perturb` on every layer's states; the same however the layers ran."""
+        """Every layer's states after `perturb`; the same, stacked or one by one."""
         by_layer = {layer: perturb(x, augment, layer) for layer, x in self.by_layer.items()}
         stacked = self.stacked
         if stacked is not None:
@@ -79,12 +79,12 @@ class Taps:
 
 
 class TapNumbers:
-    """In place of `Taps` of `layers` that a cache holds: the numbers of layers among these."""
+    """Stands for `Taps` if a cache holds `layers`: gives the indices of layers among them."""
 
     def __init__(self, layers: Sequence[int]):
         self._layers = layers
 
     def of(self, layers: tuple[int, ...], stacked: bool) -> jax.Array | int:
-        """int32 [G], the numbers of `layers`; not `stacked`, the number of the first."""
+        """int32 [G], the indices of `layers`; if not `stacked`, the index of the first."""
         numbers = [self._layers.index(layer) for layer in layers]
         return jnp.array(numbers, jnp.int32) if stacked else numbers[0]

@@ -273,7 +273,7 @@ def test_an_empty_answer_is_told(frozen, capsys, monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--prompts_file=/dev/null"], "/dev/null: there is no prompt in it"),
+        (["--prompts_file=/dev/null"], "/dev/null: the file has no prompts"),
         (["--prompts_file=/nowhere/prompts"], "/nowhere/prompts: No such file"),
         (["--prompt=a\udcff"], r"argument '--prompt=a\udcff' is not UTF-8 text"),
         (["--prompt=a", "--step=3"], "it has no step 3 to choose"),

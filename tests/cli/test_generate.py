@@ -160,7 +160,7 @@ def test_files_of_other_prompts_are_refused(ask, output, capsys):
     assert "index 0 is not in line 1; give another --output" in capsys.readouterr().err
     output.write_text("someone's text, without a newline")
     ask(["a"], status=2)
-    assert "its last line is no answer; give another --output" in capsys.readouterr().err
+    assert "its last line is not an answer; give another --output" in capsys.readouterr().err
     assert output.read_text() == "someone's text, without a newline"
     output.write_text('{"index": 0, "prompt": "a", "answers": 1}\n')
     ask(["a"], status=2)
@@ -268,10 +268,10 @@ def test_a_conversation_remembers_its_messages(chatty, system, monkeypatch, caps
         (["--n=2"], "--n=2 is for prompts"),
         (["--output=a.jsonl"], "--output=a.jsonl is for prompts"),
         (["--system=a"], "has no chat template"),
-        (["--nochat", "--system=a"], "--system stands before messages of a chat"),
+        (["--nochat", "--system=a"], "--system has no effect without a chat"),
         (["--prompt=a", "--top_k=3"], "top_k is 3, but temperature is 0"),
         (["--prompt=a", "--cache_dtype=int4"], "cache_dtype"),
-        (["--prompt=a", "--output=gs://b/a.jsonl"], "answers are added to a file, not in a bucket"),
+        (["--prompt=a", "--output=gs://b/a.jsonl"], "answers are written to disk, not to a bucket"),
     ],
 )
 def test_flags_that_do_not_fit(frozen, flags, message, monkeypatch, capsys):

@@ -413,7 +413,7 @@ def test_the_command_puts_prompts_into_the_template(vocabularies, monkeypatch, c
     [
         (["--chat"], "bytes", "--chat: the vocabulary of m has no chat template"),
         (["--chat"], None, "--chat: the vocabulary of m has no chat template"),
-        (["--system=x"], "bytes", "--system stands before messages of a chat"),
+        (["--system=x"], "bytes", "--system has no effect without a chat"),
     ],
 )
 def test_the_command_needs_a_template(arguments, vocabulary, message, monkeypatch):

@@ -258,7 +258,7 @@ def test_models_on_different_devices():
     # Arrays that nobody placed go where they are needed.
     compose(anchor, augment, config, rngs=nnx.Rngs(0))
     nnx.update(anchor, jax.device_put(nnx.state(anchor), jax.devices()[0]))
-    with pytest.raises(CalmError, match=r"on devices \[0\] and augment 0 on devices \[1\]; load"):
+    with pytest.raises(CalmError, match=r"on devices \[0\], augment 0 on devices \[1\]; load"):
         compose(anchor, augment, config, rngs=nnx.Rngs(0))
 
 

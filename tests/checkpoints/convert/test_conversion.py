@@ -514,7 +514,7 @@ def test_the_command(source, tmp_path, capsys):
     assert main([*arguments, "--option=norm_offset"]) == 2
     assert "--option=norm_offset is not NAME=VALUE" in capsys.readouterr().err
     assert main([*arguments, "--to=huggingface", "--verify"]) == 2
-    assert "--verify says nothing to --to=huggingface" in capsys.readouterr().err
+    assert "--verify has no effect with --to=huggingface" in capsys.readouterr().err
 
 
 def test_a_family_by_name_is_no_way_around_the_config(tmp_path):

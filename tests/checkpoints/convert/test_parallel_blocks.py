@@ -128,7 +128,7 @@ def test_absent_keys_mean_what_they_mean_to_transformers():
     [
         ("gptj", {"activation_function": "relu"}, "activation_function is 'relu'"),
         ("gptj", {"rotary_dim": None}, "rotary_dim is None"),
-        ("gptj", {"rotary_dim": 7}, "7 rotated features a head"),
+        ("gptj", {"rotary_dim": 7}, "7 rotated features"),
         ("gptj", {"n_embd": 4097}, "n_embd 4097 is not a multiple of n_head 16"),
         ("gptj", {"n_layer": "28"}, "n_layer is '28'"),
         ("gptj", {"tie_word_embeddings": True}, "tie_word_embeddings is True"),
