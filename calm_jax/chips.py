@@ -1,4 +1,4 @@
-"""What one accelerator of each kind can do, as its makers document it."""
+"""Speeds and memory of each kind of accelerator, as its maker documents them."""
 
 import dataclasses
 
@@ -15,12 +15,12 @@ class Chip:
         hbm_bandwidth: to and from the chip's memory.
         link_bandwidth: of one link to a neighbour, in one direction.
         network_bandwidth: the chip's share of its host's link to the data-centre network.
-        torus: chips along a side from which on its two ends are joined; 0: a switch joins all
-            chips.
+        torus: least number of chips along an axis whose two ends are connected; 0: a switch
+            connects all chips.
     """
 
     name: str
-    kinds: tuple[str, ...]  # jax's names for such devices
+    kinds: tuple[str, ...]  # JAX's names for such devices
     hbm_bytes: int
     flops: float
     hbm_bandwidth: float
@@ -30,9 +30,9 @@ class Chip:
 
 
 # TPUs: https://cloud.google.com/tpu/docs/{v5e,v5p,v6e}. A link has half of the "bidirectional ICI
-# bandwidth per chip", divided by its four or six ports; the network is a pod's divided by its
-# chips. The usable memory is what the compiler reports. The ends of a side are joined if it is as
-# long as a whole pod (v5e, v6e), or made of whole cubes of four (v5p).
+# bandwidth per chip", divided by the chip's four or six ports; the network bandwidth is a pod's
+# divided by its chips. The usable memory is what the compiler reports. The ends of an axis are
+# connected if it is as long as a whole pod (v5e, v6e), or made of whole cubes of four (v5p).
 # GPUs: the data sheets of the SXM modules, with NVLink as one link, one 400 Gb/s card for each GPU,
 # and 90 % of the memory as usable (XLA's own preallocation takes 75 %).
 CHIPS = {
@@ -50,5 +50,5 @@ CHIPS = {
 
 
 def chip_of(kind: str) -> Chip | None:
-    """The chip whose devices jax calls `kind`, or None."""
+    """The chip whose devices JAX calls `kind`, or None."""
     return next((chip for chip in CHIPS.values() if kind in chip.kinds), None)

@@ -18,7 +18,7 @@ class RunFailed(CalmError):
 class Preempted(BaseException):
     """A run was told to stop and has saved its state: the same command continues it.
 
-    A signal handler raises it in the middle of any code, so like `KeyboardInterrupt` it is no
+    A signal handler raises it in the middle of any code, so like `KeyboardInterrupt` it is not an
     `Exception`.
     """
 
@@ -28,7 +28,7 @@ class Preempted(BaseException):
 
 
 def outcome(error: BaseException) -> tuple[int, str | None]:
-    """The exit status after an error, and its line; None where only a traceback explains it."""
+    """The exit status after an error, and its line; None if only a traceback explains it."""
     if isinstance(error, CalmError):
         return error.status, f"error: {error}"
     if isinstance(error, Preempted):

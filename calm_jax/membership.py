@@ -20,14 +20,14 @@ from jax._src.clusters import ClusterEnv  # public JAX detects a cluster only by
 from calm_jax.errors import CalmError, outcome
 from calm_jax.processes import FOREVER_MS, LISTENER, barrier, client, listen
 
-CONNECT_SECONDS = 300  # until all processes must have found the coordinator
-HEARTBEAT_SECONDS = 20  # without a sign of life, after which a process counts as lost
-WATCH_SECONDS = 2  # between two looks at which processes are alive
-FAREWELL_SECONDS = 2  # for the others to hear the last message of process 0
+CONNECT_SECONDS = 300  # for all processes to find the coordinator
+HEARTBEAT_SECONDS = 20  # without a heartbeat, after which a process counts as lost
+WATCH_SECONDS = 2  # between two checks of which processes are alive
+FAREWELL_SECONDS = 2  # for the others to receive the last message of process 0
 LOST = 1  # exit status of a process whose run has lost another
 
 _ENDED = "calm_jax/ended"
-_watch: "_Watch | None" = None  # of a process that has joined others
+_watch: "_Watch | None" = None  # set once this process has joined others
 
 
 class Member(NamedTuple):
@@ -49,10 +49,10 @@ def joined(
     *,
     timeout: int = CONNECT_SECONDS,
 ) -> Iterator[None]:
-    """Makes this process a member of its run until the block ends; JAX must not run before.
+    """Makes this process a member of its run until the block ends; call it before JAX runs.
 
-    Without arguments JAX detects the cluster (Cloud TPU, GKE, SLURM, Open MPI), and a process that
-    is alone stays alone. When one of several processes fails or is lost, all others end within a
+    Without arguments JAX detects the cluster (Cloud TPU, GKE, SLURM, Open MPI); without a cluster
+    the process stays alone. When one of several processes fails or is lost, all others end within a
     minute with a line that names it, by `os._exit`, since they may be waiting for it. Signal
     handlers run, and may raise, while the processes connect.
 
@@ -79,7 +79,7 @@ def joined(
 
 
 def end_all(error: BaseException) -> None:
-    """Ends all processes of the run at once, from any thread; a lone process returns.
+    """Ends all processes of the run at once, from any thread; does nothing in a lone process.
 
     For a failure after which this process and the others would wait for each other.
     """
@@ -88,12 +88,12 @@ def end_all(error: BaseException) -> None:
 
 
 def refuse_several(command: str) -> None:
-    """Raises `CalmError` where the environment starts several processes of one program."""
+    """Raises `CalmError` if the environment starts several processes of one program."""
     member = _detected(timeout=10)
     if member is not None:
         raise CalmError(
             f"{command} works in one process, but the environment starts {member.count}; run it on "
-            "one machine alone"
+            "one machine only"
         )
 
 
@@ -109,12 +109,12 @@ def _given(coordinator: str | None, count: int | None, index: int | None) -> Mem
     if not host or not port.isdecimal() or not 0 < int(port) < 2**16:
         raise CalmError(f"--coordinator={coordinator} is not of the form HOST:PORT")
     if not 0 <= index < count:
-        raise CalmError(f"--process_index={index} is not from 0 to --process_count={count} less 1")
+        raise CalmError(f"--process_index={index} is not from 0 to --process_count={count} minus 1")
     return Member(coordinator, count, index)
 
 
 def _detected(timeout: int) -> Member | None:
-    """The member that JAX detects in the environment; None of a process that is alone."""
+    """The member that JAX detects in the environment; None if the process is alone."""
     try:
         address, count, index, _ = ClusterEnv.auto_detect_unset_distributed_params(
             os.environ.get("JAX_COORDINATOR_ADDRESS"), None, None, None, None, timeout
@@ -125,7 +125,7 @@ def _detected(timeout: int) -> Member | None:
 
 
 def _check_port(address: str) -> None:
-    """Raises `CalmError` where a port is taken: JAX would crash on it."""
+    """Raises `CalmError` if a port is taken: JAX would crash."""
     port = int(address.rpartition(":")[2])
     both = socket.has_dualstack_ipv6()
     family = socket.AF_INET6 if both else socket.AF_INET
@@ -136,7 +136,7 @@ def _check_port(address: str) -> None:
 
 
 class _Watch:
-    """Connects a member to the others, hears of their ends, and tells them of its own."""
+    """Connects a member to the others, notices when they end, and announces its own end."""
 
     def __init__(self, member: Member):
         self.member = member
@@ -149,7 +149,7 @@ class _Watch:
         """Finds the coordinator and starts to listen."""
         address, _, index = self.member
         missing = (
-            f"not all processes have come to {address}"
+            f"not all processes have connected to {address}"
             if index == 0
             else f"the coordinator {address} cannot be reached"
         )
@@ -161,7 +161,7 @@ class _Watch:
         timer.daemon = True
         timer.start()
         jax.config.update("jax_enable_recoverability", True)  # else a lost process aborts all
-        # Its SIGTERM handler would hide a second SIGTERM; see `processes`.
+        # JAX's own SIGTERM handler would hide a second SIGTERM; see `processes`.
         jax.config.update("jax_enable_preemption_service", False)
         # This waits in C++ for minutes, during which the main thread would run no signal handler.
         connecting = concurrent.futures.ThreadPoolExecutor(1).submit(
@@ -171,7 +171,7 @@ class _Watch:
             heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
         )
         try:
-            # A signal that comes just before an endless wait would not interrupt it.
+            # A signal just before a wait without a time limit would not interrupt the wait.
             while not connecting.done():
                 concurrent.futures.wait([connecting], timeout=1)
             connecting.result()
@@ -201,9 +201,9 @@ class _Watch:
         index = self.member.index
         status, line = outcome(error)
         if line is None:
-            # Perhaps another process has ended and caused this: then the watches tell of it.
+            # Another process may have ended and caused this; then the watches report it.
             print(
-                f"process {index}: {type(error).__name__}; asking who is alive",
+                f"process {index}: {type(error).__name__}; checking which processes are alive",
                 file=sys.stderr,
                 flush=True,
             )
@@ -211,7 +211,7 @@ class _Watch:
             traceback.print_exception(error)
             status, line = 1, f"error: {type(error).__name__}: {error}".splitlines()[0]
         if self._client is not None:
-            # The key is set already if another process was first.
+            # The key is already set if another process failed first.
             with contextlib.suppress(jax.errors.JaxRuntimeError):
                 self._client.key_value_set(_ENDED, json.dumps([index, status, line]))
         self._leave(status, line)
@@ -252,7 +252,7 @@ class _Watch:
 
     def _lost(self, which: str) -> str:
         return (
-            f"error: {self.member} lost process {which}; start all again: the run continues after "
+            f"error: {self.member} lost process {which}; start all again: the run continues from "
             "its last checkpoint"
         )
 

@@ -42,7 +42,7 @@ def _llama(*sizes: int, **fields: Any) -> dict[str, Any]:
 
 
 def _llama3(*sizes: int, stretch: float | None = None, **fields: Any) -> dict[str, Any]:
-    """`stretch`: by how much low rotary frequencies are divided, from Llama 3.1 on."""
+    """`stretch` divides low rotary frequencies, from Llama 3.1 on."""
     scaling = None if stretch is None else {"kind": "llama3", "factor": stretch}
     return _llama(128_256, *sizes, rope_base=500_000.0, rope_scaling=scaling, **fields)
 
@@ -64,7 +64,7 @@ def _gemma(*sizes: int, **fields: Any) -> dict[str, Any]:
 
 
 def _gemma2(*sizes: int, scaled_by: int) -> dict[str, Any]:
-    """`scaled_by`: features by whose square root queries are divided."""
+    """Queries are divided by the square root of `scaled_by` features."""
     return _gemma(
         256_000,
         *sizes,
@@ -80,7 +80,7 @@ def _gemma2(*sizes: int, scaled_by: int) -> dict[str, Any]:
 def _gemma3(
     *sizes: int, window: int, scaled_by: int = 256, stretch: float | None = None
 ) -> dict[str, Any]:
-    """Text alone. `stretch`: by how much rotary frequencies of the global layers are divided."""
+    """The text part. `stretch` divides the rotary frequencies of the global layers."""
     return _gemma(
         *sizes,
         query_scale=scaled_by**-0.5,
@@ -95,7 +95,7 @@ def _gemma3(
 
 
 def _palm(layers: int, width: int, heads: int) -> dict[str, Any]:
-    """PaLM (arXiv 2204.02311, Table 1); its vocabulary has the padding that it was trained with."""
+    """PaLM (arXiv 2204.02311, Table 1); its vocabulary includes the padding used in training."""
     return {
         **_sizes(256_128, width, 4 * width, layers, heads, 1, 256),
         "block": "parallel",
@@ -104,8 +104,8 @@ def _palm(layers: int, width: int, heads: int) -> dict[str, Any]:
     }
 
 
-# Vocabulary where it differs within a family, width, MLP width, layers, heads, key and value heads,
-# width of a head where it is not width / heads.
+# Vocabulary if it differs within a family, width, MLP width, layers, heads, key and value heads,
+# width of a head if it is not width / heads.
 PRESETS = {
     "llama2_7b": _llama(32_000, 4096, 11_008, 32, 32, 32),
     "llama2_13b": _llama(32_000, 5120, 13_824, 40, 40, 40),

@@ -1,13 +1,13 @@
-"""Words between the processes of one run: they compare, take turns, and agree on a step.
+"""Messages between the processes of one run: they compare values, take turns, and agree on a step.
 
-A lone process may call everything here, and never waits. Several processes speak through the
+A lone process may call everything here, and never waits. Several processes talk through the
 key-value store of JAX's coordination service, which process 0 hosts, and not through the public
 functions of JAX and Orbax, for these reasons:
 
-* `multihost_utils.assert_equal` and `broadcast_one_to_all` carry arrays of equal shape through the
+* `multihost_utils.assert_equal` and `broadcast_one_to_all` send arrays of equal shape through the
   devices, and do not say which value differs; `agree` compares JSON before a device is touched.
-* `multihost_utils.reached_preemption_sync_point`, also beneath Orbax's `reached_preemption`, knows
-  of SIGTERM alone: no Ctrl-C, no clock, no lone process, and it hides the second SIGTERM.
+* `multihost_utils.reached_preemption_sync_point`, which Orbax's `reached_preemption` uses, handles
+  only SIGTERM: no Ctrl-C, no clock, no lone process; and it hides the second SIGTERM.
 """
 
 import contextlib
@@ -27,7 +27,7 @@ from calm_jax.errors import CalmError
 FOREVER_MS = 7 * 24 * 3600 * 1000
 LISTENER = "calm_jax listener"  # name of every thread that waits for the coordinator
 
-_NUMBERS = itertools.count()  # of keys: all processes do the same things in the same order
+_NUMBERS = itertools.count()  # number the keys: all processes do the same in the same order
 
 Result = TypeVar("Result")
 
@@ -38,7 +38,7 @@ def is_first() -> bool:
 
 
 def say(text: str) -> None:
-    """Prints a line, in process 0 alone."""
+    """Prints a line, in process 0 only."""
     if is_first():
         print(text, flush=True)
 
@@ -91,9 +91,10 @@ def agree(facts: Mapping[str, Any]) -> None:
 
 
 def in_turns(function: Callable[[], Result]) -> Result:
-    """Calls a function that writes shared files: in process 0, then in one process a machine.
+    """Calls a function that writes shared files: in process 0, then in one process per machine.
 
-    The others call it last and find the files, whether machines share a file system or not.
+    The other processes call it last and find the files, whether or not machines share a file
+    system.
     """
     hosts = gather(socket.gethostname())
     index = jax.process_index()
@@ -108,8 +109,8 @@ def in_turns(function: Callable[[], Result]) -> Result:
 class Appointment:
     """Something that all processes do after the same step, soon after one of them asks for it.
 
-    Threads tell each other how far the processes are, so no step waits while nobody asks. `done` is
-    the number of steps dispatched before the first call of `is_due`.
+    Threads exchange how far their processes are, so steps never wait unless a process asks. `done`
+    is the number of steps dispatched before the first call of `is_due`.
     """
 
     def __init__(self, done: int):
@@ -120,7 +121,7 @@ class Appointment:
             listen(self._arrange)
 
     def ask(self) -> None:
-        """May be called repeatedly, and by a signal handler."""
+        """Asks for it. May be called repeatedly, and by a signal handler."""
         service = client()
         if service is None:
             self._step = 0
@@ -135,11 +136,11 @@ class Appointment:
             return self._step is not None and done >= self._step
 
     def _arrange(self) -> None:
-        with contextlib.suppress(jax.errors.JaxRuntimeError):  # the run has ended
+        with contextlib.suppress(jax.errors.JaxRuntimeError):  # raised when the run has ended
             client().blocking_key_value_get(f"{self._key}/asked", FOREVER_MS)
             with self._changed:
                 self._answered = True
-                # `is_due` lets no further step be dispatched until all have answered.
+                # `is_due` holds back the next step until all processes have answered.
                 soonest = self._done + 1
             step = max(gather(soonest, self._key))
             with self._changed:

@@ -1,4 +1,4 @@
-"""Libraries started so that they leave the screen, and each other's devices, alone."""
+"""Starts libraries so that they print no notes and do not take each other's devices."""
 
 import contextlib
 import os
@@ -11,12 +11,12 @@ from types import ModuleType
 def import_tensorflow() -> ModuleType:
     """Imports TensorFlow, which takes seconds, without its start-up notes and its devices.
 
-    JAX computes on the accelerators; TensorFlow would take all their memory.
+    JAX uses the accelerators; TensorFlow would take all their memory.
 
     Raises:
         ImportError: it is not installed, or does not load; then its notes are shown.
     """
-    # Its kernels complain, for every data set, of the integers that texts are made of.
+    # For every data set, its oneDNN kernels would warn about integer inputs.
     os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
     with hidden_notes():
         import tensorflow
@@ -27,11 +27,11 @@ def import_tensorflow() -> ModuleType:
 
 
 def quiet_libtpu() -> None:
-    """Keeps libtpu silent on a machine without a TPU, to be called before JAX looks for devices.
+    """Keeps libtpu silent on a machine without a TPU; call it before JAX looks for devices.
 
-    Where it is installed, it would print five lines about the TPU that it cannot describe.
+    An installed libtpu would print five lines about the TPU that it cannot find.
     """
-    import jax  # noqa: F401 (it looks for TPU chips and notes here that there is none)
+    import jax  # noqa: F401 (importing it checks for TPU chips and records that there are none)
 
     if os.environ.get("TPU_SKIP_MDS_QUERY") == "1":
         os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-1")
@@ -42,7 +42,7 @@ def quiet_libtpu() -> None:
 def hidden_notes() -> Iterator[None]:
     """Hides what is written to the process' standard error, unless the block fails.
 
-    Native libraries write there directly, before any setting of their log level counts.
+    Native libraries write there directly, before any log level takes effect.
     """
     sys.stderr.flush()
     with tempfile.TemporaryFile() as notes:

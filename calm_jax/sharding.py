@@ -17,7 +17,7 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionS
 
 from calm_jax.errors import CalmError
 
-# Outermost first: the data-centre network connects slices, faster links the devices of a slice.
+# Outermost first: the data-centre network connects slices; faster links connect their devices.
 MESH_AXES = ("slices", "data", "fsdp", "tensor")
 
 Rules = Mapping[str, tuple[str, ...]]
@@ -55,8 +55,8 @@ def make_mesh(shape: Mapping[str, int], devices: list[jax.Device] | None = None)
     """A mesh over `devices` (default: all), with axes `slices`, `data`, `fsdp`, `tensor`.
 
     `shape` gives the size of each axis, by default 1. At most one may be -1, which takes the
-    remaining devices. `slices` is by default, or if 0, the number of slices that the devices form;
-    CPU devices form none and may simulate any number.
+    remaining devices. If `slices` is missing or 0, it is the number of slices that the devices
+    form; CPU devices form none and may simulate any number.
 
     Raises `CalmError` for an unknown axis, sizes that do not use all devices, or a wrong number of
     slices.
@@ -67,7 +67,7 @@ def make_mesh(shape: Mapping[str, int], devices: list[jax.Device] | None = None)
     sizes = list(mesh_sizes(shape, len(devices), None if without_slices else slices).values())
     types = (AxisType.Auto,) * len(MESH_AXES)
     if slices == 1:
-        # A mesh axis may take part of a physical axis: 8 x 8 x 8 chips as 2 x 32 x 8.
+        # A mesh axis may cover part of a physical axis: 8 x 8 x 8 chips as 2 x 32 x 8.
         array = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
         return Mesh(array, MESH_AXES, axis_types=types)
     array = mesh_utils.create_hybrid_device_mesh(
@@ -214,7 +214,7 @@ def current_mesh(*arrays: jax.Array) -> jax.sharding.AbstractMesh:
 
 
 def mesh_holding(array: jax.Array) -> Mesh | None:
-    """The mesh that an array lies on; None if that is a single device, or it has no values."""
+    """The mesh that an array is on; None if it is on a single device, or has no values."""
     held = None if isinstance(array, jax.core.Tracer) else getattr(array, "sharding", None)
     return held.mesh if isinstance(held, NamedSharding) else None
 
@@ -317,8 +317,9 @@ def batch_share(mesh: Mesh) -> tuple[int, int]:
     shares = sorted({tuple(sorted(rows)) for rows in held.values()})
     if sum(map(len, shares)) != ways or len(set(map(len, shares))) > 1:
         raise CalmError(
-            f"mesh {shown(mesh.shape)} splits the batch {ways} ways, across the {len(held)} "
-            "processes; mesh.tensor must divide the devices of a process, or be a multiple of them"
+            f"mesh {shown(mesh.shape)} splits the batch {ways} ways, which does not fit "
+            f"{len(held)} processes; mesh.tensor must divide the devices of a process, or be a "
+            "multiple of them"
         )
     return shares.index(tuple(sorted(held[jax.process_index()]))), len(shares)
 

@@ -1,4 +1,4 @@
-"""Text and JSON that somebody else wrote, read strictly: every error names its file and line."""
+"""Strict readers of text and JSON from outside: every error names its file and line."""
 
 import contextlib
 import gzip
@@ -13,7 +13,7 @@ from etils import epath
 
 from calm_jax.errors import CalmError
 
-_MARK = "\ufeff"  # that a text is Unicode; it is none of its characters
+_MARK = "\ufeff"  # a byte-order mark, which is not part of the text
 
 # Half of a surrogate pair, which JSON can write and UTF-8 cannot.
 _HIGH, _LOW = r"\\u[dD][89abAB][0-9a-fA-F]{2}", r"\\u[dD][c-fC-F][0-9a-fA-F]{2}"
@@ -25,7 +25,7 @@ def read_lines(path: str | os.PathLike) -> Iterator[str]:
     r"""The lines of a UTF-8 file without their ends, which are \n or \r\n and nothing else.
 
     A byte-order mark is removed; a file whose name ends in ".gz" is unpacked.
-    Raises `CalmError` "FILE:LINE: …" where it is no such text, "FILE: …" where it cannot be read.
+    Raises `CalmError` "FILE:LINE: …" if it is not UTF-8, "FILE: …" if it cannot be read.
     """
     try:
         with contextlib.ExitStack() as stack:
@@ -39,10 +39,10 @@ def read_lines(path: str | os.PathLike) -> Iterator[str]:
 
 
 def parse_json(text: str | bytes, path: str | os.PathLike, line: int = 1) -> Any:
-    """The value of a JSON text; `path` and its first `line` there are for messages.
+    """The value of a JSON text; `path`, and its first `line` in that file, are for messages.
 
-    Raises `CalmError` "FILE:LINE: …" where it is not JSON, or where JSON allows what neither UTF-8
-    nor Python does: half a surrogate pair, an integer of thousands of digits, endless nesting.
+    Raises `CalmError` "FILE:LINE: …" if it is not JSON, or if it has what JSON allows but UTF-8 or
+    Python does not: half a surrogate pair, an integer of thousands of digits, endless nesting.
     """
     if isinstance(text, bytes):
         text = _decoded(text, path, line)
@@ -53,7 +53,7 @@ def parse_json(text: str | bytes, path: str | os.PathLike, line: int = 1) -> Any
 
     try:
         value = json.loads(text)
-        if _HALF.search(text):  # it may be text about escapes
+        if _HALF.search(text):  # it may also be an escaped backslash before "u"
             json.dumps(value, ensure_ascii=False).encode()
         return value
     except json.JSONDecodeError as error:
@@ -61,7 +61,7 @@ def parse_json(text: str | bytes, path: str | os.PathLike, line: int = 1) -> Any
         raise CalmError(f"{place}: not JSON: {error.msg} at column {error.colno}") from None
     except UnicodeEncodeError:
         found = _HALF.search(text)
-        raise refused(f"{found[0]} is half of a surrogate pair and no character", found) from None
+        raise refused(f"{found[0]} is half of a surrogate pair, not a character", found) from None
     except RecursionError:
         raise refused("too deeply nested", None) from None
     except ValueError:
@@ -69,7 +69,7 @@ def parse_json(text: str | bytes, path: str | os.PathLike, line: int = 1) -> Any
 
 
 def _decoded(data: bytes, path: str | os.PathLike, line: int) -> str:
-    """Text of bytes that begin in this line, without the mark that may stand before the first."""
+    """Text of bytes that begin in this line, without the byte-order mark of the first line."""
     try:
         text = data.decode()
     except UnicodeDecodeError as error:

@@ -65,7 +65,7 @@ def test_text_about_escapes_is_no_half_character():
 NOT_READ = {
     '{"a":\n1,}': "2: not JSON: ",
     '{"a":\n"b": 1}': "2: not JSON: Expecting ',' delimiter at column 4",
-    '\n{"a": "\\ud800"}': "2: \\ud800 is half of a surrogate pair and no character",
+    '\n{"a": "\\ud800"}': "2: \\ud800 is half of a surrogate pair, not a character",
     '\n{"\\udc00": "\\ud83d\\ude00"}': "2: \\udc00 is half of a surrogate pair",
     '{"a":\n[' + "1" * 5_000 + "]}": "2: an integer of over 4,300 digits",
     '{"a": ' + "[" * 100_000 + "]" * 100_000 + "}": "1: too deeply nested",

@@ -1,4 +1,4 @@
-"""Text to batches. TensorFlow, seqio and TFDS load where data is made, not where it is read."""
+"""Text to batches. Only building data loads TensorFlow, seqio and TFDS; reading it does not."""
 
 import importlib
 from typing import Any

@@ -19,7 +19,7 @@ def vocabulary(spec: str) -> Any:
 
 
 def task_fingerprint(task: str) -> str | None:
-    """Names all that decides the texts of a task; None if the task is not built in."""
+    """A name for all that determines a task's texts; None if the task is not built in."""
     return next(filter(None, (_module(name).task_fingerprint(task) for name in _MODULES)), None)
 
 

@@ -1,7 +1,7 @@
 """Byte-level BPE published as vocab.json and merges.txt, without a tokenizer.json.
 
-How text is split before any merge is said nowhere in these files: it belongs to the class of
-tokenizer that transformers has for the model.
+These files do not say how text is split before any merge: that depends on the tokenizer class that
+transformers has for the model.
 """
 
 from calm_jax.data.tokenizer_files import (
@@ -22,11 +22,11 @@ _CLASS_OF_MODEL = {
     **dict.fromkeys(("gpt2", "gptj", "gpt_neo", "starcoder2"), GPT2),
     **dict.fromkeys(("qwen2", "qwen3"), QWEN2),
 }
-END = "<|endoftext|>"  # the special token that both classes have where no file names another
+END = "<|endoftext|>"  # the special token of both classes unless a file names another
 
 
 def tokenizer_json(published: TokenizerFiles) -> str:
-    """The tokenizer.json that says what vocab.json, merges.txt and the class of tokenizer do.
+    """A tokenizer.json equivalent to vocab.json, merges.txt and the tokenizer class together.
 
     Raises:
         CalmError: a file is damaged, or the class is not supported.
@@ -84,7 +84,7 @@ def _merges(published: TokenizerFiles) -> list[tuple[str, str]]:
         lines = published.files[MERGES_FILE].decode().split("\n")
     except KeyError:
         raise CalmError(
-            f"{where} is missing, without which {BYTE_LEVEL_FILE} says little"
+            f"{where} is missing; {BYTE_LEVEL_FILE} cannot be read without it"
         ) from None
     except UnicodeDecodeError as error:
         raise CalmError(f"{where} is not UTF-8 text") from error

@@ -2,13 +2,13 @@
 
 A cache is a folder, named by a hash of all that determines its content:
 
-    index.json            its parts (one for a Task; a Mixture has several), with counts
+    index.json            the parts (one for a Task, several for a Mixture), with counts
     0/inputs.npy          int32 [N, T] input ids
     0/targets.npy         int32 [N, T] the ids that they predict
     0/segment_ids.npy     int32 [N, T] 1, 2, … for the sequences of a row, 0 for padding
     0/prompt.npy          uint8 [N, T] 1 where the target belongs to the prompt
 
-It is written under another name and renamed when it is complete.
+The folder is written under another name and renamed when it is complete.
 """
 
 import contextlib
@@ -33,7 +33,7 @@ INDEX_FILE = "index.json"
 
 
 def cache_directory(setting: str = "") -> pathlib.Path:
-    """Where data is kept: `setting`, else `$CALM_CACHE`, else `~/.cache/calm_jax`; a local disk."""
+    """The cache, on a local disk: `setting`, else `$CALM_CACHE`, else `~/.cache/calm_jax`."""
     return pathlib.Path(setting or os.environ.get("CALM_CACHE") or "~/.cache/calm_jax").expanduser()
 
 
@@ -42,7 +42,7 @@ def ready_folder(
     determines: Sequence[Any],
     build: Callable[[pathlib.Path], dict[str, Any]],
 ) -> tuple[pathlib.Path, dict[str, Any]]:
-    """The folder for what `determines` says, and its index; `build` fills it if it is missing.
+    """The folder of the content that `determines` describes, and its index; built if missing.
 
     Args:
         cache_dir: where such folders are kept.
@@ -50,7 +50,7 @@ def ready_folder(
         build: writes the content into a folder and returns the index.
 
     Raises:
-        CalmError: the folder cannot be written, or what `build` raises; nothing is left then.
+        CalmError: the folder cannot be written, or `build` raises it; then nothing is left.
     """
     fingerprint = hashlib.sha256(json.dumps([FORMAT, *determines]).encode()).hexdigest()[:24]
     folder = cache_dir / "tokens" / fingerprint
@@ -61,7 +61,7 @@ def ready_folder(
             (beside / INDEX_FILE).write_text(json.dumps(build(beside), indent=2) + "\n")
             beside.rename(folder)
         except OSError as error:
-            # Another process may have finished first; its folder holds the same.
+            # Another process may have finished first; its folder has the same content.
             if not (folder / INDEX_FILE).is_file():
                 raise CalmError(f"data.cache_dir {cache_dir}: {error.strerror or error}") from error
         finally:
@@ -72,12 +72,12 @@ def ready_folder(
 def write_part(
     folder: pathlib.Path, chunks: Iterable[Sequences], length: int, pack: bool
 ) -> dict[str, Any]:
-    """Writes sequences as rows of `length` ids, packed or one a row; returns what it wrote.
+    """Writes sequences as rows of `length` ids, packed or one in each row; returns statistics.
 
-    Sequences longer than a row go on in further ones if they have no prompt; else they are cut.
-    Counted are the `examples`, the `rows`, the sequences that are `cut`, those whose prompt alone
-    fills a row (`answers_lost`), and the ids of the `longest` that is cut; `digest` is the SHA-256
-    of the rows.
+    Sequences longer than a row continue in further rows if they have no prompt; else they are cut.
+    The statistics are the numbers of `examples`, of `rows`, of sequences that are `cut` and of
+    those whose prompt alone fills a row (`answers_lost`), the ids of the `longest` that is cut, and
+    `digest`, the SHA-256 of the rows.
     """
     counts = {"examples": 0, "rows": 0, "cut": 0, "answers_lost": 0, "longest": 0}
     digest = hashlib.sha256()
@@ -102,5 +102,5 @@ def write_part(
 
 
 def read_part(folder: pathlib.Path) -> dict[str, np.ndarray]:
-    """What `write_part` wrote, memory-mapped: `DTYPES`, each [N, T]."""
+    """The arrays that `write_part` wrote, memory-mapped: `DTYPES`, each [N, T]."""
     return {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in DTYPES}

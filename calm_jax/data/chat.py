@@ -14,28 +14,28 @@ def turns(
 ) -> Iterator[tuple[str, str]]:
     """(prompt, answer) of each turn of the assistant, in the vocabulary's chat template.
 
-    `arguments` are what else the template reads, as `Vocabulary.chat` takes it.
+    `arguments` are further inputs of the template, as for `Vocabulary.chat`.
 
-    The prompt is the chat before the turn, with the head that the template puts before an answer:
-    what generation starts from. The answer is what the template writes for the turn, its end of
-    turn included; both together are exactly the template's text of the chat up to there.
+    The prompt is the chat before the turn, with the header that the template puts before an answer:
+    generation starts from it. The answer is the template's text for the turn, with its end of turn;
+    both together are exactly the template's text of the chat up to that point.
 
     Raises:
-        CalmError: the template refuses the messages, or writes the turn in another way than after
-            that head, so that no answer could be trained as it is generated.
+        CalmError: the template refuses the messages, or writes the turn differently from what
+            follows that header, so that answers could not be trained as they are generated.
     """
     arguments = arguments or {}
     for number, message in enumerate(messages):
         if message["role"] != "assistant":
             continue
         if number == 0:
-            raise CalmError('"messages" begins with the assistant, whom nothing prompts')
+            raise CalmError('"messages" begins with the assistant, so that turn has no prompt')
         prompt = vocabulary.chat(messages[:number], **arguments)
         whole = vocabulary.chat(messages[: number + 1], add_generation_prompt=False, **arguments)
         answer = whole.removeprefix(prompt)
         if answer == whole or not answer:
             raise CalmError(
-                f"the chat template does not write message {number} as it prompts for it: its "
+                f"the chat template does not write message {number} after its own prompt: the "
                 f"prompt ends in {prompt[-40:]!r}, the chat with the message in {whole[-40:]!r}"
             )
         yield prompt, answer
@@ -47,19 +47,18 @@ def encode_examples(
     answers: Sequence[str],
     is_turn: Sequence[bool],
 ) -> tuple[list[list[int]], list[list[int]]]:
-    """Ids of prompts, and of answers with their end, where `is_turn` of pairs that `turns` made.
+    """Ids of prompts, and of answers with their end; `is_turn` marks pairs that `turns` made.
 
-    Other pairs are tokenised apart, and the end token is added to the answer.
+    Other pairs are tokenised separately, and the end token is added to the answer.
 
-    Where the text of a turn tokenises to the ids of its prompt and more, "more" is the answer: the
-    model learns to go on from the very ids that generation gives it. Where a token would reach over
-    the border, the answer is tokenised by itself.
+    If the ids of a turn's prompt and answer together begin with the prompt's own ids, the rest is
+    the answer: the model learns to continue exactly the ids that generation gives it. If a token
+    would cover the end of the prompt and the start of the answer, the answer is tokenised alone.
 
-    The ids that start every sequence are not among them, also where the text brings them itself, as
-    that of a chat does. An answer that the template closes with one of `vocabulary.eos_ids` ends
-    as the model was published to end: at a token where generation stops, and with what the
-    template writes behind it (often a line break). To any other answer the end token is added, or
-    the model would never learn to stop.
+    The ids that start every sequence are left out, even if the text contains them, as a chat's text
+    does. If the template ends an answer with one of `vocabulary.eos_ids`, it stays as published: it
+    ends at a token where generation stops, followed by what the template writes after it (often a
+    line break). The end token is added to any other answer, or the model would never learn to stop.
     """
     prompt_ids, answer_ids = vocabulary.encode_batch(prompts), vocabulary.encode_batch(answers)
     turns = [row for row, turn in enumerate(is_turn) if turn]
@@ -77,6 +76,6 @@ def encode_examples(
 
 
 def _is_closed(vocabulary: Vocabulary, ids: list[int]) -> bool:
-    """Whether the last end token, if there is one, has nothing but white space behind it."""
+    """Whether there is an end token, and only white space after the last one."""
     ends = [index for index, token in enumerate(ids) if token in vocabulary.eos_ids]
     return bool(ends) and not vocabulary.decode(ids[ends[-1] + 1 :]).strip()

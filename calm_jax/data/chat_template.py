@@ -1,6 +1,6 @@
 """Chat templates: the Jinja source that a published model comes with, run as transformers runs it.
 
-A template is a stranger's program: it runs in Jinja's sandbox, with the names and filters that
+A template is untrusted code: it runs in Jinja's sandbox, with the names and filters that
 transformers gives to templates.
 """
 
@@ -32,17 +32,17 @@ def render(
 
     Args:
         template: Jinja source.
-        messages: `{"role": …, "content": …}` each; fields that are None count as absent.
+        messages: dicts `{"role": …, "content": …}`; fields that are None count as absent.
         special_tokens: names such as "bos_token" with their texts.
-        add_generation_prompt: whether the head of an answer of the assistant follows.
-        where: what messages call the template.
-        arguments: what else the template reads, by name, such as "tools".
+        add_generation_prompt: whether the header of the assistant's answer follows.
+        where: the name of the template in error messages.
+        arguments: further inputs of the template, by name, such as "tools".
 
     Raises:
-        CalmError: no messages; or the template is not Jinja, or refuses them.
+        CalmError: there are no messages, or the template is not Jinja or refuses them.
     """
     if not messages:
-        raise CalmError("a chat without messages")
+        raise CalmError("the chat has no messages")
     messages = [{k: v for k, v in message.items() if v is not None} for message in messages]
     compiled = compile_template(template, where)
     try:
@@ -56,7 +56,7 @@ def render(
                 "add_generation_prompt": add_generation_prompt,
             }
         )
-    except Exception as error:  # the template decides what goes wrong in it
+    except Exception as error:  # a template can raise anything
         raise CalmError(f"chat template of {where}: {_line(error)}") from error
 
 
@@ -70,7 +70,7 @@ def compile_template(template: str, where: str) -> jinja2.Template:
 
 
 class _Generation(jinja2.ext.Extension):
-    """`{% generation %}…{% endgeneration %}` marks what the assistant writes; only that shows."""
+    """Drops the tags `{% generation %}…{% endgeneration %}`, but keeps the text between them."""
 
     tags = frozenset({"generation"})
 
@@ -92,7 +92,7 @@ def _environment() -> jinja2.Environment:
 
 
 def _to_json(value: Any, ensure_ascii=False, indent=None, separators=None, sort_keys=False) -> str:
-    # Jinja's own escapes what HTML would take for markup.
+    # Jinja's own `tojson` escapes characters for HTML.
     return json.dumps(
         value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
     )

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-# What is stored of a row [T]; all else follows from it.
+# The stored arrays of a row [T]; all others follow from them.
 DTYPES = {"inputs": np.int32, "targets": np.int32, "segment_ids": np.int32, "prompt": np.uint8}
 
 
@@ -15,9 +15,9 @@ class TaskRows:
     """The rows of one Task.
 
     Attributes:
-      name: the Task's.
-      weight: share of the rows of a mixed stream, relative to the other parts'.
-      loss_on_inputs: prompt tokens are trained on too.
+      name: the Task's name.
+      weight: share of the rows in a mixed stream, relative to the other parts' weights.
+      loss_on_inputs: whether prompt tokens are also trained on.
       arrays: `DTYPES`, each [N, T], memory-mapped.
     """
 
@@ -34,7 +34,7 @@ class TaskRows:
 class Dataset:
     """Rows of one length, of one or more parts.
 
-    `fingerprint` names the rows: equal exactly if they are.
+    `fingerprint` identifies the rows: it is equal exactly if they are.
     """
 
     parts: tuple[TaskRows, ...]
@@ -51,7 +51,8 @@ class Dataset:
     def batch(self, rows: np.ndarray) -> dict[str, np.ndarray]:
         """The rows with these indices as the six `decoder_…` arrays [B, T]; −1: a row of padding.
 
-        Indices run through the parts in turn. int32, but `decoder_loss_weights` float32.
+        Indices count through the parts in order. All arrays are int32, except
+        `decoder_loss_weights`, which is float32.
         """
         shape = len(rows), self.length
         inputs_BT, targets_BT = np.zeros(shape, np.int32), np.zeros(shape, np.int32)

@@ -26,10 +26,10 @@ ENTRY_KEYS = {"task", *KINDS, "columns", "import", "weight", "loss_on_inputs"}
 def open_dataset(data: Mapping[str, Any], split: str, vocabulary: Vocabulary) -> Dataset:
     """The rows of `data[split]` ("train" or "validation"); builds what is not cached yet.
 
-    `data` is `config.data`: entries `{"task": name, "import": module}` or as `ExampleFiles` takes,
-    each with `weight` and `loss_on_inputs`; `length`, `pack`, `strict`, `limit`, `cache_dir`. Texts
-    are tokenised with `vocabulary`. TensorFlow is imported only where a task is not cached yet.
-    Raises `CalmError` for a bad entry or record, and with `strict` where an answer would be cut.
+    `data` is `config.data`: entries `{"task": name, "import": module}` or those of `ExampleFiles`,
+    each with `weight` and `loss_on_inputs`; and `length`, `pack`, `strict`, `limit`, `cache_dir`.
+    Texts are tokenised with `vocabulary`. TensorFlow is imported only if a task is not cached yet.
+    Raises `CalmError` for a bad entry or record, and with `strict` if an answer would be cut.
     """
     parts, digests = [], []
     for entry in data[split]:
@@ -56,12 +56,12 @@ def evaluation_examples(
     limit: int = 0,
     cache_dir: str = "",
 ) -> list[dict[str, Any]]:
-    """Texts `inputs` and `targets` of a task, with what else its examples carry; `limit` 0 is all.
+    """A task's examples: texts `inputs` and `targets`, and further fields; `limit` 0 is all.
 
     `task` is a registered name, a file or files ("….jsonl", "….parquet"), or an entry of
-    `config.data` as `open_dataset` takes. Key-value examples carry `set` (subs, num, math),
-    `operands` and `unseen`, those of a file what `records.examples` says. Imports TensorFlow for a
-    registered name. Raises `CalmError` as `open_dataset` does.
+    `config.data` as for `open_dataset`. Key-value examples also have `set` (subs, num, math),
+    `operands` and `unseen`, those of a file the fields of `records.examples`. Imports TensorFlow
+    for a registered name. Raises `CalmError` as `open_dataset` does.
     """
     entry = named_entry(task) if isinstance(task, str) else dict(task)
     check_entry(entry, "evaluation")
@@ -99,9 +99,9 @@ def check_entry(entry: Mapping[str, Any], split: str) -> None:
 def _cuts(
     parts: Sequence[Mapping[str, Any]], data: Mapping[str, Any], entry: Mapping[str, Any]
 ) -> list[str]:
-    """A warning for each part of an entry that has answers cut at the end of a row.
+    """A warning for each part of an entry in which answers are cut at the end of a row.
 
-    Raises `CalmError` with `data.strict`, and where no answer is left in a part.
+    Raises `CalmError` instead with `data.strict`, or if no answer is left in a part.
     """
     found = []
     for part in parts:
@@ -123,7 +123,7 @@ def _cuts(
 
 
 def named_entry(name: str) -> dict[str, Any]:
-    """The entry that a name stands for: a file if its ending is one of `KINDS`, else a task."""
+    """The entry that a name means: a file if its ending is one of `KINDS`, else a task."""
     return {kind_of(name) or "task": name}
 
 
@@ -158,7 +158,7 @@ def _cached(
     if vocabulary.rows is not None and vocabulary.rows < vocabulary.size:
         determines.append(
             vocabulary.rows
-        )  # rows checked for a larger embedding may not fit this one
+        )  # rows that were checked for a larger embedding may not fit this one
 
     def build(folder: pathlib.Path) -> dict[str, Any]:
         parts = []
@@ -171,7 +171,7 @@ def _cached(
                     raise CalmError(f"{files}: the file is empty")
                 raise CalmError(f"{name}: the split {split!r} has no examples")
             parts.append({"name": name, "rate": rate, **counts})
-        _cuts(parts, data, entry)  # refuses before anything is kept
+        _cuts(parts, data, entry)  # may refuse, before anything is cached
         return {"entry": dict(entry), "split": split, "length": data["length"], "parts": parts}
 
     return cache.ready_folder(cache_dir, determines, build)

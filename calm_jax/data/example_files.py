@@ -31,9 +31,9 @@ class ExampleFiles:
     """The files of an entry of `config.data`.
 
     The entry is `{"jsonl": path}` or `{"parquet": path}`; the path may have wildcards (`*`, `?`,
-    `[…]`), whose files are read in the order of their names, and a name that ends in ".gz" is
+    `[…]`). Matching files are read in the order of their names, and those that end in ".gz" are
     unpacked. `"columns": {field: column}` names the columns that hold the fields of `records`;
-    then nothing else is read.
+    then no other columns are read.
 
     Raises:
         CalmError: no file matches, or `columns` is not such a map.
@@ -62,7 +62,7 @@ class ExampleFiles:
     def examples(self, vocabulary: Vocabulary | None = None) -> Iterator[dict[str, Any]]:
         """The examples of every record, as `records.examples` describes them.
 
-        Raises `CalmError` "FILE:LINE: …" for what is no such record, "FILE, row N: …" in Parquet.
+        Raises `CalmError` "FILE:LINE: …" for a bad record, in Parquet "FILE, row N: …".
         """
         read = _json_lines if self._kind == "jsonl" else _parquet_rows
         for path in self._paths:
@@ -81,7 +81,7 @@ class ExampleFiles:
         return {field: record.get(column) for field, column in self._columns.items()}
 
     def sequences(self, vocabulary: Vocabulary, limit: int) -> Iterator[Sequences]:
-        """The ids of the examples, the end token behind each answer; `limit` 0 is all.
+        """The ids of the examples, with the end token after each answer; `limit` 0 is all.
 
         Raises `CalmError` as `examples` does, or for a vocabulary without an end token.
         """
@@ -98,7 +98,7 @@ class ExampleFiles:
 
 
 def _matching(pattern: str) -> list[str]:
-    """The files that a path with wildcards stands for."""
+    """The files that match a path with wildcards."""
     if not glob.has_magic(pattern) or epath.Path(pattern).exists():
         return [pattern]
     if "**" in pattern:
@@ -132,7 +132,7 @@ def _json_lines(path: str, columns: list[str]) -> Iterator[tuple[str, Any]]:
         if not line.strip():
             blank = blank or number
             continue
-        if blank:  # at the end of a file they would mean nothing
+        if blank:  # blank lines are allowed at the end of a file only
             raise CalmError(f"{path}:{blank}: the line is empty")
         yield f"{path}:{number}", parse_json(line, path, number)
 

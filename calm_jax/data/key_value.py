@@ -1,23 +1,23 @@
 """Key-value arithmetic (CALM paper, section 4.1): keys with secret values, and sums over both.
 
 One `KeyValueConfig` fixes a world: its keys, their values, and which of them the bridge may see.
-Every text opens with a marker, for substitution and arithmetic would else ask the same question:
+Every text opens with a marker, since substitution and arithmetic would else ask the same question:
 
     set       inputs              targets     written for
     subs      <subs>abc+de=       12+7        augment, bridge (seen keys), evaluation
     inline    <subs>              abc12+de7   augment (the value at the key itself)
     num       <math>12+7=         19          anchor, bridge, evaluation
     repeat    <subs>12+7=         12+7        anchor
-    unknown   <math>xyz+7=        ?           anchor (letters that say nothing)
+    unknown   <math>xyz+7=        ?           anchor (letters without a meaning)
     math      <math>abc+de=       19          bridge (seen keys), evaluation
 
-Instead of one augment that knows every key there may be two, each of which knows one half of them
-(`HALVES`) and writes `?` for letters that say nothing to it. Neither meets a key of the other.
+Instead of one augment that knows every key there may be two. Each knows one half of the keys
+(`HALVES`), never sees a key of the other half, and writes `?` for letters that it does not know.
 
 Keys are strings of random lower-case letters; values and their assignment are random.
-`*` is done before `+` and `-`. A hash deals every expression, once as it is written and once with
-its keys replaced by their values, to training, validation or evaluation. What is trained on, by
-any model, is dealt to training both ways; so no evaluated expression is ever trained on.
+`*` is done before `+` and `-`. A hash assigns every expression, once as it is written and once with
+its keys replaced by their values, to training, validation or evaluation. Any model trains only on
+expressions assigned to training both ways, so no evaluated expression is ever trained on.
 """
 
 import dataclasses
@@ -30,7 +30,7 @@ from calm_jax.data.tokenizer_vocabulary import TokenizerVocabulary
 from calm_jax.errors import CalmError
 
 TASKS = "calm_jax.data.key_value_tasks"  # registers them with seqio
-VERSION = "1.0.0"  # of the texts: another one makes all data anew
+VERSION = "1.0.0"  # version of the texts: a new one regenerates all data
 
 SUBS, MATH, UNKNOWN = "<subs>", "<math>", "?"
 SPECIALS = ("<pad>", "<bos>", "<eos>", "<unk>")
@@ -43,9 +43,9 @@ NUMBER_WORDS = [
 ]
 
 BRIDGE_PARTS = ("math", "subs", "num")
-HALVES = ("first", "second")  # of the keys, in the order of their index
+HALVES = ("first", "second")  # halves of the keys, in the order of their index
 
-# The splits of each corpus: what TFDS prepares together.
+# The splits of each corpus, which TFDS prepares together.
 CORPORA = {
     "augment": ("train", "validation"),
     "anchor": ("train", "validation"),
@@ -65,7 +65,7 @@ class KeyValueConfig:
     Attributes:
       keys: number of keys.
       key_length: shortest and longest key, in letters.
-      prefix_free: no key is the start of another.
+      prefix_free: no key is a prefix of another.
       values: smallest and largest value; plain numbers have the same range.
       unique_values: no two keys share a value.
       operands: fewest and most operands of an expression.
@@ -74,13 +74,13 @@ class KeyValueConfig:
       bridge_keys: share of the keys that the bridge's training may contain.
       evaluation_fold, validation_fold: shares of all expressions kept from training.
       augment_inline: share of inline texts in the augment's training.
-      augment_plain, bridge_plain: share of plain numbers among operands beside keys.
+      augment_plain, bridge_plain: share of plain numbers among the operands; the rest are keys.
       augment_single, anchor_single, bridge_single: share of expressions of one operand.
       anchor_repeat: share of repeats in the anchor's training.
       anchor_filler: share of the anchor's numbers with random letters before them.
-      anchor_words: share of the anchor's numbers below twenty that are spelled as words: it
-        learns to find a number at the end of a string of letters, where a bridge will tell of one.
-      anchor_unknown: share of the anchor's expressions with random letters for numbers.
+      anchor_words: share of the anchor's numbers below twenty that are spelled as words: the anchor
+        learns to find a number at the end of a string of letters, where a bridge will insert one.
+      anchor_unknown: share of the anchor's expressions with random letters instead of numbers.
       bridge_rates: shares of math, subs and num in the bridge's training.
     """
 
@@ -143,13 +143,13 @@ class KeyValueConfig:
 
     @property
     def largest_number(self) -> int:
-        """No value, plain number or result is larger, either side of 0."""
+        """The largest absolute value that a value, plain number or result can have."""
         high, most = self.values[1], self.operands[1]
         return max(high * most, high**most if "*" in self.operators else 0)
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """Names the data: equal exactly if every field, and the version of the texts, is."""
+        """Identifies the data: equal exactly if all fields and the version of the texts are."""
         fields = json.dumps([VERSION, dataclasses.asdict(self)], sort_keys=True)
         return hashlib.sha256(fields.encode()).hexdigest()[:16]
 
@@ -159,7 +159,7 @@ CONFIGS: dict[str, KeyValueConfig] = {
     config.name: config
     for config in (
         KeyValueConfig("demo"),
-        # The paper's sizes; how many expressions it trained on it does not say.
+        # The paper's sizes; it does not say how many expressions it trained on.
         KeyValueConfig(
             "paper",
             keys=25_000,
@@ -200,7 +200,7 @@ def config(name: str) -> KeyValueConfig:
 def vocabulary(name: str = "") -> TokenizerVocabulary:
     """The tokens of a config, "" for the default one.
 
-    They are specials, markers, letters, operators, `=`, and numbers or digits.
+    They are special tokens, markers, letters, operators, `=`, and numbers or digits.
     """
     import tokenizers
 
@@ -228,6 +228,6 @@ def parse_task(task: str) -> KeyValueConfig | None:
 
 
 def task_fingerprint(task: str) -> str | None:
-    """Names the texts of a task; None for a task that is not of this kind."""
+    """A name for the texts of a task; None for a task that is not of this kind."""
     world = parse_task(task)
     return world.fingerprint if world else None

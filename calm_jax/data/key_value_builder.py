@@ -1,4 +1,4 @@
-"""Key-value arithmetic as a TensorFlow Dataset, made on this machine in a few seconds."""
+"""Key-value arithmetic as a TensorFlow Dataset, generated on this machine in a few seconds."""
 
 import contextlib
 import dataclasses
@@ -43,8 +43,8 @@ class KeyValueArithmetic(tfds.core.GeneratorBasedBuilder):
     VERSION = tfds.core.Version(key_value.VERSION)
     RELEASE_NOTES: ClassVar = {key_value.VERSION: "First release."}
     BUILDER_CONFIGS: ClassVar = [c for world in CONFIGS.values() for c in corpus_configs(world)]
-    # There are no checksums to find beside the code; looking for them takes a package that TFDS
-    # 4.9.10 does not declare (importlib_resources).
+    # There are no checksums in the code's folder; looking for them needs a package that TFDS 4.9.10
+    # does not declare (importlib_resources).
     code_path = None
 
     def _info(self) -> tfds.core.DatasetInfo:
@@ -76,14 +76,14 @@ class KeyValueArithmetic(tfds.core.GeneratorBasedBuilder):
 
 
 def prepare(world: KeyValueConfig, corpus: str, data_dir: pathlib.Path) -> None:
-    """Writes a corpus under `data_dir` unless it is there; safe beside other processes."""
+    """Writes a corpus under `data_dir` unless it is there; several processes may do so at once."""
     builder = KeyValueArithmetic(config=f"{world.name}_{corpus}", data_dir=data_dir)
     if builder.is_prepared():
         return
     logging.info("Generating %s", builder.info.full_name)
     tfds.disable_progress_bar()
     try:
-        # What TFDS prints is about downloads; there are none.
+        # TFDS prints only about downloads, and there are none.
         with contextlib.redirect_stdout(io.StringIO()):
             builder.download_and_prepare()
     except OSError:

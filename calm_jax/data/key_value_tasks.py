@@ -6,14 +6,14 @@ For every key-value config C, with its own vocabulary:
     calm_jax/key_value/C/bridge_math, …/bridge_subs, …/bridge_num   splits train, validation
     calm_jax/key_value/C/bridge       Mixture of the three, at the config's rates
     calm_jax/key_value/C/subs, …/num, …/math, …/math_seen        split test
-    calm_jax/key_value/C/augment_first, …/augment_second         as augment, of half the keys
+    calm_jax/key_value/C/augment_first, …/augment_second         as augment, for half of the keys
     calm_jax/key_value/C/subs_first, …/subs_second, …/math_first, …/math_second   split test
 """
 
 import pathlib
 
 from calm_jax.data import key_value, key_value_builder, tasks
-from calm_jax.data.tasks import seqio  # imported there as TensorFlow has to be
+from calm_jax.data.tasks import seqio  # imported there after TensorFlow, as it must be
 from calm_jax.errors import CalmError
 
 
@@ -30,9 +30,9 @@ class KeyValueTask(tasks.Task):
 
 
 def register_key_value(config: key_value.KeyValueConfig) -> None:
-    """Registers the Tasks and the Mixture of a world; a user's module may call it for its own."""
+    """Registers the Tasks and the Mixture of a config; users may call it for configs of theirs."""
     if key_value.CONFIGS.setdefault(config.name, config) != config:
-        raise CalmError(f"there is another key-value config named {config.name!r}")
+        raise CalmError(f"another key-value config is already named {config.name!r}")
     builder = key_value_builder.KeyValueArithmetic
     known = {corpus.name for corpus in builder.BUILDER_CONFIGS}
     builder.BUILDER_CONFIGS += [

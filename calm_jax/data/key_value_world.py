@@ -19,14 +19,14 @@ from calm_jax.data.key_value import (
 )
 from calm_jax.errors import CalmError
 
-# What a fold of the expressions is used for, by the hash that deals them.
+# What a fold of the expressions is used for; a hash assigns expressions to folds.
 TRAIN, VALIDATION, EVALUATION = 0, 1, 2
 FOLDS = {"train": TRAIN, "validation": VALIDATION, "evaluation": EVALUATION}
 
-# Share of the keys in the texts of an augment that knows one half: letters it does not know.
+# If an augment knows one half of the keys: share of its texts' keys that are unknown letters.
 STRANGERS = 0.3
 
-# After as many draws without a new expression there are taken to be no more.
+# After this many draws without a new expression, there are assumed to be no more.
 MAX_BARREN_ROUNDS = 20
 
 
@@ -63,8 +63,8 @@ class World:
     Attributes:
       keys: key strings, in the order of their index.
       values: the value of each key.
-      seen: whether the bridge's training may contain it.
-      half: which of `HALVES` it belongs to.
+      seen: for each key, whether the bridge's training may contain it.
+      half: for each key, which of `HALVES` it belongs to.
     """
 
     def __init__(self, config: KeyValueConfig):
@@ -85,7 +85,8 @@ class World:
     def examples(self, corpus: str, split: str) -> Iterator[dict]:
         """Examples of a split of a corpus (`CORPORA`): inputs, targets, set, operands, unseen.
 
-        `unseen`: the expression has keys, and none of them is the bridge's. The same at every call.
+        `unseen`: the expression has keys, but none that the bridge trains on. Every call gives the
+        same examples.
         """
         rng = self._rng(f"{corpus}/{split}")
         kind, _, half = corpus.partition("_")
@@ -177,11 +178,11 @@ class World:
         single: float,
         longer: bool = False,
     ) -> list[Expressions]:
-        """`count` expressions dealt to `fold`, in groups of as many operands.
+        """`count` expressions assigned to `fold`, in groups with the same number of operands.
 
-        Operands are of `keys`, a share `plain` of them plain numbers but never all; without keys,
-        plain numbers only. Only training has expressions of one operand and repeats expressions.
-        With `longer`, it has the more of a length the harder it is: in proportion to its operands.
+        Operands are drawn from `keys`; a share `plain` of them, but never all of an expression, are
+        plain numbers. Without keys all are. Only training has expressions of one operand, and
+        repeats expressions. With `longer`, groups are in proportion to their number of operands.
         """
         fewest, most = self.config.operands
         sizes = range(fewest, most + 1)
@@ -192,14 +193,14 @@ class World:
         shares = np.array(list(rates.values())) / sum(rates.values())
         groups, missing = [], 0
         for size, number in zip(rates, rng.multinomial(count, shares).tolist(), strict=True):
-            # There may be too few short expressions; longer ones then stand in for them.
+            # There may be too few short expressions; then longer ones replace the missing ones.
             group = self._draw_of_size(rng, number + missing, size, fold, keys, plain)
             missing += number - len(group)
             groups.append(group)
         if missing:
             raise CalmError(
-                f"key-value config {self.config.name!r}: {count} different expressions were "
-                f"asked for {fold}, but only {count - missing} were found"
+                f"key-value config {self.config.name!r}: {fold} needs {count} different "
+                f"expressions, but only {count - missing} were found"
             )
         return groups
 
@@ -212,7 +213,7 @@ class World:
         keys: np.ndarray | None,
         plain: float,
     ) -> Expressions:
-        """At most `count` expressions of `size` operands; fewer if no more are to be found."""
+        """`count` expressions of `size` operands, or fewer if no more can be found."""
         parts = [self._random(rng, 0, size, keys, plain)]
         found = barren = 0
         met: set[bytes] = set()
@@ -258,7 +259,7 @@ class World:
         )
 
     def _deal(self, group: Expressions) -> np.ndarray:
-        """The fold of each expression as it stands, by a hash [N]. One operand: always training."""
+        """The fold of each expression as it is written, by a hash [N]; one operand: training."""
         if group.operands_NK.shape[1] == 1:
             return np.full(len(group), TRAIN)
         hash_N = np.full(len(group), self.config.seed, np.uint64)
@@ -293,14 +294,14 @@ class World:
 
     def _unseen(self, group: Expressions, strange_NK: np.ndarray | bool = False) -> list[bool]:
         is_key_NK = (group.operands_NK < self.config.keys) & ~np.asarray(strange_NK)
-        # Plain numbers count as unseen, so that the keys alone decide.
+        # Plain numbers count as unseen, so that only the keys decide.
         unseen_NK = ~np.append(self.seen, False)[np.where(is_key_NK, group.operands_NK, -1)]
         return (unseen_NK.all(1) & is_key_NK.any(1)).tolist()
 
     def _spelled(
         self, rng: np.random.Generator, group: Expressions, unknown: np.ndarray
     ) -> np.ndarray:
-        """The anchor's operands: words, numbers behind letters, and of `unknown` letters alone."""
+        """The anchor's operands: words, numbers after letters, or only letters where `unknown`."""
         c, shape = self.config, group.operands_NK.shape
         texts_NK = self._names[group.operands_NK]
         numbers_NK = self._numbers[group.operands_NK].astype(int)
@@ -356,14 +357,14 @@ def _key_strings(config: KeyValueConfig, rng: np.random.Generator) -> list[str]:
         barren = 0 if len(keys) > before else barren + 1
         if barren == MAX_BARREN_ROUNDS:
             raise CalmError(
-                f"key-value config {config.name!r}: {config.keys} keys of {config.key_length} "
-                f"letters were asked for, but only {len(keys)} were found"
+                f"key-value config {config.name!r} needs {config.keys} keys of {config.key_length} "
+                f"letters, but only {len(keys)} were found"
             )
     return list(keys)[: config.keys]
 
 
 def _letters(rng: np.random.Generator, number: int, length: int) -> list[str]:
-    """Strings of so many random letters."""
+    """`number` strings of `length` random letters."""
     letters = rng.integers(ord("a"), ord("z") + 1, (number, length)).astype(np.uint8)
     return letters.view(f"S{length}")[:, 0].astype(str).tolist()
 
@@ -377,7 +378,7 @@ def _mix(x: np.ndarray) -> np.ndarray:
 
 
 def _new(group: Expressions, met: set[bytes]) -> np.ndarray:
-    """Which expressions were not met before [N]; all are met afterwards."""
+    """Which expressions are not in `met` yet [N]; adds them all."""
     new = np.zeros(len(group), bool)
     for i, row in enumerate(np.concatenate([group.operands_NK, group.operators_NJ], axis=1)):
         if (name := row.tobytes()) not in met:

@@ -3,17 +3,17 @@
 A record is one of
 
     {"inputs": "…", "targets": "…"}                  trained on the targets
-    {"prompt": "…", "completion": "…"}               likewise
+    {"prompt": "…", "completion": "…"}               trained on the completion
     {"text": "…"}                                    trained on all of it
     {"messages": [{"role": "user", "content": "…"}, {"role": "assistant", "content": "…"}, …]}
 
-A chat becomes one example for each turn of the assistant, trained on that turn; all before it is
-the prompt. A turn with `"weight": 0` is read but not trained on. The chat template of the
-vocabulary writes them, if it has one (`chat.turns`), with the record's `tools` and
-`chat_template_kwargs`; else each message is `role: content` and a line break, and the prompt ends
-with `assistant: `. Content may be a list of parts, as OpenAI's: `[{"type": "text", "text": "…"}]`.
-`prompt` and `completion` may be the two parts of a chat, as TRL's: lists of messages, of which the
-turns in the completion are trained on.
+A chat becomes one example for each turn of the assistant, trained on that turn; everything before
+it is the prompt. A turn with `"weight": 0` is read but not trained on. If the vocabulary has a chat
+template, it writes the texts (`chat.turns`), with the record's `tools` and `chat_template_kwargs`;
+else each message is `role: content` and a line break, and the prompt ends with `assistant: `.
+Content may be a list of parts, as in OpenAI's API: `[{"type": "text", "text": "…"}]`. `prompt` and
+`completion` may be the two parts of a chat, as in TRL: lists of messages; only turns in the
+completion are trained on.
 
 Fields that are null count as absent. Fields that do not affect training are ignored.
 """
@@ -26,14 +26,14 @@ from calm_jax.data import chat
 from calm_jax.data.vocabulary import Vocabulary
 from calm_jax.errors import CalmError
 
-# The keys of each form, the first of which stands for it in messages.
+# The keys of each form; error messages name a form by its first key.
 _FORMS = (("messages",), ("text",), ("inputs", "targets"), ("prompt", "completion"))
 _OF_CHATS = ("tools", "chat_template_kwargs")
 
-# Arguments of the template that come from other keys of the record, or from what is rendered.
+# Arguments of the template that come from other keys of the record, or from the renderer.
 _OWN_ARGUMENTS = {"messages", "tools", "add_generation_prompt"}
 
-# All that is read of a record, and what of it may be absent.
+# All keys that are read, and those that may be absent.
 OPTIONAL = (*_OF_CHATS, "weight")
 FIELDS = (*itertools.chain.from_iterable(_FORMS), *OPTIONAL)
 
@@ -41,9 +41,9 @@ FIELDS = (*itertools.chain.from_iterable(_FORMS), *OPTIONAL)
 def examples(record: Any, vocabulary: Vocabulary | None = None) -> Iterator[dict[str, Any]]:
     """Yields `{"inputs", "targets"}` of every example in a record, in order.
 
-    With a vocabulary that has a chat template each also has `is_turn`: whether the template wrote
+    With a vocabulary that has a chat template, each also has `is_turn`: whether the template wrote
     it, special tokens included. Raises `CalmError` for a record that has none of the forms or
-    several of them, that asks for training which is not supported, or that the template refuses.
+    several, asks for unsupported training, or is refused by the template.
     """
     templated = vocabulary is not None and vocabulary.chat_template is not None
     if not isinstance(record, Mapping):
@@ -87,8 +87,7 @@ def _form(record: Mapping[str, Any]) -> tuple[str, ...]:
     if len(found) > 1:
         keys = [next(key for key in form if key in record) for form in found[:2]]
         raise CalmError(
-            f'"{keys[0]}" beside "{keys[1]}": only one can be read; choose by "columns" of the '
-            "entry"
+            f'"{keys[0]}" and "{keys[1]}" are both there; choose one with "columns" of the entry'
         )
     if record.get("weight", 1) != 1:
         raise CalmError(
@@ -97,7 +96,7 @@ def _form(record: Mapping[str, Any]) -> tuple[str, ...]:
         )
     for key in (*_OF_CHATS, "functions"):
         if record.get(key) and (found[0][0] != "messages" or key == "functions"):
-            raise CalmError(f'"{key}" beside "{found[0][0]}" is not supported')
+            raise CalmError(f'"{key}" together with "{found[0][0]}" is not supported')
     return found[0]
 
 
@@ -133,11 +132,13 @@ def _is_trained(number: int, message: Mapping[str, Any]) -> bool:
 
 
 def _message(number: int, message: Mapping[str, Any], templated: Any) -> dict[str, Any]:
-    """The message as templates take it: its content is one text, and it has no weight."""
+    """The message in the form that templates take: its content is one text, without a weight."""
     message = dict(message)
     weight = message.pop("weight", 0)
     if weight and message["role"] != "assistant":
-        raise CalmError(f'"weight" {weight!r} of message {number}: only the assistant is trained')
+        raise CalmError(
+            f'"weight" {weight!r} of message {number}: only turns of the assistant are trained on'
+        )
     if isinstance(message.get("content"), list):
         message["content"] = "".join(_part(number, part) for part in message["content"])
     calls = next((key for key in ("tool_calls", "function_call") if message.get(key)), None)

@@ -13,19 +13,19 @@ from calm_jax.data.dataset import DTYPES
 # Sequences that are read, tokenised and packed together.
 CHUNK = 8192
 
-# Rows that are open at a time: a sequence goes into the first of them that has room for it, and
-# when none has, all are closed.
+# Rows that are open at a time: a sequence goes into the first of them that has room for it; if
+# none has, all are closed.
 OPEN_ROWS = 256
 
 
 @dataclasses.dataclass(frozen=True)
 class Sequences:
-    """N sequences of M target ids in all; each is a prompt and what follows it.
+    """N sequences with M target ids in total; each is a prompt and what follows it.
 
     Attributes:
       ids_M: int32, the targets, one sequence after another.
       lengths_N: the number of targets in each sequence.
-      prompts_N: how many of these, from the first on, belong to the prompt.
+      prompts_N: how many of these targets, from the first on, belong to the prompt.
       before_N: int32, the input from which the first target of each sequence is predicted.
       is_text_N: bool, whether a sequence has no prompt; such a sequence may be split.
       start_id: the first input of every part of a split sequence; None: the id before the part.
@@ -47,8 +47,8 @@ class Sequences:
     ) -> Self:
         """Sequences of `start_ids`, a prompt and its answer.
 
-        Without `start_ids` the first id of a sequence is only an input: there is nothing before it
-        from which it could be predicted.
+        Without `start_ids` the first id of a sequence is only an input: nothing precedes it, so it
+        cannot be predicted.
         """
         if head := list(start_ids[1:]):
             prompts = [[*head, *prompt] for prompt in prompts]
@@ -102,8 +102,8 @@ class Sequences:
     def rows(self, length: int, pack: bool) -> dict[str, np.ndarray]:
         """The sequences in rows [R, length] as `DTYPES`; none may be longer than a row.
 
-        Packed rows are those of grain's `FirstFitPackIterDataset`, which takes a hundred times
-        as long.
+        Packing gives the rows of grain's `FirstFitPackIterDataset`, which takes a hundred times as
+        long.
         """
         if pack:
             row_N, start_N, segment_N = _first_fit(self.lengths_N, length)
@@ -127,14 +127,14 @@ class Sequences:
 
 
 def _within(lengths_N: np.ndarray) -> np.ndarray:
-    """The place of every id in its sequence [M]."""
+    """The position of every id in its sequence [M]."""
     return np.arange(lengths_N.sum()) - np.repeat(np.cumsum(lengths_N) - lengths_N, lengths_N)
 
 
 def _first_fit(lengths_N: np.ndarray, length: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The row of each sequence, its first place there, and its number in the row, 1 for the first.
+    """For each sequence its row, its first position there, and its number in the row, from 1.
 
-    All [N].
+    All are [N].
     """
     free_R, numbers = np.full(OPEN_ROWS, length), [0] * OPEN_ROWS
     closed, found = 0, []
@@ -160,7 +160,7 @@ class RowWriter:
         self._header()
 
     def _header(self) -> None:
-        # numpy leaves room in the header for the first axis to grow: its length stays the same.
+        # numpy leaves room in the header for the first axis to grow: the header keeps its length.
         shape = (self._rows, self._length)
         description = {"descr": self._dtype.str, "fortran_order": False, "shape": shape}
         np.lib.format.write_array_header_1_0(self._file, description)

@@ -16,8 +16,8 @@ from calm_jax.errors import CalmError
 class SentencePieceVocabulary(Vocabulary):
     """A SentencePiece model. `model` is the file's bytes, `path` names it in errors.
 
-    Special and added tokens written in a text become their ids, as they do in a tokenizer.json of
-    the model; the library by itself would spell them out.
+    Special and added tokens written in a text become their ids, as with the model's tokenizer.json;
+    the library alone would spell them out.
     """
 
     kind = "sentencepiece"
@@ -41,7 +41,7 @@ class SentencePieceVocabulary(Vocabulary):
         self._set_start()
 
     def _tokens_behind_pieces(self, path: str) -> list[str]:
-        """The added tokens that the model has no pieces for, in the order of their ids."""
+        """The added tokens for which the model has no pieces, in the order of their ids."""
         added = sorted(self.published.added_tokens.items())
         behind = [(index, token["content"]) for index, token in added if index >= self._pieces]
         for expected, (index, name) in enumerate(behind, self._pieces):
@@ -59,7 +59,7 @@ class SentencePieceVocabulary(Vocabulary):
 
     @classmethod
     def from_published(cls, path: epath.Path) -> Self:
-        """Reads `path` and what stands beside it."""
+        """Reads `path` and the tokenizer files in its folder."""
         published = TokenizerFiles.read(path.parent, cls.file_name)
         vocabulary = cls(read_file(path), str(path), published)
         vocabulary._take_special_tokens(path.name)
@@ -72,7 +72,7 @@ class SentencePieceVocabulary(Vocabulary):
 
     @functools.cached_property
     def _specials(self) -> set[str]:
-        """Tokens that decoding leaves out."""
+        """Tokens that decoding omits."""
         processor = self._processor
         control = {processor.id_to_piece(i) for i in range(self._pieces) if processor.is_control(i)}
         added = {t["content"] for t in self.published.added_tokens.values() if t.get("special")}
@@ -99,7 +99,7 @@ class SentencePieceVocabulary(Vocabulary):
 
     @functools.cached_property
     def _inner_processor(self) -> Any:
-        """For text that stands behind another token: it takes no space to begin with."""
+        """The processor for text after another token: it adds no space at the beginning."""
         import sentencepiece
         from sentencepiece import sentencepiece_model_pb2
 
@@ -137,7 +137,7 @@ class SentencePieceVocabulary(Vocabulary):
                 text += "".join(self._added[i - self._pieces] for i in group)
             else:
                 text += processor.decode(list(group))
-            processor = self._inner_processor  # keeps the space that later pieces begin with
+            processor = self._inner_processor  # later pieces keep the space that they begin with
         return text
 
     def tokens(self) -> list[str]:

@@ -12,9 +12,9 @@ import seqio  # noqa: E402 - imports TensorFlow, and so after it
 
 
 class SeqioVocabulary(seqio.Vocabulary):
-    """Encodes through the Python vocabulary; also a whole batch of texts [N] as ragged ids [N, ?].
+    """Encodes with the Python vocabulary, also a whole batch of texts [N] as ragged ids [N, ?].
 
-    seqio takes id 0 for padding; calm_jax never lets ids pass where that matters.
+    seqio treats id 0 as padding; calm_jax never passes ids to seqio where that matters.
     """
 
     def __init__(self, vocabulary: Vocabulary):
@@ -67,7 +67,7 @@ class SeqioVocabulary(seqio.Vocabulary):
         )
 
 
-# Rows of ids on their way out of Python: all of them in one array, and how long each is.
+# Rows of ids on their way out of Python: all in one array, and the length of each.
 FLAT = [tf.int32, tf.int64]
 
 

@@ -1,6 +1,6 @@
-"""Batches of a cached dataset, as a function of (seed, global batch index) alone.
+"""Batches of a cached dataset, as a function of only (seed, global batch index).
 
-The number of processes only decides which rows of the batch each of them holds.
+The number of processes only decides which rows of a batch each process holds.
 """
 
 import functools
@@ -16,7 +16,7 @@ from calm_jax.errors import CalmError
 READ_THREADS = 2
 PREFETCHED_BATCHES = 8
 
-ENDLESS = 2**53  # the most that grain still divides without rounding
+ENDLESS = 2**53  # the largest number that grain divides without rounding
 
 Batch = dict[str, np.ndarray]
 
@@ -24,7 +24,7 @@ Batch = dict[str, np.ndarray]
 class _ShuffledRows:
     """Row numbers `start` … `start + count`, in a new random order each epoch, without end.
 
-    grain's own shuffle takes 0.8 ms an index where there are few rows.
+    grain's own shuffle takes 0.8 ms for each index if there are few rows.
     """
 
     def __init__(self, start: int, count: int, seed: list[int]):
@@ -45,9 +45,9 @@ class _ShuffledRows:
 class Stream:
     """An endless stream of training batches.
 
-    Every part is shuffled anew in each of its epochs, and parts mix by their weights. `batch_size`
-    is global; a process holds `batch_size / process_count` rows, in the order of processes.
-    Raises `CalmError` if that does not divide.
+    Every part is shuffled anew in each of its epochs, and parts are mixed by weight. `batch_size`
+    is global; each process holds `batch_size / process_count` rows, in the order of processes.
+    Raises `CalmError` if that is not a whole number.
     """
 
     def __init__(

@@ -27,9 +27,9 @@ TOKENIZE_BATCH = 1024
 def tokenize(
     dataset: tf.data.Dataset, output_features: Mapping[str, seqio.Feature]
 ) -> tf.data.Dataset:
-    """Texts to ids, with the end tokens, a thousand a call; only `output_features` remain.
+    """Texts to ids with end tokens, a thousand in each call; only `output_features` remain.
 
-    seqio's own steps, a text a call, take several times as long.
+    seqio's own steps, with one text in each call, take several times as long.
     """
 
     def encode(name: str, texts: tf.Tensor) -> tf.RaggedTensor:
@@ -66,14 +66,14 @@ class Task(seqio.Task):
         return self._given_name
 
     def prepare(self, data_dir: pathlib.Path) -> None:
-        """Generates what the Task reads under `data_dir`, if it reads anything generated."""
+        """Generates the data that the Task reads under `data_dir`, if it reads generated data."""
 
 
 def find(task: str, module: str = "") -> list[tuple[seqio.Task, float]]:
     """The Tasks behind a registered Task or Mixture, with the shares at which they mix.
 
-    `module`, imported first, is where a user registers his own.
-    Raises `CalmError` if the module or the name is not found.
+    `module` is imported first: a user's module registers Tasks there. Raises `CalmError` if the
+    module or the name is not found.
     """
     if module:
         try:
@@ -120,7 +120,7 @@ def sequences(
 
 
 def text_examples(task: seqio.Task, split: str, limit: int) -> Iterator[dict[str, Any]]:
-    """The texts of a Task's features, with what else its examples carry; `limit` 0 is all."""
+    """The texts of a Task's features, with its examples' other fields; `limit` 0 is all."""
     if tokenize in task.preprocessors:
         dataset = task.source.get_dataset(split, shuffle=False)
     else:

@@ -3,14 +3,13 @@
     tokenizer.json            the token map and how text becomes tokens; or else tokenizer.model,
                               or else vocab.json with merges.txt
     tokenizer_config.json     names of the special tokens, added tokens, often the chat template
-    special_tokens_map.json   older: names of the special tokens, where the config adds none itself
-    added_tokens.json         older: ids of added tokens, where the config adds none itself
-    chat_template.jinja       newer: the chat template; it stands above the config's
+    special_tokens_map.json   older: names of the special tokens, if the config adds none itself
+    added_tokens.json         older: ids of added tokens, if the config adds none itself
+    chat_template.jinja       newer: the chat template, which overrides the config's
     chat_template.json        the chat template of a model that takes more than text
     generation_config.json    ids of all tokens that end an answer; or else the model's config.json
 
-They are kept byte for byte, but for config.json, so that an exported model has the files it came
-with.
+All but config.json are kept byte for byte, so that an exported model has its original files.
 """
 
 import dataclasses
@@ -45,10 +44,10 @@ BESIDE = (
 ADDED_TOKENS_KEY = "added_tokens_decoder"
 ADDED_TOKEN_FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
 
-# What chat templates know special tokens by.
+# The names of special tokens in chat templates.
 ROLES = tuple(f"{role}_token" for role in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"))
 
-# Start and end tokens in published tokenizers, for a tokenizer.json that stands alone.
+# Start and end tokens in published tokenizers, for a tokenizer.json without other files.
 START_AND_END_NAMES = (
     ("<bos>", "<s>", "<|begin_of_text|>", "<|startoftext|>"),
     ("<eos>", "</s>", "<|end_of_text|>", "<|endoftext|>", "<|im_end|>", "<|eot_id|>"),
@@ -57,12 +56,12 @@ START_AND_END_NAMES = (
 
 @dataclasses.dataclass(frozen=True)
 class TokenizerFiles:
-    """The files beside a token map.
+    """The files that accompany a token map.
 
     Attributes:
       folder: where they come from, for messages.
       files: their bytes, by name.
-      model_file: config.json, which is not one of them but the model's; None if there is none.
+      model_file: config.json, which belongs to the model, not the tokenizer; None if missing.
     """
 
     folder: str = ""
@@ -71,14 +70,14 @@ class TokenizerFiles:
 
     @classmethod
     def read(cls, folder: epath.Path, token_map: str | None) -> Self:
-        """Reads what stands in `folder` beside the file `token_map`; nothing need be there."""
+        """Reads the files that accompany `token_map` in `folder`; there may be none."""
         names = [name for name in (*TOKEN_MAPS, *BESIDE) if name != token_map]
         found = {name: read_file(folder / name) for name in names if (folder / name).exists()}
         model = folder / MODEL_FILE
         return cls(str(folder), found, read_file(model) if model.exists() else None)
 
     def json(self, name: str) -> dict[str, Any]:
-        """The object in a JSON file; empty where there is no such file."""
+        """The object in a JSON file; empty if there is no such file."""
         data = self.model_file if name == MODEL_FILE else self.files.get(name)
         values = parse_json(b"{}" if data is None else data, f"{self.folder}/{name}")
         if not isinstance(values, dict):
@@ -87,7 +86,7 @@ class TokenizerFiles:
 
     @functools.cached_property
     def config(self) -> dict[str, Any]:
-        """tokenizer_config.json, over it special_tokens_map.json as transformers lays it."""
+        """tokenizer_config.json, overridden by special_tokens_map.json as in transformers."""
         config = self.json(CONFIG_FILE)
         if ADDED_TOKENS_KEY in config:
             return config
@@ -106,7 +105,7 @@ class TokenizerFiles:
 
     @functools.cached_property
     def all_special(self) -> list[str]:
-        """Every special token, those without a role behind those with one."""
+        """Every special token, first those with a role."""
         key = "extra_special_tokens"
         extra = self.config.get(key) or self.config.get(key := "additional_special_tokens") or []
         if not isinstance(extra, dict | list):
@@ -117,7 +116,7 @@ class TokenizerFiles:
 
     @functools.cached_property
     def added_tokens(self) -> dict[int, dict[str, Any]]:
-        """Tokens outside the token map proper by id, with their flags."""
+        """Tokens outside the token map itself, by id, with their flags."""
         if not self.config_adds_tokens:
             return self._older_added_tokens
         given = self.config[ADDED_TOKENS_KEY] or {}
@@ -132,12 +131,12 @@ class TokenizerFiles:
 
     @property
     def config_adds_tokens(self) -> bool:
-        """Whether tokenizer_config.json describes added tokens; its flags are those that count."""
+        """Whether tokenizer_config.json describes added tokens; then its flags count."""
         return ADDED_TOKENS_KEY in self.config
 
     @property
     def _older_added_tokens(self) -> dict[int, dict[str, Any]]:
-        """Those of added_tokens.json: special where another file names them as such."""
+        """The tokens of added_tokens.json; they are special if another file says so."""
         given = self.json(ADDED_TOKENS_FILE)
         for content, index in given.items():
             if type(index) is not int:
@@ -157,11 +156,11 @@ class TokenizerFiles:
 
     @property
     def names_tokens(self) -> bool:
-        """Whether a file says which the special tokens are, or that there are none."""
+        """Whether a file says what the special tokens are, or that there are none."""
         return CONFIG_FILE in self.files or SPECIAL_TOKENS_FILE in self.files
 
     def check_added_tokens(self, token_id: Callable[[str], int | None], token_map: str) -> None:
-        """Raises `CalmError` if an added token is another in the file `token_map`, or none."""
+        """Raises `CalmError` if an added token has another id in the file `token_map`, or none."""
         for index, token in self.added_tokens.items():
             name, found = token["content"], token_id(token["content"])
             if found != index:
@@ -172,9 +171,9 @@ class TokenizerFiles:
                 )
 
     def end_ids(self, size: int) -> list[int]:
-        """Ids that end an answer, by generation_config.json or else config.json; all below `size`.
+        """Ids that end an answer, from generation_config.json or else config.json; below `size`.
 
-        Empty where neither names any.
+        Empty if neither file names any.
         """
         for name in (GENERATION_FILE, MODEL_FILE):
             values = self.json(name)
@@ -192,9 +191,9 @@ class TokenizerFiles:
 
     @property
     def adds_start_token(self) -> bool | None:
-        """Whether the tokenizer puts the start token before a text, where no tokenizer.json tells.
+        """Whether the tokenizer puts the start token before a text, if no tokenizer.json says so.
 
-        None where nothing is known of the tokenizer but its token map.
+        None if only the tokenizer's token map is known.
         """
         if not self.names_tokens and self.model_file is None:
             return None
@@ -205,7 +204,7 @@ class TokenizerFiles:
 
     @functools.cached_property
     def chat_template(self) -> str | None:
-        """The Jinja source of the chat template, of several the one named "default"."""
+        """The Jinja source of the chat template; among several, the one named "default"."""
         try:
             if TEMPLATE_FILE in self.files:
                 return self.files[TEMPLATE_FILE].decode()
@@ -227,7 +226,7 @@ class TokenizerFiles:
 
     @property
     def template_file(self) -> str:
-        """Where the chat template stands, for messages."""
+        """The file that holds the chat template, for messages."""
         names = (TEMPLATE_FILE, CONFIG_FILE, "chat_template.json")
         return f"{self.folder}/{next((name for name in names if name in self.files), '')}"
 

@@ -1,4 +1,4 @@
-"""Tokenizers of the `tokenizers` library: what a `tokenizer.json` holds."""
+"""Vocabularies from a `tokenizer.json`, read with the `tokenizers` library."""
 
 import itertools
 from collections.abc import Iterable, Sequence
@@ -49,7 +49,7 @@ class TokenizerVocabulary(Vocabulary):
         self.start_ids = self._put_before_text()
 
     def _add_published_tokens(self) -> None:
-        """Takes tokens and flags from the files beside tokenizer.json, as transformers does."""
+        """Takes tokens and flags from tokenizer.json's other files, as transformers does."""
         import tokenizers
 
         known = self._tokenizer.get_added_tokens_decoder()
@@ -72,7 +72,7 @@ class TokenizerVocabulary(Vocabulary):
         """Ids that the tokenizer's post-processor puts before a text."""
         if self._tokenizer.post_processor is None:
             return ()
-        # Any text will do that has a token in this vocabulary.
+        # Any text that has a token in this vocabulary will do.
         for text in itertools.chain(["a"], (self._tokenizer.id_to_token(i) for i in range(100))):
             encoding = self._tokenizer.encode(text or "")
             if 0 in encoding.special_tokens_mask:
@@ -81,7 +81,7 @@ class TokenizerVocabulary(Vocabulary):
 
     @classmethod
     def from_published(cls, path: epath.Path) -> Self:
-        """Reads tokenizer.json, or vocab.json with merges.txt, and the files beside it."""
+        """Reads tokenizer.json, or vocab.json with merges.txt, and the files that accompany it."""
         published = TokenizerFiles.read(path.parent, cls.file_name)
         is_pair = path.name == BYTE_LEVEL_FILE
         text = byte_level.tokenizer_json(published) if is_pair else read_file(path)

@@ -1,4 +1,4 @@
-"""Vocabularies by name: what a config, a frozen folder or a published model names, opened."""
+"""Opens the vocabulary that a config, a frozen folder or a published model names."""
 
 import os
 from typing import Any
@@ -29,7 +29,7 @@ def load_vocabulary(spec: str | os.PathLike) -> Vocabulary:
 
     "bytes" · "key_value" or "key_value/CONFIG" (the key-value task's own) · a SentencePiece model
     "….model" or "….spm" · a tokenizer "….json" · a folder made by `Vocabulary.save`. The files
-    that a tokenizer was published with are read from beside it.
+    that a tokenizer was published with are read from its folder.
 
     Raises:
         CalmError: nothing has that name, or a file is missing, damaged or contradicts another.
@@ -56,8 +56,8 @@ def vocabulary_of_folder(folder: str | os.PathLike) -> Vocabulary | None:
     """The vocabulary of the published model in `folder`; None if there is none.
 
     That is tokenizer.json, or else tokenizer.model, or else vocab.json with merges.txt, or else the
-    only SentencePiece model "….model" or "….spm"; with the files that
-    `calm_jax.data.tokenizer_files` names beside it.
+    only SentencePiece model "….model" or "….spm"; with the files in its folder that
+    `calm_jax.data.tokenizer_files` names.
 
     Raises:
         CalmError: a file is damaged or contradicts another.
@@ -85,7 +85,7 @@ def _from_saved(folder: epath.Path) -> Vocabulary:
     try:
         index = parse_json(path.read_bytes(), path)
         kind = _KINDS[index["kind"]]
-        # Folders from before there were published files name none.
+        # Older folders do not list published files.
         for name in index.get("files", [kind.file_name] if kind.file_name else []):
             if not (folder / name).exists():
                 raise CalmError(f"{folder} is damaged: {name} is missing")
@@ -101,10 +101,10 @@ def _from_saved(folder: epath.Path) -> Vocabulary:
 
 
 def _set_start(vocabulary: Vocabulary, index: dict[str, Any], folder: epath.Path) -> None:
-    """What every text starts with, as recorded; older folders record nothing.
+    """Sets the ids that start every text, as recorded; older folders record nothing.
 
-    They keep what their model may have been trained with: the start token, or else the end token,
-    or else id 0, whatever the tokenizer itself does.
+    Their texts start as their model may have been trained: with the start token, or else the end
+    token, or else id 0, whatever the tokenizer itself does.
     """
     if "start_ids" in index:
         vocabulary.start_ids = tuple(index["start_ids"])

@@ -1,7 +1,7 @@
 """What every vocabulary offers, and the vocabulary of raw bytes. No TensorFlow.
 
-A vocabulary turns text into ids and ids into text. It is stored whole beside a frozen model, a
-published one with all its files, so that the model never depends on where its vocabulary came from.
+A vocabulary turns text into ids and ids into text. It is stored in full with a frozen model, a
+published one with all its files, so that the model does not depend on the vocabulary's source.
 """
 
 import functools
@@ -27,12 +27,12 @@ class Vocabulary:
 
     Attributes:
       bos_id: the id of the token that is named the start token, or None.
-      start_ids: what the tokenizer itself puts before every text; often nothing, even where a start
-        token is named.
+      start_ids: the ids that the tokenizer itself puts before every text; often none, even if a
+        start token is named.
       eos_id: the id that training puts at the end of an answer, or None.
       eos_ids: every id that ends an answer, `eos_id` first; chat models have several.
-      size: number of ids; every id is in [0, size). Any id, 0 too, may be ordinary text.
-      rows: number of rows of the smallest embedding that data is made for; None: not known.
+      size: number of ids; every id is in [0, size). Any id, even 0, may be ordinary text.
+      rows: number of rows of the smallest embedding that data is made for; None: unknown.
     """
 
     kind: str
@@ -48,16 +48,16 @@ class Vocabulary:
     def encode(self, text: str) -> list[int]:
         """Ids of `text`, without start or end tokens.
 
-        Special tokens that stand in the text of a published vocabulary, "</s>", become their ids.
+        With a published vocabulary, special tokens written in the text, "</s>", become their ids.
         """
         return self.encode_batch([text])[0]
 
     def encode_sequence(self, text: str) -> list[int]:
-        """Ids of `text` behind `start_ids`, which the text may bring itself, as chats do."""
+        """`start_ids`, then the ids of `text`, which may already begin with them, as chats do."""
         return [*self.start_ids, *self.without_start(self.encode(text))]
 
     def without_start(self, ids: list[int]) -> list[int]:
-        """`ids` without the `start_ids` that they begin with, if they do."""
+        """`ids` without `start_ids`, if they begin with those."""
         count = len(self.start_ids)
         return ids[count:] if tuple(ids[:count]) == self.start_ids else ids
 
@@ -66,19 +66,19 @@ class Vocabulary:
         raise NotImplementedError
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Text of `ids` up to the first end token; start and other special tokens say nothing."""
+        """Text of `ids` up to the first end token, without start and other special tokens."""
         return self._decode_visible(self._until_end(ids))
 
     def decode_after(self, prompt_ids: Iterable[int], ids: Iterable[int]) -> str:
-        """Text that `ids` add behind `prompt_ids`, up to the first end token among `ids`.
+        """Text that `ids` add after `prompt_ids`, up to the first end token among `ids`.
 
         A token may be written differently at the beginning of a text, such as without its space.
-        So both are decoded together, and the text of the prompt is cut off.
+        So both are decoded together, and the prompt's text is cut off.
         """
         prompt = list(map(int, prompt_ids))
         before = self._decode_visible(prompt)
         whole = self._decode_visible([*prompt, *self._until_end(ids)])
-        # Bytes of a character that the prompt leaves open change its last "�".
+        # Bytes that complete the prompt's last character change its last "�".
         same = (a == b for a, b in zip(before, whole, strict=False))
         return whole[sum(itertools.takewhile(bool, same)) :]
 
@@ -96,7 +96,7 @@ class Vocabulary:
         raise NotImplementedError
 
     def token_id(self, token: str) -> int | None:
-        """The id that has this name, None if there is none."""
+        """The id with this name; None if there is none."""
         return self.tokens().index(token) if token in self.tokens() else None
 
     @functools.cached_property
@@ -106,7 +106,7 @@ class Vocabulary:
 
     @functools.cached_property
     def tokenization_fingerprint(self) -> str:
-        """SHA-256 of all that decides the ids of a text or a chat: changes with every file."""
+        """SHA-256 of all that determines the ids of a text or a chat; every file counts."""
         digest = hashlib.sha256(json.dumps([self.fingerprint, self._index()]).encode())
         for name, data in self._files().items():
             digest.update(f"{name} {len(data)} ".encode() + data)
@@ -118,7 +118,7 @@ class Vocabulary:
 
     @property
     def chat_template(self) -> str | None:
-        """The Jinja source of the published chat template, None if there is none."""
+        """The Jinja source of the published chat template; None if there is none."""
         return self.published.chat_template
 
     def chat(
@@ -131,13 +131,13 @@ class Vocabulary:
     ) -> str:
         """The text of a chat in the model's own form, as transformers writes it.
 
-        It carries its special tokens, often the start token too: `encode_sequence` takes it.
+        The text includes special tokens, often the start token too; pass it to `encode_sequence`.
 
         Args:
             messages: `{"role": "user", "content": "…"}` and so on; more fields if the template
                 reads more.
-            add_generation_prompt: whether the head of the assistant's answer follows.
-            **arguments: what else the template reads, such as `tools`.
+            add_generation_prompt: whether the header of the assistant's answer follows.
+            **arguments: further inputs of the template, such as `tools`.
 
         Raises:
             CalmError: there is no template, or it refuses the messages.
@@ -155,34 +155,36 @@ class Vocabulary:
 
     @property
     def base_size(self) -> int:
-        """Number of ids that a model must have rows for; `size`, but for added tokens at the end.
+        """Number of ids for which a model must have rows: `size` without added tokens at the end.
 
-        A tokenizer may name more than its model knows: Gemma 3 1B's has a token for images.
+        A tokenizer may name more tokens than its model has: Gemma 3 1B's has one for images.
         """
         return self.size
 
     def check_rows(self, rows: int, where: str) -> None:
-        """Raises `CalmError` when a model with so many embedding rows lacks one for a token."""
+        """Raises `CalmError` if an embedding of so many `rows` lacks one for a token."""
         if self.base_size > rows:
             raise CalmError(
                 f"{where}: the vocabulary has {self.base_size} tokens, the embedding {rows} rows"
             )
 
     def first_difference(self, other: "Vocabulary") -> tuple[int, str | None, str | None] | None:
-        """The first id that means another thing in `other`, and both meanings; None if equal."""
+        """The first id whose meaning in `other` differs, and both meanings; None if equal."""
         if self.fingerprint == other.fingerprint:
             return None
         pairs = itertools.zip_longest(self.tokens(), other.tokens())
         return next((index, *pair) for index, pair in enumerate(pairs) if pair[0] != pair[1])
 
     def save(self, folder: str | os.PathLike) -> None:
-        """Writes the vocabulary whole into `folder`, where `load_vocabulary` reads it."""
+        """Writes the full vocabulary into `folder`, from which `load_vocabulary` reads it."""
         self.save_published(folder)
         (epath.Path(folder) / INDEX_FILE).write_text(json.dumps(self._index(), indent=2) + "\n")
 
     def save_published(self, folder: str | os.PathLike) -> None:
-        """Writes the files it was published with into `folder`, byte for byte, under the names
-        that other programs look for. Raw bytes have none."""
+        """Writes its published files into `folder`, byte for byte, under their usual names.
+
+        Raw bytes have none.
+        """
         folder = epath.Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         for name, data in self._files().items():
@@ -207,7 +209,7 @@ class Vocabulary:
         raise NotImplementedError
 
     def _take_special_tokens(self, where: str) -> None:
-        """Takes special tokens from the files beside the token map `where`, if they name any."""
+        """Takes special tokens from the files of the token map `where`, if they name any."""
         published = self.published
         published.check_added_tokens(self.token_id, where)
         for role, token in published.special_tokens.items():
@@ -264,7 +266,7 @@ class ByteVocabulary(Vocabulary):
 def check_ids(ids: Sequence[int], rows: int, what: str, vocabulary: Vocabulary | None) -> None:
     """Raises `CalmError` naming the first of `ids` that an embedding of so many rows lacks.
 
-    A lookup would take another row for it. `what` says whose ids they are.
+    A lookup would silently return another row. `what` says whose ids they are.
     """
     ids = np.asarray(ids)
     outside = ids[(ids < 0) | (ids >= rows)]

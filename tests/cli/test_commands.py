@@ -175,7 +175,7 @@ def test_train_hands_config_and_flags_to_the_loop(config, tmp_path, monkeypatch)
         ),
         (
             ["--coordinator=host:1", "--process_count=2", "--process_index=2"],
-            "--process_index=2 is not from 0 to --process_count=2 less 1",
+            "--process_index=2 is not from 0 to --process_count=2 minus 1",
         ),
     ],
 )

@@ -88,22 +88,24 @@ BAD_LINES = {
     json.dumps({"prompt": CHAT, "completion": []}): "no turn of the assistant with a weight",
     json.dumps(
         {"prompt": CHAT, "completion": CHAT, "messages": CHAT}
-    ): '"messages" beside "prompt"',
+    ): '"messages" and "prompt" are both there',
     '{"a": "b"}': "has a",
     '{"messages": "a"}': '"messages" is not a list',
     '{"messages": [{"role": "user", "content": "a"}]}': "no turn of the assistant",
     '{"messages": [{"role": "assistant"}]}': 'lacks "content"',
-    '{"inputs": "a", "targets": "b", "text": "c"}': '"text" beside "inputs": only one can be read',
+    '{"inputs": "a", "targets": "b", "text": "c"}': '"text" and "inputs" are both there; choose',
     '{"text": "a", "weight": 0.5}': '"weight" 0.5 of a record',
-    '{"text": "a", "tools": [{}]}': '"tools" beside "text" is not supported',
-    json.dumps({"messages": CHAT, "functions": [{}]}): '"functions" beside "messages"',
+    '{"text": "a", "tools": [{}]}': '"tools" together with "text" is not supported',
+    json.dumps({"messages": CHAT, "functions": [{}]}): '"functions" together with "messages"',
     json.dumps({"messages": CHAT, "tools": [{}]}): '"tools" needs a chat template',
     json.dumps({"messages": CHAT, "chat_template_kwargs": {"a": 1}}): "needs a chat template",
     chat_of(weight=0.5): '"weight" 0.5 of message 1 is neither 0 nor 1',
     chat_of(weight=0): "no turn of the assistant with a weight",
     chat_of(tool_calls=[{}]): '"tool_calls" of message 1 needs a chat template',
     chat_of(content=[{"type": "image_url"}]): "has a part 'image_url'; only text is read",
-    json.dumps({"messages": [{**CHAT[1], "weight": 1}, CHAT[2]]}): "only the assistant is trained",
+    json.dumps(
+        {"messages": [{**CHAT[1], "weight": 1}, CHAT[2]]}
+    ): "only turns of the assistant are trained on",
 }
 
 
