@@ -1,1 +1,1 @@
-"""What is kept on disk: frozen folders, checkpoints of runs, exported bridges."""
+"""Models on disk: frozen folders, checkpoints of runs, exported bridges."""

@@ -29,9 +29,9 @@ def load_model(
         anchor, augments: folders of a composed model's frozen models; default: those recorded.
 
     Raises:
-        CalmError: no such folder, a damaged one, a decoder's run that has not finished; `step` for
-            anything but a composed run; frozen models that are not those of the training, or that
-            are given for a lone decoder.
+        CalmError: the folder does not exist or is damaged; a decoder's run has not finished; `step`
+            is given for anything but a composed run; frozen models are not those of the training,
+            or are given for a single decoder.
     """
     folder = absolute(path)
     config = read_json(folder / "config.json", "a run, a frozen folder or an exported bridge")
@@ -41,9 +41,9 @@ def load_model(
             folder, step=step, mesh=mesh, anchor=anchor, augments=augments
         )
     if anchor is not None or augments is not None:
-        raise CalmError(f"{folder} is {kind}: it has no anchor and augments to give")
+        raise CalmError(f"{folder} is {kind}, which has no anchor and no augments")
     if step is not None:
-        raise CalmError(f"{folder} holds one finished decoder: it has no step {step} to choose")
+        raise CalmError(f"{folder} holds one finished decoder, so there is no step {step}")
     if kind == DECODER_RUN:
         folder /= "frozen"
         if not folder.exists():

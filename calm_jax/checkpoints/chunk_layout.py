@@ -1,7 +1,7 @@
 """How arrays are split into chunks on disk, and which chunks a slice of an array needs.
 
 The rule is part of the format of frozen folders: a model's fingerprint is computed from the hashes
-of its chunks, so another rule would give every model another fingerprint.
+of its chunks, so a change of the rule would change every fingerprint.
 """
 
 import itertools
@@ -13,18 +13,18 @@ import numpy as np
 
 from calm_jax.errors import CalmError
 
-# A device that holds one of hundreds of slices reads little beyond its own, and a large model is
-# thousands of files, not millions.
+# Small enough that a device with one of hundreds of slices reads little beyond its own; large
+# enough that a large model is thousands of files, not millions.
 CHUNK_BYTES = 2**23
 
 Region = tuple[slice, ...]
-Index = tuple[int, ...]  # of a chunk within the grid of its array's chunks
+Index = tuple[int, ...]  # position of a chunk in the grid of its array's chunks
 
 
 class Layout:
     """Shapes of named arrays of one dtype, and the shape of each array's chunks.
 
-    The first axis of the arrays in `stacked` is the layer; each of their chunks lies in one layer.
+    The first axis of the arrays in `stacked` is the layer; each of their chunks is of one layer.
     """
 
     def __init__(self, shapes: Mapping[str, tuple[int, ...]], stacked: Collection[str], dtype: str):
@@ -62,7 +62,7 @@ class Layout:
     def split(
         self, path: str, array: np.ndarray, layer: int | None
     ) -> Iterator[tuple[Index, np.ndarray]]:
-        """The chunks, as (index, view), of a whole array or of one layer of it."""
+        """The chunks, as (index, view), of a whole array or of one of its layers."""
         chunk = self.chunks[path]
         if layer is not None:
             array = array[None]
@@ -89,7 +89,7 @@ class Layout:
 
 
 def overlap(a: Region, b: Region) -> Region | None:
-    """The entries that two regions share; None where there are none."""
+    """The entries that two regions share; None if there are none."""
     shared = tuple(
         slice(max(x.start, y.start), min(x.stop, y.stop)) for x, y in zip(a, b, strict=True)
     )
@@ -97,7 +97,7 @@ def overlap(a: Region, b: Region) -> Region | None:
 
 
 def relative(inner: Region, outer: Region) -> Region:
-    """A region of an array as a region of one that contains it."""
+    """`inner`, counted from the start of `outer`, which contains it."""
     return tuple(
         slice(a.start - b.start, a.stop - b.start) for a, b in zip(inner, outer, strict=True)
     )
@@ -115,7 +115,7 @@ def _region(index: Index, shape: Sequence[int], chunk: Sequence[int]) -> Region:
 
 
 def _chunk_shape(shape: Sequence[int], itemsize: int, stacked: bool) -> tuple[int, ...]:
-    """Halves the longest side, the first of several, until a chunk fits in `CHUNK_BYTES`."""
+    """Halves the longest side (the first, if several are) until a chunk fits in `CHUNK_BYTES`."""
     chunk = list(shape)
     if stacked:
         chunk[0] = 1

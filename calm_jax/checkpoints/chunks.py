@@ -1,13 +1,13 @@
 """Arrays on disk in chunks, each of which is checked when it is read.
 
 The files are an uncompressed zarr 3 checkpoint, one file per chunk, which Orbax and TensorStore
-read too. `chunks.json` beside them lists the XXH3 hash of every chunk (128 bits: it guards against
+can read too. `chunks.json` in the same folder lists the XXH3 hash of every chunk (128 bits, against
 damage, not against forgery).
 
-Why this is not left to the libraries: zarr's crc32c codec does not notice chunk files that were
-exchanged or copied over one another (3 of 60 such damages of each kind loaded as another model),
-and a list of hashes is needed for fingerprints in any case. Orbax saves whole arrays alone: it held
-twice the model in host memory, against 0.12 GB, and took 4.9 s of processor time a GB, against 1.3.
+Libraries do not replace this: zarr's crc32c codec does not notice chunk files that were exchanged
+or copied over one another (3 of 60 such damages of each kind loaded as another model), and
+fingerprints need a list of hashes in any case. Orbax saves only whole arrays: it held twice the
+model in host memory, against 0.12 GB, and took 4.9 s of processor time per GB, against 1.3.
 """
 
 import concurrent.futures
@@ -32,14 +32,14 @@ from calm_jax.errors import CalmError
 # A larger write asks the system for large blocks of memory, which are slow to get on a virtual
 # machine that has returned them to its host.
 _WRITE_BYTES = 2**17
-WRITE_THREADS = min(os.cpu_count() or 1, 16)  # these compute
-_READ_THREADS = 2 * WRITE_THREADS  # these wait
+WRITE_THREADS = min(os.cpu_count() or 1, 16)  # writing is bound by computation
+_READ_THREADS = 2 * WRITE_THREADS  # reading mostly waits
 
 
 class Digests:
     """The hash of every chunk of every array, added in any order.
 
-    `sha256` is the same exactly when names, shapes, chunks, dtype and every byte are.
+    `sha256` is equal exactly if names, shapes, chunks, dtype and every byte are equal.
     """
 
     def __init__(self, layout: Layout):
@@ -70,7 +70,7 @@ class Digests:
 class Writer:
     """Writes arrays one by one, several chunks at a time; use it in a `with` block.
 
-    Beside the arrays that it is given it holds a few chunks in memory, no more.
+    Besides the arrays that it is given, it holds only a few chunks in memory.
     """
 
     def __init__(self, folder: epath.Path, layout: Layout):
@@ -91,14 +91,14 @@ class Writer:
         """Writes a whole array, or one layer of a stacked one.
 
         Args:
-            path: of the array in the layout.
-            array: its values, in any memory order and float dtype; they are cast.
+            path: the array's path in the layout.
+            array: the values, in any memory order and float dtype; they are cast.
             layer: the number of the layer that `array` is; None: it is the whole array.
-            name: what messages call the array; default: its path.
+            name: the array's name in messages; default: its path.
 
         Raises:
-            CalmError: it holds NaN or infinity, before or after the cast, or cannot be written. The
-                error may be raised by a later call or at the end of the `with` block.
+            CalmError: the array holds NaN or infinity, before or after the cast, or cannot be
+                written. A later call or the end of the `with` block may raise it.
         """
         for index, view in self._layout.split(path, array, layer):
             self._free.acquire()
@@ -118,7 +118,7 @@ class Writer:
             padded[tuple(map(slice, data.shape))] = data
             data = padded
         file = _array_folder(self._folder, path) / _file_name(index)
-        # The clients of buckets accept bytes only.
+        # Clients for buckets accept only bytes.
         plain = data.tobytes() if is_bucket(file) else data.reshape(-1).view(np.uint8)
         with storage("write", path), file.open("wb") as opened:
             for start in range(0, len(plain), _WRITE_BYTES):
@@ -148,8 +148,8 @@ class Writer:
 class Reader:
     """Reads slices of the arrays in a folder that holds `weights/` and `chunks.json`.
 
-    Every chunk that a slice touches is checked. Raises `CalmError` when the list of chunks is
-    missing, has another SHA-256, or describes other arrays than `layout`.
+    Every chunk that a slice touches is checked. Raises `CalmError` if the list of chunks is
+    missing, has another SHA-256, or does not describe the arrays of `layout`.
     """
 
     def __init__(self, folder: epath.Path, layout: Layout, sha256: str):
@@ -222,7 +222,7 @@ def _array_folder(folder: epath.Path, path: str) -> epath.Path:
 
 
 def _file_name(index: Index) -> str:
-    """Of a chunk, in its array's folder."""
+    """The name of a chunk's file in its array's folder."""
     return ".".join(["c", *map(str, index)])
 
 

@@ -1,6 +1,6 @@
-"""Composed models on disk: a training run, or an exported bridge, the small folder to share.
+"""Composed models on disk: a training run, or an exported bridge, a small folder to share.
 
-An exported bridge holds the bridge alone and records which frozen models it was trained with:
+An exported bridge holds only the bridge, and records which frozen models it was trained with:
 
     folder/
       config.json    composition, folder and fingerprint of each frozen model; written last
@@ -43,13 +43,13 @@ def load_composed(
     Args:
         run_or_bridge: a `--workdir` of `calm train`, or a folder made by `export_bridge`.
         step: which checkpoint of a run; default: the best by validation. A bridge has only one.
-        mesh: where all arrays go; default: that of an anchor that is given as a model, or else the
-            first device.
+        mesh: where all arrays go; default: the mesh of `anchor` if that is a model, else the first
+            device.
         anchor, augments: the frozen models or their folders; default: the recorded folders.
 
     Raises:
-        CalmError: no such folder or step, a damaged one, or frozen models other than those that the
-            bridge was trained with (the message names both fingerprints).
+        CalmError: the folder or step does not exist or is damaged, or the frozen models are not
+            those that the bridge was trained with (the message names both fingerprints).
 
     >>> import tempfile
     >>> from flax import nnx
@@ -73,7 +73,7 @@ def load_composed(
                 raise CalmError(f"{folder} has no checkpoint yet")
             state = checkpoints.read_state(step)
             if not state.get("composition"):
-                raise CalmError(f"{folder} trains a lone decoder; load its frozen folder instead")
+                raise CalmError(f"{folder} trains one decoder; load its frozen folder instead")
             state["lora"] = state.get("config", {}).get("lora")
             composed = _untrained(state, anchor, augments, mesh, str(folder))
             trained = checkpoints.restore(step, _abstract_trained(composed)).trainable
@@ -82,7 +82,7 @@ def load_composed(
         if values.get("format") != FORMAT:
             raise CalmError(_other_kind(folder, values))
         if step is not None:
-            raise CalmError(f"{folder} is an exported bridge: it has no step {step} to choose")
+            raise CalmError(f"{folder} is an exported bridge, so there is no step {step}")
         for key in ("frozen", "composition"):
             read_field(values, key, folder / "config.json")
         composed = _untrained(values, anchor, augments, mesh, str(folder))
@@ -104,8 +104,8 @@ def export_bridge(
         target: a folder that does not exist yet.
 
     Raises:
-        CalmError: `target` exists or cannot be written, the run cannot be read, the anchor
-            has a low-rank update and is from no frozen folder, or an augment is no decoder.
+        CalmError: `target` exists or cannot be written, the run cannot be read, the anchor has a
+            low-rank update but no frozen folder, or an augment is not a decoder.
 
     See `load_composed` for an example.
     """
@@ -113,12 +113,12 @@ def export_bridge(
     if not isinstance(composed, ComposedDecoder):
         composed = load_composed(run_or_composed, step=step)
     elif step is not None:
-        raise CalmError(f"a composed model has no step {step} to choose")
+        raise CalmError(f"a composed model has no steps, so there is no step {step}")
     update = lora_in(composed.anchor)
     if update and composed.anchor.fingerprint is None:
         raise CalmError(
-            "the anchor has a low-rank update and was never saved without it, so nobody could load "
-            "this bridge; before add_lora, save_frozen the anchor and load it"
+            "the anchor has a low-rank update and was never saved without it, so this bridge could "
+            "not be loaded; call save_frozen on the anchor and load it before add_lora"
         )
     with whole_folder(target) as folder:
         save_tree(folder / "weights", Parts(composed).of(composed)[0])
@@ -143,9 +143,9 @@ def load_frozen_models(
     """The anchor and the augments for `compose`.
 
     Args:
-        sources: frozen folders, described or not, or models, which are taken as they are.
+        sources: frozen folders, descriptions of them, or models, which do not change.
         dtypes: as for `calm_jax.load`, one for each source.
-        configs: how each augment is connected; checked before a weight is read.
+        configs: how each augment is connected; checked before any weight is read.
         mesh: the devices that hold the weights; None: the first device.
         rules: how weights are split over the mesh.
 
@@ -164,10 +164,10 @@ def load_frozen_models(
 
 
 def identities(composed: ComposedDecoder) -> list[dict[str, Any]]:
-    """Role, folder, dtype it was cast to and fingerprint of each frozen model, the anchor first.
+    """Role, folder, fingerprint and dtype after loading of each frozen model, the anchor first.
 
     The folder's key is "place", as in all runs and exported bridges. Raises `CalmError` for an
-    augment that is no decoder.
+    augment that is not a decoder.
     """
     roles = ["anchor", *(f"augment {k}" for k in range(len(composed.augments)))]
     for role, model in zip(roles, composed.models, strict=True):
@@ -186,7 +186,7 @@ def identities(composed: ComposedDecoder) -> list[dict[str, Any]]:
 def check_identities(
     recorded: list[dict[str, Any]], found: list[dict[str, Any]], where: str
 ) -> None:
-    """Raises `CalmError` naming both when a frozen model is not the one that was recorded."""
+    """Raises `CalmError` if a frozen model is not the recorded one, naming both."""
     if len(recorded) != len(found):
         raise CalmError(
             f"{where} was trained with {len(recorded) - 1} augments, not {len(found) - 1}"
@@ -229,24 +229,24 @@ def _untrained(values, anchor, augments, mesh, where: str) -> ComposedDecoder:
         for entry, model in zip(values["frozen"], given, strict=True)
     ]
     dtypes = [entry.get("dtype") for entry in values["frozen"]]
-    # Checked first: if a model is another one, an error about connections would mislead.
+    # Checked first: if a model is not the recorded one, an error about connections misleads.
     check_identities(values["frozen"], list(map(_found_identity, found, dtypes)), where)
     configs = [CompositionConfig.from_dict(config) for config in values["composition"]]
     models = load_frozen_models(found, dtypes, configs, mesh)
     update = values.get("lora") and lora_of(values["lora"])
     if update:
-        # An anchor that was given belongs to the caller and stays as it is.
+        # A given anchor belongs to the caller and must not change.
         models[0] = nnx.merge(*nnx.split(models[0]))
         add_lora(models[0], update, nnx.Rngs(0))
     return compose(models[0], models[1:], configs, rngs=nnx.Rngs(0))
 
 
 def _check_decoder(role: str, model: Any) -> None:
-    """Raises `CalmError` for a model that is no decoder; `model` may be a folder or None."""
+    """Raises `CalmError` for a model that is not a decoder; `model` may be a folder or None."""
     if isinstance(model, nnx.Module) and not isinstance(model, Decoder):
         raise CalmError(
-            f"{role} is a {type(model).__name__}, not a Decoder, which alone has a frozen folder "
-            "to be known by"
+            f"{role} is a {type(model).__name__}, not a Decoder; only decoders have a frozen "
+            "folder, which identifies them"
         )
 
 
@@ -255,7 +255,7 @@ def _recorded(entry: Mapping[str, Any], where: str) -> frozen.Description:
     role = entry["role"]
     flag = "--anchor (anchor=)" if role == "anchor" else "--augments (augments=)"
     if entry["place"] is None:
-        raise CalmError(f"{where}: the {role} was never on disk; give it by {flag}")
+        raise CalmError(f"{where}: the {role} was never on disk; give it with {flag}")
     try:
         return frozen.describe(entry["place"])
     except CalmError as error:
@@ -263,7 +263,7 @@ def _recorded(entry: Mapping[str, Any], where: str) -> frozen.Description:
 
 
 def _short(fingerprint: str) -> str:
-    """Enough of a fingerprint to tell it from others, and the dtype the model was cast to."""
+    """Enough of a fingerprint to recognise it, and the dtype that the model was cast to."""
     weights, cast, dtype = fingerprint.partition(" as ")
     return weights[:16] + cast + dtype
 

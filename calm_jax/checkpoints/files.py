@@ -1,4 +1,4 @@
-"""Folders and small files that are complete or absent."""
+"""Folders and small files that are always either complete or absent."""
 
 import contextlib
 import json
@@ -22,8 +22,8 @@ def whole_folder(target: epath.PathLike) -> Iterator[epath.Path]:
     """A new folder at `target` that appears when the block ends without an error.
 
     The block writes to a temporary folder next to `target`, which is then renamed. A bucket has no
-    rename: there the block writes to `target` itself, and must write last the file without which
-    the folder is not read.
+    rename: there the block writes to `target` itself, and its last file must be one without which
+    the folder cannot be read.
 
     Raises:
         CalmError: `target` exists, or cannot be written.
@@ -50,7 +50,7 @@ def whole_folder(target: epath.PathLike) -> Iterator[epath.Path]:
 def check_writable(folder: epath.PathLike) -> None:
     """Raises `CalmError` unless files can be written in a folder, which need not exist yet.
 
-    Writes nothing that can be seen. A bucket is not asked: it tells at the first write.
+    Leaves nothing behind. A bucket is not checked: its first write fails.
     """
     folder = absolute(folder)
     if is_bucket(folder):
@@ -61,16 +61,16 @@ def check_writable(folder: epath.PathLike) -> None:
 
 
 def write_text(path: epath.PathLike, text: str) -> None:
-    """Writes a temporary file, then renames it: a reader finds the old file or the new one whole.
+    """Writes a temporary file, then renames it: a reader finds either the old or the new file.
 
-    Raises `CalmError` when it cannot be written.
+    Raises `CalmError` if it cannot be written.
     """
     path = absolute(path)
-    # A model of bytes may produce half a character, which is written as an escape sequence.
+    # A byte-level model may produce half a character, which is written as an escape sequence.
     data = text.encode("utf-8", errors="backslashreplace")
     with storage("write", path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        if is_bucket(path):  # an object appears whole
+        if is_bucket(path):  # a bucket's object appears only when it is complete
             path.write_bytes(data)
             return
         temporary = path.with_name(f".{path.name}.tmp")
@@ -84,7 +84,7 @@ def write_json(path: epath.PathLike, value: Any) -> None:
 
 
 def read_json(path: epath.Path, what: str) -> dict[str, Any]:
-    """Reads a JSON object. Raises `CalmError`, which says that the folder is not `what`."""
+    """Reads a JSON object. Raises `CalmError` saying that the folder is not `what`."""
     try:
         with storage("read", path, but=(FileNotFoundError, NotADirectoryError)):
             text = path.read_bytes()
@@ -103,7 +103,7 @@ def read_json(path: epath.Path, what: str) -> dict[str, Any]:
 
 
 def does_not_exist(path: epath.Path) -> str:
-    """Says so of a file or folder, and how to get it if the user meant a model's name on a hub."""
+    """A message about a missing path, with the command to get it if it looks like a hub's model."""
     told = "it does not exist"
     if not is_bucket(path) and path.is_relative_to(os.getcwd()):
         name = os.path.relpath(path)
@@ -116,7 +116,7 @@ def does_not_exist(path: epath.Path) -> str:
 
 
 def refuse_lfs_pointer(path: epath.Path) -> None:
-    """Raises `CalmError` if `path` holds the pointer of Git LFS to a file instead of the file."""
+    """Raises `CalmError` if `path` holds a Git LFS pointer instead of the file itself."""
     with storage("read", path), path.open("rb") as file:
         start = file.read(len(_LFS_POINTER))
     if start == _LFS_POINTER:
@@ -126,7 +126,7 @@ def refuse_lfs_pointer(path: epath.Path) -> None:
 
 
 def _why_missing(path: epath.Path) -> str:
-    """Why a folder has no `path`, as far as that can be told."""
+    """The likely reason why a folder has no `path`."""
     folder = path.parent
     with storage("read", folder):
         if not folder.exists():
@@ -137,7 +137,7 @@ def _why_missing(path: epath.Path) -> str:
 
 
 def read_bytes(path: epath.Path) -> bytes:
-    """Reads a file. Raises `CalmError` when it is missing or cannot be read."""
+    """Reads a file. Raises `CalmError` if it is missing or cannot be read."""
     with storage("read", path):
         return path.read_bytes()
 
@@ -150,9 +150,9 @@ def read_field(values: Mapping[str, Any], key: str, path: epath.Path) -> Any:
 
 
 def absolute(path: epath.PathLike) -> epath.Path:
-    """The absolute path. Orbax rejects a relative path late, in an unrelated place.
+    """The absolute path. Orbax would reject a relative path late, in an unrelated place.
 
-    Raises `CalmError` when it is neither on a disk nor in a bucket.
+    Raises `CalmError` if it is neither on a disk nor in a bucket.
     """
     scheme, found, _ = os.fspath(path).partition("://")
     if found and scheme != "gs":

@@ -51,10 +51,10 @@ class Weight:
     """One array of a model, or one layer of an array that stacks layers.
 
     Attributes:
-        path: of the array on disk.
+        path: the array's path on disk.
         layer: the number of the layer; None: the whole array.
         array: the values.
-        name: what messages call it; "": its path.
+        name: the name in messages; "": its path.
     """
 
     path: str
@@ -85,7 +85,7 @@ def save_frozen(decoder: Decoder, target: epath.PathLike, *, vocabulary: Any = N
 
 
 def gather_weights(decoder: Decoder) -> None:
-    """Called by the other processes while one process saves a decoder that all of them hold."""
+    """The other processes call this while one process saves a decoder that all of them hold."""
     for _ in _weights(decoder):
         pass
 
@@ -99,16 +99,16 @@ def write_model(
     origin: Mapping[str, Any] | None = None,
     check: Callable[["Description"], None] | None = None,
 ) -> str:
-    """Fills a new folder with the weights of a whole model, each written as it comes.
+    """Fills a new folder with the weights of a whole model, each written as it arrives.
 
     Args:
         folder: the folder, which is empty.
-        config: of the model; its dtype is that of the weights on disk.
+        config: the model's config; its dtype is that of the weights on disk.
         weights: every array of the model, each whole or layer by layer.
         vocabulary: a `calm_jax.data.vocabulary.Vocabulary`.
         origin: where the model came from; JSON values that `describe` returns.
-        check: called when all but config.json is written. If it raises, the folder stays without
-            the file that makes it a model.
+        check: called when all but config.json is written. If it raises, config.json is not written,
+            without which the folder is not a model.
 
     Returns:
         the fingerprint of config and weights.
@@ -153,8 +153,8 @@ def load(
             stored dtype.
 
     Raises:
-        CalmError: not a frozen folder, damaged in any bit that matters, or with arrays that its
-            config does not describe.
+        CalmError: the folder is not a frozen folder, is damaged in any bit that matters, or holds
+            arrays that its config does not describe.
 
     >>> import tempfile
     >>> from flax import nnx
@@ -177,7 +177,7 @@ class Description:
 
     folder: epath.Path
     config: DecoderConfig
-    fingerprint: str  # of config and weights
+    fingerprint: str  # hash of config and weights
     chunks: str  # SHA-256 of chunks.json
     vocabulary: Any
     origin: Mapping[str, Any] | None
@@ -187,7 +187,7 @@ def describe(target: epath.PathLike) -> Description:
     """Reads everything in a frozen folder except the weights.
 
     Raises:
-        CalmError: not a frozen folder, or damaged; the message names the file or key.
+        CalmError: the folder is not a frozen folder or is damaged; names the file or key.
     """
     if is_preset(target):
         raise CalmError(
@@ -232,7 +232,7 @@ def _other_kind(folder: epath.Path, values: Mapping[str, Any]) -> str:
     kind = kind_of(values)
     refused = f"{folder} is {kind}, not a frozen folder"
     if kind in (COMPOSED_RUN, BRIDGE):
-        return f"{refused}: load_composed reads it; it can be neither composed again nor exported"
+        return f"{refused}; load_composed reads it, but it cannot be composed again or exported"
     if kind == DECODER_RUN:
         return f"{refused}; that is {folder / 'frozen'}"
     if kind == FROZEN:
@@ -263,7 +263,7 @@ def load_described(
     dtype: str | None = None,
     rules: Rules = RULES,
 ) -> Decoder:
-    """`load` of a folder that is described already, its weights split by `rules`."""
+    """`load` for a folder that is already described; `rules` say how its weights are split."""
     config = described.config
     if dtype is not None and dtype not in DTYPES:
         raise CalmError(f"dtype {dtype!r} is unknown; known are {', '.join(DTYPES)}")
@@ -291,7 +291,7 @@ def load_described(
 
 
 def _shardings(structure: Structure, mesh: jax.sharding.Mesh | None, rules: Rules) -> Tree:
-    """The sharding of every array; without a mesh the first device."""
+    """The sharding of every array; without a mesh, the first device."""
     if mesh is not None:
         return structure.shardings(mesh, rules)
     alone = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
@@ -306,7 +306,7 @@ def loaded_fingerprint(described: Description, dtype: str | None) -> str:
 
 
 def model_fingerprint(decoder: Decoder) -> str:
-    """The fingerprint that the decoder was loaded with; of a new decoder, that of its weights."""
+    """The fingerprint that the decoder was loaded with, or a new decoder's `fingerprint`."""
     if decoder.fingerprint is None:
         return fingerprint(decoder)
     return decoder.fingerprint
@@ -315,8 +315,8 @@ def model_fingerprint(decoder: Decoder) -> str:
 def fingerprint(decoder: Decoder) -> str:
     """A hash of a decoder's config and weights in the config's dtype; the same on every mesh.
 
-    It is the fingerprint of the folder that `save_frozen` would write, made from the hashes of all
-    chunks, and so depends on how the format splits arrays into chunks.
+    It is the fingerprint of the folder that `save_frozen` would write. It is made from the hashes
+    of all chunks, so it depends on how the format splits arrays into chunks.
     """
     layout = layout_of(decoder.config)
     digests = Digests(layout)
@@ -340,14 +340,14 @@ def _structure(config: DecoderConfig) -> Structure:
 
 
 def _weights(decoder: Decoder) -> Iterator[Weight]:
-    """A decoder's arrays one by one, those of stacked layers layer by layer."""
+    """A decoder's arrays one by one, stacked arrays layer by layer."""
     if decoder.config.weights is not None:
         raise CalmError(
-            f"weights are {decoder.config.weights}, rounded while they were loaded; the model is "
-            "the folder that they came from"
+            f"weights are {decoder.config.weights}, rounded while they were loaded; use the folder "
+            "that they were loaded from"
         )
     if lora_in(decoder) is not None:
-        raise CalmError("the decoder has a low-rank update apart from its weights; merge it first")
+        raise CalmError("the decoder has a separate low-rank update; merge it first")
     for path, array in jax.tree.leaves_with_path(module_tree(decoder)):
         name = path_name(path)
         if not name.startswith(LAYERS):
@@ -358,7 +358,7 @@ def _weights(decoder: Decoder) -> Iterator[Weight]:
 
 
 def _identity(config: DecoderConfig, chunks: str) -> str:
-    """A model's fingerprint: the same weights under another config compute something else."""
+    """A model's fingerprint; it covers the config, which changes what weights compute."""
     return _checksum({"decoder": config.to_dict(), "chunks": chunks})
 
 

@@ -6,8 +6,8 @@ from collections.abc import Callable
 import ml_dtypes
 import numpy as np
 
-# The tile that is transposed at a time fits in the second-level cache: as many rows as a cache line
-# holds entries.
+# Each tile that is transposed fits in the second-level cache, and has as many rows as a cache line
+# has entries.
 _ROWS, _COLUMNS = 32, 4096
 
 
@@ -15,8 +15,8 @@ def all_finite(x: np.ndarray) -> bool:
     """Whether no entry is NaN or infinite. Entries of bfloat16 are not converted."""
     if x.size == 0 or x.dtype != ml_dtypes.bfloat16:
         return bool(np.isfinite(x).all())
-    # As integers, NaN and infinity are the largest: signed among positive numbers, unsigned among
-    # negative ones.
+    # As integers, NaN and infinity are the largest values: as signed ones among positive numbers,
+    # as unsigned ones among negative numbers.
     return int(x.view(np.int16).max()) < 0x7F80 and int(x.view(np.uint16).max()) < 0xFF80
 
 
@@ -27,7 +27,7 @@ def contiguous(
 ) -> np.ndarray:
     """The array in C order and `dtype`.
 
-    An array that is so already is returned; any other is copied into new memory, or into what
+    An array that already has both is returned; any other is copied into new memory, or into what
     `buffer` returns for its shape.
     """
     if view.dtype == dtype and view.flags.c_contiguous and view.flags.aligned:
@@ -46,7 +46,7 @@ def contiguous(
 
 
 def _rows(view: np.ndarray) -> np.ndarray | None:
-    """The matrix in memory of which the array is the transpose; None where there is none."""
+    """The matrix in memory whose transpose the array is; None if there is none."""
     view = view.squeeze()
     longest = int(np.argmax(view.strides)) if view.ndim else 0
     if longest == 0:
@@ -58,8 +58,8 @@ def _rows(view: np.ndarray) -> np.ndarray | None:
 
 
 def _transpose(rows: np.ndarray, target: np.ndarray) -> None:
-    # The entries of a column whose rows are a power of two apart compete for the same few lines of
-    # the first-level cache. So each tile is first copied to rows of another stride.
+    # If rows are a power of two apart, the entries of a column compete for the same few lines of
+    # the first-level cache. So each tile is first copied to rows with another stride.
     padding = 32
     tile = np.empty((_ROWS, _COLUMNS + padding), target.dtype)
     for row in range(0, rows.shape[0], _ROWS):

@@ -1,4 +1,4 @@
-"""What kind of folder a config.json belongs to."""
+"""The kinds of folders, recognised by their config.json."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -8,7 +8,7 @@ FROZEN, BRIDGE = "a frozen folder", "an exported bridge"
 
 
 def kind_of(config: Mapping[str, Any]) -> str:
-    """The kind, in words, of a folder with this config.json, whatever its version."""
+    """The kind, in words, of a folder with this config.json of any version."""
     format = str(config.get("format", ""))
     if format.startswith("calm_jax bridge"):
         return BRIDGE

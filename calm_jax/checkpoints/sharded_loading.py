@@ -25,16 +25,16 @@ def read_leaves(
 ) -> Iterator[tuple[str, jax.Array | Iterator[jax.Array]]]:
     """Yields (path, array) for every array of a decoder, in `dtype`.
 
-    Whole arrays come first, the largest before the others: an array is briefly in memory twice, on
-    the host and on its devices, and this is cheapest while little else is loaded.
+    Whole arrays come first, in order of falling size: an array is briefly in memory twice, on the
+    host and on its devices, which is cheapest while little else is loaded.
 
     Args:
-        reader: of the folder with the weights.
-        structure: of the decoder.
-        shardings: of its arrays, a tree of the same structure.
-        dtype: what the arrays are cast to.
+        reader: reads the folder with the weights.
+        structure: the structure of the decoder.
+        shardings: the shardings of its arrays, a tree of the same structure.
+        dtype: the dtype that the arrays are cast to.
         by_layer: paths of stacked arrays [L, ...] that are yielded as an iterator over their
-            layers [...] in order, so that the stack never exists whole.
+            layers [...] in order, so that the whole stack never exists.
 
     Raises:
         CalmError: a chunk is missing or damaged.
@@ -55,7 +55,7 @@ def read_leaves(
 def _read_layers(
     reader: Reader, path: str, shape: tuple[int, ...], sharding: Sharding, dtype: Any
 ) -> Iterator[jax.Array]:
-    """The layers of a stacked array, each split over the devices as the stack would be."""
+    """The layers of a stacked array, each split over devices as the stack would be."""
     if isinstance(sharding, NamedSharding):
         sharding = NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[1:]))
     for layer in range(shape[0]):

@@ -1,4 +1,4 @@
-"""Checkpoints of a run: trained weights, optimizer state and progress, but no frozen weight."""
+"""Checkpoints of a run: trained weights, optimizer state and progress, but no frozen weights."""
 
 import dataclasses
 import time
@@ -15,7 +15,7 @@ from calm_jax.checkpoints.files import absolute, first_line, storage
 from calm_jax.errors import CalmError, RunFailed
 from calm_jax.models.parameters import Tree, check_same_tree
 
-METRIC = "loss"  # of the validation; the lowest is the best
+METRIC = "loss"  # the validation loss; the lowest is the best
 RETRY_SECONDS = (1, 5, 25)  # pauses before the retries of a failed write
 
 
@@ -37,7 +37,7 @@ class _Manager(ocp.CheckpointManager):
 
     failed: Callable[[Exception], Any]
 
-    def _wait_for_checkpointers(self) -> None:  # raises every error of a write
+    def _wait_for_checkpointers(self) -> None:  # Orbax raises every error of a write here
         try:
             super()._wait_for_checkpointers()
         except Exception as error:
@@ -48,9 +48,9 @@ class _Manager(ocp.CheckpointManager):
 class TrainingCheckpoints:
     """The checkpoints of one run, written asynchronously: the latest `keep` and the best.
 
-    Use it as a context manager; leaving it waits for the writes. A failed write is retried, after
-    a line to `tell`, with whatever is to be saved by then. With several processes, a failed write
-    ends all of them; the same command resumes from the last complete checkpoint.
+    Use it as a context manager; leaving it waits for the writes. After a failed write `tell` gets a
+    line, and the latest state is written again. With several processes, a failed write ends all of
+    them; the same command resumes from the last complete checkpoint.
     """
 
     def __init__(
@@ -78,7 +78,7 @@ class TrainingCheckpoints:
             preservation_policy=policy,
             best_fn=lambda metrics: metrics[METRIC],
             best_mode="min",
-            # Orbax's own `read_only` does no more than this, but logs two warnings.
+            # Orbax's own `read_only` has the same effect, but logs two warnings.
             create=not read_only,
             enable_async_checkpointing=not read_only,
         )
@@ -86,7 +86,7 @@ class TrainingCheckpoints:
             self.manager = _Manager(
                 self.folder,
                 options=options,
-                # Without handlers a manager does not recognise what an earlier one wrote.
+                # Without handlers a manager does not recognise an earlier manager's checkpoints.
                 item_handlers={
                     "trainable": ocp.StandardCheckpointHandler(),
                     "opt_state": ocp.StandardCheckpointHandler(),
@@ -131,7 +131,7 @@ class TrainingCheckpoints:
     ) -> None:
         """Starts writing a checkpoint; if the previous write failed, also waits for this one.
 
-        Raises `RunFailed` naming the folder when every retry failed.
+        Raises `RunFailed` naming the folder if every retry fails.
         """
         failure = self._finish()
         self._wanted = {
@@ -146,7 +146,7 @@ class TrainingCheckpoints:
         self._retry(failure or self._start())
 
     def wait(self) -> None:
-        """Returns when everything is on disk. Raises `RunFailed` when every retry failed.
+        """Returns when everything is on disk. Raises `RunFailed` if every retry fails.
 
         The arrays of the last `save` must still exist.
         """
@@ -158,7 +158,7 @@ class TrainingCheckpoints:
                 return
             self._tell(f"{failure}; trying again in {pause} s")
             time.sleep(pause)
-            self.manager.reload()  # it counts the failed write as saved
+            self.manager.reload()  # else the manager counts the failed write as saved
             failure = self._start() or self._finish()
         if failure is not None:
             raise RunFailed(failure)
@@ -177,7 +177,7 @@ class TrainingCheckpoints:
         return None
 
     def _failed(self, error: Exception) -> str:
-        """The message. Ends several processes: the others would wait for this one for ever."""
+        """The message. Ends all of several processes: others would wait for this one forever."""
         complete = set(self.manager.all_steps()) - {self._wanted.get("step")}
         kept = (
             f"the last complete checkpoint is step {max(complete)}"
@@ -189,7 +189,7 @@ class TrainingCheckpoints:
         return line
 
     def read_state(self, step: int) -> dict[str, Any]:
-        """The JSON saved with `step`. Raises `CalmError` when it is missing or cannot be read."""
+        """The JSON saved with `step`. Raises `CalmError` if it is missing or cannot be read."""
         steps = sorted(self.manager.all_steps())
         if step not in steps:
             raise CalmError(f"{self.folder} has no checkpoint of step {step}; it has {steps}")
@@ -209,7 +209,7 @@ class TrainingCheckpoints:
         Without `opt_state` the optimizer state is not read.
 
         Raises:
-            CalmError: there is no such step, or an array is missing or of another shape.
+            CalmError: there is no such step, or an array is missing or has another shape.
         """
         state = self.read_state(step)
         path = self.folder / str(step)

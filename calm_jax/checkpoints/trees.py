@@ -9,18 +9,18 @@ from calm_jax.models.parameters import Tree, check_same_tree
 
 
 def save_tree(path: epath.Path, tree: Tree) -> None:
-    """Writes a tree. Raises `CalmError` when it cannot be written."""
+    """Writes a tree. Raises `CalmError` if it cannot be written."""
     try:
         with ocp.StandardCheckpointer() as checkpointer:
             checkpointer.save(path, tree)
-    except Exception as error:  # a full disk is reported by one of many kinds of errors
+    except Exception as error:  # a full disk may raise any of many exceptions
         raise CalmError(f"cannot write {path}: {first_line(error)}") from error
 
 
 def restore_tree(path: epath.Path, abstract: Tree) -> Tree:
     """Restores a tree with the shapes, dtypes and shardings of `abstract`.
 
-    Raises `CalmError` naming the first array that is missing, unknown or of another shape.
+    Raises `CalmError` naming the first array that is missing, is unknown or has another shape.
     """
     try:
         with ocp.StandardCheckpointer() as checkpointer:
@@ -31,5 +31,5 @@ def restore_tree(path: epath.Path, abstract: Tree) -> Tree:
             return checkpointer.restore(path, abstract)
     except CalmError:
         raise
-    except Exception as error:  # Orbax and TensorStore raise many kinds for a damaged folder
+    except Exception as error:  # Orbax and TensorStore raise many exceptions on a damaged folder
         raise CalmError(f"{path} cannot be read: {first_line(error)}") from error

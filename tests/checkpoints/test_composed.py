@@ -104,12 +104,12 @@ def test_with_a_low_rank_update_of_the_anchor(composed, tmp_path):
     given = frozen.load(composed.anchor.source)
     check_same(load_composed(tmp_path / "bridge", anchor=given), pair)
     assert stored_bytes(given) == stored_bytes(composed.anchor)
-    with pytest.raises(CalmError, match="has a low-rank update apart from its weights"):
+    with pytest.raises(CalmError, match="has a separate low-rank update"):
         frozen.save_frozen(pair.anchor, tmp_path / "anchor")
     with pytest.raises(CalmError, match=r"anchor that is given has a low-rank .*/bridge was train"):
         load_composed(tmp_path / "bridge", anchor=pair.anchor)
     pair.anchor.fingerprint = None
-    with pytest.raises(CalmError, match="update and was never saved without it, so nobody could"):
+    with pytest.raises(CalmError, match="update and was never saved without it, so this bridge"):
         export_bridge(pair, tmp_path / "unsaved")
     assert not (tmp_path / "unsaved").exists()
 
@@ -254,7 +254,7 @@ def test_neither_run_nor_export(models, exported, run, tmp_path):
         load_composed(tmp_path)
     with pytest.raises(CalmError, match=r"anchor is a frozen folder, not a composed run or an exp"):
         load_composed(models / "anchor")
-    with pytest.raises(CalmError, match=r"is an exported bridge: it has no step 1 to choose"):
+    with pytest.raises(CalmError, match=r"is an exported bridge, so there is no step 1"):
         load_composed(exported, step=1)
 
 
@@ -284,7 +284,7 @@ def test_runs_without_a_bridge(tmp_path):
     with TrainingCheckpoints(tmp_path / "decoder" / "checkpoints") as checkpoints:
         arrays = {"x": np.zeros(3, np.float32)}
         checkpoints.save(1, arrays, arrays, {"frozen": []})
-    with pytest.raises(CalmError, match=r"trains a lone decoder; load its frozen folder instead"):
+    with pytest.raises(CalmError, match=r"trains one decoder; load its frozen folder instead"):
         load_composed(tmp_path / "decoder")
 
 

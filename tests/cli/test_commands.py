@@ -239,7 +239,7 @@ def test_generate_with_a_bridge_whose_models_moved(frozen, tmp_path, capsys):
     assert main(arguments) == 0
     assert capsys.readouterr().out.startswith("a")
     assert main(["generate", f"--workdir={frozen}", "--prompt=a", f"--anchor={frozen}"]) == 2
-    assert "it has no anchor and augments to give" in capsys.readouterr().err
+    assert "which has no anchor and no augments" in capsys.readouterr().err
 
 
 def test_generate_on_a_mesh(frozen, capsys, monkeypatch):
@@ -276,7 +276,7 @@ def test_an_empty_answer_is_told(frozen, capsys, monkeypatch):
         (["--prompts_file=/dev/null"], "/dev/null: the file has no prompts"),
         (["--prompts_file=/nowhere/prompts"], "/nowhere/prompts: No such file"),
         (["--prompt=a\udcff"], r"argument '--prompt=a\udcff' is not UTF-8 text"),
-        (["--prompt=a", "--step=3"], "it has no step 3 to choose"),
+        (["--prompt=a", "--step=3"], "so there is no step 3"),
         (["--prompt=a", "--max_new_tokens=0"], "max_new_tokens is 0"),
     ],
 )

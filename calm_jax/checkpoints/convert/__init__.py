@@ -1,1 +1,1 @@
-"""Published checkpoints to frozen folders and back: a file for each family, the rest shared."""
+"""Published checkpoints to frozen folders and back: one file for each family, the rest shared."""

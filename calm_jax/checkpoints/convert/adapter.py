@@ -22,9 +22,9 @@ from calm_jax.errors import CalmError
 _FILES = ("adapter_model.safetensors", "adapter_model.bin")
 _TENSOR = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<matrix>[AB])\.weight")
 _COPY = re.compile(r"base_model\.model\.(?P<module>.+)\.base_layer(?P<leaf>\.weight|\.bias)")
-_BLOCK_ROWS = 4096  # of a matrix that are merged at a time
+_BLOCK_ROWS = 4096  # rows of a matrix that are merged at a time
 # Keys of adapter_config.json that are read here, or that do not change what is merged. Any other
-# key must be absent or say no: it could be of a kind of adapter that is not plain.
+# key must be absent or off: it could belong to an adapter that is not plain.
 _PLAIN_KEYS = {
     "alpha_pattern", "auto_mapping", "base_model_name_or_path", "bias", "corda_config",
     "ensure_weight_tying", "eva_config", "exclude_modules", "fan_in_fan_out", "inference_mode",
@@ -40,12 +40,11 @@ _PLAIN_STARTS = (True, False, None, "gaussian", "eva", "orthogonal")
 def merge_adapter(reading: Reading, family: Family, adapter: epath.PathLike) -> Reading:
     """The reading of a base model with the adapter in the folder `adapter` merged into its tensors.
 
-    Each tensor is merged when it is read, and is float32 then: a base model in bfloat16 cannot hold
-    the sum.
+    Each tensor is merged when it is read, and becomes float32, since bfloat16 cannot hold the sum.
 
     Raises:
-        CalmError: there is no adapter in the folder, it is damaged or not a plain LoRA adapter, or
-            it does not fit the base model: the key or tensor is named.
+        CalmError: the folder has no adapter, or the adapter is damaged, is not a plain LoRA
+            adapter, or does not fit the base model; the message names the key or tensor.
     """
     folder = absolute(adapter)
     path = folder / ADAPTER_CONFIG
@@ -63,7 +62,7 @@ def merge_adapter(reading: Reading, family: Family, adapter: epath.PathLike) -> 
     tensors = dict(reading.tensors)
     for name, module in adapted.items():
         if any(entry.must == "anything" and entry.matches(name) for entry in reading.unused):
-            continue  # of a part that is not converted, as the vision tower of Gemma 3
+            continue  # belongs to a part that is not converted, such as Gemma 3's vision tower
         if name not in matrices or name not in tensors:
             raise CalmError(f"{folder}: module {module} is not a matrix of the base model")
         rank, scaling = _rank_and_scaling(config, module, where)
@@ -119,8 +118,8 @@ def _check_plain(config: Mapping[str, Any], where: str) -> None:
 def _read_tensors(
     folder: epath.Path,
 ) -> tuple[dict[str, tuple[Tensor, Tensor]], dict[str, Tensor]]:
-    """lora_A and lora_B of every adapted module by its name in the base model, and the tensors of
-    the base model that PEFT copies into the file where it adapts a head."""
+    """lora_A and lora_B of every adapted module, by its name in the base model; and the tensors of
+    the base model that PEFT copies into the file if it adapts a head."""
     file = next((folder / name for name in _FILES if (folder / name).exists()), None)
     if file is None:
         raise CalmError(f"{folder} has no {' or '.join(_FILES)}")
@@ -149,19 +148,21 @@ def _read_tensors(
 def _check_copies(
     copies: Mapping[str, Tensor], reading: Reading, family: HuggingFaceFamily, where: str
 ) -> None:
-    """Raises `CalmError` naming a copied tensor that is not as it is in the base model."""
+    """Raises `CalmError` naming a copied tensor that differs from the base model's."""
     for name, copy in copies.items():
         base = reading.tensors.get(family.tensor_name(name))
         if base is None or not np.array_equal(
             copy[...].astype(np.float32), base[...].astype(np.float32)
         ):
-            raise CalmError(f"{where}: its copy of {name} is not the base model's; another base?")
+            raise CalmError(
+                f"{where}: its copy of {name} differs from the base model's; wrong base?"
+            )
 
 
 def _check_complete(
     config: Mapping[str, Any], not_adapted: Collection[str], modules: Iterable[str], where: str
 ) -> None:
-    """Raises `CalmError` naming a target that the file holds nothing for, or not all matrices."""
+    """Raises `CalmError` naming a target for which the file lacks some or all matrices."""
     targets = config.get("target_modules")
     if not isinstance(targets, list):
         return  # a regular expression, or "all-linear"

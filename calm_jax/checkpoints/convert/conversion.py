@@ -41,26 +41,26 @@ def convert(
 ) -> None:
     """Writes a frozen folder with the weights, the config and the vocabulary of a checkpoint.
 
-    Tensors are read one at a time. The host holds one of them, and the few chunks (of 8 MiB at
-    most) that wait to be written together with the tensors that they are views of.
+    Tensors are read one at a time. The host holds one tensor, and a few chunks (of at most 8 MiB)
+    that wait to be written, with the tensors that they are views of.
 
     Args:
         source: a Hugging Face folder · a T5X checkpoint · an Orbax tree · a .gguf, .npz, .pt or
             .safetensors file.
         target: a folder that does not exist yet.
         format: the name of the family; "auto" recognises it.
-        dtype: "float32" or "bfloat16", in which weights are stored; default: the smallest that
-            holds the source exactly, for a quantised one float32.
+        dtype: "float32" or "bfloat16", the dtype of stored weights; default: the smallest that
+            holds the source exactly, for a quantised source float32.
         adapter: the folder of a plain LoRA adapter that PEFT saved; it is merged into the weights.
-        verify: also compute logits of a few prompts from the new folder, note them in it, and
-            compare with those of transformers, where it is installed and reads the source.
-        family_options: what the checkpoint does not show; `calm convert --help` lists them.
+        verify: also compute logits of a few prompts from the new folder, record them in it, and
+            compare them with transformers' if it is installed and reads the source.
+        family_options: facts that the checkpoint does not show; `calm convert --help` lists them.
 
     Raises:
         CalmError: the source is damaged or of an unsupported family; a tensor is missing, unknown,
-            of another shape than the config says, or not finite; an option is unknown; the adapter
-            is not plain or does not fit; `target` exists or cannot be written; the logits differ.
-            Nothing is left behind.
+            not finite, or not of the config's shape; an option is unknown; the adapter is not plain
+            or does not fit; `target` exists or cannot be written; the logits differ. Nothing is
+            left behind.
 
     >>> import tempfile
     >>> import numpy as np
@@ -94,7 +94,7 @@ def convert(
             reading = merge_adapter(reading, family, adapter)
         elif (opened.path / ADAPTER_CONFIG).exists():
             raise CalmError(
-                f"{opened.path} holds an adapter beside the model; give --adapter={opened.path} to "
+                f"{opened.path} holds a model and an adapter; give --adapter={opened.path} to "
                 f"merge it, or move {ADAPTER_CONFIG} away"
             )
         for warning in reading.warnings:
@@ -125,7 +125,7 @@ def convert(
 
 
 def _weights(reading: Reading, source: Source) -> Iterator[Weight]:
-    """Every tensor of the source once, split into our arrays."""
+    """Every tensor of the source, once, split into our arrays."""
     config = reading.config
     names = [(line, n) for line in reading.rules for n in line.names(config.num_layers)]
     total = sum(_size(reading.tensors[n]) for _, n in names if n in reading.tensors)
@@ -179,8 +179,8 @@ def _exact_dtype(dtypes: Mapping[str, str], where: str) -> str:
 
 
 def _vocabulary(source: Source) -> Any:
-    """The vocabulary of a folder, or of a file that holds one; of any other file the only one
-    beside it, which may be another's."""
+    """The vocabulary of a folder, or of a file that holds one; for any other file, the only one in
+    its folder, which may belong to another model."""
     if source.vocabulary_files is not None:
         return _vocabulary_within(source)
     path = source.path
@@ -188,12 +188,12 @@ def _vocabulary(source: Source) -> Any:
     files = token_maps(folder)
     names = ", ".join(file.name for file in files)
     if path != folder and len(files) > 1:
-        log.warning("%s is converted without a vocabulary: beside it are %s", path, names)
+        log.warning("%s is converted without a vocabulary: its folder has %s", path, names)
         return None
     for file in files:
         refuse_lfs_pointer(file)
     if path != folder and files:
-        log.warning("%s is converted with the vocabulary beside it, %s", path, names)
+        log.warning("%s is converted with the vocabulary in its folder, %s", path, names)
     vocabulary = vocabulary_of_folder(folder)
     if path == folder and vocabulary is None:
         log.warning("%s is converted without a vocabulary: it has no tokenizer file", path)
@@ -201,7 +201,7 @@ def _vocabulary(source: Source) -> Any:
 
 
 def _vocabulary_within(source: Source) -> Any:
-    """The vocabulary of the tokenizer files that the source holds itself."""
+    """The vocabulary of the tokenizer files inside the source."""
     if not source.vocabulary_files:
         log.warning("%s is converted without a vocabulary: it holds none", source.path)
         return None
@@ -210,5 +210,5 @@ def _vocabulary_within(source: Source) -> Any:
             (epath.Path(folder) / name).write_bytes(data)
         try:
             return vocabulary_of_folder(folder)
-        except CalmError as error:  # that names a file which is gone by then
+        except CalmError as error:  # its message names a temporary file
             raise CalmError(str(error).replace(folder, str(source.path))) from error

@@ -19,15 +19,15 @@ from calm_jax.checkpoints.host_arrays import all_finite
 from calm_jax.errors import CalmError
 
 FORMATS = ("huggingface",)
-SHARD_BYTES = 5 * 10**9  # of a safetensors file at most, as on the hub
+SHARD_BYTES = 5 * 10**9  # largest safetensors file, as on the hub
 SAFETENSORS = {"float64": "F64", "float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 
 
 def export(source: epath.PathLike, target: epath.PathLike, *, to: str = "huggingface") -> None:
     """Writes a frozen folder as config.json, safetensors and tokenizer files for transformers.
 
-    Weights are written in the dtype that they were converted from, one tensor at a time; those of a
-    model that was trained here, in its own.
+    Weights are written one tensor at a time, in the dtype that they were converted from, or in the
+    dtype of a model that was trained here.
 
     Args:
         source: a frozen folder.
@@ -36,14 +36,14 @@ def export(source: epath.PathLike, target: epath.PathLike, *, to: str = "hugging
 
     Raises:
         CalmError: `source` is not a frozen folder or is damaged; no family of transformers computes
-            what it does; `target` exists or cannot be written.
+            the same as the model; `target` exists or cannot be written.
     """
     if to not in FORMATS:
         raise CalmError(f"--to={to} is unknown; known are {', '.join(FORMATS)}")
     described = frozen.describe(source)
     family, values = _find_family(described)
     vocabulary = described.vocabulary
-    # A model that was converted has the ids of its origin's config.json.
+    # A converted model has the ids from the config.json of its source.
     if described.origin is None and vocabulary is not None:
         values |= {"bos_token_id": vocabulary.bos_id, "eos_token_id": vocabulary.eos_id}
     tensors = _Tensors(described, family.rules(described.config))
@@ -70,7 +70,7 @@ def export(source: epath.PathLike, target: epath.PathLike, *, to: str = "hugging
 
 
 def _find_family(described: frozen.Description) -> tuple[HuggingFaceFamily, dict[str, Any]]:
-    """The family that computes what the model does, and its config.json.
+    """The family that computes the same as the model, and its config.json.
 
     A family's config.json describes the model exactly if reading it gives the model's config.
     """
@@ -78,11 +78,11 @@ def _find_family(described: frozen.Description) -> tuple[HuggingFaceFamily, dict
     known = [family for family in families().values() if isinstance(family, HuggingFaceFamily)]
     known.sort(key=lambda family: family.name != origin.get("family"))
     wanted = {**described.config.to_dict(), "dtype": ""}
-    others: list[tuple[int, str]] = []  # the number of fields that differ, and the first in words
+    others: list[tuple[int, str]] = []  # how many fields differ, and the first one in words
     for family in known:
         values = family.huggingface_config(described.config)
         own = origin.get("config") or {}
-        # The keys of a larger model do not apply to the language model that was taken out of it.
+        # The config of a model with vision does not describe the language model taken from it.
         same = own.get("model_type") == values["model_type"]
         for config in [{**own, **values}] * same + [values]:
             try:
@@ -98,11 +98,11 @@ def _find_family(described: frozen.Description) -> tuple[HuggingFaceFamily, dict
             others.append((len(unlike), f"; {both}"))
     names = ", ".join(family.name for family in known)
     _, nearest = min(others, key=lambda other: other[0], default=(0, ""))
-    raise CalmError(f"{described.folder}: none of {names} computes what this model does{nearest}")
+    raise CalmError(f"{described.folder}: none of {names} computes the same as this model{nearest}")
 
 
 class _Tensors:
-    """The tensors to write, by their names for transformers; each is made when it is read."""
+    """The tensors to write, by their names in transformers; each is created when it is read."""
 
     def __init__(self, described: frozen.Description, rules: tuple[Rule, ...]):
         origin = described.origin or {}
@@ -172,7 +172,7 @@ def _file_name(number: int, count: int) -> str:
 
 
 def _safetensors(tensors: _Tensors, names: list[str]) -> Iterator[bytes]:
-    """A safetensors file piece by piece: the library itself writes only what is whole in memory."""
+    """A safetensors file piece by piece: the library needs all tensors in memory at once."""
     header: dict[str, Mapping[str, Any]] = {"__metadata__": {"format": "pt"}}
     start = 0
     for name in names:

@@ -18,7 +18,7 @@ _QUERY_KEY_VALUE = (
     Slice("layers/attention/key", "(K H) D -> D K H"),
     Slice("layers/attention/value", "(K H) D -> D K H"),
 )
-# How the 7B is built; where a key is absent, transformers' FalconConfig has these values too.
+# How the 7B is built; for an absent key, transformers' FalconConfig has these values too.
 _BUILT_AS = {
     "multi_query": True,
     "parallel_attn": True,
@@ -34,7 +34,7 @@ class Falcon(HuggingFaceFamily):
     name = "falcon"
     architectures = ("FalconForCausalLM",)
     model_type = "falcon"
-    # What a config.json that lacks a key means (transformers' FalconConfig).
+    # The values of absent keys of config.json (transformers' FalconConfig).
     defaults: ClassVar[Mapping[str, int]] = {
         "vocab_size": 65_024,
         "hidden_size": 4544,

@@ -1,4 +1,4 @@
-"""What every family of checkpoints offers to the conversion."""
+"""The interface of every family of checkpoints."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -16,9 +16,9 @@ class Reading:
     """How one source becomes a frozen folder.
 
     Attributes:
-        config: of the model; the conversion chooses its dtype.
+        config: the model's config; the conversion chooses its dtype.
         rules: where each of our arrays comes from; together they fill the whole canonical tree.
-        tensors: the source's tensors under the names that `rules` and `unused` use.
+        tensors: the source's tensors, by the names that `rules` and `unused` use.
         unused: the other tensors that `tensors` may hold.
         warnings: lines for the user.
     """
@@ -34,24 +34,24 @@ class Family:
     """One family of checkpoints, in all the layouts in which it is published.
 
     Attributes:
-        name: what `--format` calls it.
-        options: the name of each option, for what a checkpoint does not show, and its meaning and
-            default.
+        name: its name for `--format`.
+        options: for facts that a checkpoint does not show: the name of each option, with its
+            meaning and default.
     """
 
     name: ClassVar[str]
     options: ClassVar[Mapping[str, str]] = {}
 
     def recognises(self, source: Source) -> bool:
-        """Whether the source is of this family, judged by names and config alone."""
+        """Whether the source is of this family, judged only by names and config."""
         raise NotImplementedError
 
     def read(self, source: Source, **options: Any) -> Reading:
         """How to convert `source`.
 
         Raises:
-            CalmError: the source needs something that is not supported, which is named, or an
-                option contradicts it.
+            CalmError: the source needs something unsupported, which the message names, or an option
+                contradicts the source.
         """
         raise NotImplementedError
 
@@ -60,9 +60,9 @@ class HuggingFaceFamily(Family):
     """A family published as `config.json` and safetensors, both of which can be written back.
 
     Attributes:
-        architectures: of config.json; the first is the one to export.
-        model_type: of config.json when exporting.
-        other_model_types: of config.json that are read too.
+        architectures: values in config.json; the first is the one to export.
+        model_type: the value in config.json to export.
+        other_model_types: further values in config.json that are read.
     """
 
     architectures: ClassVar[tuple[str, ...]]
@@ -73,8 +73,8 @@ class HuggingFaceFamily(Family):
         if source.kind not in ("huggingface", "gguf") or source.config is None:
             return False
         architectures = source.config.get("architectures")
-        # transformers goes by model_type; architectures say which part of the model was saved, and
-        # the `save_pretrained` of a config, which knows no model, leaves them out.
+        # transformers uses model_type; architectures say which part of the model was saved, and
+        # are missing if a config was saved without a model.
         default = self.model_type if architectures else None
         model_type = source.config.get("model_type", default)
         return model_type in (self.model_type, *self.other_model_types) and (
@@ -83,7 +83,7 @@ class HuggingFaceFamily(Family):
 
     def read(self, source: Source, **options: Any) -> Reading:
         if source.config is None:
-            raise CalmError(f"{source.path}: {self.name} needs a config.json beside the tensors")
+            raise CalmError(f"{source.path}: {self.name} needs a config.json with the tensors")
         where = str(source.config_path)
         refuse(source.config, where, "quantization_config", None)
         refuse(source.config, where, "is_causal", True, None)
@@ -92,22 +92,22 @@ class HuggingFaceFamily(Family):
         return Reading(config, self.rules(config), self.tensors(source), self.unused(config))
 
     def checked_config(self, values: Mapping[str, Any], where: str) -> DecoderConfig:
-        """`decoder_config`, every error of which names file and family."""
+        """`decoder_config`, with errors that name file and family."""
         try:
             return self.decoder_config(values, where)
-        except CalmError as error:  # also of a DecoderConfig whose fields contradict each other
+        except CalmError as error:  # also from a DecoderConfig whose fields contradict each other
             told = str(error) if where in str(error) else f"{where}: {error}"
             raise CalmError(f"{told} (family {self.name})") from None
 
     def tensors(self, source: Source) -> Mapping[str, Tensor]:
-        """The source's tensors under the names of `rules`."""
+        """The source's tensors by the names of `rules`."""
         found = {self.tensor_name(name): tensor for name, tensor in source.tensors.items()}
         if len(found) < len(source.tensors):
-            raise CalmError(f"{source.path} has some tensors twice, under two of their names")
+            raise CalmError(f"{source.path} has some tensors twice, under two names")
         return found
 
     def tensor_name(self, name: str) -> str:
-        """The name by which `rules` know the tensor that a source calls `name`."""
+        """The name in `rules` of the tensor that a source calls `name`."""
         return name
 
     def decoder_config(self, values: Mapping[str, Any], where: str) -> DecoderConfig:
@@ -121,8 +121,8 @@ class HuggingFaceFamily(Family):
     def huggingface_config(self, config: DecoderConfig) -> dict[str, Any]:
         """config.json for a model, as transformers 4 and 5 read it.
 
-        For a model that this family cannot express, it describes another one: the export reads it
-        back with `decoder_config` and compares.
+        If this family cannot express the model, the result describes another one: the export reads
+        it back with `decoder_config` and compares.
         """
         raise NotImplementedError
 
@@ -131,5 +131,5 @@ class HuggingFaceFamily(Family):
         raise NotImplementedError
 
     def unused(self, config: DecoderConfig) -> tuple[Unused, ...]:
-        """What else the files of this family may hold."""
+        """The other tensors that files of this family may hold."""
         raise NotImplementedError

@@ -1,8 +1,8 @@
-"""Gemma 1, 2 and 3 as transformers publishes them; of Gemma 3 with vision, the language model.
+"""Gemma 1, 2 and 3 as transformers publishes them; from Gemma 3 with vision, the language model.
 
 All norms are zero-centred, the residual stream starts as the embedding times sqrt(width), and the
 head is the embedding. The name `post_attention_layernorm` means two things: in Gemma 1 the norm
-before the MLP, as in Llama; in Gemma 2 and 3 the one on the attention's result.
+before the MLP, as in Llama; in Gemma 2 and 3 the norm on the attention's result.
 """
 
 import re
@@ -24,12 +24,12 @@ _WITHIN = re.compile(r"^(model\.language_model|language_model\.model)\.")
 
 
 class Gemma(Llama):
-    """Gemma 1: Llama's names for another model; every layer is global."""
+    """Gemma 1: another model with Llama's names; every layer is global."""
 
     name = "gemma"
     architectures = ("GemmaForCausalLM",)
     model_type = "gemma"
-    # What a config.json that lacks a key means (transformers' GemmaConfig).
+    # The values of absent keys of config.json (transformers' GemmaConfig).
     defaults: ClassVar[Mapping[str, int]] = {
         "vocab_size": 256_000,
         "hidden_size": 3072,
@@ -54,7 +54,7 @@ class Gemma(Llama):
         )
 
     def activation(self, values: Mapping[str, Any], where: str) -> str:
-        # Published as "gelu", and trained with its tanh approximation.
+        # Published as "gelu", but trained with its tanh approximation.
         if values.get("hidden_act") == "gelu":
             return "gelu_tanh"
         return read.activation(values, "hidden_act", where, "gelu_tanh")
@@ -117,7 +117,7 @@ class Gemma2(Gemma):
         return fields
 
     def global_every(self, values: Mapping[str, Any], where: str) -> int:
-        """The distance from one global layer to the next, where no list of layers says it."""
+        """The distance from one global layer to the next, if no list of layers says it."""
         return 2
 
     def own_keys(self, config: DecoderConfig) -> dict[str, Any]:
@@ -134,7 +134,7 @@ class Gemma2(Gemma):
 class Gemma3(Gemma2):
     """Gemma 3: five local layers for each global one, each kind with its rotary base; head norms.
 
-    Of a model with vision, only the language model is read.
+    From a model with vision, only the language model is read.
     """
 
     name = "gemma3"
@@ -169,8 +169,8 @@ class Gemma3(Gemma2):
             return fields
         if local_scaling is not None:
             raise CalmError(
-                f"{where}: rope scaling of {read.LOCAL} is {local_scaling}; it may only be none, "
-                f"or like {read.GLOBAL} in all: {scaling}"
+                f"{where}: rope scaling of {read.LOCAL} is {local_scaling}; it must be none, or "
+                f"equal to that of {read.GLOBAL}, {scaling}"
             )
         return {**fields, "local_rope_base": local_base}
 

@@ -1,9 +1,9 @@
 """Gemma 1, 2 and 3 (text) as DeepMind publishes them: trees of the `gemma` package, on Orbax.
 
-The package writes the same parameters in four layouts, which become one naming here: nested
-("layer_0/attn/q_einsum/w"), flat ("transformer/layer_0/…", each MLP matrix one level deeper, under
-"w"), stacked (along a leading axis, all layers at one position in the attention pattern) and
-Kauldron (nested, below "params", beside the training state).
+The package writes the same parameters in four layouts, whose names become those of the first:
+nested ("layer_0/attn/q_einsum/w"), flat ("transformer/layer_0/…", each MLP matrix one level deeper,
+under "w"), stacked (along a leading axis, all layers at one position in the attention pattern) and
+Kauldron (nested, below "params", together with the training state).
 """
 
 import re
@@ -19,7 +19,7 @@ from calm_jax.errors import CalmError
 from calm_jax.models import DecoderConfig
 from calm_jax.models.config import RopeScaling
 
-# By generation, what a tree does not show, with the values of most sizes.
+# Facts that a tree does not show, by generation, with the values of most sizes.
 _HIDDEN: dict[int, dict[str, float]] = {
     1: {},
     2: {"window": 4096, "attention_logit_cap": 50.0, "final_logit_cap": 30.0},
@@ -27,7 +27,7 @@ _HIDDEN: dict[int, dict[str, float]] = {
 }
 _PATTERNS = {1: (False,), 2: (True, False), 3: (True,) * 5 + (False,)}  # local layers
 _LONG = {"window": 1024, "rope_factor": 8.0}
-# The published sizes by generation, layers and width: where they differ from `_HIDDEN`.
+# The published sizes by generation, layers and width, with the values that differ from `_HIDDEN`.
 _PUBLISHED: dict[tuple[int, int, int], dict[str, float]] = {
     (1, 18, 2048): {},
     (1, 28, 3072): {},
@@ -43,7 +43,7 @@ _PUBLISHED: dict[tuple[int, int, int], dict[str, float]] = {
 
 
 class GemmaDeepMind(Family):
-    """Gemma 1, 2 and 3 (text) in the trees of the `gemma` package; vision parts are left out."""
+    """Gemma 1, 2 and 3 (text) in the trees of the `gemma` package, without vision parts."""
 
     name = "gemma_deepmind"
     options: ClassVar[Mapping[str, str]] = {
@@ -51,10 +51,10 @@ class GemmaDeepMind(Family):
         "query_scale": "factor on queries before the softmax",
         "attention_logit_cap": "soft cap of attention logits, 0 for none",
         "final_logit_cap": "soft cap of the model's logits, 0 for none",
-        "rope_factor": "what positions are divided by in Gemma 3's global layers (these five are "
+        "rope_factor": "divisor of positions in Gemma 3's global layers (these five options are "
         "needed only for sizes that were never published)",
         "gating": "layout of gating_einsum, plain [2, D, F] or transposed [2, F, D]; needed only "
-        "where width D and MLP width F are equal",
+        "if width D and MLP width F are equal",
     }
 
     def recognises(self, source: Source) -> bool:
@@ -72,10 +72,10 @@ class GemmaDeepMind(Family):
 
 
 def _nested(tensors: Mapping[str, Tensor], where: str) -> dict[str, Tensor]:
-    """The tensors under the names of the nested layout, whatever layout they are in."""
+    """The tensors, in any of the layouts, by the names of the nested layout."""
     short = {_short(name): tensor for name, tensor in tensors.items()}
     if len(short) < len(tensors):
-        raise CalmError(f"{where} has some tensors twice: in two of the layouts of Gemma's trees")
+        raise CalmError(f"{where} has some tensors twice, in two layouts of Gemma's trees")
     stacked = {name: m for name in short if (m := _STACKED.fullmatch(name)) and short[name].shape}
     period = 1 + max((int(match[1]) for match in stacked.values()), default=0)
     nested = {}
@@ -151,7 +151,7 @@ def _numbers(options: Mapping[str, Any], generation: int, where: str) -> dict[st
         if name == "gating" or value is None:
             continue
         if name != "query_scale" and name not in _HIDDEN[generation]:
-            raise CalmError(f"option {name}={value}: {where} is Gemma {generation}, without this")
+            raise CalmError(f"option {name}={value}: {where} is Gemma {generation}, which has none")
         if name == "window":
             found[name] = read.whole_number(options, name, "options")
         elif name.endswith("_cap") and value == 0:
@@ -174,8 +174,8 @@ def _is_transposed(
     fitting = [layout for layout, expected in shapes.items() if shape == expected]
     if gating is None and len(fitting) > 1:
         raise CalmError(
-            f"{where}: width and MLP width are both {config.mlp_dim}, so that {name} does not tell "
-            "its layout; give the option gating=plain or gating=transposed"
+            f"{where}: width and MLP width are both {config.mlp_dim}, so the layout of {name} is "
+            "unclear; give the option gating=plain or gating=transposed"
         )
     if gating is not None and gating not in fitting:
         raise CalmError(
@@ -224,7 +224,7 @@ def _rules(config: DecoderConfig, transposed: bool, fused: bool) -> tuple[Rule, 
     )
 
 
-# Of models with vision, and of Kauldron's training state.
+# Tensors of models with vision, and of Kauldron's training state.
 _UNUSED = (
     Unused(r"(vision_encoder|SigLiPFromPatches_0)/.*"),
     Unused(r"embedder/mm_.*"),

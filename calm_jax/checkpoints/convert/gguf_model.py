@@ -1,8 +1,8 @@
-"""GGUF files as the published models that they were made from.
+"""GGUF files, turned back into the published models that they were made from.
 
 llama.cpp's converter renames a model's tensors and the keys of its config, interleaves the query
-and key of Llama, and adds 1 to the norms of Gemma. All of that is undone here, so that a file is
-read by the table of its family. How tensors are renamed is known to the `gguf` package.
+and key of Llama, and adds 1 to the norms of Gemma. All of that is undone here, so that the family's
+own table reads the file. The `gguf` package knows how tensors are renamed.
 """
 
 import dataclasses
@@ -24,7 +24,7 @@ from calm_jax.models.config import RopeScaling
 from calm_jax.models.rotary import rope_frequencies
 
 ARCHITECTURES = ("llama", "qwen2", "qwen3", "gemma", "gemma2", "gemma3")
-# Keys of an architecture that are read, or change nothing that is computed.
+# Keys of an architecture that are read, or that do not change what is computed.
 _KEYS = frozenset(
     {
         "attention.causal",
@@ -57,7 +57,7 @@ _KEYS = frozenset(
     }
 )
 _ROPE_FACTORS = "rope_freqs.weight"
-# Layers of the 27B models, which scale queries by another width than that of a head.
+# Numbers of layers of the 27B models, whose query scale does not follow from the head's width.
 _LAYERS_OF_27B = {"gemma2": 46, "gemma3": 62}
 
 
@@ -65,8 +65,8 @@ def as_published(source: Source) -> Source:
     """The source with the names, values, config and tokenizer files that its family publishes.
 
     Raises:
-        CalmError: the file is one of several, or no language model of a known architecture; a key
-            or a tensor is missing, or a value is not supported.
+        CalmError: the file is one of several, or is not a language model of a known architecture; a
+            key or a tensor is missing, or a value is not supported.
     """
     metadata, where = source.config, str(source.path)
     read.refuse(metadata, where, "general.type", "model")
@@ -90,7 +90,7 @@ def as_published(source: Source) -> Source:
 
 @dataclasses.dataclass(frozen=True)
 class _Keys:
-    """The metadata of one architecture, by keys without its name; messages have them whole."""
+    """The metadata of one architecture, by keys without its name; messages show full keys."""
 
     metadata: Mapping[str, Any]
     architecture: str
@@ -109,7 +109,7 @@ class _Keys:
         read.refuse(self.metadata, self.where, f"{self.architecture}.{key}", *allowed)
 
     def refuse_unknown(self) -> None:
-        """Raises `CalmError` on a key that nothing here knows and that does not say zero."""
+        """Raises `CalmError` on an unknown key whose value is not zero."""
         for key in self.metadata:
             name = key.removeprefix(f"{self.architecture}.")
             if name != key and name not in _KEYS:
@@ -166,7 +166,7 @@ def _config(keys: _Keys, tensors: Mapping[str, Tensor]) -> tuple[HuggingFaceFami
 
 
 def _own_config(keys: _Keys, head_dim: int) -> tuple[dict[str, Any], str]:
-    """The keys of config.json in which families differ, and the family's name."""
+    """The keys of config.json that differ between families, and the family's name."""
     window = None
     if keys.get("attention.sliding_window"):
         window = keys.whole("attention.sliding_window")
@@ -176,7 +176,7 @@ def _own_config(keys: _Keys, head_dim: int) -> tuple[dict[str, Any], str]:
             keys.refuse(f"attention.{key}", 0)
         for key in ("attn_logit_softcapping", "final_logit_softcapping"):
             keys.refuse(key, 0)
-        if keys.architecture == "llama":  # Mistral's too, whose window is on every layer
+        if keys.architecture == "llama":  # also Mistral, which has a window on every layer
             return ({"sliding_window": window}, "mistral") if window else ({}, "llama")
         keys.refuse("attention.sliding_window", 0)
         return {}, keys.architecture
@@ -197,7 +197,7 @@ def _own_config(keys: _Keys, head_dim: int) -> tuple[dict[str, Any], str]:
     elif layers == _LAYERS_OF_27B[keys.architecture]:
         width, heads = keys.whole("embedding_length"), keys.whole("attention.head_count")
         own["query_pre_attn_scalar"] = width / heads
-    for key, usual in family.caps.items():  # called alike in both kinds of file
+    for key, usual in family.caps.items():  # both kinds of file use the same names
         own[key] = keys.number(key, usual) if keys.get(key, usual) else None
     return own, keys.architecture
 
@@ -205,10 +205,9 @@ def _own_config(keys: _Keys, head_dim: int) -> tuple[dict[str, Any], str]:
 def _rope(
     keys: _Keys, head_dim: int, default_base: float, factors: Tensor | None
 ) -> dict[str, Any]:
-    """`rope_parameters` of config.json; `factors` divide each frequency, where the file has them.
+    """`rope_parameters` of config.json; `factors`, if the file has them, divide each frequency.
 
-    The file's own scaling is llama.cpp's: "linear" where no type is given, and by 1 where no factor
-    is.
+    Defaults of the file's own scaling are those of llama.cpp: type "linear", factor 1.
     """
     base = keys.number("rope.freq_base", default_base)
     keys.refuse("rope.scaling.type", "none", "linear")
@@ -234,9 +233,9 @@ def _llama3_scaling(
     """The scaling of Llama 3.1 that divides frequencies by these factors.
 
     Between the frequencies that stay and those divided by `factor`, 1 / factors is a line over the
-    frequency. From it follow the limits, but for a multiple of them and the length together: the
-    low one is taken to be 1, as published. Where fewer than two frequencies lie between, the high
-    one is 4, and where none does, the length is 8192.
+    frequency. The line gives the limits and the length, up to one common factor, which is chosen so
+    that the low limit is 1, as published. If fewer than two frequencies lie between, the high limit
+    is taken to be 4; if none does, the length is taken to be 8192.
     """
     factors_R = factors_R.astype(np.float64)
     frequencies_R = base ** (-np.arange(0, head_dim, 2) / head_dim)
@@ -253,7 +252,7 @@ def _llama3_scaling(
     high, length = 4.0, 8192
     if len(smooth) > 1:
         slope, intercept = np.polyfit(frequencies_R[between], smooth, 1)
-        with np.errstate(all="ignore"):  # of factors that no such scaling has
+        with np.errstate(all="ignore"):  # factors of other scalings may divide by zero
             high = round(float(1 - 1 / intercept), 3)
             length = -2 * math.pi * slope / intercept
     elif len(smooth) == 1:
@@ -275,7 +274,7 @@ def _published_tensors(
     family: HuggingFaceFamily,
     config: Mapping[str, Any],
 ) -> dict[str, Tensor]:
-    """Tensors under the family's names; one that it has no name for keeps its own."""
+    """Tensors by the family's names; a tensor without one keeps its own name."""
     layers, architecture = config["num_hidden_layers"], keys.architecture
     last = f"blk.{layers - 1}.attn_norm.weight"
     if last not in tensors:
@@ -288,7 +287,7 @@ def _published_tensors(
     for rule in family.rules(family.checked_config(config, keys.where)):
         for published in rule.names(layers):
             stem, _, suffix = published.rpartition(".")
-            # The package knows no head of the families that always tie it.
+            # The package does not name the head of families that always tie it.
             renamed = "output" if stem == "lm_head" else known.get_name(stem)
             name = f"{renamed}.{suffix}"
             if name not in others:
@@ -298,7 +297,7 @@ def _published_tensors(
 
 
 def _published(tensor: Tensor, name: str, architecture: str, config: Mapping[str, Any]) -> Tensor:
-    """The tensor with the values that the family publishes."""
+    """The tensor with the values of the published model."""
     if architecture == "llama" and ".attn_q." in name:
         return _Changed(tensor, functools.partial(_halves, heads=config["num_attention_heads"]))
     if architecture == "llama" and ".attn_k." in name:
@@ -309,7 +308,7 @@ def _published(tensor: Tensor, name: str, architecture: str, config: Mapping[str
 
 
 def _halves(x: np.ndarray, heads: int) -> np.ndarray:
-    """Rows of each head from rotated pairs side by side to first halves before second ones."""
+    """Reorders each head's rows from interleaved rotary pairs to first halves, then second."""
     pairs = x.reshape(heads, -1, 2, *x.shape[1:])
     return pairs.swapaxes(1, 2).reshape(x.shape)
 

@@ -1,6 +1,6 @@
 """The tokenizer files of a published model, from the metadata of a GGUF file.
 
-The tokenizer is the one that transformers makes of such a file: the pieces and merges in it, in the
+The tokenizer is the one that transformers makes from such a file: its pieces and merges, in the
 form of its kind (byte-level BPE, or SentencePiece as Llama or Gemma use it). Control tokens become
 special tokens, user-defined ones added tokens.
 """
@@ -14,7 +14,7 @@ from calm_jax.errors import CalmError
 
 CONTROL, USER_DEFINED = 3, 4  # kinds of tokens
 SPACE = "▁"  # as SentencePiece writes it
-_ENDS = ("eos", "eot", "eom")  # of a text, a turn, a message; each ends an answer
+_ENDS = ("eos", "eot", "eom")  # end of a text, a turn, a message; each ends an answer
 _ROLES = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
 
 _UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
@@ -28,7 +28,7 @@ _GPT_4O = (
     rf"|\p{{N}}{{1,3}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n/]*{_LAST}"
 )
 _TEKKEN = _GPT_4O.replace(f"{_SHORT}?", "").replace("{1,3}", "")
-# The pattern of the words that no merge crosses, by the names of `tokenizer.ggml.pre`; None: the
+# Patterns of words that merges do not cross, by the names of `tokenizer.ggml.pre`; None: the
 # pattern of GPT-2.
 _WORDS = {
     **dict.fromkeys(("default", "gpt-2", "olmo", "phi-2", "smollm", "starcoder", "refact")),
@@ -42,11 +42,11 @@ _WORDS = {
 
 
 def tokenizer_files(metadata: Mapping[str, Any], where: str) -> dict[str, bytes]:
-    """tokenizer.json and the files beside it, by name; none where the file has no tokenizer.
+    """tokenizer.json and its accompanying files, by name; none if the file has no tokenizer.
 
     Raises:
-        CalmError: the tokenizer is of a kind that is not supported, or a key is missing or
-            contradicts another.
+        CalmError: the kind of tokenizer is not supported, or a key is missing or contradicts
+            another.
     """
     kind = metadata.get("tokenizer.ggml.model", "none")
     if kind in ("none", "no_vocab"):
@@ -133,10 +133,10 @@ def _llama(metadata: Mapping[str, Any], tokens: Sequence[str], where: str) -> An
 
 
 def _gemma(metadata: Mapping[str, Any], tokens: Sequence[str], where: str) -> Any:
-    """SentencePiece whose earlier pieces are merged first, whatever their scores."""
+    """SentencePiece in which earlier pieces are merged first, whatever their scores."""
     from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 
-    # Pieces of nothing but spaces are stored as spaces.
+    # Pieces that consist only of spaces are stored as spaces.
     names = [SPACE * len(t) if t and not t.strip(" ") else t for t in tokens]
     vocabulary = {token: index for index, token in enumerate(names)}
     if "tokenizer.ggml.merges" in metadata:
@@ -165,17 +165,17 @@ def _merges(metadata: Mapping[str, Any], where: str) -> list[tuple[str, str]]:
     pairs = [tuple(line.split(" ")) for line in _list(metadata, "merges", str, where)]
     for pair in pairs:
         if len(pair) != 2:
-            raise CalmError(f"{where}: tokenizer.ggml.merges has {' '.join(pair)!r}, no pair")
+            raise CalmError(f"{where}: tokenizer.ggml.merges has {' '.join(pair)!r}, not a pair")
     return pairs
 
 
 def _implied_merges(
     vocabulary: Mapping[str, int], scores: Mapping[str, float]
 ) -> list[tuple[str, str]]:
-    """Every way to make a piece of two others; pieces of a higher score come first.
+    """Every way to join two pieces to a third; pieces with a higher score come first.
 
-    SentencePiece lists no merges: of all pairs of pieces in a text that make a piece, it merges the
-    one that makes the best.
+    SentencePiece lists no merges: of all neighbouring pieces in a text that join to a piece, it
+    merges those whose result has the best score.
     """
     pairs = []
     for piece, score in scores.items():
@@ -191,14 +191,14 @@ def _implied_merges(
 def _add_tokens(
     tokenizer: Any, tokens: Sequence[str], kinds: Sequence[int], *, is_byte_level: bool
 ) -> None:
-    """Tokens that stand for themselves wherever they stand in a text."""
+    """Adds tokens that are recognised anywhere in a text."""
     from tokenizers import AddedToken
 
     letters, vocabulary = _letters(), tokenizer.get_vocab()
     special = [
         token
         for token, kind in zip(tokens, kinds, strict=True)
-        # A control token that letters cannot write is an ordinary one with a wrong mark.
+        # A control token that cannot be written in letters is an ordinary token, wrongly marked.
         if kind == CONTROL and (letters.issuperset(token) or not is_byte_level)
     ]
     tokenizer.add_special_tokens([AddedToken(t, normalized=False, special=True) for t in special])
@@ -217,7 +217,7 @@ def _config(metadata: Mapping[str, Any], tokens: Sequence[str], where: str) -> d
         index = _token_id(metadata, name, tokens, where)
         if index is not None:
             config[f"{role}_token"] = tokens[index]
-    # Older files of SentencePiece do not say, and mean a start token.
+    # Older SentencePiece files do not say so, but mean a start token.
     puts_start = metadata["tokenizer.ggml.model"] == "llama"
     for role, default in (("bos", puts_start), ("eos", False)):
         flag = _flag(metadata, f"add_{role}_token", default, where)
@@ -225,7 +225,7 @@ def _config(metadata: Mapping[str, Any], tokens: Sequence[str], where: str) -> d
     template = metadata.get("tokenizer.chat_template")
     if template is not None:
         if not isinstance(template, str):
-            raise CalmError(f"{where}: tokenizer.chat_template is {template!r}, no text")
+            raise CalmError(f"{where}: tokenizer.chat_template is {template!r}, not text")
         config["chat_template"] = template
     return config
 
@@ -265,7 +265,7 @@ def _flag(metadata: Mapping[str, Any], name: str, default: bool, where: str) -> 
 def _list(
     metadata: Mapping[str, Any], name: str, kind: type, where: str, length: int | None = None
 ) -> list:
-    """A list of the metadata, of such values and of this length."""
+    """A list in the metadata, with values of this kind and of this length."""
     key = f"tokenizer.ggml.{name}"
     values = metadata.get(key)
     if values is None:
@@ -278,7 +278,7 @@ def _list(
 
 
 def _letters() -> frozenset[str]:
-    """The letters that byte-level BPE writes bytes with."""
+    """The letters with which byte-level BPE writes bytes."""
     from tokenizers import pre_tokenizers
 
     return frozenset(pre_tokenizers.ByteLevel.alphabet())

@@ -12,7 +12,7 @@ from calm_jax.checkpoints.convert.family import HuggingFaceFamily
 from calm_jax.checkpoints.convert.table import Rule, Unused, rule
 from calm_jax.models import DecoderConfig
 
-# Within "transformer.h.{layer}".
+# Tensors below "transformer.h.{layer}".
 _LAYER = {
     "ln_1.weight": ("layers/attention_norm/scale", "D -> D"),
     "ln_1.bias": ("layers/attention_norm/bias", "D -> D"),

@@ -1,8 +1,8 @@
-"""Reading config.json: keys with their types, and what several families of transformers share.
+"""Reads config.json: keys with their types, and what several families of transformers share.
 
 Every function takes the file's `values` and `where`, its name for messages, and raises `CalmError`
-naming the file, the key and the value. A key that is absent has the default; without a default it
-must be there.
+naming the file, the key and the value. An absent key has the default; without a default the key is
+required.
 """
 
 import reprlib
@@ -16,7 +16,7 @@ from calm_jax.models.config import RopeScaling
 Choice = TypeVar("Choice")
 
 LARGEST = sys.float_info.max
-# More layers, features or tokens than any model has; lists of that length are still small.
+# More layers, features or tokens than any model has, though lists of that length are still small.
 MOST = 2**24
 LOCAL, GLOBAL = "sliding_attention", "full_attention"
 # The fields of `DecoderConfig` by the names that most families use.
@@ -57,15 +57,15 @@ def whole_number(
 def optional_whole_number(
     values: Mapping[str, Any], key: str, where: str, default: int | None = None
 ) -> int | None:
-    """A whole number of at least 1, or None: where the file says null, or lacks the key and there
-    is no default."""
+    """A whole number of at least 1; None if the file says null, or lacks the key and there is no
+    default."""
     if values.get(key, default) is None:
         return None
     return whole_number(values, key, where, default)
 
 
 def quotient(values: Mapping[str, Any], key: str, divisor: str, where: str) -> int:
-    """One whole number of the file divided by another, which must leave nothing."""
+    """One whole number of the file divided by another, without a remainder."""
     whole, parts = whole_number(values, key, where), whole_number(values, divisor, where)
     if whole % parts:
         raise CalmError(f"{where}: {key} {whole} is not a multiple of {divisor} {parts}")
@@ -95,7 +95,7 @@ def choice(
     meanings: Mapping[str, Choice],
     default: str | None = None,
 ) -> Choice:
-    """What one of several words means; `default` is such a word."""
+    """The meaning of one of several words; `default` is such a word."""
     value = _get(values, key, where, default)
     if not isinstance(value, str) or value not in meanings:
         raise _wrong(where, key, value, f"one of {', '.join(meanings)}")
@@ -103,7 +103,7 @@ def choice(
 
 
 def activation(values: Mapping[str, Any], key: str, where: str, default: str) -> str:
-    """The `DecoderConfig` name of an activation; `default` is such a name, and what null means."""
+    """The `DecoderConfig` name of an activation; null means `default`, which is such a name."""
     if values.get(key) is None:
         return default
     meanings = {name: ours for ours, theirs in _ACTIVATIONS.items() for name in theirs}
@@ -117,7 +117,7 @@ def refuse(values: Mapping[str, Any], where: str, key: str, *allowed: Any) -> No
 
 
 def refuse_experts(values: Mapping[str, Any], where: str) -> None:
-    """Refuses mixtures of experts by their keys, whatever the architecture is called."""
+    """Refuses mixtures of experts by their keys, whatever the name of the architecture."""
     for key in values:
         if "expert" in key or key.startswith("moe"):
             refuse(values, where, key, None, 0, [])
@@ -130,9 +130,9 @@ def rope(
 ) -> tuple[float, RopeScaling | None]:
     """Base and scaling of the rotary positions.
 
-    transformers 5 writes `rope_parameters`; before, there were `rope_theta` and `rope_scaling`.
+    transformers 5 writes `rope_parameters`; transformers 4 wrote `rope_theta` and `rope_scaling`.
     `layer_type` asks for Gemma 3's local or global layers: `rope_parameters` has an object for each
-    kind, and before, local ones had `rope_local_base_freq`, to which `rope_scaling` did not apply.
+    kind; transformers 4 had `rope_local_base_freq` for local ones, without `rope_scaling`.
     """
     found = _mapping(values, "rope_parameters", where)
     scaling = _mapping(values, "rope_scaling", where)
@@ -160,7 +160,7 @@ def rope(
 
 
 def rope_parameters(base: float, scaling: RopeScaling | None) -> dict[str, Any]:
-    """The inverse of `rope`, as transformers 5 spells it."""
+    """The inverse of `rope`, as transformers 5 writes it."""
     found: dict[str, Any] = {"rope_type": "default", "rope_theta": base}
     if scaling is not None:
         found |= {"rope_type": scaling.kind, "factor": scaling.factor}
@@ -174,7 +174,7 @@ def rope_parameters(base: float, scaling: RopeScaling | None) -> dict[str, Any]:
 
 
 def rope_keys(base: float, scaling: RopeScaling | None) -> dict[str, Any]:
-    """The same in both spellings: transformers 4 ignores `rope_parameters` without a word."""
+    """The same in both forms: transformers 4 silently ignores `rope_parameters`."""
     found = rope_parameters(base, scaling)
     scaled = {key: value for key, value in found.items() if key != "rope_theta"}
     return {
@@ -185,7 +185,7 @@ def rope_keys(base: float, scaling: RopeScaling | None) -> dict[str, Any]:
 
 
 def local_layers(values: Mapping[str, Any], where: str, num_layers: int) -> list[bool] | None:
-    """For each layer of `layer_types`, whether it is local; None where there is no such list."""
+    """For each layer of `layer_types`, whether it is local; None if there is no such list."""
     types = values.get("layer_types")
     if types is None:
         return None
@@ -201,7 +201,7 @@ def local_layers(values: Mapping[str, Any], where: str, num_layers: int) -> list
 
 
 def local_layer_fields(local: Sequence[bool], window: int | None) -> dict[str, Any]:
-    """`DecoderConfig` fields of a model whose layers are `local` or not, by the shortest pattern.
+    """`DecoderConfig` fields of a model with these `local` layers, with the shortest pattern.
 
     >>> local_layer_fields([True, False, True], 8)
     {'window': 8, 'window_pattern': (True, False)}
@@ -232,7 +232,7 @@ def _rope_scaling(
     if low >= high:
         raise CalmError(f"{where}: low_freq_factor {low} is not below high_freq_factor {high}")
     key = "original_max_position_embeddings"
-    # In the order of transformers.
+    # In the order of preference of transformers.
     length = values.get(key) or found.get(key) or values.get("max_position_embeddings")
     return RopeScaling(kind, factor, low, high, whole_number({key: length}, key, where))
 

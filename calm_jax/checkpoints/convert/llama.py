@@ -1,7 +1,7 @@
 """Llama 2 and 3, Mistral, Qwen 2 and 3 (dense) as transformers publishes them.
 
-One block, sequential with plain RMSNorm and SwiGLU; the families differ in biases, windows, norms
-on heads, and in what an absent key of config.json means.
+All have a sequential block with plain RMSNorm and SwiGLU; they differ in biases, windows, norms on
+heads, and in the meaning of absent keys of config.json.
 """
 
 from collections.abc import Mapping
@@ -15,7 +15,7 @@ from calm_jax.models import DecoderConfig
 
 _ATTENTION, _MLP = "layers/attention", "layers/mlp"
 _HEAD = rule("lm_head.weight", "head", "V D -> D V")
-# Within "model.layers.{layer}".
+# Tensors below "model.layers.{layer}".
 _MATRICES = {
     "self_attn.q_proj.weight": (f"{_ATTENTION}/query", "(N H) D -> D N H"),
     "self_attn.k_proj.weight": (f"{_ATTENTION}/key", "(K H) D -> D K H"),
@@ -43,13 +43,13 @@ _MLP_BIASES = {
 
 
 class Llama(HuggingFaceFamily):
-    """Llama 2 and 3; what the others say otherwise stands in their classes."""
+    """Llama 2 and 3; other families override what differs."""
 
     name = "llama"
     architectures = ("LlamaForCausalLM",)
     model_type = "llama"
-    # What a config.json that lacks a key means (transformers' LlamaConfig). Without key heads it
-    # has as many as heads, without their width, all together are as wide as the model.
+    # The values of absent keys of config.json (transformers' LlamaConfig). By default there are as
+    # many key heads as heads, and all heads together are as wide as the model.
     defaults: ClassVar[Mapping[str, int]] = {
         "vocab_size": 32_000,
         "hidden_size": 4096,
@@ -77,7 +77,7 @@ class Llama(HuggingFaceFamily):
         )
 
     def sizes(self, values: Mapping[str, Any], where: str) -> dict[str, int]:
-        """`DecoderConfig` fields of the widths and numbers."""
+        """`DecoderConfig` fields for widths and counts."""
         found = {
             read.SIZES[key]: read.optional_whole_number(values, key, where, self.defaults.get(key))
             if key in ("num_key_value_heads", "head_dim")
@@ -91,7 +91,7 @@ class Llama(HuggingFaceFamily):
         return found
 
     def own_fields(self, values: Mapping[str, Any], where: str, num_layers: int) -> dict[str, Any]:
-        """`DecoderConfig` fields in which the families differ."""
+        """`DecoderConfig` fields that differ between the families."""
         return {
             **bias_everywhere(values, where),
             "mlp_bias": read.boolean(values, "mlp_bias", where, False),
@@ -151,10 +151,10 @@ class Mistral(Llama):
     def own_fields(self, values: Mapping[str, Any], where: str, num_layers: int) -> dict[str, Any]:
         window = read.optional_whole_number(values, "sliding_window", where, 4096)
         local = read.local_layers(values, where, num_layers)
-        # transformers reads this key and does not apply it.
+        # transformers reads this key but does not apply it.
         if local is not None and set(local) != {window is not None}:
             raise CalmError(
-                f"{where}: layer_types contradicts sliding_window {window}, which is of all layers"
+                f"{where}: layer_types contradicts sliding_window {window}, which is for all layers"
             )
         return {"window": window}
 
@@ -189,7 +189,7 @@ class Qwen2(Llama):
 
 
 class Qwen3(Qwen2):
-    """Qwen 3: norms on heads in place of biases."""
+    """Qwen 3: norms on heads instead of biases."""
 
     name = "qwen3"
     architectures = ("Qwen3ForCausalLM",)
@@ -223,5 +223,5 @@ def _later_layers_local(values: Mapping[str, Any], where: str, num_layers: int) 
         first = read.whole_number(values, "max_window_layers", where, 28, least=0)
         local = [window is not None and layer >= first for layer in range(num_layers)]
     if any(local) and window is None:
-        raise CalmError(f"{where}: layer_types has {read.LOCAL}, and there is no sliding_window")
+        raise CalmError(f"{where}: layer_types has {read.LOCAL}, but there is no sliding_window")
     return read.local_layer_fields(local, window)

@@ -1,6 +1,6 @@
 """PaLM (arXiv 2204.02311) as T5X stores it: the fused parallel layer of flaxformer.
 
-Each head's slice holds its attention beside its share of the MLP (f = F / N hidden units):
+Each head's slice holds its attention and its share of the MLP (f = F / N hidden units):
  q_wi_fused [D, N, H + 2f]: query, gate (wi_0), up (wi_1);
  kv_fused [D, 1, 2H]: key, value;
  o_wo_fused [N, H + f, D]: output, down.
@@ -31,19 +31,19 @@ _LAYER_NUMBER = r"decoder/layers_(\d+)/"
 
 
 class Palm(Family):
-    """Layers are stacked (`decoder/decoder/…`) or apart (`decoder/layers_0/…`); int8 or floats."""
+    """Layers are stacked (`decoder/decoder/…`) or not (`decoder/layers_0/…`); int8 or floats."""
 
     name = "palm"
     options: ClassVar[Mapping[str, str]] = {
         "norm_offset": "added to every stored norm scale: 1.0 (PaLM's center_scale_at_zero) or 0.0 "
-        "(default: 1.0 where scales average about 0, 0.0 where they average about 1; otherwise it "
-        "must be given)",
+        "(default: 1.0 if scales average about 0, 0.0 if they average about 1; otherwise it must "
+        "be given)",
         "scan_axis": "axis of stacked tensors that counts the layers (default 1, as T5X writes "
-        "them; 0 where they were transposed)",
+        "them; 0 if they were transposed)",
         "query_scale": "factor on queries (default: head width to the power of -1/2, "
         "rescale_logits of flaxformer; 1.0 without it)",
-        "logit_scale": "factor on logits (default: model width to the power of -1/2 where the "
-        "embedding is the head too, otherwise 1.0)",
+        "logit_scale": "factor on logits (default: model width to the power of -1/2 if the "
+        "embedding is also the head, otherwise 1.0)",
     }
 
     def recognises(self, source: Source) -> bool:
@@ -60,7 +60,7 @@ class Palm(Family):
     ) -> Reading:
         where = str(source.path)
         _refuse(source)
-        named = parameters(source.tensors) or source.tensors  # names may be T5X's whole paths
+        named = parameters(source.tensors) or source.tensors  # names may be T5X's full paths
         tensors = _dequantised(_apart(named, scan_axis, where), where)
         config = _config(tensors, where)
         offset, warnings = shown_norm_offset(tensors, "/layer_norm/scale", norm_offset, 1.0, where)
@@ -80,7 +80,7 @@ def rules(config: DecoderConfig) -> tuple[Rule, ...]:
     return (
         rule(EMBEDDING, "embedding", "V D -> V D"),
         *head,
-        # Google's loaders of the largest models read none: their last norm has no scale.
+        # Google's loaders of the largest models read no scale of the last norm: it has none.
         rule(
             LAST_NORM,
             "final_norm/scale",
@@ -156,7 +156,7 @@ def _refuse(source: Source) -> None:
 
 
 def _apart(tensors: Mapping[str, Tensor], scan_axis: int, where: str) -> dict[str, Tensor]:
-    """The tensors with stacked layers taken apart, named as layers that are stored one by one."""
+    """The tensors with stacked layers split, named like layers that are stored one by one."""
     if type(scan_axis) is not int or scan_axis not in (0, 1):
         raise CalmError(f"scan_axis is {scan_axis!r}; it must be 0 or 1")
     found = {name: tensor for name, tensor in tensors.items() if not name.startswith(STACKED)}
@@ -166,19 +166,19 @@ def _apart(tensors: Mapping[str, Tensor], scan_axis: int, where: str) -> dict[st
         for layer, view in enumerate(unstack(tensor, scan_axis)):
             alone = LAYER.format(layer=layer) + name.removeprefix(STACKED)
             if alone in found:
-                raise CalmError(f"{where}: tensor {alone} is in {name} once more")
+                raise CalmError(f"{where}: tensor {alone} is also in {name}")
             found[alone] = view
     return found
 
 
 def _check_stacked(stacked: Mapping[str, Tensor], width: int, scan_axis: int, where: str) -> None:
-    """Raises `CalmError` when `scan_axis` contradicts the shapes; they may also allow both axes."""
+    """Raises `CalmError` if `scan_axis` contradicts the shapes, which may also allow both axes."""
     hint = f"try scan_axis={1 - scan_axis}"
     depths = {}
     for name, tensor in stacked.items():
         shape = tuple(tensor.shape)
         if len(shape) < 2:
-            raise CalmError(f"{where}: tensor {name} has shape {shape}, no axis of layers in it")
+            raise CalmError(f"{where}: tensor {name} has shape {shape}, without an axis of layers")
         depths[name] = shape[scan_axis]
         first = next(iter(depths))
         if depths[name] != depths[first]:
@@ -215,7 +215,7 @@ def _dequantised(tensors: Mapping[str, Tensor], where: str) -> dict[str, Tensor]
                 f"does not scale {tuple(kernel.shape)}"
             )
         if f"{path}/kernel" in tensors:
-            raise CalmError(f"{where}: tensor {path}/kernel is there as int8 once more")
+            raise CalmError(f"{where}: tensor {path}/kernel is also there as int8")
         found[f"{path}/kernel"] = Dequantised(kernel, scale)
     return found
 
@@ -230,8 +230,8 @@ def _config(tensors: Mapping[str, Tensor], where: str) -> DecoderConfig:
     head_dim = o_wo[1] - hidden
     if hidden < 1 or head_dim < 1:
         raise CalmError(
-            f"{where}: {first}q_wi_fused/kernel has {q_wi[2]} features a head and o_wo_fused "
-            f"{o_wo[1]}; they must be H + 2f and H + f, which leaves H = {head_dim}, f = {hidden}"
+            f"{where}: each head has {q_wi[2]} features in {first}q_wi_fused/kernel and {o_wo[1]} "
+            f"in o_wo_fused; these must be H + 2f and H + f, so H = {head_dim}, f = {hidden}"
         )
     return DecoderConfig.palm(
         vocab_size=shape_of(tensors, EMBEDDING, 2, where)[0],

@@ -30,8 +30,8 @@ class PalmPytorch(Family):
     name = "palm_pytorch"
     options: ClassVar[Mapping[str, str]] = {
         "norm_offset": "added to every stored gamma: 0.0, or 1.0 for models trained with "
-        "PaLM-rlhf-pytorch of 2025-01-06 and later (default: 0.0 where gammas average about 1, 1.0 "
-        "where they average about 0; otherwise it must be given)",
+        "PaLM-rlhf-pytorch of 2025-01-06 and later (default: 0.0 if gammas average about 1, 1.0 "
+        "if they average about 0; otherwise it must be given)",
         "xpos": "whether positions decay as in xPos (default: whether rotary_emb.scale is stored; "
         "without rotary buffers True for PaLM-rlhf-pytorch, False for PaLM-pytorch)",
         "xpos_scale_base": "scale base of xPos, in tokens (default 512)",
@@ -66,7 +66,7 @@ class PalmPytorch(Family):
 
 @dataclasses.dataclass(frozen=True)
 class Names:
-    """How one of the programs names tensors; `layers` is what precedes a layer's number."""
+    """How one of the programs names tensors; `layers` precedes a layer's number."""
 
     embedding: str
     layers: str
@@ -114,7 +114,7 @@ def rules(config: DecoderConfig, names: Names) -> tuple[Rule, ...]:
 
 
 def unused(names: Names) -> tuple[Unused, ...]:
-    """What files hold besides: buffers, and the embedding a second time as the head."""
+    """Other tensors in the files: buffers, and the embedding a second time as the head."""
     layer = re.escape(names.layers) + r"\d+\.fn\."
     return (
         Unused(layer + r"norm\.beta", "zero"),
@@ -132,7 +132,7 @@ def _names(tensors: Mapping[str, Tensor]) -> tuple[Names, int]:
     pattern = re.escape(layers) + r"(\d+)\.fn\."
     numbers = [int(found[1]) for name in tensors if (found := re.match(pattern, name))]
     last = max(numbers, default=first_layer)
-    # ff_out is a sequence as well; later versions put a dropout before its matrix.
+    # ff_out is also a sequence; later versions put a dropout before its matrix.
     without_dropout = f"{layers}{first_layer}.fn.ff_out.1.weight" in tensors
     down = "ff_out.1.weight" if without_dropout else "ff_out.2.weight"
     final_norm = f"{last + 1}." if in_sequence else "norm."
@@ -158,7 +158,7 @@ def _config(
     if odd or head_dim < 1 or heads_width % head_dim:
         raise CalmError(
             f"{where}: {fused} has {rows} rows, {attention} {heads_width} columns and {down} "
-            f"{mlp_dim}; of N heads of H features they must have N·H + 2H + 2F, N·H and F"
+            f"{mlp_dim}; with N heads of H features these must be N·H + 2H + 2F, N·H and F"
         )
     return DecoderConfig.palm(
         vocab_size=vocab_size,
@@ -191,7 +191,7 @@ def _xpos(
     if not isinstance(xpos, bool):
         raise CalmError(f"xpos is {xpos!r}; it must be True or False")
     if xpos and stored[FREQUENCIES] and not stored[DECAY]:
-        raise CalmError(f"{where}: xpos is True, but there is {FREQUENCIES} and no {DECAY}")
+        raise CalmError(f"{where}: xpos is True, but there is {FREQUENCIES} without {DECAY}")
     if not xpos:
         if scale_base is not None:
             raise CalmError(f"{where}: xpos_scale_base is {scale_base!r}, but xpos is False")
@@ -203,7 +203,7 @@ def _xpos(
 
 
 def _check_buffers(tensors: Mapping[str, Tensor], head_dim: int, where: str) -> None:
-    """Raises `CalmError` when stored rotary frequencies or decays are not those that we compute."""
+    """Raises `CalmError` if stored rotary frequencies or decays differ from those we compute."""
     one_token = xpos_scale(jnp.ones((1, 1)), head_dim, scale_base=1.0)[0, 0, 0]
     expected = {
         FREQUENCIES: np.asarray(rope_frequencies(head_dim, ROPE_BASE)),
@@ -214,9 +214,9 @@ def _check_buffers(tensors: Mapping[str, Tensor], head_dim: int, where: str) -> 
             if not name.endswith(ending):
                 continue
             found = np.asarray(tensor[...], np.float32)
-            # Models saved in half precision have these rounded.
+            # Models saved in half precision have rounded values here.
             if found.shape != values.shape or not np.allclose(found, values, rtol=1e-2):
                 raise CalmError(
-                    f"{where}: tensor {name} starts {found.reshape(-1)[:3]}, not {values[:3]}: "
-                    "other rotary positions than this family's"
+                    f"{where}: tensor {name} starts with {found.reshape(-1)[:3]}, this family's "
+                    f"rotary positions with {values[:3]}"
                 )

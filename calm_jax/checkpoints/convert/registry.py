@@ -1,4 +1,4 @@
-"""The known families, and the one that a source belongs to."""
+"""The known families, and how a source's family is found."""
 
 import functools
 import importlib
@@ -10,7 +10,7 @@ from calm_jax.checkpoints.convert.huggingface_config import refuse, refuse_exper
 from calm_jax.checkpoints.sources.source import Source
 from calm_jax.errors import CalmError
 
-# The module of each family beside this one, and its classes there.
+# The module of each family in this package, and its classes there.
 _CLASSES = {
     "llama": ("Llama", "Mistral", "Qwen2", "Qwen3"),
     "gemma": ("Gemma", "Gemma2", "Gemma3"),
@@ -39,8 +39,8 @@ def find_family(source: Source, name: str = "auto") -> Family:
     """The family called `name`, or with "auto" the one that recognises the source.
 
     Raises:
-        CalmError: the name is unknown; another family recognises the source; with "auto", none
-            does: the message says what the source calls itself and which of its keys is the reason.
+        CalmError: the name is unknown; another family recognises the source; or with "auto", none
+            does: the message gives the source's own name for itself, and the key that says it.
     """
     if name != "auto" and name not in families():
         raise CalmError(f"--format={name} is unknown; known are auto, {', '.join(families())}")
@@ -60,7 +60,7 @@ def find_family(source: Source, name: str = "auto") -> Family:
 
 
 def _name_in(config: Mapping[str, Any]) -> str:
-    """What a config.json calls its model: the architecture, and the model_type if that decides."""
+    """A config.json's name for its model: the architecture, and the model_type if that decides."""
     architecture, *_ = config.get("architectures") or [None]
     model_type = config.get("model_type")
     if architecture is None:

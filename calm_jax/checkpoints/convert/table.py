@@ -1,8 +1,8 @@
-"""A family's table: which of our arrays each source tensor holds, read in both directions.
+"""A family's table: which of our arrays each source tensor holds, used in both directions.
 
 A rule names one source tensor and our arrays that are slices of it, each with an einops pattern
-from its layout in the source to ours; the export reads the patterns backwards. The sizes of the
-axes come from the `DecoderConfig`, so that every shape is known before a weight is read.
+from its layout in the source to ours; the export reverses the patterns. The sizes of the axes come
+from the `DecoderConfig`, so every shape is known before any weight is read.
 
 Axes: V vocabulary, D model width, N heads, K key heads, H head width, F MLP width, f = F / N.
 """
@@ -58,9 +58,9 @@ class Rule:
 
     Attributes:
         source: the name of the tensor, with "{layer}" for the number of its layer.
-        slices: what it holds, side by side along `axis`.
-        absent: the value that fills the slices where the source lacks the tensor; None: the tensor
-            must be there.
+        slices: its contents, side by side along `axis`.
+        absent: the value that fills the slices if the source lacks the tensor; None: the tensor is
+            required.
         first_layer: the number of the first layer in the source.
     """
 
@@ -113,7 +113,7 @@ class Unused:
 
     Attributes:
         pattern: a regular expression for the whole name.
-        must: what they must hold: "anything"; "zero"; or "same", the entries of the tensor `other`.
+        must: their required contents: "anything"; "zero"; or "same", the entries of tensor `other`.
     """
 
     pattern: str
@@ -169,7 +169,7 @@ def check_names(
 def check_shapes(
     rules: Sequence[Rule], config: DecoderConfig, tensors: Mapping[str, object], where: str
 ) -> None:
-    """Raises `CalmError` naming the first tensor whose shape is not what the config says."""
+    """Raises `CalmError` naming the first tensor whose shape does not fit the config."""
     for line in rules:
         expected = line.source_shape(sizes(config))
         for name in line.names(config.num_layers):
@@ -189,7 +189,7 @@ def check_unused(unused: Sequence[Unused], tensors: Mapping[str, np.ndarray], wh
             found = tensors[name][...]
             if entry.must == "zero" and np.any(found):
                 raise CalmError(
-                    f"{where}: tensor {name} is not zero, and has no place in the model"
+                    f"{where}: tensor {name} is not zero, but the model has no place for it"
                 )
             if entry.must == "same":
                 other = tensors[entry.other][...]

@@ -1,4 +1,4 @@
-"""Checks that a converted model computes what its source does, as far as this machine can."""
+"""Checks, as far as this machine can, that a converted model computes the same as its source."""
 
 import hashlib
 import importlib
@@ -18,9 +18,9 @@ from calm_jax.models import DecoderConfig
 
 FILE = "verification.json"
 PROMPTS, LENGTH = 3, 64  # tokens
-LARGEST_WINDOW = 1024  # the longest that a prompt is made to exceed
-TOLERANCE = 1e-4  # of the largest logit, in float32
-ROUNDED_TOLERANCE = 0.1  # where weights were rounded to bfloat16 and the source's were not
+LARGEST_WINDOW = 1024  # the longest window that a prompt exceeds
+TOLERANCE = 1e-4  # fraction of the largest logit, in float32
+ROUNDED_TOLERANCE = 0.1  # if weights were rounded to bfloat16 but the source's were not
 log = logging.getLogger("absl")
 
 
@@ -29,8 +29,8 @@ def verify_model(
 ) -> None:
     """Computes logits of fixed prompts in float32, writes them to the folder, and compares them.
 
-    If transformers is installed and reads `source`, they are compared with its logits, to which
-    PEFT adds the `adapter`; a log line says what was compared.
+    If transformers is installed and reads `source`, they are compared with its logits; PEFT then
+    applies the `adapter`. A log line says what was compared.
 
     Raises:
         CalmError: the folder cannot be loaded, a logit is not finite, transformers does not run
@@ -43,8 +43,8 @@ def verify_model(
         raise CalmError(f"{source.path}: converted, it computes logits that are not finite")
     del decoder
     log.info(
-        "Not covered: damage of the source's weights from before the conversion, of which its "
-        "format keeps no checksum"
+        "Not covered: damage of the source's weights from before the conversion, since its format "
+        "has no checksums"
     )
     window = described.config.window
     if window is not None and window >= tokens_BT.shape[1]:
@@ -68,9 +68,9 @@ def verify_model(
 
 
 def fixed_prompts(config: DecoderConfig) -> np.ndarray:
-    """Token ids, int32 [B, T], the same for every model with such a vocabulary and window.
+    """Token ids, int32 [B, T], the same for every model with this vocabulary size and window.
 
-    Only one prompt reaches beyond the window: the logits of long prompts take much memory.
+    Only one prompt exceeds the window: the logits of long prompts take much memory.
     """
     shape = (PROMPTS, LENGTH)
     if config.window is not None and LENGTH <= config.window <= LARGEST_WINDOW:
@@ -85,13 +85,13 @@ def _compare(
     described: Description,
     adapter: epath.PathLike | None,
 ) -> dict[str, Any] | None:
-    """The program that the logits were compared with and the largest difference, or None."""
+    """The program that the logits were compared with, and the largest difference; or None."""
     if source.kind != "huggingface":
-        log.info("Logits computed and noted; there is nothing here to compare them with")
+        log.info("Logits computed and recorded, but there is nothing here to compare them with")
         return None
     for package in ("transformers", "torch") + ("peft",) * (adapter is not None):
         if importlib.util.find_spec(package) is None:
-            log.info("Logits computed and noted; %s is not installed to compare them", package)
+            log.info("Logits computed and recorded; %s is not installed to compare them", package)
             return None
     import torch
     import transformers
@@ -105,7 +105,7 @@ def _compare(
             model = importlib.import_module("peft").PeftModel.from_pretrained(model, str(adapter))
         with torch.no_grad():
             theirs_BTV = model(torch.from_numpy(tokens_BT.astype(np.int64))).logits.numpy()
-    except Exception as error:  # transformers raises many kinds
+    except Exception as error:  # transformers raises many kinds of exceptions
         raise CalmError(f"{source.path}: {program} cannot run it: {first_line(error)}") from error
     scale = float(np.max(np.abs(theirs_BTV)))
     difference = float(np.max(np.abs(theirs_BTV - logits_BTV))) / scale
@@ -115,7 +115,7 @@ def _compare(
     if not difference <= tolerance:
         raise CalmError(
             f"{source.path}: converted, its logits differ by {difference:.1e} of their scale from "
-            f"those of transformers; at most {tolerance:.0e} is expected"
+            f"those of transformers; at most {tolerance:.0e} is allowed"
         )
     log.info("Logits are those of transformers, within %.1e of their scale", difference)
     return {"program": program, "difference": difference}

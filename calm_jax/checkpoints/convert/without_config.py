@@ -1,4 +1,4 @@
-"""What families share whose checkpoints have no config: tensors show what the model is."""
+"""Shared by families whose checkpoints have no config: their tensors show what the model is."""
 
 import reprlib
 from collections.abc import Mapping
@@ -12,7 +12,7 @@ from calm_jax.errors import CalmError
 
 
 def shape_of(tensors: Mapping[str, Tensor], name: str, rank: int, where: str) -> tuple[int, ...]:
-    """A tensor's shape. Raises `CalmError` when it is missing, or not of `rank` axes."""
+    """A tensor's shape. Raises `CalmError` if it is missing or does not have `rank` axes."""
     if name not in tensors:
         raise CalmError(f"{where}: tensor {name} is missing")
     shape = tuple(tensors[name].shape)
@@ -22,9 +22,9 @@ def shape_of(tensors: Mapping[str, Tensor], name: str, rank: int, where: str) ->
 
 
 def number(option: str, value: Any) -> float:
-    """The value of a family's option as a finite number. Raises `CalmError` when it is not one."""
+    """The value of a family's option as a finite number. Raises `CalmError` if it is not one."""
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not is_number or not -LARGEST <= value <= LARGEST:  # a whole number can be above
+    if not is_number or not -LARGEST <= value <= LARGEST:  # a whole number can exceed any float
         raise CalmError(f"{option} is {reprlib.repr(value)}; it must be a finite number")
     return float(value)
 
@@ -32,17 +32,17 @@ def number(option: str, value: Any) -> float:
 def shown_norm_offset(
     tensors: Mapping[str, Tensor], ending: str, given: Any, usual: float, where: str
 ) -> tuple[float, tuple[str, ...]]:
-    """What a model adds to its stored norm scales, and warnings about it.
+    """The offset that a model adds to its stored norm scales, and warnings about it.
 
-    Training starts from effective scales of 1, and the stored ones stay around 1 - offset.
+    Training starts from effective scales of 1, so stored scales stay around 1 - offset.
 
     Args:
         ending: how the names of the norm scales end; these tensors are read.
-        given: the option's value, which decides; None leaves it to the stored scales.
+        given: the option's value, which decides; None: the stored scales decide.
         usual: the family's own offset.
 
     Raises:
-        CalmError: `given` is not a number, or the scales average neither at most 0.25 nor about 1.
+        CalmError: `given` is not a number, or the scales' average is neither near 0 nor near 1.
     """
     scales = [x[...] for name, x in tensors.items() if name.endswith(ending)]
     mean = float(np.mean([np.mean(x, dtype=np.float32) for x in scales])) if scales else 1 - usual

@@ -2,8 +2,8 @@
 
 The format is described at https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. The `gguf`
 package dequantises a tensor when it is read. Its reader of whole files is not used: it makes an
-array of every entry of every list, which takes seconds and hundreds of MiB for a large vocabulary,
-and a damaged length of a list keeps it busy until the memory is full.
+array for every entry of every list, which takes seconds and hundreds of MiB for a large vocabulary,
+and with a damaged list length it runs until memory is full.
 """
 
 import dataclasses
@@ -27,7 +27,7 @@ MAGIC = b"GGUF"
 VERSIONS = (2, 3)
 MOST_AXES = 4
 DEFAULT_ALIGNMENT = 32  # bytes
-GROUP_VALUES = 2**24  # dequantised at a time, as that takes several times their memory
+GROUP_VALUES = 2**24  # dequantised at a time, since that takes several times their memory
 _FORMATS = {
     GGUFValueType.UINT8: "B", GGUFValueType.INT8: "b", GGUFValueType.UINT16: "H",
     GGUFValueType.INT16: "h", GGUFValueType.UINT32: "I", GGUFValueType.INT32: "i",
@@ -43,10 +43,10 @@ _FLOATS = {
 
 
 def read(path: epath.Path) -> Source:
-    """Opens a file; no weight is read. The source's config is the file's metadata, as it stands.
+    """Opens a file; no weight is read. The source's config is the file's unchanged metadata.
 
     Raises:
-        CalmError: the file is on a bucket, damaged, big-endian or of another version, or a tensor
+        CalmError: the file is in a bucket, damaged, big-endian or of another version, or a tensor
             is stored in a way that the installed `gguf` does not know.
     """
     if is_bucket(path):
@@ -80,12 +80,12 @@ def read(path: epath.Path) -> Source:
 
 @dataclasses.dataclass(frozen=True)
 class StoredTensor:
-    """A tensor in a GGUF file; see `Tensor`. One that is quantised reads as float32."""
+    """A tensor in a GGUF file; see `Tensor`. A quantised tensor is read as float32."""
 
     called: str
     shape: tuple[int, ...]
     stored_as: GGMLQuantizationType
-    data: np.ndarray  # its bytes, mapped
+    data: np.ndarray  # the mapped bytes
 
     @property
     def dtype(self) -> np.dtype:
@@ -122,7 +122,7 @@ def _is_readable(stored_as: GGMLQuantizationType) -> bool:
 
 @dataclasses.dataclass(frozen=True)
 class _Entry:
-    """What the header says of a tensor; `offset` is in bytes behind the header."""
+    """A tensor's entry in the header; `offset` is in bytes from the end of the header."""
 
     name: str
     shape: tuple[int, ...]
@@ -139,14 +139,14 @@ class _Entry:
         stop = self.offset + math.prod(self.shape) // block_values * block_bytes
         if stop > content.size:
             raise ValueError(
-                f"tensor {self.name} ends at byte {stop} of {content.size} behind the header"
+                f"tensor {self.name} ends at byte {stop} of {content.size} after the header"
             )
         called = f"{where}: tensor {self.name}"
         return StoredTensor(called, self.shape, self.stored_as, content[self.offset : stop])
 
 
 class _Header:
-    """Reads the values at the start of a file one after the other; raises `ValueError`."""
+    """Reads the values at the start of a file one after another; raises `ValueError`."""
 
     def __init__(self, data: np.ndarray):
         self.position = 0
@@ -168,7 +168,7 @@ class _Header:
             raise ValueError(f"it is {told}; versions {VERSIONS[0]} and {VERSIONS[1]} are read")
 
     def numbers(self, kinds: str) -> tuple[Any, ...]:
-        """Numbers of the kinds that `struct` has these letters for."""
+        """Numbers of the given kinds, which are format letters of `struct`."""
         return struct.unpack("<" + kinds, self._take(struct.calcsize("<" + kinds)))
 
     def text(self) -> str:
@@ -192,7 +192,7 @@ class _Header:
         if kind == GGUFValueType.STRING:
             return self.text()
         (value,) = self.numbers(_FORMATS[kind])
-        # The shortest decimal number, as the model's own config has it: 1e-05.
+        # The shortest decimal number, as in the model's own config: 1e-05.
         return float(str(np.float32(value))) if kind == GGUFValueType.FLOAT32 else value
 
     def tensor(self) -> _Entry:

@@ -1,7 +1,7 @@
 """Hugging Face folders: config.json and safetensors, in one file or in shards.
 
 The container is described at https://huggingface.co/docs/safetensors. Its own library checks a
-file's header; tensors are views of the mapped file, where the library would copy them.
+file's header; tensors are views of the mapped file, since the library would copy them.
 """
 
 import dataclasses
@@ -43,8 +43,8 @@ def read(folder: epath.Path) -> Source:
     all `.safetensors` files together, or if there is none, of `pytorch_model.bin`.
 
     Raises:
-        CalmError: the folder is on a bucket; config.json is missing or damaged; index and shards
-            contradict each other, or shards have a tensor twice; a file is damaged.
+        CalmError: the folder is in a bucket; config.json is missing or damaged; index and shards
+            contradict each other, or two shards have the same tensor; a file is damaged.
     """
     _refuse_buckets(folder)
     config = _read_config(folder)
@@ -63,12 +63,12 @@ def read(folder: epath.Path) -> Source:
             tensors = torch_file.read(folder / PICKLED).tensors
         if not tensors and (folder / f"{PICKLED}.index.json").exists():
             raise CalmError(
-                f"{folder} has its tensors in several pickled files, which are not read; "
-                "transformers saves them as safetensors"
+                f"{folder} has its tensors in several pickled files, which are not supported; save "
+                "them as safetensors with transformers"
             )
         if not tensors:
             raise CalmError(
-                f"{folder} has a {CONFIG} and no tensors in .safetensors files or {PICKLED}"
+                f"{folder} has a {CONFIG}, but no tensors in .safetensors files or {PICKLED}"
             )
     return Source(folder, "huggingface", tensors, config)
 
@@ -76,8 +76,8 @@ def read(folder: epath.Path) -> Source:
 def read_file(path: epath.Path) -> Source:
     """Opens one `.safetensors` or `.bin` file.
 
-    A file that transformers reads, with a config.json beside it, stands for its folder. Raises
-    `CalmError` as `read` does, and when that folder holds other weights too.
+    A file that transformers reads, with a config.json in its folder, means that folder. Raises
+    `CalmError` as `read` does, and if that folder also holds other weights.
     """
     _refuse_buckets(path)
     is_pickled = path.suffix == ".bin"
@@ -88,8 +88,8 @@ def read_file(path: epath.Path) -> Source:
     others = {file.name for file in path.parent.glob("*.safetensors")} - {path.name}
     if others:
         raise CalmError(
-            f"{path} is not alone: beside it are a {CONFIG} and {sorted(others)[0]}; name the "
-            "folder, or move the file to one of its own"
+            f"{path} is not alone: its folder also has a {CONFIG} and {sorted(others)[0]}; name "
+            "the folder, or move the file to one of its own"
         )
     return read(path.parent)
 
@@ -107,7 +107,7 @@ class StoredTensor:
     name: str
     shape: tuple[int, ...]
     stored_as: str
-    data: np.ndarray  # its bytes, mapped
+    data: np.ndarray  # the mapped bytes
 
     @property
     def dtype(self) -> np.dtype:
@@ -122,11 +122,11 @@ class StoredTensor:
 
 
 def open_file(file: epath.Path) -> dict[str, StoredTensor]:
-    """The tensors of a safetensors file. Raises `CalmError` when it is damaged."""
+    """The tensors of a safetensors file. Raises `CalmError` if it is damaged."""
     refuse_lfs_pointer(file)
     try:
         with safe_open(str(file), framework="numpy"):
-            pass  # raises unless the header describes the whole file
+            pass  # opening it raises unless the header describes the whole file
         with file.open("rb") as opened:
             length = int.from_bytes(opened.read(8), "little")
             header = json.loads(opened.read(length))

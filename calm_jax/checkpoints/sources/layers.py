@@ -12,17 +12,17 @@ GROUP_BYTES = 2**30
 def unstack(tensor: Tensor, axis: int, group_bytes: int = GROUP_BYTES) -> list[Layer]:
     """The layers of a tensor that stacks them along `axis`, to be read in order.
 
-    One chunk on disk may span all layers, so that reading one layer decompresses them all. Reading
-    a layer therefore also reads as many of the following ones as fit in `group_bytes`, and keeps
-    them until the last of them is read: a tensor of up to that size is decompressed once, a larger
-    one once for each group.
+    One chunk on disk may span all layers, so reading one layer may decompress them all. Therefore
+    reading a layer also reads as many of the next ones as fit in `group_bytes`, and keeps the group
+    until its last layer is read: a tensor of up to that size is decompressed once, a larger one
+    once for each group.
     """
     stack = _Stack(tensor, axis, group_bytes)
     return [Layer(stack, axis, layer) for layer in range(tensor.shape[axis])]
 
 
 class _Stack:
-    """A tensor that keeps the group of layers that was read last."""
+    """A tensor that keeps the last group of layers that was read."""
 
     def __init__(self, tensor: Tensor, axis: int, group_bytes: int):
         self.shape, self.dtype = tuple(tensor.shape), np.dtype(tensor.dtype)

@@ -33,7 +33,7 @@ def read(path: epath.Path) -> Source:
     """Opens a file that `numpy.savez` wrote; only shapes and dtypes are read.
 
     Raises:
-        CalmError: it is damaged, or holds Python objects, which could run any code when read.
+        CalmError: it is damaged, or holds Python objects, which could run code when they are read.
     """
     refuse_lfs_pointer(path)
     with _opened(path, str(path)) as archive:
@@ -49,7 +49,7 @@ def read(path: epath.Path) -> Source:
             found, expected = member.file_size - data.tell(), math.prod(shape) * dtype.itemsize
         if found != expected:
             raise CalmError(f"{called} of shape {shape} has {found} bytes, not {expected}")
-        if dtype == np.dtype("V2"):  # numpy writes bfloat16, which it does not know, as raw bytes
+        if dtype == np.dtype("V2"):  # numpy does not know bfloat16 and writes it as raw bytes
             dtype = np.dtype(ml_dtypes.bfloat16)
         tensors[name] = Member(path, member.filename, called, shape, dtype)
     return Source(path, "npz", tensors)
@@ -57,7 +57,7 @@ def read(path: epath.Path) -> Source:
 
 @dataclasses.dataclass(frozen=True)
 class Member:
-    """One array of the file; every read decompresses the whole of it."""
+    """One array of the file; every read decompresses all of it."""
 
     path: epath.Path
     filename: str

@@ -18,7 +18,7 @@ def open_source(path: str | os.PathLike) -> Source:
             tree · a .gguf, .npz, .pt or .safetensors file.
 
     Raises:
-        CalmError: nothing is there, it is of no known kind, or it is damaged.
+        CalmError: the path does not exist, is of no known kind, or is damaged.
     """
     path = absolute(path)
     with storage("read", path):
@@ -45,7 +45,7 @@ def _reader(path: epath.Path):
             ".safetensors"
         )
     if (path / "chunks.json").exists():
-        raise CalmError(f"{path} is a frozen folder already; --to=huggingface writes it as another")
+        raise CalmError(f"{path} is already a frozen folder; --to=huggingface exports it")
     if (path / ADAPTER_CONFIG).exists() and not (path / "config.json").exists():
         raise CalmError(
             f"{path} is an adapter, not a model; give its base model as --source and this folder "
@@ -63,8 +63,8 @@ def _reader(path: epath.Path):
     if files:
         raise CalmError(f"{path} is a folder; name one of its files: {files}")
     raise CalmError(
-        f"{path} is not a known kind of checkpoint: it has neither config.json, nor .safetensors "
-        "files, nor the marks of T5X (a file named checkpoint) or Orbax (_METADATA)"
+        f"{path} is not a known kind of checkpoint: it has no config.json, no .safetensors files, "
+        "and no file named checkpoint (T5X) or _METADATA (Orbax)"
     )
 
 

@@ -1,7 +1,7 @@
 """Trees of arrays that Orbax wrote: a folder with `_METADATA`, or one that holds one such folder.
 
 TensorStore reads them, not Orbax: any number of devices may have written them, folders of old
-versions lack files that Orbax needs today, and only the parts that are needed are read.
+versions lack files that Orbax now needs, and only the needed parts are read.
 """
 
 from collections.abc import Callable
@@ -35,7 +35,7 @@ def read(folder: epath.Path) -> Source:
 
 
 def tree_folder(folder: epath.Path) -> epath.Path:
-    """The folder of the only tree. Raises `CalmError` when there is none or more than one."""
+    """The folder of the only tree. Raises `CalmError` if there is none or more than one."""
     trees = _trees(folder)
     if not trees:
         raise CalmError(f"{folder} is not a tree of Orbax: _METADATA is missing")
@@ -61,7 +61,7 @@ def open_tree(
 
 
 def array_names(folder: epath.Path) -> dict[str, str]:
-    """The names of the arrays of the tree in `folder`, and the path of each in it."""
+    """The names of the arrays of the tree in `folder`, with the path of each array there."""
     path = folder / "_METADATA"
     entries = read_field(read_json(path, "a tree of Orbax"), "tree_metadata", path)
     found = {}
@@ -86,12 +86,12 @@ def _trees(folder: epath.Path) -> list[epath.Path]:
 
 
 def _is_plain(part: str) -> bool:
-    """Whether a part of a path is a name, and does not lead out of its folder."""
+    """Whether a part of a path is a name that does not lead out of its folder."""
     return part.isprintable() and part not in ("", ".", "..")
 
 
 def _is_array(value_metadata: dict) -> bool:
-    """Whether a leaf is an array: empty dicts, None and text are leaves too."""
+    """Whether a leaf is an array; empty dicts, None and text are also leaves."""
     return not value_metadata.get("skip_deserialize") and value_metadata.get("value_type") not in (
         "string",
         "None",

@@ -1,4 +1,4 @@
-"""An open checkpoint, whatever its kind."""
+"""An open checkpoint of any kind."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -11,7 +11,7 @@ Kind = Literal["huggingface", "gguf", "t5x", "orbax", "npz", "torch", "safetenso
 
 
 class Tensor(Protocol):
-    """An array of a checkpoint; indexing with whole numbers and slices reads that part alone.
+    """An array of a checkpoint; indexing with whole numbers and slices reads only that part.
 
     A failed read raises `CalmError` naming file and tensor.
     """
@@ -34,8 +34,8 @@ class Source:
         kind: how it is stored.
         tensors: every array by its full name; in trees, the keys joined by "/".
         config: the checkpoint's own description (`config.json` of Hugging Face), or None.
-        vocabulary_files: tokenizer files that the checkpoint holds within itself, by their names;
-            None: it is of a kind that holds none.
+        vocabulary_files: tokenizer files inside the checkpoint, by name; None: this kind of
+            checkpoint holds none.
     """
 
     path: epath.Path

@@ -1,8 +1,8 @@
 """Checkpoints of T5X: only the parameters, not the optimizer's state.
 
 There are three layouts on disk (`t5x/checkpoints.py`):
- legacy: a msgpack file `checkpoint` whose leaves are TensorStore specs of zarr folders beside it,
-  and arrays; version 3, or 2, which has bfloat16 as uint16;
+ legacy: a msgpack file `checkpoint` whose leaves are arrays, or TensorStore specs of zarr folders
+  in the same folder; version 3, or 2, which stores bfloat16 as uint16;
  old Orbax (2022 to 2023): the same file with leaves `PLACEHOLDER://<folder>`;
  Orbax: a folder `state/` with `_METADATA`.
 """
@@ -25,12 +25,12 @@ from calm_jax.errors import CalmError
 Leaf = TypeVar("Leaf")
 
 VERSIONS = (2, 3)
-# T5X joins the paths of all three to the checkpoint's folder; a bucket named in them is ignored.
+# T5X takes the paths of all three as relative to the checkpoint's folder, and ignores buckets.
 _STORES = ("file", "gfile", "gcs")
 _PLACEHOLDER = "PLACEHOLDER://"
 _MESH_TENSORFLOW = b"model_checkpoint_path"
 _PARAMETERS = re.compile(r"(?:_?optimizer/)?target/(.+)")
-# Flaxformer writes these among the parameters, to tell its own versions apart.
+# Flaxformer writes these among the parameters, to mark its own versions.
 _MARKS = ("__save_format_metadata__", "__version__")
 
 
@@ -40,7 +40,7 @@ def is_t5x(path: epath.Path) -> bool:
 
 
 def read(path: epath.Path) -> Source:
-    """Opens the parameters; names are those below `target`.
+    """Opens the parameters; their names are those below `target`.
 
     Args:
         path: a folder `checkpoint_<step>`, or one that holds a single such folder.
@@ -78,7 +78,7 @@ def _steps(folder: epath.Path) -> list[epath.Path]:
 
 
 def _orbax_folder(folder: epath.Path) -> epath.Path | None:
-    """The folder of Orbax's tree, if this is T5X on Orbax: its tree has a `target`."""
+    """The folder of Orbax's tree, if this is T5X on Orbax, whose tree has a `target`."""
     for tree in (folder / "state", folder):
         if (tree / "_METADATA").is_file():
             return tree if any(map(_parameter_name, orbax_tree.array_names(tree))) else None
@@ -86,13 +86,13 @@ def _orbax_folder(folder: epath.Path) -> epath.Path | None:
 
 
 def _parameter_name(name: str) -> str | None:
-    """The name of a parameter from its whole path; None for the optimizer's state."""
+    """The name of a parameter from its full path; None for the optimizer's state."""
     found = _PARAMETERS.fullmatch(name)
     return None if found is None or any(mark in name for mark in _MARKS) else found[1]
 
 
 def parameters(leaves: Mapping[str, Leaf]) -> dict[str, Leaf]:
-    """Of leaves by their whole paths, the parameters by their names below `target`."""
+    """The parameters, by their names below `target`, among leaves by their full paths."""
     named = {_parameter_name(path): leaf for path, leaf in leaves.items()}
     return {name: leaf for name, leaf in named.items() if name is not None}
 
@@ -114,13 +114,13 @@ def _read_msgpack(folder: epath.Path) -> dict[str, Tensor]:
         elif isinstance(leaf, np.ndarray | np.generic):
             arrays[name] = np.asarray(leaf)
         elif leaf is not None:
-            raise CalmError(f"{called} is {leaf!r}, neither an array nor where one is stored")
+            raise CalmError(f"{called} is {leaf!r}, neither an array nor the place of one")
     tensors = open_all(specs, str(folder), bfloat16_as_uint16=version == 2)
     for name, (shape, dtype) in expected.items():
         store = tensors[name].store
         if (shape, dtype) != (store.shape, store.dtype.name):
             raise CalmError(
-                f"{path}: tensor {name} has shape {shape} and dtype {dtype}, its zarr folder "
+                f"{path}: tensor {name} has shape {shape} and dtype {dtype}, but its zarr folder "
                 f"{tuple(store.shape)} and {store.dtype.name}"
             )
     return {**tensors, **arrays}
@@ -133,12 +133,12 @@ def _parse(path: epath.Path) -> tuple[int | None, dict[str, Any]]:
     data = read_bytes(path)
     if data.startswith(_MESH_TENSORFLOW):
         raise CalmError(
-            f"{path} is of Mesh TensorFlow (model_checkpoint_path), which is not supported; "
-            "T5X converts it"
+            f"{path} is a checkpoint of Mesh TensorFlow (model_checkpoint_path), which is not "
+            "supported; convert it with T5X"
         )
     try:
         contents = serialization.msgpack_restore(data)
-    except Exception as error:  # msgpack, numpy and Flax each raise their own
+    except Exception as error:  # msgpack, numpy and Flax each raise exceptions of their own
         raise CalmError(
             f"{path} is damaged: it is not a complete msgpack file ({first_line(error)})"
         ) from None
@@ -154,7 +154,7 @@ def _parse(path: epath.Path) -> tuple[int | None, dict[str, Any]]:
 
 
 def _leaves(tree: Any, where: str, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """(path, leaf) of nested dicts, where a TensorStore spec is a leaf."""
+    """(path, leaf) of nested dicts; a TensorStore spec is a leaf."""
     if not isinstance(tree, Mapping):
         raise CalmError(f"{where} is damaged: it holds a {type(tree).__name__}, not a tree")
     for key, value in tree.items():
@@ -173,7 +173,7 @@ def _check_spec(spec: Mapping[str, Any], called: str) -> tuple[str, tuple[tuple[
         # Before TensorStore 0.1.14 the path was the array's, not the store's.
         path = os.fspath(store.get("path") or spec["path"])
         shape = spec["metadata"]["shape"]
-        # Flax writes a list as a dict, unless it is told how to write the whole spec.
+        # Flax writes a list as a dict, unless a function for the whole spec is registered.
         shape = shape.values() if isinstance(shape, Mapping) else shape
         shape_and_dtype = tuple(map(int, shape)), str(spec["dtype"])
     except (KeyError, TypeError, AttributeError, ValueError) as error:
@@ -187,7 +187,7 @@ def _check_spec(spec: Mapping[str, Any], called: str) -> tuple[str, tuple[tuple[
 
 
 def _inside(folder: epath.Path, path: str, called: str) -> str:
-    """`path` from the checkpoint's folder; raises `CalmError` when it leads out of it."""
+    """`path` relative to the checkpoint's folder; raises `CalmError` if it leads out of it."""
     root = f"/{str(folder).partition('://')[2]}" if is_bucket(folder) else str(folder)
     whole = posixpath.normpath(posixpath.join(root, path))
     inside = posixpath.relpath(whole, root)

@@ -12,18 +12,18 @@ from etils import epath
 from calm_jax.checkpoints.files import first_line, is_bucket
 from calm_jax.errors import CalmError
 
-# Keeps the nodes of OCDBT's B-tree, which every array of a folder shares.
+# Caches the nodes of OCDBT's B-tree, which all arrays of a folder share.
 _CONTEXT = {"cache_pool#ocdbt": {"total_bytes_limit": 10**8}}
 
 
 @dataclasses.dataclass(frozen=True)
 class StoredTensor:
-    """An array that is open and not yet read: a `Tensor` of a source.
+    """An array that is open but not yet read: a `Tensor` of a source.
 
     Attributes:
         store: its TensorStore.
-        name: what messages call it: the checkpoint and the tensor.
-        dtype: of what is read; if the store has another, its bits are reinterpreted.
+        name: its name in messages: the checkpoint and the tensor.
+        dtype: the dtype of values that are read; if the store's differs, bits are reinterpreted.
     """
 
     store: ts.TensorStore
@@ -35,7 +35,7 @@ class StoredTensor:
         return tuple(self.store.shape)
 
     def __getitem__(self, index: Any) -> np.ndarray:
-        """Raises `CalmError` when a chunk is absent or damaged."""
+        """Raises `CalmError` if a chunk is absent or damaged."""
         try:
             return np.asarray(self.store[index].read().result()).view(self.dtype)
         except (ValueError, OSError, RuntimeError) as error:
@@ -63,8 +63,8 @@ def open_all(
     """Opens the arrays of a checkpoint, all at once; no weight is read.
 
     Args:
-        specs: of every array by its name.
-        where: what messages call the checkpoint.
+        specs: the spec of every array, by its name.
+        where: the checkpoint's name in messages.
         bfloat16_as_uint16: arrays of uint16 hold the bits of bfloat16.
 
     Raises:

@@ -1,9 +1,9 @@
-"""Files of `torch.save`, read without torch and without running what a pickle asks for.
+"""Files of `torch.save`, read without torch and without running code from the pickle.
 
 Such a file is an uncompressed zip archive: `NAME/data.pkl` is a pickle of names and views, and
 `NAME/data/KEY` holds the bytes of one storage. As with torch's own `weights_only=True`, the pickle
 may name only what a dictionary of tensors needs. Tensors are views of the mapped file; the CRC-32
-of a storage is checked when a tensor in it is first read.
+of a storage is checked when one of its tensors is first read.
 """
 
 import collections
@@ -27,7 +27,7 @@ from calm_jax.checkpoints.files import first_line, is_bucket, refuse_lfs_pointer
 from calm_jax.checkpoints.sources.source import Source
 from calm_jax.errors import CalmError
 
-# torch's names of dtypes that are numpy's too.
+# Names of dtypes that torch and numpy share.
 _SAME = (
     "float64 float32 float16 complex128 complex64 int64 int32 int16 int8 uint64 uint32 uint16 uint8"
 )
@@ -44,10 +44,10 @@ _STORAGES = {
 }  # fmt: skip
 # Keys under which training programs keep the parameters.
 _WRAPPERS = ("model", "state_dict", "model_state_dict", "module")
-_PREFIXES = ("module.", "_orig_mod.")  # of data-parallel and of compiled modules
+_PREFIXES = ("module.", "_orig_mod.")  # of data-parallel and compiled modules
 _BEFORE_ZIP = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # the pickled magic number of torch < 1.6
 _CRC_BYTES = 2**24  # checked at a time
-_PICKLE_BYTES = 2**27  # those of the largest models have 1 % of it
+_PICKLE_BYTES = 2**27  # a hundred times the pickles of the largest models
 
 
 def read(path: epath.Path) -> Source:
@@ -60,8 +60,8 @@ def read(path: epath.Path) -> Source:
 
     Raises:
         CalmError: the file is in a bucket, damaged, compressed, big-endian or older than torch 1.6;
-            it has no dictionary of tensors, or several; or its pickle asks for anything else,
-            which the message names and which is not run.
+            it has no dictionary of tensors, or several; or its pickle asks for anything else, which
+            is named in the message and not run.
     """
     if is_bucket(path):
         raise CalmError(f"{path} is in a bucket; copy the checkpoint to a disk first")
@@ -95,7 +95,7 @@ class StoredBytes:
     checked: bool = False
 
     def check(self, called: str) -> None:
-        """Raises `CalmError` when the bytes are not those that were written."""
+        """Raises `CalmError` if the bytes are not those that were written."""
         if self.checked:
             return
         crc = 0
@@ -127,8 +127,8 @@ class StoredTensor:
         return self.view[index]
 
 
-# A pickle may call whatever it is given and set its attributes. It is therefore given tuples, which
-# have no attributes to set, instead of dtypes and functions; they are checked after it has run.
+# A pickle may call the objects that it gets and set their attributes. It therefore gets tuples,
+# which have no attributes to set, instead of dtypes and functions; they are checked afterwards.
 
 
 class _Name(NamedTuple):
@@ -144,7 +144,7 @@ class _Storage(NamedTuple):
 
 
 class _View(NamedTuple):
-    """A tensor; offset and strides count entries of `dtype` (None: of the storage's dtype)."""
+    """A tensor; offset and strides count entries of `dtype` (None: the storage's dtype)."""
 
     storage: _Storage
     offset: int
@@ -184,7 +184,7 @@ _KNOWN = {
 }
 
 
-class _Unpickler(pickle._Unpickler):  # the memo of the C version can be made to fill the memory
+class _Unpickler(pickle._Unpickler):  # a pickle can make the C version's memo fill the memory
     def find_class(self, module: str, name: str) -> Any:
         if f"{module}.{name}" not in _KNOWN:
             raise CalmError(
@@ -210,7 +210,7 @@ def _open_tensors(
         raise CalmError(f"{path} has {len(roots)} members data.pkl, not one")
     (root,) = roots
     if archive.getinfo(root + "data.pkl").file_size > _PICKLE_BYTES:
-        raise CalmError(f"{path}: data.pkl has more than {_PICKLE_BYTES} bytes; save tensors alone")
+        raise CalmError(f"{path}: data.pkl has more than {_PICKLE_BYTES} bytes; save only tensors")
     for member in archive.infolist():
         if member.compress_type != zipfile.ZIP_STORED:
             raise CalmError(f"{path}: {member.filename} is compressed, which torch.save never does")
@@ -246,7 +246,7 @@ def _state_dict(content: Any) -> dict[str, _View]:
         raise CalmError(f"it holds a {type(content).__name__}, not a dictionary of tensors")
     tensors = {name: x for name, x in content.items() if isinstance(x, _View)}
     if not tensors:
-        raise CalmError(f"no tensors are in it, only {reprlib.repr(list(content))}")
+        raise CalmError(f"it holds no tensors, only {reprlib.repr(list(content))}")
     for name in tensors:
         if not isinstance(name, str):
             raise CalmError(f"a tensor is called {reprlib.repr(name)}, which is not a name")
@@ -259,13 +259,13 @@ def _state_dict(content: Any) -> dict[str, _View]:
 def _stored_bytes(
     archive: zipfile.ZipFile, name: str, mapped: np.ndarray, called: str
 ) -> StoredBytes:
-    """Where a member's bytes are in the mapped file."""
+    """A member's bytes in the mapped file."""
     try:
         member = archive.getinfo(name)
     except KeyError:
         raise CalmError(f"{called}: {name} is missing") from None
     archive.open(member).close()  # compares the member's own header with the archive's index
-    # The header: 26 bytes, the lengths of name and extra field, both of them; then the bytes.
+    # The header: 26 bytes, the lengths of name and extra field, then both fields.
     lengths = struct.unpack_from("<2H", mapped, member.header_offset + 26)
     start = member.header_offset + 30 + sum(lengths)
     content = mapped[start : start + member.file_size]
@@ -275,7 +275,7 @@ def _stored_bytes(
 
 
 def _array(view: _View, storage: StoredBytes, called: str, most_bytes: int) -> np.ndarray:
-    """The view as an array of the mapped bytes; nothing outside the storage can be read."""
+    """The view as an array of mapped bytes; it cannot read outside the storage."""
     stored_as = _STORAGES[view.storage.storage_class.name]
     itemsize = _DTYPES[stored_as].itemsize
     if storage.content.size != view.storage.size * itemsize:
@@ -296,7 +296,7 @@ def _array(view: _View, storage: StoredBytes, called: str, most_bytes: int) -> n
         return np.zeros(view.shape, dtype)
     if last >= entries:
         raise CalmError(f"{called} reaches entry {last} of a storage of {entries}")
-    # With strides of 0 a few bytes can claim to be any number of weights.
+    # With strides of 0 a few bytes can pretend to be any number of weights.
     if math.prod(view.shape) * dtype.itemsize > most_bytes:
         raise CalmError(f"{called} has shape {view.shape}, more bytes than the whole file")
     return np.ndarray(

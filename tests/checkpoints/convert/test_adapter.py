@@ -194,9 +194,7 @@ def test_an_adapter_beside_its_model_is_not_ignored(adapter, tmp_path):
     folder = adapter()
     for file in ("config.json", "model.safetensors"):
         shutil.copy(GOLDEN / "llama" / file, folder / file)
-    message = (
-        r"holds an adapter beside the model; give --adapter=\S+ to merge it, or move adapter_c"
-    )
+    message = r"holds a model and an adapter; give --adapter=\S+ to merge it, or move adapter_c"
     with pytest.raises(CalmError, match=message):
         calm_jax.convert(folder, tmp_path / "model")
     calm_jax.convert(folder, tmp_path / "model", adapter=folder)

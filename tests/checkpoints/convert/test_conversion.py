@@ -165,8 +165,10 @@ def test_a_model_that_no_family_computes_is_not_exported(tmp_path):
     import tiny_models
 
     calm_jax.save_frozen(tiny_models.decoder(family="palm"), tmp_path / "model")
-    message = r"does; the model has block 'parallel', llama has block 'sequential'"
-    with pytest.raises(CalmError, match=rf"none of llama, .* computes what this model {message}"):
+    message = r"; the model has block 'parallel', llama has block 'sequential'"
+    with pytest.raises(
+        CalmError, match=rf"none of llama, .* computes the same as this model{message}"
+    ):
         calm_jax.export(tmp_path / "model", tmp_path / "exported")
     assert not (tmp_path / "exported").exists()
 
@@ -445,10 +447,10 @@ def test_a_lone_file_takes_only_a_vocabulary_that_no_other_file_can_mean(tmp_pat
     assert "vocabulary" not in caplog.text
     vocabulary.save_published(path.parent)
     assert found("with one").tokens() == vocabulary.tokens()
-    assert "with the vocabulary beside it, tokenizer.json" in caplog.text
+    assert "with the vocabulary in its folder, tokenizer.json" in caplog.text
     (path.parent / "other.model").write_bytes(b"of another model")
     assert found("with two") is None
-    assert "without a vocabulary: beside it are other.model, tokenizer.json" in caplog.text
+    assert "without a vocabulary: its folder has other.model, tokenizer.json" in caplog.text
 
 
 def test_verification_is_noted_in_the_folder(source, tmp_path, monkeypatch):
@@ -548,7 +550,7 @@ def test_a_bridge_fits_no_model_of_other_form_with_the_same_weights(source, tmp_
 
 def test_a_frozen_folder_is_no_source(source, tmp_path):
     calm_jax.convert(source, tmp_path / "model")
-    with pytest.raises(CalmError, match=r"is a frozen folder already; --to=huggingface"):
+    with pytest.raises(CalmError, match=r"is already a frozen folder; --to=huggingface"):
         calm_jax.convert(tmp_path / "model", tmp_path / "again")
 
 

@@ -237,7 +237,7 @@ def test_ends_and_spaces_that_a_file_names(tmp_path):
         ({"tokens": None}, "tokenizer.ggml.tokens is missing"),
         ({"tokens": 5}, "tokenizer.ggml.tokens is not a list of str"),
         ({"token_type": [1, 2]}, "token_type has 2 entries for"),
-        ({"merges": ["a b c"]}, "merges has 'a b c', no pair"),
+        ({"merges": ["a b c"]}, "merges has 'a b c', not a pair"),
         ({"merges": ["§ §"]}, "m.gguf: tokenizer.ggml"),
         ({"eos_token_id": 2**32 - 1}, "eos_token_id is 4294967295, not the id of one of"),
         ({"add_bos_token": "yes"}, "add_bos_token is 'yes'; it must be true or false"),
@@ -265,7 +265,7 @@ def test_a_whole_conversion(tmp_path, caplog):
     decoder = calm_jax.load(tmp_path / "converted")
     assert decoder.config.dtype == "float32" and decoder.vocabulary.size == rows
     assert calm_jax.load(tmp_path / "halved").config.dtype == "bfloat16"
-    assert "--dtype=bfloat16 halves it" in caplog.text and "beside it" not in caplog.text
+    assert "--dtype=bfloat16 halves it" in caplog.text and "in its folder" not in caplog.text
 
 
 @pytest.fixture(scope="module")

@@ -403,12 +403,12 @@ BAD = {
     "stacked without axis": (
         scanned(FLOATS) | {"decoder/decoder/layer_norm/scale": np.zeros(D)},
         {},
-        rf"layer_norm/scale has shape \({D},\), no axis of layers",
+        rf"layer_norm/scale has shape \({D},\), without an axis of layers",
     ),
     "stacked and apart": (
         scanned(FLOATS) | FLOATS,
         {},
-        r"tensor decoder/layers_0/\S+ is in decoder/decoder/\S+ once more",
+        r"tensor decoder/layers_0/\S+ is also in decoder/decoder/\S+",
     ),
     "unknown scan axis": (FLOATS, {"scan_axis": 2}, "scan_axis is 2; it must be 0 or 1"),
     "strange number": (FLOATS, {"norm_offset": "one"}, "norm_offset is 'one'; it must be a finite"),
@@ -444,7 +444,7 @@ BAD = {
     "widths of heads": (
         FLOATS | {O_WO: np.zeros((N, 2 * F_ + H, D))},
         {},
-        rf"q_wi_fused/kernel has {2 * F_ + H} features a head and o_wo_fused {2 * F_ + H}; "
+        rf"has {2 * F_ + H} features in .*q_wi_fused/kernel and {2 * F_ + H} in o_wo_fused; "
         rf".* H = {2 * F_ + H}, f = 0",
     ),
     "keys of another width": (
@@ -475,7 +475,7 @@ BAD = {
     "floats and integers": (
         INT8 | {Q_WI: FLOATS[Q_WI]},
         {},
-        f"tensor {Q_WI} is there as int8 once more",
+        f"tensor {Q_WI} is also there as int8",
     ),
 }
 

@@ -327,7 +327,7 @@ def test_a_folder_without_tensors(folder):
     with pytest.raises(CalmError, match=r"no tensors in \.safetensors files or pytorch_model\.bin"):
         read(folder)
     (folder / "pytorch_model.bin.index.json").write_text("{}")
-    with pytest.raises(CalmError, match=r"in several pickled files, which are not read"):
+    with pytest.raises(CalmError, match=r"in several pickled files, which are not supported"):
         read(folder)
     (folder / "model.safetensors").mkdir()
     with pytest.raises(CalmError, match=r"cannot read .*/model\.safetensors: Is a directory"):

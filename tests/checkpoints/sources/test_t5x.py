@@ -75,7 +75,7 @@ def test_several_steps_are_listed_and_unfinished_ones_are_not(tmp_path):
 
 def test_mesh_tensorflow(tmp_path):
     (tmp_path / "checkpoint").write_text('model_checkpoint_path: "model.ckpt-0"\n')
-    with pytest.raises(CalmError, match="is of Mesh TensorFlow"):
+    with pytest.raises(CalmError, match="is a checkpoint of Mesh TensorFlow"):
         open_source(tmp_path)
 
 
