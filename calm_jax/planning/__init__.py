@@ -1,1 +1,1 @@
-"""What a training step needs on machines that are not at hand: memory, traffic, time."""
+"""What a training step needs on machines that you do not have: memory, traffic, time."""

@@ -16,14 +16,14 @@ KINDS = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective
 
 @dataclasses.dataclass(frozen=True)
 class Collective:
-    """One instruction by which chips exchange data.
+    """One instruction with which chips exchange data.
 
     Attributes:
         kind: one of `KINDS`.
         axes: mesh axes along which the members of a group differ.
         group: positions in the mesh of the first group's chips.
         times: how often it runs in a step.
-        bytes: what each chip sends in all runs together, by the best algorithm on a ring.
+        bytes: what each chip sends in all runs together, with the best algorithm on a ring.
     """
 
     name: str
@@ -47,7 +47,7 @@ def find(module: Module, mesh: jax.sharding.Mesh) -> list[Collective]:
             continue
         inside = module.computations[computation]
         if "chain_id=" in instruction.attributes and not _starts(inside):
-            continue  # it overlaps several fusions, and is written in each of them
+            continue  # an exchange that overlaps several fusions is written in each of them
         if kind == "all-reduce" and computation.startswith("all-reduce-scatter"):
             kind = "reduce-scatter"
         groups = _groups(instruction, mesh)
@@ -77,7 +77,7 @@ def totals(found: Sequence[Collective]) -> list[dict]:
 
 
 def _starts(computation: dict[str, Instruction]) -> bool:
-    """Whether a fusion is the one that starts an exchange which further fusions continue."""
+    """Whether a fusion starts an exchange that further fusions continue."""
     return any("AsyncCollectiveStart" in x.attributes for x in computation.values())
 
 

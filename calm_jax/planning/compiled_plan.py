@@ -1,4 +1,4 @@
-"""What the training step of a config needs on a topology, read off the compiled step."""
+"""What the training step of a config needs on a topology, read from the compiled step."""
 
 import importlib.metadata
 import math
@@ -26,8 +26,8 @@ def make_plan(config: ConfigDict, topology: Topology) -> Plan:
     Returns:
         a dictionary for JSON: "config", "topology", "chips", "mesh", "batch_size", "length";
         "memory" in bytes of one chip; "flops" of one chip and step; "collectives"; "seconds" of a
-        step; "mfu_bound", the highest MFU that these seconds allow. If the step does not fit,
-        nothing after "flops".
+        step; "mfu_bound", the highest MFU that these seconds allow. If the step does not fit, it
+        ends after "flops".
 
     Raises:
         CalmError: bad input, or no compiler for the topology.
@@ -77,7 +77,7 @@ def make_plan(config: ConfigDict, topology: Topology) -> Plan:
 
 
 def description(config: ConfigDict, topology: Topology, mesh: dict[str, int]) -> Plan:
-    """The entries of a plan that say what was planned."""
+    """The entries of a plan that describe the planned step."""
     train = config.train
     return {
         "config": config.name,
@@ -117,7 +117,7 @@ def times(config: ConfigDict, topology: Topology, seconds: roofline.StepTime) ->
 def training_cost(
     plan: Plan, tokens: float, dollars_per_chip_hour: float | None = None
 ) -> dict[str, Any]:
-    """What training on that many tokens takes, at least and at most.
+    """The least and most that training on `tokens` takes.
 
     Returns:
         "tokens" and "steps"; as [least, most] "hours", "chip_hours" and, if priced, "dollars".

@@ -1,4 +1,4 @@
-"""What is counted in the traced step, for any mesh: its FLOPs, and what it keeps."""
+"""Counts in the traced step, for any mesh: its FLOPs, and the bytes for its backward pass."""
 
 import math
 from typing import Any
@@ -24,8 +24,8 @@ def flops(config: ConfigDict) -> int:
 def kept_bytes(config: ConfigDict) -> int:
     """Bytes, over all devices, that a step's layers keep for its backward pass.
 
-    The step is traced in one micro-batch. An attention kernel keeps what "chunked" does: everything
-    but the attention weights.
+    The step is traced with one micro-batch. An attention kernel keeps the same as "chunked":
+    everything but the attention weights.
     """
     jaxpr = _traced(config, "xla" if config.attention == "xla" else "chunked")
     return _kept_by_loops(without_unused(jaxpr))
@@ -39,7 +39,7 @@ def _traced(config: ConfigDict, attention: str) -> Any:
 
 
 def _kept_by_loops(jaxpr: Any) -> int:
-    """Bytes that scans over layers return beside the residual stream.
+    """Bytes that scans over layers return besides the residual stream.
 
     Scans that run in reverse are left out: they are the backward pass itself.
     """

@@ -1,4 +1,4 @@
-"""What decoding with a plan's models keeps of each token, and how much of it fits."""
+"""The bytes that a plan's models cache for each token in decoding, and how many rows fit."""
 
 from typing import Any
 
@@ -13,9 +13,9 @@ from calm_jax.training.run_model import composition_configs
 
 
 def of_plan(config: ConfigDict, plan: Plan) -> list[dict[str, Any]]:
-    """The state of a token on a chip, in the models' own dtypes and in int8.
+    """The cached bytes of a token on a chip, in the models' own dtypes and in int8.
 
-    Models lie on the plan's mesh as they do in training, without the optimizer's state.
+    Models are split over the plan's mesh as in training, without the optimizer's state.
 
     Returns:
         for each dtype, "dtype"; in bytes, "anchor", "augments" and "total"; "cross" of each

@@ -1,6 +1,6 @@
-"""What a step needs by arithmetic alone: good enough to rank ways of running it.
+"""What a step needs, by arithmetic alone: accurate enough to rank ways of running it.
 
-FLOPs, and what is kept for the backward pass, are counted in the traced step; sizes of trees come
+FLOPs, and bytes kept for the backward pass, are counted in the traced step; sizes of trees come
 from their shardings. Everything else is estimated from the sizes of the largest arrays: gathered
 weights, the residual stream, the products inside a layer, attention logits.
 """
@@ -32,7 +32,7 @@ _BLOCK = 512  # keys whose logits exist at once, unless the attention backend is
 
 @dataclasses.dataclass(frozen=True)
 class _Layers:
-    """Equal layers that run one after the other, on one chip and for one micro-batch.
+    """Equal layers that run one after another, on one chip and for one micro-batch.
 
     Attributes:
         number: how many layers there are.
@@ -115,8 +115,8 @@ class Formula:
             exchanged += runs * group.exchanges * group.stream * (tensor - 1) / tensor
             moved += runs * (2 * group.weights + 4 * group.stream + 4 * group.inner + group.logits)
         moved += 3 * train.accumulate * head + 6 * trained + kept
-        # Every micro-batch sums its gradients: scattered as the weights are split, then over the
-        # chips of a slice that hold the same weights, then each chip's share between slices.
+        # Every micro-batch sums its gradients: first scattered in the way the weights are split,
+        # then over chips of a slice that hold the same weights, then each chip's share over slices.
         slices = mesh.shape["slices"]
         replicas = batch_ways // slices // shards
         gradients *= train.accumulate
@@ -151,7 +151,7 @@ class Formula:
         rows = tree_shards(self.parts, shardings, self.trainable, self.opt_state, self.frozen)
         trained = shard_bytes(self.trainable, shardings.trainable)
         layers, split = self.trainable, shardings.trainable
-        if not self.composed:  # an embedding's gradient is float32, a layer's is cast
+        if not self.composed:  # an embedding's gradient is float32, but a layer's is cast
             layers, split = layers["layers"], split["layers"]
         return rows, trained, trained - (1 - self.cast) * shard_bytes(layers, split)
 
@@ -201,7 +201,7 @@ class Formula:
         return 2.5 * logits + decoder.vocab_size / tensor * decoder.embed_dim * 2
 
     def _bandwidth(self, ways: int) -> float:
-        """Bytes per second to a group of chips: along one side of the slice, or along two."""
+        """Bytes per second to a group of chips, along one side of the slice or along two."""
         sides = sorted(
             (self.topology.side_bandwidth(side), length)
             for side, length in enumerate(self.topology.shape)

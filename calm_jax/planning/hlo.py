@@ -1,4 +1,4 @@
-"""The text of a compiled program as instructions, each with how often it runs.
+"""The text of a compiled program as instructions, with how often each runs.
 
 XLA's own figures count the body of a loop once; here it counts as often as the loop runs.
 """
@@ -99,7 +99,7 @@ class Module:
         return next(x for x in self.computations[computation].values() if x.is_root)
 
     def executed(self) -> Iterator[tuple[Instruction, int, str, str]]:
-        """Every instruction that runs; of a conditional, those of the branch that makes most bytes.
+        """Every instruction that runs; in a conditional, the branch that produces most bytes.
 
         Yields:
             the instruction; how often it runs in a step; the computation that contains it; and the
@@ -127,7 +127,7 @@ class Module:
                 yield from self._walk(instruction.called("calls"), times, launcher)
 
     def trips(self, loop: Instruction, computation: str) -> int:
-        """How often a loop runs: as its text says, else by its condition `i < limit`."""
+        """How often a loop runs, from its text or else from its condition `i < limit`."""
         known = re.search(r'known_trip_count"?\s*[:=]\s*\{"?n"?\s*[:=]\s*"?(\d+)', loop.attributes)
         if known:
             return int(known[1])
@@ -150,9 +150,7 @@ class Module:
             values = [self._value(name, condition, loop, computation) for name in compare.operands]
         start, limit = values if "direction=LT" in compare.attributes else reversed(values)
         if compare.opcode != "compare" or limit is None:
-            raise ValueError(
-                f"the loop {loop.name} has a number of runs that its text does not tell"
-            )
+            raise ValueError(f"the text of the loop {loop.name} does not show how often it runs")
         return limit - (start or 0)
 
     def _value(self, name: str, condition: str, loop: Instruction, outside: str) -> int | None:

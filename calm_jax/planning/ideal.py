@@ -1,7 +1,7 @@
-"""The FLOPs that a training step of a bridge cannot do without, from the models' configs alone.
+"""The FLOPs that a training step of a bridge cannot avoid, from the models' configs alone.
 
-Matrix products only, two FLOPs a multiply-add, attention at its full square. MFU is defined by this
-number. Nothing is traced, so it is an independent check of what `calm_jax.training.flops` counts.
+Only matrix products count, a multiply-add as two FLOPs, attention at its full square. MFU is
+defined by this number. Nothing is traced, so it checks `calm_jax.training.flops` independently.
 """
 
 import dataclasses
@@ -16,13 +16,13 @@ class IdealFlops:
     """FLOPs of one step, by part.
 
     Attributes:
-        augments: forward, up to each one's last tap; no head.
+        augments: forward, each up to its last tap, without a head.
         anchor_forward: once, with its head.
-        anchor_backward: gradients of activations alone, of the head and of the layers above the
+        anchor_backward: gradients of activations only, in the head and in the layers above the
             first connected one.
         bridge_forward: every connection.
         bridge_backward: gradients of parameters and of activations.
-        recomputed: what full rematerialisation adds: a second forward pass of the layers above the
+        recomputed: added by full rematerialisation: a second forward pass of the layers above the
             first connected one, and of the bridge.
     """
 
@@ -96,7 +96,7 @@ def ideal_flops(
 
 
 class _Layer:
-    """FLOPs a token of one layer; `backward` is of its activations alone."""
+    """FLOPs of one layer for each token; `backward` is for gradients of its activations only."""
 
     def __init__(self, config: DecoderConfig, length: int):
         D, N, K, H = config.embed_dim, config.num_heads, config.num_kv_heads, config.head_dim
@@ -108,10 +108,10 @@ class _Layer:
 
 
 class _Bridge:
-    """FLOPs a token of one connection.
+    """FLOPs of one connection for each token.
 
     A tap needs no gradient. Neither does the residual stream at the first connected layer
-    (`is_first`), since nothing below it is trained. A norm on either needs the gradient of its
+    (`is_first`), since nothing below it is trained. But a norm on either needs the gradient of its
     result, for its scale.
     """
 
@@ -139,5 +139,5 @@ class _Bridge:
 
 
 def _attention(num_heads: int, head_dim: int, length: int) -> int:
-    """FLOPs of one query's logits and of its sum of values; the backward pass takes twice that."""
+    """FLOPs of one query's logits and its sum of values; the backward pass takes twice that."""
     return 2 * 2 * length * num_heads * head_dim

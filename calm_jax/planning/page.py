@@ -14,8 +14,8 @@ _NAMES = {
 }
 
 _BY_FORMULA = (
-    "Formulas serve to rank ways of running: their times may be off by a factor of three. Rely on "
-    "compiled plans alone."
+    "Use formulas to rank ways of running: their times may be wrong by a factor of three. Rely "
+    "only on compiled plans."
 )
 
 

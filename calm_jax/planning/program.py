@@ -1,6 +1,6 @@
-"""The training step of a config, compiled for devices that need not be at hand.
+"""The training step of a config, compiled for devices that you need not have.
 
-Models are shapes only; no weight is read or made.
+Models are only shapes; no weight is read or created.
 """
 
 import contextlib
@@ -40,8 +40,8 @@ class Program:
 
 def use_no_device() -> None:
     """Keeps this process off any accelerator. Call it before JAX runs anything."""
-    os.environ["TPU_SKIP_MDS_QUERY"] = "1"  # otherwise it asks the network what machine this is
-    os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "true"  # its lock guards a device, and none is used
+    os.environ["TPU_SKIP_MDS_QUERY"] = "1"  # else libtpu asks the network what machine this is
+    os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "true"  # the lock guards a device; none is used
     os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
     os.environ.setdefault("TPU_STDERR_LOG_LEVEL", "3")
     jax.config.update("jax_platforms", "cpu")
@@ -70,7 +70,7 @@ def trace(config: ConfigDict, mesh: Mesh) -> Program:
     """Traces the step for a config, on a mesh of devices or an abstract one.
 
     Raises:
-        CalmError: models, connections, a mesh or a batch that `calm train` refuses as well.
+        CalmError: `calm train` would also refuse the models, connections, mesh or batch.
     """
     sharding.check_batch(config.train.batch_size, config.train.accumulate, mesh)
     abstract = isinstance(mesh, jax.sharding.AbstractMesh)

@@ -1,9 +1,9 @@
 """How long a step takes if every part of the chip runs at its peak.
 
 If all four parts overlap, a step takes the longest of their times; if none do, it takes their sum.
-A real step is mostly in between. The longest is not a strict lower bound: attention is counted at
-its full square, of which a causal kernel skips about half, and a conditional always counts as the
-branch that makes most bytes.
+A real step is mostly in between. The longest is not a strict lower bound: attention counts at its
+full square, although a causal kernel skips about half, and a conditional always counts as the
+branch that produces most bytes.
 """
 
 import dataclasses
@@ -66,7 +66,7 @@ def step_time(
 def communication(
     collectives: Sequence[Collective], devices: Sequence[Any], topology: Topology
 ) -> tuple[float, float]:
-    """Seconds that the links, and the network, are busy with collectives that do not overlap.
+    """Seconds that links and network are busy with collectives, which do not overlap.
 
     Args:
         devices: in the mesh's order, each with `coords` and, if there are several slices,
@@ -91,7 +91,7 @@ def _bandwidth(collective: Collective, members: Sequence[Any], topology: Topolog
     if collective.kind == "collective-permute":
         return chip.link_bandwidth
     extents = [len(set(values)) for values in zip(*(m.coords for m in members), strict=True)]
-    # Part of a side is not a ring.
+    # A part of a side is not a ring.
     bandwidth = sum(
         topology.side_bandwidth(side) if extent == topology.shape[side] else chip.link_bandwidth
         for side, extent in enumerate(extents)

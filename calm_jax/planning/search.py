@@ -1,6 +1,6 @@
 """The fastest way of running a config's step that fits: ranked by formula, then compiled.
 
-The config's own way is compiled too, so that a search never recommends a slower one.
+The config's own way is also compiled, so that a search never recommends a slower one.
 """
 
 import itertools
@@ -17,8 +17,8 @@ from calm_jax.planning.compiled_plan import Plan
 from calm_jax.planning.formula import Formula, abstract_mesh
 from calm_jax.planning.topologies import Topology
 
-COMPILED = 2  # candidates that fit when compiled
-TRIED = 4  # candidates compiled at most, where formulas were too hopeful
+COMPILED = 2  # candidates that must fit when compiled
+TRIED = 4  # most candidates to compile, if formulas were too optimistic
 
 
 def candidates(config: ConfigDict, topology: Topology) -> list[tuple[ConfigDict, Plan]]:
@@ -50,12 +50,12 @@ def cheapest(
     """The plan of the fastest way that fits: the config's own, or one of the best by formula.
 
     Returns:
-        the plan, compiled if the topology can be compiled for. Its "candidates" are the config's
-        own way and the best by formula, with the compiler's figures where compiled; its "advice"
-        has the flags to run it.
+        the plan, compiled if there is a compiler for the topology. Its "candidates" are the
+        config's own way and the best by formula, with the compiler's figures for those compiled;
+        its "advice" has the flags to run it.
 
     Raises:
-        CalmError: no way fits by formula, or none of those compiled fits.
+        CalmError: no way fits by formula, or no compiled way fits.
     """
     found = candidates(config, topology)
     fitting = [pair for pair in found if pair[1]["memory"]["fits"]]
@@ -87,7 +87,7 @@ def cheapest(
     good = [each for each in own if each["memory"]["fits"]] + good
     if not good:
         raise CalmError(
-            f"{tried} ways that fit {topology.name} by formula were compiled, and none fits; "
+            f"{tried} ways that fit {topology.name} by formula were compiled, but none fits; "
             "take a larger slice"
         )
     best = min(good, key=lambda each: each["seconds"]["serial"])
@@ -103,7 +103,7 @@ def _own(config: ConfigDict, topology: Topology, compile_plan) -> list[Plan]:
 
 
 def advice_by_formula(config: ConfigDict, topology: Topology) -> str:
-    """What to change where a config's own way does not fit, by formula alone."""
+    """What to change, by formula alone, if a config's own way does not fit."""
     found = candidates(config, topology)
     fitting = [guess for _, guess in found if guess["memory"]["fits"]]
     return advice(fitting[0]) if fitting else _nothing_fits(found, topology)
@@ -116,7 +116,7 @@ def advice(best: Plan) -> str:
     keys |= {"weight_sharding": best["weight_sharding"]}
     flags = " ".join(f"--config.{key}={value}" for key, value in keys.items())
     how = "compiled" if best["compiled"] else "by formula"
-    return f"The fastest that fits, {how}: {flags}"
+    return f"The fastest way that fits, {how}: {flags}"
 
 
 def _ways(config: ConfigDict, topology: Topology) -> Iterator[ConfigDict]:

@@ -51,7 +51,7 @@ class Topology:
 
     @property
     def compiled(self) -> bool:
-        """Whether it can be compiled for without being at hand; otherwise plans are by formula."""
+        """Whether there is a compiler for it that needs no device; else plans are by formula."""
         return self.chip.torus > 0
 
     @property
@@ -68,7 +68,7 @@ class Topology:
     def side_bandwidth(self, side: int) -> float:
         """Bytes per second that a chip sends along one side of its slice.
 
-        On a ring both of its links share the load. Where the ends are not joined, the last chip
+        On a ring, both of its links share the load. If the ends are not connected, the last chip
         has one link, and all others wait for it.
         """
         chip = self.chip

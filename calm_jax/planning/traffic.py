@@ -11,7 +11,7 @@ _SLICES = ("dynamic-slice", "slice", "gather")
 def bytes_moved(module: Module) -> int:
     """Bytes read and written by all instructions, except in a chip's fast memory.
 
-    Of an operand that is only sliced, the slice counts; of an array that is updated in place, the
+    If an operand is only sliced, only the slice counts; if an array is updated in place, only the
     update counts.
     """
     return sum(
@@ -57,7 +57,7 @@ def _of_fusion(fusion: Instruction, operands: list[Instruction], module: Module)
 
 
 def _read(fusion: Instruction, number: int, module: Module) -> int:
-    """Bytes that a fusion, with the fusions inside it, reads of one of its operands."""
+    """Bytes that a fusion, with the fusions inside it, reads from one of its operands."""
     inside = module.computations[fusion.called("calls")]
     (parameter,) = (
         x for x in inside.values() if x.opcode == "parameter" and int(x.argument) == number
@@ -74,7 +74,7 @@ def _read(fusion: Instruction, number: int, module: Module) -> int:
 
 
 def _written(fusion: Instruction, number: int, module: Module) -> int:
-    """Bytes that a fusion writes of one of its outputs; of one updated in place, the update."""
+    """Bytes that a fusion writes to one of its outputs; only the update if it is in place."""
     inside = module.computations[fusion.called("calls")]
     root = module.root(fusion.called("calls"))
     made = _through_bitcasts(
@@ -88,7 +88,7 @@ def _written(fusion: Instruction, number: int, module: Module) -> int:
 def _uses(
     instruction: Instruction, inside: dict[str, Instruction]
 ) -> Iterator[tuple[Instruction, int]]:
-    """The instructions that read it, directly or through bitcasts, and as which operand."""
+    """The instructions that read `instruction`, directly or through bitcasts; as which operand."""
     for user in inside.values():
         for position, name in enumerate(user.operands):
             if name != instruction.name:

@@ -57,7 +57,7 @@ def abstract_run(config: ConfigDict, mesh: Mesh, device: jax.Device) -> Abstract
 
 
 def abstract_parts(config: ConfigDict, device: jax.Device) -> Parts:
-    """The model of a config as shapes; raises the errors of `abstract_run` but the mesh's."""
+    """The model of a config as shapes; raises as `abstract_run`, apart from mesh errors."""
 
     def make():
         first, *augments = _decoders(decoder_configs(config))

@@ -17,7 +17,7 @@ from calm_jax.errors import CalmError
 from calm_jax.training import config_keys
 from calm_jax.training.run_model import Described
 
-# The longest that a network file system may take to show a file of another machine.
+# The longest time that a network file system may take to show another machine's file.
 VISIBLE_SECONDS = 60
 
 # Keys that may differ: they name folders on a machine's own disk.

@@ -8,7 +8,7 @@ from calm_jax import processes
 class EveryMinutes:
     """Says when to save, by process 0's clock, and after the same step in all processes.
 
-    With 0 minutes it never does. `done` is the number of steps done.
+    With 0 minutes it never says so. `done` is the number of steps done.
     """
 
     def __init__(self, minutes: float, done: int):

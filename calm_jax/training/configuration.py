@@ -65,14 +65,14 @@ def _common(kind: str) -> ConfigDict:
     # optional "weight" (1.0), "loss_on_inputs" (False: loss on answers only), "import" (module that
     # registers the task) and "columns" (of a file: {"inputs": "question", "targets": "answer"}).
     config.data.train = ()
-    config.data.validation = ()  # as `train`; the best checkpoint is the best on these
+    config.data.validation = ()  # entries as in `train`; they decide which checkpoint is the best
     config.data.length = 512  # tokens in a row
     config.data.pack = True  # whether to pack several sequences into a row
-    # A prompt and answer longer than a row: True: an error; False: they are cut. Plain text
+    # True: a prompt and answer longer than a row are an error; False: they are cut. Plain text
     # continues in further rows.
     config.data.strict = False
     config.data.limit = 0  # most examples of each task; 0: all
-    config.data.seed = 0  # for the order of training rows
+    config.data.seed = 0  # seed of the order of training rows
     config.data.cache_dir = ""  # folder of tokenised rows; "": $CALM_CACHE, else ~/.cache/calm_jax
 
     config.optimizer = ConfigDict()
@@ -102,10 +102,11 @@ def _common(kind: str) -> ConfigDict:
     config.train.batch_size = 64  # rows in a step, over all devices
     config.train.accumulate = 1  # micro-batches in a step: less memory, same gradient
     # What the backward pass recomputes to save memory: "none"; "full": all but the input of each
-    # layer; "dots": all but products with weights; "offload": as "full", inputs in host memory.
+    # layer; "dots": all but products with weights; "offload": as "full", with the inputs in host
+    # memory.
     config.train.remat = "none"
     config.train.loss_chunk = 128  # positions of a row whose logits exist at once; 0: all
-    config.train.seed = 0  # for initial values and noise
+    config.train.seed = 0  # seed of initial values and noise
     # Noise on a decoder's embeddings or a composed model's taps, relative to their root mean
     # square.
     config.train.noise = 0.0
@@ -118,7 +119,7 @@ def _common(kind: str) -> ConfigDict:
     config.train.profile_start = 0  # first step of the profile
     config.train.profile_steps = 0  # number of profiled steps; 0: no profile
 
-    # What is trained: of a decoder "all" or "lora", of a composed model "bridge", "lora" or both;
+    # What is trained: in a decoder "all" or "lora"; in a composed model "bridge", "lora" or both;
     # (): the bridge and the low-rank update if there are any, otherwise all.
     config.train.trainable = ()
 
@@ -278,7 +279,7 @@ def _check_composed(config: ConfigDict) -> None:
     if not config.anchor:
         raise CalmError("anchor is empty; name a frozen folder")
     if not config.augments:
-        raise CalmError("augments is empty; name one frozen folder or more")
+        raise CalmError("augments is empty; name at least one frozen folder")
     for number, path in enumerate(config.augments):
         if not isinstance(path, str) or not path:
             raise CalmError(f"augments[{number}] is {path!r}; it must name a frozen folder")
@@ -344,9 +345,9 @@ def _check_ranges(values: Mapping[str, Any]) -> None:
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """(old, new) values by dotted key where two configs, as of `to_dict`, are different runs.
+    """(old, new) values, by dotted key, that make two configs (of `to_dict`) different runs.
 
-    Keys of `MAY_CHANGE` are left out; an absent key counts as None.
+    Keys in `MAY_CHANGE` are left out; an absent key counts as None.
     """
     old, new = flatten(old), flatten(new)
     return {

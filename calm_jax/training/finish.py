@@ -11,7 +11,7 @@ from calm_jax.checkpoints.training import TrainingCheckpoints
 
 
 def is_finished(run: epath.Path, config: ConfigDict, checkpoints: TrainingCheckpoints) -> bool:
-    """Whether all steps are saved and, for a decoder, the best is exported as a frozen folder."""
+    """Whether all steps are saved and a decoder's best checkpoint is a frozen folder."""
     latest = checkpoints.latest
     if latest is None or latest < config.train.num_steps:
         return False

@@ -38,7 +38,7 @@ def memory_of(device: jax.Device) -> int | None:
     chip = chip_of(device.device_kind)
     try:
         limit = (device.memory_stats() or {}).get("bytes_limit")
-    except jax.errors.JaxRuntimeError:  # a device of another process, or only compiled for
+    except jax.errors.JaxRuntimeError:  # another process' device, or one only to compile for
         limit = None
     return limit or (chip.hbm_bytes if chip else None)
 

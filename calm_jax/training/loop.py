@@ -67,7 +67,7 @@ def train(
 
     Raises:
         CalmError: bad input, before anything is written or any weight is loaded; processes that
-            disagree; or a loss that is not finite, whose step is named and not saved.
+            disagree; or a loss that is not finite, naming its step, which is not saved.
         Preempted: the run was asked to stop, and its last step is saved.
     """
     configuration.validate(config)
@@ -131,7 +131,7 @@ def cache_programs(folder: str = "") -> None:
 
 
 class _Session:
-    """One call of `train`: what is built once, and the loop."""
+    """One call of `train`: everything that is built once, and the loop."""
 
     def __init__(
         self,
@@ -263,7 +263,7 @@ class _Session:
                 stop = preemption.is_due(done)
                 save = last or stop or by_clock.is_due(done) or _due(done, train.save_every)
                 if validate or save:
-                    _report(progress, *unseen)  # raises before a step that is not finite is saved
+                    _report(progress, *unseen)  # raises if not finite, before that step is saved
                     unseen = None
                     scores = None
                     if validate:

@@ -64,8 +64,8 @@ def loss_sums(
 def noisy(x: jax.Array, segments_BT: jax.Array, key: jax.Array, noise: float) -> jax.Array:
     """Vectors [B, T, D] with Gaussian noise of up to `noise` times each vector's own rms.
 
-    The strength is drawn for each sequence. It teaches an anchor to read vectors near its
-    embeddings, as a bridge will give it, and a bridge to read what many similar taps share.
+    The strength is drawn for each sequence. Noise teaches an anchor to read vectors near its
+    embeddings, which a bridge will give it, and a bridge to read what many similar taps share.
 
     Args:
         segments_BT: int32 [B, T].
@@ -101,7 +101,7 @@ def means(sums: Sums) -> dict[str, jax.Array]:
 
 
 def as_numbers(metrics: Mapping[str, jax.Array]) -> dict[str, float]:
-    """What is reported of the metrics of `means`: no "exact" where no sequence has a prompt."""
+    """The metrics of `means` to report: without "exact" if no sequence has a prompt."""
     numbers = {key: float(value) for key, value in metrics.items()}
     if not numbers.pop("sequences"):
         del numbers["exact"]
@@ -109,7 +109,7 @@ def as_numbers(metrics: Mapping[str, jax.Array]) -> dict[str, float]:
 
 
 def _sequences(segments_BT, prompt_BT, counted_BT, right_BT) -> tuple[jax.Array, jax.Array]:
-    """The numbers of segments with a prompt: whose counted tokens are all right, and with any."""
+    """How many segments with a prompt have only correct counted tokens, and how many have any."""
     length = segments_BT.shape[1]
 
     # Row by row: a scatter over all rows would gather the whole batch on every device.

@@ -16,8 +16,8 @@ def make_optimizer(
 ) -> tuple[optax.GradientTransformation, optax.Schedule]:
     """The optimizer of a run and its learning rate by step.
 
-    Moments are float32, as the trained weights. Weight decay is decoupled, is multiplied by the
-    learning rate, and applies only to matrices.
+    Moments are float32, like the trained weights. Weight decay is decoupled, multiplied by the
+    learning rate, and applied only to matrices.
 
     Args:
         config: the section `optimizer` of a run's config.

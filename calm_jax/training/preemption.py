@@ -21,10 +21,10 @@ class Preemption:
 
     def __init__(self):
         self._appointment: Appointment | None = None
-        self._status = 0  # of the signal that was received before the first step
+        self._status = 0  # exit status of a signal received before the first step
 
     def __enter__(self) -> Self:
-        # A background job of a shell ignores Ctrl-C, and must go on doing so.
+        # A shell's background job ignores Ctrl-C, and must continue to ignore it.
         heeded = [n for n in STATUS if signal.getsignal(n) is not signal.SIG_IGN]
         self._previous = {number: signal.signal(number, self._received) for number in heeded}
         return self
@@ -34,8 +34,8 @@ class Preemption:
             signal.signal(number, handler)
 
     def start(self, done: int) -> None:
-        """After `done` steps: from now on a signal stops the run after the current step."""
-        if self._status:  # Python drops what a handler raises in a destructor
+        """Called after `done` steps: from now on a signal stops the run after the current step."""
+        if self._status:  # Python drops exceptions that a handler raises in a destructor
             raise Preempted(BEFORE, self._status)
         self._appointment = Appointment(done)
 

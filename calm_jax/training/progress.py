@@ -81,7 +81,7 @@ class Progress:
         self._scores("anchor", 0, metrics, "the anchor alone, before step 1")
 
     def validation(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Reports the validation scores after a step. Later speeds leave out the time they took."""
+        """Reports the validation scores after a step; their time does not count in later speeds."""
         self._scores("validation", step, metrics, f"validation after step {step:,}")
 
     def _scores(self, split: str, step: int, metrics: Mapping[str, float], what: str) -> None:

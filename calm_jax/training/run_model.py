@@ -27,7 +27,7 @@ from calm_jax.training import config_keys
 
 @dataclasses.dataclass(frozen=True)
 class Described:
-    """What is known of a run's models before any weight is loaded.
+    """What is known about a run's models before any weight is loaded.
 
     Attributes:
         identities: role, folder, dtype and fingerprint of each frozen model, the anchor first.
@@ -49,7 +49,7 @@ class RunModel:
 
 
 def describe_models(config: ConfigDict) -> Described:
-    """Checks the models that a config names, without loading a weight.
+    """Checks the models that a config names, without loading any weights.
 
     Raises:
         CalmError: a folder is missing or damaged, connections or heads do not fit, or vocabularies
@@ -157,7 +157,7 @@ def decoder_config(config: ConfigDict) -> DecoderConfig:
 
 
 def composition_configs(config: ConfigDict) -> list[CompositionConfig]:
-    """One config per augment; a single config in the run's is that of every augment."""
+    """One config per augment; if the run has a single config, it is for every augment."""
     given = config.composition
     given = given if isinstance(given, tuple | list) else [given] * len(config.augments)
     return [CompositionConfig.from_dict(config_keys.to_dict(fields)) for fields in given]
@@ -205,6 +205,6 @@ def _split(model: Decoder | ComposedDecoder, config: ConfigDict, mesh) -> RunMod
     set_execution(model, config, mesh.devices.flat[0])
     parts = Parts(model, config.train.trainable)
     trainable, frozen = parts.of(model)
-    # So far a bridge is sharded by the default rules, and an update is on one device.
+    # Until now a bridge is sharded by the default rules, and an update is on one device.
     shardings, _ = parts.shardings(mesh, sharding.WEIGHT_RULES[config.weight_sharding])
     return RunModel(parts, sharding.resharded(trainable, shardings), frozen)

@@ -76,9 +76,9 @@ def make_train_step(
 
     Args:
         schedule: the learning rate by step, for the metrics; the optimizer counts steps itself.
-        accumulate: micro-batches per step; gradients are weighted by tokens, so the result is that
-            of the whole batch.
-        seed: with the step's number, the source of all randomness in the step.
+        accumulate: micro-batches per step; gradients are weighted by tokens, so the result equals
+            that of the whole batch.
+        seed: together with the step's number, the source of all randomness in the step.
         noise: see `calm_jax.training.loss.noisy`.
         loss_chunk: see `calm_jax.training.loss.loss_sums`.
 
@@ -110,7 +110,7 @@ def make_train_step(
         trainable = optax.apply_updates(trainable, updates)
         metrics = means(sums) | {
             "grad_norm": optax.tree.norm(gradients),
-            # After the update, as a checkpoint holds them; loss and gradient are from before it.
+            # Of parameters after the update, as in a checkpoint; loss and gradient are from before.
             "parameter_norm": optax.tree.norm(trainable),
             "learning_rate": schedule(step),
         }
@@ -146,7 +146,7 @@ def make_eval_step(
 
 
 def _accumulated(sums_and_gradients, batch, key, accumulate: int):
-    """Sums and gradients over micro-batches, one after the other."""
+    """Sums and gradients over micro-batches, one after another."""
 
     def micro_batches(x):
         # Rows r, r + accumulate, ... form a micro-batch, so that no row changes its device.

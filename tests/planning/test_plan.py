@@ -143,7 +143,7 @@ def test_a_step_that_does_not_fit_is_told_with_what_to_change(config, capsys, mo
     assert main(["plan", f"--config={config}", "--topology=h200:8"]) == 1
     shown = capsys.readouterr().out
     assert "**It does not fit.**" in shown
-    assert "The fastest that fits, by formula: --config.mesh.data=" in shown
+    assert "The fastest way that fits, by formula: --config.mesh.data=" in shown
 
 
 @pytest.mark.parametrize(

@@ -138,7 +138,7 @@ def test_what_does_not_fit_after_all_is_passed_over(config, found, monkeypatch):
 def test_an_end_when_nothing_compiled_fits(config, found, monkeypatch):
     compile_plan, asked = compiler(monkeypatch, found, [False] * 4, [0.1] * 4)
     with pytest.raises(
-        CalmError, match="4 ways that fit v5e:2x2 by formula were compiled, and none fits"
+        CalmError, match="4 ways that fit v5e:2x2 by formula were compiled, but none fits"
     ):
         search.cheapest(config, TOPOLOGY, compile_plan)
     assert len(asked) == 4

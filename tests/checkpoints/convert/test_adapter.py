@@ -156,7 +156,7 @@ ZEROS = {
         (
             {},
             {"base_model.model.lm_head.base_layer.weight": np.zeros((64, 16), "f4")},
-            "its copy of lm_head.weight is not the base model's",
+            "its copy of lm_head.weight differs from the base",
         ),
         ({}, {f"{QUERY}.lora_A.weight": np.zeros((4, 16), np.int8)}, "is int8, which is not supp"),
     ],
