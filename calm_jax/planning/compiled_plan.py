@@ -54,7 +54,7 @@ def make_plan(config: ConfigDict, topology: Topology) -> Plan:
         return plan
     plan["compile_seconds"] = round(time.monotonic() - started, 1)
     stats = compiled.memory_analysis()
-    # The compiler drops what the step does not use, such as layers above an augment's last tap.
+    # The compiler drops unused arrays, such as layers above an augment's last tap.
     held = sum(tree["bytes"] for tree in plan["memory"]["trees"])
     unused = max(0, held - stats.argument_size_in_bytes)
     peak = stats.peak_memory_in_bytes + unused

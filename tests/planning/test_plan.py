@@ -109,7 +109,7 @@ def test_a_gpu_is_planned_by_formula(config, capsys):
     shown = capsys.readouterr().out
     assert "preset:small + preset:small on h200:8" in shown and "by formula, not compiled" in shown
     assert "mesh data 2 × fsdp 2 × tensor 2" in shown
-    assert "serve to rank ways of running: their times may be off by a factor of three" in shown
+    assert "to rank ways of running: their times may be wrong by a factor of three" in shown
 
 
 def test_the_state_of_decoding_is_told(config, tmp_path, capsys):
