@@ -120,7 +120,7 @@ def _read_msgpack(folder: epath.Path) -> dict[str, Tensor]:
         store = tensors[name].store
         if (shape, dtype) != (store.shape, store.dtype.name):
             raise CalmError(
-                f"{path}: tensor {name} has shape {shape} and dtype {dtype}, but its zarr folder "
+                f"{path}: tensor {name} has shape {shape} and dtype {dtype}, its zarr folder "
                 f"{tuple(store.shape)} and {store.dtype.name}"
             )
     return {**tensors, **arrays}
