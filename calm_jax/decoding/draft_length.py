@@ -9,7 +9,7 @@ from absl import logging
 from calm_jax import processes
 
 COMPARED = 32  # drafted tokens after which their acceptance is trusted
-PROBE = 64  # dispatches after which the other way is timed again
+PROBE = 64  # dispatches after which another way is timed again
 GAIN = 1.05  # by which another number must be faster to be taken
 TIMED = 8  # dispatches whose times are kept
 FORGET = 0.95  # weight that a dispatch leaves to what is older
@@ -106,8 +106,10 @@ class DraftLength:
             )
             logging.info("%d tokens are drafted at a time: %s", best, self.reason)
         self._next = self.length
-        if self._dispatches % PROBE == 0:
-            self._next = 0 if self.length else self.most
+        probes, rest = divmod(self._dispatches, PROBE)
+        if rest == 0:
+            others = [k for k in (0, self.most) if k != self.length]
+            self._next = others[probes % len(others)]
 
     def _time(self, drafted: int) -> float:
         # What else the machine does only adds to a time.

@@ -124,6 +124,22 @@ def test_the_length_follows_what_was_measured(monkeypatch):
             assert "of drafted tokens are accepted" in length.report.reason
 
 
+def test_the_length_follows_what_changes(monkeypatch):
+    """A number between none and the most is left when the most becomes cheap."""
+    length, clock, acceptance = DraftLength(4), [0.0], 0.5
+    monkeypatch.setattr("time.perf_counter", lambda: clock[0])
+    found = []
+    for cost in (0.12, 0.01):
+        for _ in range(3 * draft_length.PROBE):
+            drafted = length.begin()
+            clock[0] += 10 * (1 + cost * drafted)
+            accepted = round(sum(acceptance**k for k in range(1, drafted + 1)) * 100)
+            compared = round(sum(acceptance**k for k in range(drafted)) * 100)
+            length.end((), 10, compared, accepted)
+        found.append(length.report.length)
+    assert found == [2, 4]
+
+
 def test_a_model_without_an_augment_cannot_draft():
     with pytest.raises(CalmError, match="draft is 2, but the model has no augment"):
         Generator(random_decoder(palm()), max_length=16, draft=2)
