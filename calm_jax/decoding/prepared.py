@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from calm_jax.errors import CalmError
 from calm_jax.models import ComposedDecoder, Decoder
 from calm_jax.models.connections import plan_connections
 from calm_jax.models.stack import are_stacked
@@ -36,6 +37,18 @@ def prepared(model: Decoder | ComposedDecoder) -> Decoder | ComposedDecoder:
             ]
         )
     return _apart(model) if [device.platform for device in devices] == ["cpu"] else model
+
+
+def rows_of_tables(model: Decoder | ComposedDecoder) -> int:
+    """The number of ids, from 0, that all parts of a model embed.
+
+    Raises `CalmError` for an augment that is no decoder: it has no table, nor a cache of rows.
+    """
+    for number, augment in enumerate(model.models[1:]):
+        if not isinstance(augment, Decoder):
+            kind = type(augment).__name__
+            raise CalmError(f"augment {number} is a {kind}; only decoders can be decoded")
+    return min(part.config.vocab_size for part in model.models)
 
 
 def _absorbed(cross_attention: nnx.Module) -> nnx.Module:

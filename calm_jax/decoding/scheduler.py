@@ -22,7 +22,7 @@ from calm_jax.decoding import steps
 from calm_jax.decoding.chunks import buckets, chunk_of
 from calm_jax.decoding.draft_length import Drafting, DraftLength
 from calm_jax.decoding.memory import check_fits
-from calm_jax.decoding.prepared import prepared
+from calm_jax.decoding.prepared import prepared, rows_of_tables
 from calm_jax.decoding.requests import Answer, News, Request, Row, common, token_logprob
 from calm_jax.decoding.rounds import drafter
 from calm_jax.decoding.sampling import Choice, Sampling
@@ -76,7 +76,7 @@ class Scheduler:
         self._drafting = DraftLength(draft) if draft else None
         self.vocabulary = model.vocabulary
         self.max_length, self.slots = max_length, slots
-        self.rows_of_tables = min(part.config.vocab_size for part in model.models)
+        self.rows_of_tables = rows_of_tables(model)
         known = self.rows_of_tables
         self.known = known if self.vocabulary is None else min(known, self.vocabulary.size)
         if eos_ids is None:

@@ -19,6 +19,8 @@ Perturb = Callable[[jax.Array, int, int], jax.Array]
 class Augment(Protocol):
     """The interface that a composed model needs of an augment, which need not be a decoder.
 
+    `calm_jax.Generator` alone takes decoders only.
+
     Attributes:
         width: E, the width of its hidden states.
         depth: number of layers.

@@ -10,6 +10,7 @@ from flax import nnx
 
 from calm_jax import sharding
 from calm_jax.checkpoints.composed import export_bridge, load_composed
+from calm_jax.decoding import Generator
 from calm_jax.errors import CalmError
 from calm_jax.models import CompositionConfig, compose
 from calm_jax.models.parts import Parts
@@ -99,3 +100,8 @@ def test_a_folder_of_it_does_not_exist(tmp_path):
     export_bridge(ours, tmp_path / "bridge")
     with pytest.raises(CalmError, match="augment 0 is a Table, not a Decoder, which alone has a"):
         load_composed(tmp_path / "bridge", anchor=ours.anchor, augments=[Table(nnx.Rngs(1))])
+
+
+def test_answers_need_decoders():
+    with pytest.raises(CalmError, match="augment 0 is a Table; only decoders can be decoded"):
+        Generator(pair(), max_length=16)
