@@ -11,6 +11,9 @@ import sys
 
 import pytest
 
+from calm_jax.evaluation.metric_table import METRICS
+from calm_jax.evaluation.tasks.registry import FAMILIES
+from calm_jax.evaluation.tasks.templates import TEMPLATES
 from calm_jax.training.config_keys import flatten, to_dict
 from calm_jax.training.configuration import composed_run, decoder_run
 
@@ -55,6 +58,16 @@ def test_the_messages_of_the_troubleshooting_page_are_those_of_the_code():
     fragments = [part.strip() for message in messages for part in message.split("…")]
     assert len(messages) > 30
     assert not [part for part in fragments if part and part not in constants]
+
+
+def test_the_page_of_tasks_has_every_task_prompt_and_metric():
+    page = (ROOT / "docs/tasks.md").read_text()
+    rows = re.findall(r"^\| `(\w+)` \|", page, re.MULTILINE)
+    assert set(FAMILIES) <= set(rows)
+    for template in TEMPLATES.values():
+        assert template.question.replace("\n", "⏎") in page
+        assert all(f"`{text}`".replace("\n", "⏎") in page for text in template.stop)
+    assert all(f"`{name}`" in page for name in METRICS)
 
 
 @pytest.mark.slow

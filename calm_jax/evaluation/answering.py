@@ -15,6 +15,7 @@ from calm_jax.evaluation import metric_table
 from calm_jax.evaluation.tasks.task import Task
 
 READ_AT_ONCE = 1024  # tokens of a long text, where no other context is given
+CACHED_TOKENS = 2**16  # in all rows: 3 GB of keys and values of a model of 135M parameters
 _BLOCK = 512  # continuations that are scored before the progress bar moves
 Records = list[dict[str, Any]]
 
@@ -87,15 +88,18 @@ def answers(
     asked = {task.name: list(_asked(task, model.vocabulary, options)) for task in tasks}
     every = [one for of_task in asked.values() for one in of_task]
     # One for all tasks, since each length of its rows is compiled anew.
-    generator = Generator(
-        model,
-        max_length=max(one.length for one in every),
-        slots=min(batch_size, max(map(len, asked.values()))),
-    )
+    length = max(one.length for one in every)
+    most = max(map(len, asked.values()))
+    generator = Generator(model, max_length=length, slots=rows(min(batch_size, most), length))
     return {
         task.name: _records(generator, vocabulary, task, asked[task.name], name, options)
         for task in tasks
     }
+
+
+def rows(wanted: int, length: int) -> int:
+    """How many prompts of this length are answered at once: fewer where they are long."""
+    return max(1, min(wanted, CACHED_TOKENS // length))
 
 
 def shot_texts(task: Task, options: Options) -> list[str]:

@@ -19,6 +19,7 @@ from calm_jax.checkpoints.any_model import load_model
 from calm_jax.checkpoints.files import check_writable, write_text
 from calm_jax.decoding import Generator, Sampling
 from calm_jax.errors import CalmError
+from calm_jax.evaluation.answering import rows
 from calm_jax.evaluation.results import part_names
 from calm_jax.models import ComposedDecoder
 
@@ -38,7 +39,7 @@ class HarnessModel(TemplateLM):
     Args:
         model: with a vocabulary that has an end token.
         context: tokens of a prompt with its answer at most.
-        batch_size: rows that are decoded at once.
+        batch_size: rows that are decoded at once at most.
 
     Raises:
         CalmError: the model has no vocabulary, or that no end token.
@@ -50,7 +51,8 @@ class HarnessModel(TemplateLM):
             raise CalmError("the harness needs a model with a vocabulary that has an end token")
         self.vocabulary, self.context = model.vocabulary, context
         # The last token of a continuation is scored and not read.
-        self.generator = Generator(model, max_length=context + 1, slots=batch_size)
+        length = context + 1
+        self.generator = Generator(model, max_length=length, slots=rows(batch_size, length))
 
     @property
     def eot_token_id(self) -> int:
@@ -205,7 +207,7 @@ def run_harness(
         include_path: a folder with tasks of one's own, as YAML.
         shots, limit: as of the harness, where they are given.
         context: tokens of a prompt with its answer; 0: `CONTEXT`.
-        batch_size: rows that are decoded at once.
+        batch_size: rows that are decoded at once at most.
 
     Raises:
         CalmError: an unknown task, or as `HarnessModel` does.

@@ -83,57 +83,65 @@ def test_a_pair_on_every_task(pair, tmp_path, capsys):
     assert kept["mbpp"] < {0, 1} and kept["ntrex/pol"] == {5} and max(kept["gsm8k"]) < 8
 
 
-def test_parts_and_samples(pair, tmp_path, capsys):
-    """What is stored is what each model says to the prompt that the template and shots make."""
-    needs_sandbox()
-    output = tmp_path / "scores"
-    tasks = [
-        f"mgsm/de:{task_folders.mgsm(tmp_path / 'mgsm')}",
-        f"choices:{task_folders.choices(tmp_path / 'colours.jsonl')}",
-    ]
-    flags = [f"--model={pair}", f"--output={output}", "--max_new_tokens=4", "--batch_size=1"]
-    alike = [*flags, f"--tasks={','.join(tasks)}", "--parts"]
+def test_an_answer_is_the_generators_to_the_prompt_of_shots_and_question(pair, tmp_path):
+    name = f"ntrex/pol:{task_folders.ntrex(tmp_path / 'ntrex')}"
+    flags = [f"--model={pair}", f"--tasks={name}", f"--output={tmp_path}", "--batch_size=1"]
+    flags += ["--max_new_tokens=4", "--context=64", "--drop_shots", "--limit=2"]
+    assert command.main(flags) == 0
+    shots = json.loads((tmp_path / "shots.json").read_text())["ntrex/pol"]
+    record = records_of(tmp_path, "ntrex/pol")[1]
+    assert len(shots) == 5 and record["shots"] == 1  # as many as fit
+    generator = calm_jax.Generator(calm_jax.load_composed(pair), max_length=64, slots=1)
+    prompt = shots[0] + record["inputs"]
+    ((said,),) = generator.generate([prompt], Sampling(max_new_tokens=4, stop=("\n",)))
+    assert record["prediction"] == said.text
+
+
+def test_choices_of_a_pair_and_its_parts(pair, tmp_path, capsys):
+    file, task = task_folders.choices(tmp_path / "colours.jsonl"), "choices/colours"
+    flags = [f"--model={pair}", f"--tasks=choices:{file}", f"--output={tmp_path}", "--parts"]
     with pytest.raises(CalmError, match=r"choices/colours has no split to draw --shots=1 from"):
-        command.main([*alike, "--shots=1"])
-    assert command.main([*alike, "--context=128", "--drop_shots", "--limit=2"]) == 0
+        command.main([*flags, "--shots=1"])
+    assert command.main([*flags, "--batch_size=1"]) == 0
     printed = capsys.readouterr().out
-    summary = json.loads((output / "summary.json").read_text())
+    summary = json.loads((tmp_path / "summary.json").read_text())
     composed = calm_jax.load_composed(pair)
     models = {"": composed, "anchor": composed.anchor, "augment 0": composed.augments[0]}
-    shots = json.loads((output / "shots.json").read_text())["mgsm/de"]
     for name, model in models.items():
-        generator = calm_jax.Generator(model, max_length=128, slots=1)
-        scores = summary["_parts"][name] if name else summary
-        folder = part_folder(output, name)
-        record = records_of(folder, "mgsm/de")[1]
-        prompt = "".join(shots[: record["shots"]]) + record["inputs"]
-        ((said,),) = generator.generate([prompt], Sampling(max_new_tokens=4, stop=("\nFrage: ",)))
-        assert record["prediction"] == said.text
-        for one in records_of(folder, "choices/colours"):
-            found = generator.score(
-                [one["inputs"]] * 2, [f" {choice}" for choice in one["choices"]]
-            )
+        generator = calm_jax.Generator(model, max_length=32, slots=1)
+        records = records_of(part_folder(tmp_path, name), task)
+        for one in records:
+            choices = [f" {choice}" for choice in one["choices"]]
+            found = generator.score([one["inputs"]] * 2, choices)
             assert one["logprobs"] == pytest.approx([s.logprob for s in found], rel=1e-4)
             best = one["choices"][one["logprobs"].index(max(one["logprobs"]))]
             assert one["prediction"] == best and one["correct"] == (best == one["targets"])
-        right = sum(one["correct"] for one in records_of(folder, "choices/colours"))
-        assert scores["choices/colours"]["accuracy"] == 50 * right
-        where = f"choices/colours, {name} alone: " if name else "choices/colours: "
+        right = sum(one["correct"] for one in records)
+        assert (summary["_parts"][name] if name else summary)[task]["accuracy"] == 50 * right
+        where = f"{task}, {name} alone: " if name else f"{task}: "
         assert f"{where}accuracy {50 * right:.1f}% of 2 (" in printed
-    assert "better than the anchor in 0 of 1" in printed
 
+
+@pytest.mark.parametrize(
+    ("wanted", "length", "found"), [(128, 40, 128), (128, 2048, 32), (8, 2048, 8), (4, 10**6, 1)]
+)
+def test_fewer_rows_where_prompts_are_long(wanted, length, found):
+    assert answering.rows(wanted, length) == found
+
+
+def test_samples_of_programs(pair, tmp_path):
+    needs_sandbox()
     human = f"--tasks=humaneval:{task_folders.human_eval(tmp_path / 'human')}"
-    drawn = [*flags, human, "--samples=10", "--temperature=1.0", "--limit=2", "--seed=3"]
-    assert command.main(drawn) == 0
-    records = records_of(output, "humaneval")
-    assert [len(one["samples"]) for one in records] == [10, 10] == [
-        len(one["outcomes"]) for one in records
-    ]  # fmt: skip
+    flags = [f"--model={pair}", human, f"--output={tmp_path}", "--max_new_tokens=4", "--limit=2"]
+    drawn = ["--samples=10", "--temperature=1.0", "--seed=3", "--batch_size=4"]
+    assert command.main([*flags, *drawn]) == 0
+    records = records_of(tmp_path, "humaneval")
+    for one in records:
+        assert len(one["samples"]) == len(one["outcomes"]) == len(one["passed"]) == 10
     assert len(set(records[0]["samples"])) > 5
-    assert set(json.loads((output / "summary.json").read_text())["humaneval"]["intervals"]) == {
-        "pass@1", "pass@10",
-    }  # fmt: skip
-    assert not (output / "shots.json").exists()
+    cell = json.loads((tmp_path / "summary.json").read_text())["humaneval"]
+    assert cell["intervals"].keys() == {"pass@1", "pass@10"}
+    assert not (tmp_path / "shots.json").exists()
 
 
 def test_bits_of_a_text_in_windows(pair, tmp_path):
