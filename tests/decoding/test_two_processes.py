@@ -1,13 +1,7 @@
 """Two processes that decode over one mesh answer as one process does."""
 
-import pathlib
-import socket
-import subprocess
-import sys
-
 import pytest
-
-TESTS = pathlib.Path(__file__).parents[1]
+from child_processes import ends, free_address, start
 
 PROGRAM = """
 import sys
@@ -15,8 +9,6 @@ import sys
 import jax
 
 address, index = sys.argv[1], int(sys.argv[2])
-jax.config.update("jax_platforms", "cpu")
-jax.config.update("jax_num_cpu_devices", 2)
 jax.distributed.initialize(address, 2, index)
 
 import numpy as np
@@ -50,20 +42,8 @@ print("equal")
 
 @pytest.mark.slow
 def test_two_processes_answer_as_one():
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        address = f"127.0.0.1:{free.getsockname()[1]}"
-    both = [
-        subprocess.Popen(
-            [sys.executable, "-c", PROGRAM, address, str(index)],
-            cwd=TESTS,
-            env={"PYTHONPATH": f"{TESTS.parent}:{TESTS}", "PATH": ""},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for index in range(2)
-    ]
-    for process in both:
-        output, errors = process.communicate(timeout=500)
-        assert process.returncode == 0, errors[-3000:]
-        assert output.strip().endswith("equal")
+    address = free_address()
+    both = [start("-c", PROGRAM, address, str(index), devices=2) for index in range(2)]
+    statuses, outputs = ends(both)
+    assert statuses == [0, 0], outputs
+    assert all(output.strip().endswith("equal") for output in outputs)
