@@ -54,7 +54,8 @@ def rows_of_tables(model: Decoder | ComposedDecoder) -> int:
 def _absorbed(cross_attention: nnx.Module) -> nnx.Module:
     graphdef, state = nnx.split(cross_attention)
     after = nnx.eval_shape(lambda state: nnx.merge(graphdef, state).absorbed(), state)
-    return nnx.merge(nnx.graphdef(after), _absorb(graphdef, state))
+    # Programs that run at once may exchange data in a different order in each process.
+    return nnx.merge(nnx.graphdef(after), jax.block_until_ready(_absorb(graphdef, state)))
 
 
 @functools.partial(jax.jit, static_argnums=0)
