@@ -149,10 +149,11 @@ class Generator:
         self.scheduler.submit(request)
         try:
             while come or not answer.ended:
-                if not come:
-                    self.scheduler.step(STREAMED_STEPS)
-                elif piece := come.popleft():
-                    yield piece
+                if come:
+                    if piece := come.popleft():
+                        yield piece
+                elif not self.scheduler.step(STREAMED_STEPS):
+                    raise CalmError("the answer is lost: a dispatch failed while others were made")
             if answer.error:
                 raise CalmError(answer.error)
         finally:

@@ -33,7 +33,6 @@ from calm_jax.models.calling import on_devices_of
 
 SHARED = 16  # tokens that a beginning must have to be worth copying
 MOST_STEPS = 64  # tokens a row that one dispatch makes at most
-FAILED = "the dispatch that made the answer failed"
 
 
 class Scheduler:
@@ -168,7 +167,8 @@ class Scheduler:
     def step(self, most: int = MOST_STEPS) -> bool:
         """One dispatch: reads a chunk of prompts, or decodes up to `most` tokens a row.
 
-        Whatever it raises ends the answers in rows; those that wait are answered by further steps.
+        Whatever it raises ends the answers in rows, of which no more is told; those that wait are
+        answered by further steps.
 
         Returns:
             whether there was something to do.
@@ -192,9 +192,7 @@ class Scheduler:
 
     def _forget(self) -> None:
         """Empties all rows after a dispatch that failed, which has taken the state's arrays."""
-        answers = [row.answer for row in self.rows if row.answer is not None]
         self._state, self.rows = None, [Row() for _ in self.rows]
-        _tell([(one.request, News(one.sample, [], [], "error", FAILED)) for one in answers])
 
     # Prompts.
 

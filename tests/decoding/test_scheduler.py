@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import pytest
 import tiny_models
 
-from calm_jax.decoding import Sampling, steps
+from calm_jax.data.vocabulary import ByteVocabulary
+from calm_jax.decoding import Generator, Sampling, steps
 from calm_jax.decoding.requests import Request
 from calm_jax.decoding.scheduler import Scheduler
 from calm_jax.errors import CalmError
@@ -16,7 +17,7 @@ from calm_jax.errors import CalmError
 @pytest.fixture
 def model():
     """One whose token 13 makes logits NaN."""
-    model = tiny_models.decoder(tied_head=False)
+    model = tiny_models.decoder(tied_head=False, vocab_size=ByteVocabulary().size)
     model.embedding.set_value(model.embedding.get_value().at[13].set(jnp.nan))
     return model
 
@@ -107,7 +108,24 @@ def test_a_dispatch_that_fails_takes_the_answers_in_rows_alone(model, monkeypatc
     with monkeypatch.context() as patched, pytest.raises(RuntimeError, match="out of memory"):
         patched.setattr(steps, "decode", fails)
         scheduler.step()
-    assert told[-1].finish_reason == "error"
+    assert [news.finish_reason for news in told] == [None]
     assert (scheduler.running, scheduler.waiting) == (0, 1)
     run(scheduler)
     assert [news.tokens for news in waited] == [news.tokens for news in expected]
+
+
+def test_a_stream_that_another_call_has_lost_ends(model, monkeypatch):
+    model.vocabulary = ByteVocabulary()
+    generator = Generator(model, max_length=64, slots=2)
+    stream = generator.stream([5, 2], Sampling(max_new_tokens=40, temperature=2.0))
+    next(stream)
+
+    def fails(*arguments, **options):
+        raise RuntimeError("out of memory")
+
+    with monkeypatch.context() as patched, pytest.raises(RuntimeError, match="out of memory"):
+        patched.setattr(steps, "decode", fails)
+        generator.generate([[7]], Sampling(max_new_tokens=3))
+    with pytest.raises(CalmError, match="the answer is lost"):
+        list(stream)
+    assert len(generator.generate([[7]], Sampling(max_new_tokens=3))[0][0].tokens) > 0
