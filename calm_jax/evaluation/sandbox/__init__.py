@@ -30,7 +30,7 @@ log = logging.getLogger("absl")
 _INSIDE = pathlib.Path(__file__).with_name("inside.py")
 _MOST_TOLD = 4096  # bytes that are read of what comes out
 _DEVICES = ("null", "zero", "random", "urandom")
-_NOBODY = 65534
+_NOBODY, _ALL_IDS = 65534, 2**32 - 1
 _GONE = 5.0  # seconds at most
 
 
@@ -70,7 +70,7 @@ def run(program: str, tests: str, limits: Limits | None = None) -> Outcome:
     Raises:
         CalmError: there is no sandbox on this machine (`check`).
     """
-    _need_tools("a program")
+    _need("a program")
     return _run(program, tests, limits or Limits())
 
 
@@ -79,9 +79,7 @@ def check(what: str) -> None:
 
     Warns of what is `missing`.
     """
-    _need_tools(what)
-    if problem := _problem():
-        raise CalmError(_refusal(what, problem))
+    _need(what)
     for lack in missing():
         log.warning("The sandbox of this machine has %s", lack)
 
@@ -91,17 +89,22 @@ def missing() -> list[str]:
     found = []
     if problem := system_calls.problem():
         found.append(f"no filter of system calls: {problem}")
-    if os.geteuid() == 0 and _uid() == _NOBODY:
+    is_root, (has_namespace, _) = os.geteuid() == 0, _form()
+    if is_root and not has_namespace and _uid() == _NOBODY:
         found.append("no user ids to spare: programs share that of nobody, and its processes")
+    if is_root and has_namespace and _id_map() == [0, 0, _ALL_IDS]:
+        found.append("no limit of processes, since Linux sets none for root")
     return found
 
 
-def _need_tools(what: str) -> None:
+def _need(what: str) -> None:
     if sys.platform != "linux":
         raise CalmError(_refusal(what, f"it needs Linux, and this is {sys.platform}"))
     if shutil.which("bwrap") is None:
         line = "bubblewrap is not installed (apt-get install bubblewrap)"
         raise CalmError(_refusal(what, line))
+    if problem := _form()[1]:
+        raise CalmError(_refusal(what, problem))
 
 
 def _refusal(what: str, problem: str) -> str:
@@ -109,10 +112,23 @@ def _refusal(what: str, problem: str) -> str:
 
 
 @functools.cache
-def _problem() -> str | None:
+def _form() -> tuple[bool, str | None]:
+    """Whether sandboxes are in a user namespace; and why there are none, None if there are.
+
+    Root needs no such namespace, and takes another user's id inside; root of a container may not.
+    """
+    for has_namespace in (False, True) if os.geteuid() == 0 else (True,):
+        problem = _probe(has_namespace)
+        if problem is None:
+            break
+    return has_namespace, problem
+
+
+def _probe(has_namespace: bool) -> str | None:
     """Why the smallest program does not pass; None if it does."""
-    process, result = _start(Limits())
-    told, _ = _talk(process, result, json.dumps(_job("", "", Limits(), "token")), 20.0)
+    process, result = _start(Limits(), has_namespace)
+    job = json.dumps(_job("", "", Limits(), "token", has_namespace))
+    told, _ = _talk(process, result, job, 20.0)
     _, errors = process.communicate()
     if told == "token":
         return None
@@ -122,8 +138,9 @@ def _problem() -> str | None:
 
 def _run(program: str, tests: str, limits: Limits) -> Outcome:
     token = secrets.token_hex(16)
-    process, result = _start(limits)
-    job = json.dumps(_job(program, tests, limits, token))
+    has_namespace, _ = _form()
+    process, result = _start(limits, has_namespace)
+    job = json.dumps(_job(program, tests, limits, token, has_namespace))
     told, in_time = _talk(process, result, job, limits.wait)
     process.communicate()
     if told == token:
@@ -135,7 +152,7 @@ def _run(program: str, tests: str, limits: Limits) -> Outcome:
     return Outcome(False, told or "ended before its tests did")
 
 
-def _job(program: str, tests: str, limits: Limits, token: str) -> dict:
+def _job(program: str, tests: str, limits: Limits, token: str, has_namespace: bool) -> dict:
     return {
         "program": program,
         "tests": tests,
@@ -144,18 +161,18 @@ def _job(program: str, tests: str, limits: Limits, token: str) -> dict:
         "memory": limits.memory,
         "processes": limits.processes,
         "file": limits.folder // 4,
-        "uid": _uid() if os.geteuid() == 0 else None,
+        "uid": None if has_namespace else _uid(),
     }
 
 
-def _start(limits: Limits) -> tuple[subprocess.Popen, int]:
+def _start(limits: Limits, has_namespace: bool) -> tuple[subprocess.Popen, int]:
     """The sandbox, which waits for a job, and the descriptor that its result comes from."""
     result, inner = os.pipe()
     fds = [inner]
     command = ["bwrap", "--unshare-pid", "--unshare-net", "--unshare-ipc", "--unshare-uts",
                "--unshare-cgroup-try", "--die-with-parent", "--new-session", "--clearenv",
                "--hostname", "sandbox"]  # fmt: skip
-    if os.geteuid() != 0:  # root needs no user namespace, and takes another user's id inside
+    if has_namespace:
         command += ["--unshare-user", "--disable-userns", "--uid", "1000", "--gid", "1000"]
     for path in ("/usr", "/lib", "/lib64", "/bin", "/etc/ld.so.cache"):
         command += ["--ro-bind-try", path, path]
@@ -232,8 +249,13 @@ def _await_end(result: int) -> None:
 
 def _uid() -> int:
     """A user's id that nobody else has, where there are such."""
-    start, _, count = map(int, pathlib.Path("/proc/self/uid_map").read_text().split()[-3:])
+    start, _, count = _id_map()
     return random.randrange(2**30, 2**31) if start + count > 2**31 else _NOBODY
+
+
+def _id_map() -> list[int]:
+    """The last range of users' ids: the first here, what it is outside, and their number."""
+    return [*map(int, pathlib.Path("/proc/self/uid_map").read_text().split()[-3:])]
 
 
 @functools.cache
