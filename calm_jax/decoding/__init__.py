@@ -1,4 +1,4 @@
-"""Decoding: answers of a model, cached, batched and sampled."""
+"""Decoding: a model's answers, cached, batched and sampled."""
 
 from calm_jax.decoding.generator import Completion, Generator, Score, generate
 from calm_jax.decoding.sampling import Sampling, TokenLogprob

@@ -1,4 +1,4 @@
-"""Chunks of prompts, as the host makes them for a prefill, and the lengths that they have."""
+"""Chunks of prompts, which the host makes for a prefill, and their lengths."""
 
 from collections.abc import Sequence
 
@@ -10,7 +10,7 @@ from calm_jax.decoding.state import Chunk
 
 
 def buckets(most: int, least: int) -> list[int]:
-    """Lengths that programs are compiled for: powers of two, halves between them, and `most`."""
+    """Lengths of compiled programs: powers of two, the numbers halfway between, and `most`."""
     sizes = [least]
     while sizes[-1] < most:
         power = 1 << (sizes[-1].bit_length() - 1)
@@ -30,10 +30,10 @@ def chunk_of(
     """The next tokens of the prompt of each answer, in NumPy arrays.
 
     Args:
-        rows: numbers of the rows that the answers have.
-        places: P, of which those without an answer get the number `no_row`.
-        tokens: T, number of tokens of a prompt at most.
-        known: ids from 0 that are marked as seen in a prompt; None: none are.
+        rows: the number of each answer's row.
+        places: P, number of rows of the chunk; those without an answer get the number `no_row`.
+        tokens: T, most tokens of a prompt.
+        known: ids below it are marked as seen if they are in a prompt; None: no ids are marked.
     """
     P, T = places, tokens
     tokens_PT, next_PT = np.zeros((2, P, T), np.int32)

@@ -1,4 +1,4 @@
-"""How many tokens the augment drafts in a round: as many as pay by measurement, or none."""
+"""How many tokens the augment drafts in a round: the measured best number, which may be 0."""
 
 import collections
 import time
@@ -8,21 +8,21 @@ from absl import logging
 
 from calm_jax import processes
 
-COMPARED = 32  # drafted tokens after which their acceptance is trusted
+COMPARED = 32  # drafted tokens after which the measured acceptance counts
 PROBE = 64  # dispatches after which another way is timed again
-GAIN = 1.05  # by which another number must be faster to be taken
+GAIN = 1.05  # speed-up that a change of the number needs
 TIMED = 8  # dispatches whose times are kept
-FORGET = 0.95  # weight that a dispatch leaves to what is older
+FORGET = 0.95  # factor on older counts at each dispatch
 
 
 class Drafting(NamedTuple):
-    """How drafting goes.
+    """The state of drafting.
 
     Attributes:
-        length: tokens that are drafted in a round now; 0: none, since it does not pay.
-        compared: drafted tokens that the composed model was asked about.
-        accepted: those that it chose as well.
-        reason: the measurements that `length` follows from; "" before there are any.
+        length: tokens that are now drafted in a round; 0: none, since drafts do not pay.
+        compared: drafted tokens that were compared with the composed model's choice.
+        accepted: compared tokens that were equal to it.
+        reason: the measurements from which `length` follows; "" before there are any.
     """
 
     length: int
@@ -40,8 +40,8 @@ class DraftLength:
     """Chooses the number of drafted tokens between dispatches, from 0 to `most`.
 
     A round that drafts k tokens, each accepted with probability a, makes (1 - a^(k+1)) / (1 - a)
-    tokens (arXiv 2211.17192, equation 1). Its time is measured for `most` and for 0, and lies on
-    the line between. A number whose program has not run yet is not timed, since it compiles.
+    tokens (arXiv 2211.17192, equation 1). Its time is measured for `most` and for 0, and taken as
+    linear between them. The first run of a program is not timed, since it compiles.
     """
 
     def __init__(self, most: int):
@@ -66,7 +66,7 @@ class DraftLength:
         return self._next
 
     def end(self, program: tuple, rounds: int, compared: int, accepted: int) -> None:
-        """Takes what the dispatch did; `program` tells the compiled programs apart."""
+        """Takes the results of the dispatch; `program` identifies the compiled program."""
         seconds = time.perf_counter() - self._begun
         drafted = self._next
         self.compared += compared
@@ -82,7 +82,7 @@ class DraftLength:
         self._ran.add((drafted, program))
         self._dispatches += 1
         self._choose()
-        # Clocks differ between processes, which must all draft alike.
+        # Clocks differ between processes, but all must draft the same number.
         self.length, self._next, self.reason = processes.gather(
             (self.length, self._next, self.reason)
         )[0]
@@ -112,11 +112,11 @@ class DraftLength:
             self._next = others[probes % len(others)]
 
     def _time(self, drafted: int) -> float:
-        # What else the machine does only adds to a time.
+        # Other work of the machine only adds to a time, so the least one counts.
         none, most = (min(self._seconds[k]) for k in (0, self.most))
         return none + (most - none) * drafted / self.most
 
 
 def tokens_of_round(drafted: int, acceptance: float) -> float:
-    """Tokens that a round makes on average."""
+    """The mean number of tokens that a round makes."""
     return sum(acceptance**k for k in range(drafted + 1))

@@ -1,4 +1,4 @@
-"""Answers of a model: whole, as they come, or only scored."""
+"""A model's answers: complete, streamed, or only scored."""
 
 import collections
 import math
@@ -16,7 +16,7 @@ from calm_jax.errors import CalmError
 from calm_jax.models import ComposedDecoder, Decoder
 
 STREAMED_STEPS = 4  # tokens that are made before their text is shown
-MOST_ROWS = 64  # that `generate` decodes at once
+MOST_ROWS = 64  # most rows that `generate` decodes at once
 
 Prompt = str | Sequence[int]
 
@@ -25,9 +25,9 @@ class Completion(NamedTuple):
     """One answer to a prompt.
 
     Attributes:
-        tokens: ids, the end token included.
-        text: the tokens after the prompt as text, without what stopped it; "" without vocabulary.
-        finish_reason: "stop": an end token or a text that stops; "length"; "error".
+        tokens: ids, including the end token.
+        text: the tokens as text, without the text that stopped them; "" without a vocabulary.
+        finish_reason: "stop": an end token or a stop text; "length"; "error".
         logprobs: one for each token, if asked for.
         error: with "error", what went wrong.
     """
@@ -40,7 +40,7 @@ class Completion(NamedTuple):
 
 
 class Score(NamedTuple):
-    """How probable a continuation is: natural logarithms, the sum and that of each token.
+    """The log-probability (natural) of a continuation, in total and for each token.
 
     `is_greedy`: whether each of its tokens is the most probable one.
     """
@@ -55,12 +55,12 @@ class Generator:
 
     Args:
         model: a decoder or a composed model, on one device or a mesh.
-        max_length: tokens of a prompt and its answer at most.
+        max_length: most tokens of a prompt and its answer.
         slots: number of rows that are decoded at once; more prompts wait for a row.
-        cache_dtype: of keys and values: a float dtype or "int8"; default: the model's.
-        prefill_chunk: tokens of prompts that are read at once at most.
-        draft: tokens that an augment of a composed model drafts at a time at most. The answers stay
-            the same; how many are drafted follows from what it saves, and may come to be none.
+        cache_dtype: dtype of the caches, a float dtype or "int8"; default: the model's.
+        prefill_chunk: most tokens of prompts that are read at once.
+        draft: most tokens that an augment of a composed model drafts at a time. Answers stay the
+            same; the number follows from measured speed, and is 0 if drafts do not pay.
         eos_ids: ids that end an answer; default: the vocabulary's.
 
     Raises:
@@ -101,7 +101,7 @@ class Generator:
 
     @property
     def drafting(self) -> Drafting | None:
-        """How many drafted tokens are accepted, and how many are drafted; None without a draft."""
+        """The state of drafting; None without `draft`."""
         return self.scheduler.drafting
 
     def generate(
@@ -133,7 +133,7 @@ class Generator:
         ]
 
     def stream(self, prompt: Prompt, sampling: Sampling | None = None) -> Iterator[str]:
-        """The text of one answer as it comes, never half a character.
+        """The text of one answer as it is generated, never half a character.
 
         Raises:
             CalmError: as `generate`; no vocabulary; `n` above 1; logits that are not finite.
@@ -225,7 +225,7 @@ class Generator:
     def _run(self, requests: list[Request]) -> None:
         """Runs all requests to their ends, or none if one is refused."""
         try:
-            # Alike beginnings and lengths come together.
+            # Brings equal beginnings and similar lengths together.
             self.scheduler.submit(
                 *sorted(requests, key=lambda request: (len(request.prompt), request.prompt))
             )
@@ -238,7 +238,7 @@ class Generator:
 
 
 class _Answer:
-    """An answer as it comes."""
+    """An answer while it is generated."""
 
     def __init__(self, vocabulary: Any, prompt: list[int], stop: tuple[str, ...]):
         if stop and vocabulary is None:
@@ -260,7 +260,7 @@ class _Answer:
         if self.ended or news.sample < 0:
             return ""
         pieces = []
-        # Token by token only where the one that completes a text that stops must be found.
+        # Token by token only if the token that completes a stop text must be found.
         parts = [[token] for token in news.tokens] if self._looks else [news.tokens]
         for part in parts:
             self.tokens += part

@@ -1,4 +1,4 @@
-"""What the caches of decoding take of a device's memory."""
+"""The memory that the caches of decoding take on a device."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -21,7 +21,7 @@ class TokenBytes:
 
     Attributes:
         anchor: the anchor's keys and values.
-        augments: those of each augment.
+        augments: keys and values of each augment.
         cross: f_cross' cache, for each augment.
     """
 
@@ -43,17 +43,17 @@ def token_bytes(
     mesh: Mesh | None = None,
     whole: Sequence[int] = (),
 ) -> TokenBytes:
-    """The bytes of a token by configs alone.
+    """The bytes of a token, from configs alone.
 
-    A decoder has 2·K·H values a layer, for K key heads of width H; an augment only up to its last
-    tap; and f_cross 2·N·H a connection, or E a tapped layer. int8 adds a float32 scale to each
-    vector.
+    A decoder has 2·K·H values in each layer, for K key heads of width H; an augment only up to its
+    last tap; and f_cross 2·N·H for each connection, or E for each tapped layer. int8 adds a float32
+    scale to each vector.
 
     Args:
         compositions: one for each of `augments`.
-        dtype: of the caches; default: that of each model, and of the anchor for f_cross.
-        mesh: splits key heads over devices, where it divides them.
-        whole: numbers of augments of which every layer is cached, such as one that drafts.
+        dtype: dtype of the caches; default: that of each model, for f_cross the anchor's.
+        mesh: splits key heads over devices if it divides them.
+        whole: numbers of augments whose layers are all cached, such as one that drafts.
     """
 
     def of_layers(config: DecoderConfig, layers: int) -> int:
@@ -79,7 +79,7 @@ def token_bytes(
 def bytes_per_token(
     model: Decoder | ComposedDecoder, dtype: Any = None, whole: Sequence[int] = ()
 ) -> int:
-    """`token_bytes` of a model in all caches, on each device that holds the token's row."""
+    """A model's `token_bytes` in all caches, on each device that holds the token's row."""
     mesh = sharding.current_mesh(jax.tree.leaves(nnx.state(model))[0])
     if isinstance(model, Decoder):
         return token_bytes(model.config, dtype=dtype, mesh=mesh).total
@@ -88,7 +88,7 @@ def bytes_per_token(
 
 
 def check_fits(model: Any, slots: int, length: int, dtype: Any, whole: Sequence[int] = ()) -> None:
-    """Raises `CalmError`, which names the number of rows that fit, if the caches do not fit."""
+    """Raises `CalmError` if the caches do not fit, naming the number of rows that would."""
     array = jax.tree.leaves(nnx.state(model))[0]
     free, mesh = free_bytes(array), sharding.current_mesh(array)
     if free is None:
@@ -96,16 +96,16 @@ def check_fits(model: Any, slots: int, length: int, dtype: Any, whole: Sequence[
     row = bytes_per_token(model, dtype, whole) * length
     held = row * (slots // sharding.ways("batch", slots, mesh))
     if held > free:
-        # As many rows as devices are always split.
+        # A batch of `mesh.size` rows can always be split.
         fit = free // row * sharding.ways("batch", mesh.size, mesh)
         raise CalmError(
-            f"the caches of {slots} rows of {length} tokens take {size(held)} a device, "
-            f"where {size(free)} are free; {fit} rows would fit"
+            f"the caches of {slots} rows of {length} tokens take {size(held)} on each device, "
+            f"but {size(free)} are free; {fit} rows would fit"
         )
 
 
 def free_bytes(array: jax.Array) -> int | None:
-    """Free memory of a device that holds `array`; None if the device does not tell."""
+    """Free memory of a device that holds `array`; None if the device does not report it."""
     statistics = next(iter(array.sharding.addressable_devices)).memory_stats()
     if not statistics or "bytes_limit" not in statistics:
         return None

@@ -1,11 +1,11 @@
-"""A model as it is decoded: f_proj absorbed, and on one CPU device a list of layers.
+"""Prepares a model for decoding: f_proj is absorbed, and on one CPU device layers become a list.
 
-f_cross' keys and values are products of two matrices with a tap, and a token has one tap: so the
-product of the matrices is taken once instead, as in multi-head latent attention.
+f_cross' keys and values are products of two matrices with a tap. Instead, the two matrices are
+multiplied once, as in multi-head latent attention.
 
-A step of decoding is bound by reading the weights. XLA's CPU backend copies a layer out of a stack
-before it multiplies, which takes four times as long as the product itself; on a CPU the layers of a
-stack are views of it, without a copy. Accelerators read a layer where it lies in the stack.
+Reading the weights bounds the speed of decoding. XLA's CPU backend copies a layer out of a stack
+before it multiplies, which takes four times as long as the product itself; so on a CPU the layers
+are views of the stack, without a copy. Accelerators read a layer in place in the stack.
 """
 
 import dataclasses
@@ -24,7 +24,7 @@ from calm_jax.models.stack import are_stacked
 
 
 def prepared(model: Decoder | ComposedDecoder) -> Decoder | ComposedDecoder:
-    """A model that computes the same over the same weights, in the form that decodes fastest."""
+    """A model that computes the same from the same weights, in the form that decodes fastest."""
     graphdef, state = nnx.split(model)
     state = jax.tree.map(jnp.asarray, state)  # NumPy arrays have no device
     model, arrays = nnx.merge(graphdef, state), jax.tree.leaves(state)

@@ -1,4 +1,4 @@
-"""What is asked of a scheduler, what it tells, and what it keeps of each answer and row."""
+"""Requests to a scheduler, its news, and its records of each answer and row."""
 
 import dataclasses
 from collections.abc import Callable
@@ -8,17 +8,17 @@ import numpy as np
 
 from calm_jax.decoding.sampling import Sampling, TokenLogprob
 
-TOPS = (0, 1, 5, 20)  # numbers of most probable tokens that are compiled for
+TOPS = (0, 1, 5, 20)  # numbers of most probable tokens for which programs are compiled
 
 
 class News(NamedTuple):
-    """What has come of a request.
+    """New results of a request.
 
     Attributes:
         sample: the number of the answer; -1: scores of the prompt.
         tokens: new tokens of the answer.
-        logprobs: one for each token, if asked for; of the prompt, one from `score_from` on.
-        finish_reason: None: more is to come; "stop": an end token; "length"; "error".
+        logprobs: one for each token, if asked for; for the prompt, from `score_from` on.
+        finish_reason: None: more follows; "stop": an end token; "length"; "error".
         error: what went wrong.
     """
 
@@ -31,14 +31,14 @@ class News(NamedTuple):
 
 @dataclasses.dataclass(eq=False)
 class Request:
-    """A prompt, and what is asked of it.
+    """A prompt, and what is requested for it.
 
     Attributes:
         prompt: token ids.
-        sampling: of its answers; None: only the prompt is scored.
-        on_news: is called with `News`, inside `Scheduler.step`.
-        score_from: index of the first prompt token whose log-probability is told, from 1.
-        asked: number of tokens that an augment which sees the prompt alone may see; default: all.
+        sampling: options of its answers; None: only the prompt is scored.
+        on_news: called with `News`, inside `Scheduler.step`.
+        score_from: index, from 1, of the first prompt token whose log-probability is returned.
+        asked: number of tokens visible to a bridge that sees only the prompt; default: all.
     """
 
     prompt: list[int]
@@ -75,7 +75,7 @@ class Answer:
     def shareable(self) -> int:
         """Tokens of the prompt that may come from a row that has read them.
 
-        The last one is read anew, since its logits are needed; so are those before a score.
+        The last one is read again, since its logits are needed; so are those before a score.
         """
         return (self.request.score_from or len(self.prompt)) - 1
 
@@ -86,7 +86,7 @@ class Answer:
 
     @property
     def most(self) -> int:
-        """Length of the answer at most; 0 where the prompt is only scored."""
+        """Longest answer, in tokens; 0 if the prompt is only scored."""
         return 0 if self.request.sampling is None else self.request.sampling.max_new_tokens
 
     def keep_scores(
@@ -109,31 +109,31 @@ class Answer:
 
     @property
     def penalty(self) -> bool:
-        """Whether tokens that were seen count."""
+        """Whether there is a repetition penalty, which needs the tokens that were seen."""
         sampling = self.request.sampling
         return sampling is not None and sampling.repetition_penalty != 1.0
 
 
 @dataclasses.dataclass(eq=False)
 class Row:
-    """A row of the state: the tokens that its cache holds, and the answer that it makes."""
+    """A row of the state: the tokens in its cache, and the answer that it generates."""
 
     tokens: list[int] = dataclasses.field(default_factory=list)
-    prompt_length: int = 0  # of `tokens`, how many were read as a prompt
-    pending: list[int] = dataclasses.field(default_factory=list)  # made, and not in the cache yet
+    prompt_length: int = 0  # how many of `tokens` were read as a prompt
+    pending: list[int] = dataclasses.field(default_factory=list)  # made, but not yet in the cache
     answer: Answer | None = None
     last_used: int = 0
 
 
 def common(ours: list[int], theirs: list[int], most: int) -> int:
-    """Length of the beginning that two lists of at least `most` tokens share, up to `most`."""
+    """Length, up to `most`, of the common prefix of two lists with at least `most` tokens."""
     if ours[:most] == theirs[:most]:
         return most
     return int(np.argmin(np.equal(ours[:most], theirs[:most])))
 
 
 def token_logprob(logprob: Any, ids: Any, logprobs: Any) -> TokenLogprob:
-    """The log-probability of a token; `ids` and `logprobs` [k] are of the most probable ones."""
+    """A token's log-probability; `ids` and `logprobs` [k] are those of the most probable tokens."""
     return TokenLogprob(
         float(logprob), tuple((int(i), float(x)) for i, x in zip(ids, logprobs, strict=True))
     )

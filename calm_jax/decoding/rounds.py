@@ -1,11 +1,11 @@
-"""What one round of decoding adds to each row: a token, or a drafted beginning and one more.
+"""One round of decoding: it adds a token to each row, or accepted drafted tokens and one more.
 
 In a drafted round an augment writes a few tokens alone, one after another, which costs little: the
-layers below its taps have to read them anyway. The composed model then reads all of them at once,
-and its own choice at each place says how many of them stand. Both choose by the same random numbers
-(arXiv 2408.07978), so the answer is token for token the one without a draft, sampled or not.
+layers below its taps must read them anyway. The composed model then reads all of them in one pass,
+and its own choice at each position says how many are accepted. Both choose by the same random
+numbers (arXiv 2408.07978), so the answer is token for token that without drafts, sampled or not.
 
-Axes: B row, T place in a round, V vocabulary.
+Axes: B row, T position in a round, V vocabulary.
 """
 
 import dataclasses
@@ -32,9 +32,9 @@ def token_round(
 
     Args:
         ends_E: the ids that end an answer, int32 [E].
-        known: ids from 0 that may be chosen.
+        known: only ids below it may be chosen.
         read: number of slots that are read.
-        top: number of most probable tokens that are told.
+        top: number of most probable tokens to return.
 
     Returns:
         the state; the tokens, [1, B]; and zeros, int32 [2].
@@ -59,11 +59,11 @@ def drafted_round(
     """Adds 1 to `draft` + 1 tokens to each row that is not idle.
 
     Args:
-        read: as in `token_round`; at least `draft` + 1 more than a row has.
+        read: as in `token_round`; at least `draft` + 1 more than the tokens of a row.
 
     Returns:
         the state; the tokens, [`draft` + 1, B]; and int32 [2], the numbers of drafted tokens that
-        were compared, and that were right.
+        were compared and that were accepted.
     """
     number, active_B = drafter(model), state.left_B > 0
     augment, layers = model.augments[number], model.plan.tap_layers[number]
@@ -77,7 +77,7 @@ def drafted_round(
             logits_BV = augment.logits(h_B1E)[:, 0, :known]
             return _choose(logits_BV, state.choice, state.made_B + place, seen_BV)
 
-        # What would follow the last drafted token is not asked for.
+        # The token after the last drafted one is not needed.
         next_B = jax.lax.cond(place < draft, next_token, lambda: token_B)
         return (next_B, cache, _with(seen_BV, next_B)), (token_B, taps)
 
@@ -102,7 +102,7 @@ def chosen_tokens(
     made_B: jax.Array,
     top: int,
 ) -> News:
-    """The token of each row [B] after logits, where bool [B] `made_B`; `place_B` is its number."""
+    """The token that each row [B] chooses from logits, if `made_B`; `place_B` is its number."""
     tokens_B = _choose(logits_BV, choice, place_B, seen_BV)
     logprobs = log_probabilities(logits_BV, tokens_B, top)
     is_number_B = jnp.all(jnp.isfinite(logits_BV), axis=1)
@@ -118,11 +118,11 @@ def _answered(
     top: int,
     drafted_BT: jax.Array | None = None,
 ) -> tuple[State, News, jax.Array]:
-    """Chooses a token at each place, as long as the drafted one at the place before is the same."""
+    """Chooses a token at each position, as long as the draft agreed at the position before."""
     T = logits_BTV.shape[1]
     if drafted_BT is None:
         drafted_BT = jnp.zeros((len(active_B), 0), jnp.int32)
-    # No token is -1: after the last place nothing was drafted.
+    # -1 is no token's id: nothing was drafted after the last position.
     drafted_BT = jnp.pad(drafted_BT, ((0, 0), (0, 1)), constant_values=-1)
 
     def place(carry, inputs):
@@ -144,11 +144,11 @@ def _answered(
         return (state, right_B & (left_B > 0), counts), news
 
     made_B = state.made_B
-    # The cache is no part of the loop, which would copy it.
+    # The cache stays outside the loop, which would copy it.
     carry = (dataclasses.replace(state, cache=None), active_B, jnp.zeros(2, jnp.int32))
     inputs = (jnp.moveaxis(logits_BTV, 1, 0), drafted_BT.T)
     (after, _, counts), news = jax.lax.scan(place, carry, inputs)
-    if T > 1:  # what was read and does not stand is cut off
+    if T > 1:  # removes tokens that were read but not accepted
         cache = cache.with_length(state.cache.slots.length_B + after.made_B - made_B)
     return dataclasses.replace(after, cache=cache.using()), news, counts
 

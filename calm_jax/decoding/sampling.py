@@ -1,4 +1,4 @@
-"""How the next token is chosen: what a user may ask for, and the functions that do it.
+"""How the next token is chosen: the options of users, and the functions that apply them.
 
 Axes: B row, V vocabulary, k most probable tokens.
 """
@@ -13,33 +13,33 @@ import numpy as np
 
 from calm_jax.errors import CalmError
 
-MOST_LOGPROBS = 20  # of the most probable tokens at one place
+MOST_LOGPROBS = 20  # most tokens to list at one position
 MASKED = -1e30
 
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-    """What is asked of the answers to one prompt.
+    """The options of the answers to one prompt.
 
-    The same prompt, seed and options give the same tokens in any batch and row; another shape of
-    the program may round logits otherwise, and a token whose probability is that close to the
-    random number then differs.
+    The same prompt, seed and options give the same tokens in any batch and row. A program of
+    another shape may round logits differently; that changes a token only if its probability was
+    within the rounding of the random number.
 
     Attributes:
-        max_new_tokens: length of an answer at most.
+        max_new_tokens: longest answer, in tokens.
         temperature: divides the logits; 0 takes the most probable token.
         top_k: only the k most probable tokens; 0: all.
-        top_p: only the most probable tokens whose probabilities add up to it.
+        top_p: only the most probable tokens, up to this total probability.
         min_p: only tokens at least this fraction as probable as the most probable one.
-        repetition_penalty: divides positive logits, and multiplies negative ones, of tokens that
-            the prompt or the answer has (CTRL, arXiv 1909.05858 §4.1).
+        repetition_penalty: divides positive logits, and multiplies negative ones, of tokens in the
+            prompt or the answer (CTRL, arXiv 1909.05858 §4.1).
         stop: texts before which an answer ends.
         n: number of answers.
-        seed: of all random numbers.
+        seed: seed of all random numbers.
         logprobs: None: none are returned; k: those of the tokens and of the k most probable.
 
     Raises:
-        CalmError: a value out of its range, NaN, or without effect beside another.
+        CalmError: a value is out of range, NaN, or without effect given another.
     """
 
     max_new_tokens: int = 64
@@ -143,16 +143,16 @@ class Choice:
 
 
 def penalised(logits_BV: jax.Array, seen_BV: jax.Array, penalty_B: jax.Array) -> jax.Array:
-    """Logits with the repetition penalty on tokens that were seen, bool [B, V]."""
+    """Logits with the repetition penalty on tokens that were seen (bool [B, V])."""
     penalty_B1 = penalty_B[:, None]
     lower_BV = jnp.where(logits_BV > 0, logits_BV / penalty_B1, logits_BV * penalty_B1)
     return jnp.where(seen_BV, lower_BV, logits_BV)
 
 
 def filtered(logits_BV: jax.Array, choice: Choice) -> jax.Array:
-    """Logits over the temperature, `MASKED` for tokens that top-k, top-p or min-p exclude.
+    """Logits divided by the temperature, `MASKED` for tokens that top-k, top-p or min-p exclude.
 
-    As in transformers, each filter counts with the probabilities that the one before left.
+    As in transformers, each filter uses the probabilities of tokens that earlier filters kept.
     """
     logits_BV /= jnp.maximum(choice.temperature_B, 1e-6)[:, None]
 
@@ -163,7 +163,7 @@ def filtered(logits_BV: jax.Array, choice: Choice) -> jax.Array:
         ordered_BV = jnp.where(jnp.arange(V) < k_B[:, None], ordered_BV, MASKED)
         probabilities_BV = jax.nn.softmax(ordered_BV, axis=1)
         before_BV = jnp.cumsum(probabilities_BV, axis=1) - probabilities_BV
-        # Rounding would cut the last tokens of a row that asks for all.
+        # With top_p 1, rounding would drop a row's last tokens.
         kept_BV = (before_BV < choice.top_p_B[:, None]) | (choice.top_p_B[:, None] >= 1)
         kept_BV &= probabilities_BV >= choice.min_p_B[:, None] * probabilities_BV[:, :1]
         kept_BV &= ordered_BV > MASKED
@@ -177,7 +177,7 @@ def filtered(logits_BV: jax.Array, choice: Choice) -> jax.Array:
 
 
 def random_keys(choice: Choice, place_B: jax.Array) -> jax.Array:
-    """A key for each row, by its seed, sample and the number of the token in its answer."""
+    """A key for each row, from its seed, sample and the number of the token in its answer."""
 
     def key(seed_2, sample, place):
         key = jax.random.wrap_key_data(seed_2, impl="threefry2x32")
@@ -201,7 +201,7 @@ def choose(logits_BV: jax.Array, choice: Choice, place_B: jax.Array) -> jax.Arra
 def log_probabilities(
     logits_BV: jax.Array, tokens_B: jax.Array, top: int
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Of tokens int32 [B]: float32 [B]; the `top` most probable: int32 and float32 [B, top]."""
+    """Those of tokens int32 [B], float32 [B]; the `top` most probable, int32, float32 [B, top]."""
     logprobs_BV = jax.nn.log_softmax(logits_BV, axis=1)
     of_tokens_B = jnp.take_along_axis(logprobs_BV, tokens_B[:, None], axis=1)[:, 0]
     logprobs_Bk, ids_Bk = jax.lax.top_k(logprobs_BV, top)

@@ -1,9 +1,9 @@
 """Continuous batching: requests wait for a row of the state, and a finished row takes the next one.
 
-A row keeps its tokens in the cache when its answer has ended, until another prompt needs the row. A
-prompt that begins as the tokens of a row do takes them from there instead of computing them.
+When its answer has ended, a row keeps its tokens in the cache until another prompt needs the row. A
+prompt that begins with the tokens of a row copies them from there instead of computing them.
 
-Every process of a run makes the same calls, so all decide alike.
+Every process of a run makes the same calls, so all decide the same.
 """
 
 import collections
@@ -31,19 +31,19 @@ from calm_jax.decoding.state import State
 from calm_jax.errors import CalmError
 from calm_jax.models.calling import on_devices_of
 
-SHARED = 16  # tokens that a beginning must have to be worth copying
-MOST_STEPS = 64  # tokens a row that one dispatch makes at most
+SHARED = 16  # least tokens of a shared beginning that is worth copying
+MOST_STEPS = 64  # most tokens that one dispatch makes for each row
 
 
 class Scheduler:
-    """Answers requests of one model. Not thread-safe: one thread calls everything.
+    """Answers requests to one model. Not thread-safe: one thread must make all calls.
 
     Args:
-        max_length: tokens of a prompt and its answer at most.
+        max_length: most tokens of a prompt and its answer.
         slots: number of rows that are decoded at once.
-        cache_dtype: of keys and values: a float dtype or "int8"; default: the model's.
-        prefill_chunk: tokens of prompts that one dispatch reads at most.
-        draft: tokens that an augment drafts at a time at most; as many as pay, or none.
+        cache_dtype: dtype of the caches, a float dtype or "int8"; default: the model's.
+        prefill_chunk: most tokens of prompts that one dispatch reads.
+        draft: most tokens that an augment drafts at a time; fewer or none where drafts do not pay.
         eos_ids: ids that end an answer; default: the vocabulary's.
 
     Raises:
@@ -82,7 +82,7 @@ class Scheduler:
             eos_ids = () if self.vocabulary is None else self.vocabulary.eos_ids
         self._ends = set(eos_ids)
         self._ends_E = np.array(sorted(self._ends), np.int32)
-        # A draft is read before it is known how much of it stands.
+        # A draft is read before it is known how many of its tokens are accepted.
         length = -(-(max_length + draft) // steps.SCORED) * steps.SCORED
         self._at_once = -(-prefill_chunk // steps.SCORED) * steps.SCORED
         self._chunks = buckets(min(self._at_once, length), steps.SCORED)
@@ -93,7 +93,7 @@ class Scheduler:
         self._graphdef, self._weights = nnx.split(self._model)
         self._sizes = (length, cache_dtype, whole)
         self._state: State | None = self._empty_state()
-        # A bridge that sees the prompt alone reads an answer's tokens differently.
+        # A bridge that sees only the prompt reads an answer's tokens differently.
         configs = getattr(model, "configs", ())
         self._prompt_alone = any(config.encoder_only for config in configs)
         self.rows = [Row() for _ in range(slots)]
@@ -112,7 +112,7 @@ class Scheduler:
 
     @property
     def drafting(self) -> Drafting | None:
-        """How drafting goes; None without a draft."""
+        """The state of drafting; None without `draft`."""
         return None if self._drafting is None else self._drafting.report
 
     def submit(self, *requests: Request) -> None:
@@ -149,7 +149,7 @@ class Scheduler:
             check_ids(prompt[request.score_from :], self.known, "scored", self.vocabulary)
 
     def cancel(self, request: Request, sample: int | None = None) -> None:
-        """Forgets a request, or one of its answers; its rows are free. Unknown ones are ignored."""
+        """Drops a request, or one of its answers, and frees its rows; ignores unknown ones."""
         samples = request.samples if sample is None else [sample]
         for number in samples:
             self._waiting.pop((request, number), None)
@@ -165,9 +165,9 @@ class Scheduler:
             self._state = steps.end_rows(self._state, np.array(ended))
 
     def step(self, most: int = MOST_STEPS) -> bool:
-        """One dispatch: reads a chunk of prompts, or decodes up to `most` tokens a row.
+        """One dispatch: reads a chunk of prompts, or decodes up to `most` tokens for each row.
 
-        Whatever it raises ends the answers in rows, of which no more is told; those that wait are
+        Whatever it raises ends the answers in rows, which get no further news; waiting ones are
         answered by further steps.
 
         Returns:
@@ -197,7 +197,7 @@ class Scheduler:
     # Prompts.
 
     def _to_read(self) -> list[Row]:
-        """The rows whose prompts the next dispatch reads, all of which fit one chunk."""
+        """The rows whose prompts the next dispatch reads; together these fit one chunk."""
         group = [row for row in self.rows if row.answer and not row.answer.is_read]
         if group:
             return group[:1]
@@ -206,7 +206,7 @@ class Scheduler:
             answer = next(iter(self._waiting.values()))
             row, source, shared = self._best_row(answer)
             chunk = self._chunk_for(len(answer.prompt) - shared)
-            # What two have in common beyond a row's tokens is read once: one waits for the other.
+            # What two prompts share beyond a row's tokens is read once: one waits for the other.
             worth = shared + SHARED
             waits = worth <= answer.shareable and any(
                 answer.prompt[:worth] == other.answer.prompt[:worth] for other in group
@@ -224,14 +224,14 @@ class Scheduler:
         return group
 
     def _together(self, chunk: int) -> int:
-        """The number of prompts that a dispatch of several reads."""
+        """The number of prompts that a dispatch reads together."""
         return min(self.slots, max(1, self._at_once // chunk))
 
     def _chunk_for(self, tokens: int) -> int:
         return next((size for size in self._chunks if size >= tokens), self._chunks[-1])
 
     def _best_row(self, answer: Answer) -> tuple[Row, Row | None, int]:
-        """A free row for an answer, the row with its longest beginning, and that one's length."""
+        """A free row for an answer, the row that shares its longest beginning, and its length."""
         source, shared = None, SHARED - 1
         for row in self.rows:
             held = row.prompt_length if self._prompt_alone else len(row.tokens)
@@ -250,7 +250,7 @@ class Scheduler:
 
     def _copy(self, source: Row, target: Row, count: int) -> None:
         index = self.rows.index
-        # Some more are copied, so that few lengths are compiled; they are overwritten.
+        # A few more are copied, so that few lengths are compiled; these are overwritten later.
         count = next(size for size in self._reads if size >= count)
         self._state = steps.copy_row(
             self._state, np.int32(index(source)), np.int32(index(target)), count=count
@@ -282,7 +282,7 @@ class Scheduler:
         )
         news, scores = jax.tree.map(sharding.on_host, (news, scores))
         start_P, length_P = chunk.start_P, chunk.length_P
-        # Only now do the rows hold these tokens: what fails before leaves no trace.
+        # Only now do the rows hold these tokens: an earlier failure leaves no trace.
         for row, answer, size in zip(group, answers, length_P, strict=False):
             row.tokens += answer.prompt[answer.read : answer.read + size]
             answer.read += int(size)
@@ -315,7 +315,7 @@ class Scheduler:
     def _decode(self, most: int) -> None:
         longest = max(len(row.tokens) for row in self.rows if row.answer is not None)
         draft = self._drafting.begin() if self._drafting else 0
-        places = draft + 1  # tokens that a round makes at most
+        places = draft + 1  # most tokens that a round makes
         read = next((size for size in self._reads if size >= longest + places), self._reads[-1])
         top = max(row.answer.top for row in self.rows if row.answer is not None)
         self._state, news, counts = steps.decode(
@@ -346,7 +346,7 @@ class Scheduler:
         _tell(told)
 
     def _news(self, row: Row, news: Made) -> tuple[Request, News]:
-        """What the request is told of new tokens [N]; frees the row if the answer has ended."""
+        """The request's news of new tokens [N]; frees the row if the answer has ended."""
         answer = row.answer
         sampling, tokens = answer.request.sampling, [int(token) for token in news.tokens]
         error = reason = None
@@ -369,7 +369,7 @@ class Scheduler:
                     news.logprobs, news.top_ids, news.top_logprobs, strict=True
                 )
             ][: len(tokens)]
-        # The last token is not in the cache: the next step reads it.
+        # The last token is not in the cache yet: the next step reads it.
         row.tokens += [*row.pending, *tokens[:-1]]
         row.pending = tokens[-1:]
         answer.made += len(tokens)
@@ -380,7 +380,7 @@ class Scheduler:
         return answer.request, News(answer.sample, tokens, logprobs, reason, error)
 
     def _clear(self, row: Row) -> None:
-        """Empties a row that holds NaN, which would spread to queries that do not see it."""
+        """Clears a row with NaN, which would spread even to queries that do not see it."""
         row.tokens = []
         self._state = steps.clear_row(self._state, np.int32(self.rows.index(row)))
 
@@ -393,6 +393,6 @@ class Scheduler:
 
 
 def _tell(told: list[tuple[Request, News]]) -> None:
-    """Hands news to their requests, once the scheduler knows all of it: a request may cancel."""
+    """Hands news to their requests, once all is recorded, since a request may then cancel."""
     for request, news in told:
         request.on_news(news)

@@ -1,4 +1,4 @@
-"""What decoding remembers on the devices, what a step reads, and what it tells.
+"""The state of decoding on the devices, the input of a step, and its news.
 
 Axes: B row of the state, P row of a prefill, T position in a chunk, V vocabulary, N decoding step,
 k most probable tokens.
@@ -15,15 +15,15 @@ from calm_jax.decoding.sampling import Choice
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class State:
-    """All that decoding remembers on the devices.
+    """All state of decoding on the devices.
 
     Attributes:
-        cache: the model's, with B rows.
+        cache: the model's cache, with B rows.
         token_B: int32 [B], the last token of each row, which is not in the cache yet.
         made_B: int32 [B], number of tokens in the row's answer.
-        left_B: int32 [B], number of tokens that the answer may still get; 0: the row is idle.
+        left_B: int32 [B], most tokens that the answer may still get; 0: the row is idle.
         choice: the sampling options of each row.
-        seen_BV: bool [B, V], the tokens that a row has; None while no row has a penalty.
+        seen_BV: bool [B, V], which tokens a row has; None while no row has a penalty.
     """
 
     cache: Any
@@ -37,18 +37,18 @@ class State:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Chunk:
-    """Tokens of some prompts; a row of B or more is no row.
+    """Tokens of some prompts.
 
     Attributes:
         tokens_PT: int32 [P, T].
-        next_PT: int32 [P, T], the token after each, of which the log-probability is told.
+        next_PT: int32 [P, T], the token after each, whose log-probability is returned.
         length_P: int32 [P], number of tokens that are not padding.
-        rows_P: int32 [P], rows of the state.
-        start_P: int32 [P], number of tokens of the row that stay in the cache.
-        prompt_P: int32 [P], number of tokens of the row that are a prompt.
-        left_P: int32 [P], length of the answer at most; 0: the prompt goes on, or nothing is asked.
+        rows_P: int32 [P], rows of the state; B or more: no row.
+        start_P: int32 [P], number of the row's tokens that stay in the cache.
+        prompt_P: int32 [P], number of the row's tokens that are a prompt.
+        left_P: int32 [P], longest answer; 0: the prompt continues, or is only scored.
         choice: the sampling options, [P].
-        seen_PV: bool [P, V], the tokens of the whole prompt; None as in the state.
+        seen_PV: bool [P, V], which tokens the whole prompt has; None as in the state.
     """
 
     tokens_PT: Any
@@ -65,12 +65,12 @@ class Chunk:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class News:
-    """What a step made: arrays whose last axes are tokens, and the `top` most probable ones.
+    """The results of a step: tokens, and the `top` most probable tokens along a last axis.
 
     Attributes:
         tokens: int32 [P] or [N, B].
         logprobs, top_ids, top_logprobs: of `tokens`.
-        is_number: bool, False where logits are NaN or infinite.
+        is_number: bool, False if logits are NaN or infinite.
         made: bool, whether the row made a token.
     """
 

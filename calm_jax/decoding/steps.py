@@ -1,6 +1,6 @@
-"""The compiled steps of decoding: one prefill of a chunk of tokens, or many tokens a row.
+"""The compiled steps of decoding: one prefill of a chunk, or many tokens for each row.
 
-Both take the whole state and return it; its arrays are donated, so there is one copy of it.
+Both take the whole state and return it; its arrays are donated, so there is only one copy.
 
 Axes: B row of the state, P row of a prefill, T position in a chunk, R slot that is read, D model
 width, V vocabulary, N decoding step, k most probable tokens.
@@ -40,17 +40,17 @@ def prefill(
     scored: bool,
     top: int,
 ) -> tuple[State, News, tuple[jax.Array, ...] | None]:
-    """Reads a chunk; where it ends a prompt, chooses the first token of the answer.
+    """Reads a chunk; if it ends a prompt, chooses the first token of the answer.
 
     Args:
         ends_E: the ids that end an answer, int32 [E].
-        known: ids from 0 that may be chosen.
+        known: only ids below it may be chosen.
         read: number of slots that are read, at least start + T.
-        scored: whether log-probabilities of `next_PT` are asked for.
-        top: number of most probable tokens that are told.
+        scored: whether log-probabilities of `next_PT` are needed.
+        top: number of most probable tokens to return.
 
     Returns:
-        the state; the first tokens; and of `next_PT` the log-probabilities, [P, T], and ids and
+        the state; the first tokens; and the log-probabilities of `next_PT`, [P, T], with ids and
         log-probabilities of the most probable tokens, [P, T, k].
     """
     with _mesh_of(weights):
@@ -113,17 +113,17 @@ def decode(
     top: int,
     draft: int = 0,
 ) -> tuple[State, News, jax.Array]:
-    """Runs up to `rounds` rounds, each of which adds a token to each row that is not idle, or more.
+    """Runs up to `rounds` rounds; each adds one token or more to each row that is not idle.
 
     Args:
-        rounds: int32, at most `most`; `read` must cover every row's length plus the tokens that
-            they can make.
+        rounds: int32, at most `most`; `read` must cover every row's length and the tokens that the
+            rounds can make.
         until_idle: bool, whether to stop as soon as another row is idle.
         draft: number of tokens that the augment drafts in each round.
 
     Returns:
         the state; the tokens [N, B] of each step, N = `most` · (`draft` + 1); and int32 [2], the
-        numbers of drafted tokens that were compared, and that were right.
+        numbers of drafted tokens that were compared and that were accepted.
     """
     with _mesh_of(weights):
         model = nnx.merge(graphdef, weights)
@@ -181,7 +181,7 @@ def _mesh_of(weights: nnx.State):
 
 
 def _laid_out(state: State) -> State:
-    """A state whose small arrays are laid out by the rules, so that every step takes the same."""
+    """A state with small arrays sharded by the rules, so that all steps take equal shardings."""
     small = dataclasses.replace(state, cache=state.cache.slots)
     small = jax.tree.map(lambda x: sharding.constrain(x, "batch", *[None] * (x.ndim - 1)), small)
     return dataclasses.replace(small, cache=state.cache)
@@ -195,7 +195,7 @@ def copy_row(state: State, source: jax.Array, target: jax.Array, *, count: int) 
 
 @functools.partial(jax.jit, donate_argnames=("state",))
 def clear_row(state: State, row: jax.Array) -> State:
-    """The state with zeros in place of all that the caches hold of a row."""
+    """The state with zeros in all caches of one row."""
 
     def cleared(x):
         return x.at[:, row].set(0) if x.ndim > 2 else x  # [L, B, ...], and [B, S] of slots
@@ -212,7 +212,7 @@ def end_rows(state: State, ended_B: jax.Array) -> State:
 def _scores(
     model: nnx.Module, h_PTD: jax.Array, next_PT: jax.Array, known: int, top: int
 ) -> tuple[jax.Array, ...]:
-    """Log-probabilities of `next_PT`, some positions at a time: all logits would be much larger."""
+    """Log-probabilities of `next_PT`, a few positions at a time: all logits take much memory."""
     P, T = next_PT.shape
 
     def part(inputs):

@@ -1,30 +1,30 @@
-"""The text of an answer as its tokens come."""
+"""The text of an answer as its tokens arrive."""
 
 from collections.abc import Sequence
 from typing import Any
 
-# How a token is written depends on the few before it alone; a character has a few tokens at most.
+# How a token is written depends only on the few before it; a character has only a few tokens.
 CONTEXT = 16
 
-HALF = "\N{REPLACEMENT CHARACTER}"  # what the bytes of half a character decode to
+HALF = "\N{REPLACEMENT CHARACTER}"  # the decoded bytes of half a character
 
 
 class TextStream:
-    """Turns tokens into text: never half a character, and nothing of a text that stops an answer.
+    """Turns tokens into text: never half a character, and no part of a stop text.
 
     Args:
         vocabulary: a `calm_jax.data.vocabulary.Vocabulary`.
-        prompt_ids: what the answer goes on from.
+        prompt_ids: the ids that the answer continues.
         stop: texts before which the answer ends.
 
     Attributes:
         text: all text so far.
-        stopped: whether one of `stop` has come.
+        stopped: whether one of `stop` has been reached.
     """
 
     def __init__(self, vocabulary: Any, prompt_ids: Sequence[int], stop: Sequence[str] = ()):
         self._vocabulary, self._stop = vocabulary, tuple(stop)
-        # All but the last tokens are text for good, so that long answers are not decoded again.
+        # All but the last tokens are final text, so that long answers are not decoded again.
         self._before, self._tokens = list(prompt_ids)[-CONTEXT:], []
         self._settled = ""
         self.text = ""
@@ -58,7 +58,7 @@ class TextStream:
         return new
 
     def _begun(self, whole: str) -> int:
-        """The number of last characters that may be the beginning of a text that stops."""
+        """The number of last characters that may begin a stop text."""
         begun = (
             length
             for text in self._stop

@@ -24,7 +24,7 @@ from calm_jax.serving.token_texts import TokenTexts
 
 @dataclasses.dataclass
 class Part:
-    """What has come of a choice."""
+    """What has arrived of a choice."""
 
     choice: Choice
     text: str
@@ -118,7 +118,7 @@ class Answer:
             for number, news in ready:
                 choice = self._choices[number * asked.n + news.sample]
                 if choice.finish_reason is not None:
-                    continue  # it has met a stop text; these tokens were on their way
+                    continue  # a stop text has ended the choice; these tokens came too late
                 before = choice.tokens
                 text, pieces = choice.add(news)
                 made = choice.tokens - before

@@ -1,4 +1,4 @@
-"""The routes of the server, and what holds for all of them: key, size, seconds, draining."""
+"""The routes of the server, and the checks of all of them: key, size, time, draining."""
 
 import asyncio
 import contextlib
@@ -24,8 +24,8 @@ from calm_jax.serving.metrics import CONTENT_TYPE, Metrics
 from calm_jax.serving.protocol import Asked, parse_chat, parse_completion
 from calm_jax.serving.token_texts import TokenTexts
 
-MOST_BYTES = 1_000_000  # of a body
-LAST_SECONDS = 1.0  # in which a client that reads slowly may take its last event
+MOST_BYTES = 1_000_000  # largest body
+LAST_SECONDS = 1.0  # for a slow client to read its last event
 WITHOUT_KEY = ("/", "/health")
 
 
@@ -35,12 +35,12 @@ class _Gone(Exception):
 
 @dataclasses.dataclass(frozen=True)
 class Limits:
-    """What one request may take.
+    """The limits of one request.
 
     Attributes:
-        max_queue: answers of a model that may wait for a row.
-        max_tokens: of an answer.
-        request_seconds: from its head to its end.
+        max_queue: most answers of a model that wait for a row.
+        max_tokens: most tokens of an answer.
+        request_seconds: most seconds from the start of a request to its end.
     """
 
     max_queue: int = 64
@@ -52,8 +52,8 @@ class Server:
     """The ASGI application and its state.
 
     Args:
-        models: the first one answers where a body names none.
-        key: what clients must show; None: nothing.
+        models: the first one answers if a body names none.
+        key: the key that clients must send; None: no key is needed.
 
     Attributes:
         draining: whether new requests are refused.
@@ -93,7 +93,7 @@ class Server:
         if scope["type"] != "http":
             await self._starlette(scope, receive, send)
             return
-        start, status = time.perf_counter(), 499  # what nginx calls a client that hangs up
+        start, status = time.perf_counter(), 499  # nginx's status for a client that hangs up
         path = scope["path"]
 
         async def send_counted(message: Any) -> None:
@@ -108,7 +108,7 @@ class Server:
                 await _answer_refused(refused)(scope, receive, send_counted)
             else:
                 await self._starlette(scope, receive, send_counted)
-        except Exception as error:  # it has been answered, unless a stream had begun
+        except Exception as error:  # the client already has a response, unless a stream had begun
             logging.error("%s", "".join(traceback.format_exception(error)))
         finally:
             label = path if path in self._known else "other"
@@ -201,14 +201,14 @@ class Server:
 
 
 class _Nothing(Response):
-    """What a client gets that has hung up."""
+    """The response to a client that has hung up."""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         return
 
 
 class _Events(Response):
-    """Server-sent events until the deadline; `stack` is closed behind the last."""
+    """Server-sent events until the deadline; `stack` is closed after the last one."""
 
     def __init__(
         self,
@@ -219,7 +219,7 @@ class _Events(Response):
     ):
         super().__init__(media_type="text/event-stream")
         del self.headers["content-length"]
-        # A proxy that gathers the answer first would make a stream pointless.
+        # A proxy that first collects the whole answer would make a stream pointless.
         self.headers.update({"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
         self._events, self._deadline, self._late, self._stack = events, deadline, late, stack
 
@@ -249,14 +249,14 @@ async def _send_body(send: Send, data: bytes, *, more: bool) -> None:
 
 
 async def _body(request: Request) -> bytes:
-    """The body; one that is too large is read to its end, or its sender sees no answer."""
+    """The body. Even a body that is too large is read to its end, or its sender sees no answer."""
     body, count = bytearray(), 0
     async for part in request.stream():
         count += len(part)
         if count <= MOST_BYTES:
             body += part
     if count > MOST_BYTES:
-        raise Refused(413, f"the body has {count} bytes; at most {MOST_BYTES} are read")
+        raise Refused(413, f"the body has {count} bytes; at most {MOST_BYTES} are allowed")
     return bytes(body)
 
 

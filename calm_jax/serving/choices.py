@@ -1,4 +1,4 @@
-"""Choices of an answer as their tokens come: text, log-probabilities, and how they end."""
+"""Choices of an answer as their tokens arrive: text, log-probabilities, and how they end."""
 
 import dataclasses
 import math
@@ -10,7 +10,7 @@ from calm_jax.decoding.text_stream import TextStream
 from calm_jax.serving.protocol import Asked
 from calm_jax.serving.token_texts import TokenTexts
 
-_NEVER = -9999.0  # OpenAI's log-probability of what has probability 0, which JSON cannot say
+_NEVER = -9999.0  # OpenAI's log-probability for probability 0; JSON has no minus infinity
 
 
 @dataclasses.dataclass
@@ -27,7 +27,7 @@ class Choice:
 
     Attributes:
         index: its number in the answer.
-        tokens: number of tokens, the end token and those of a stop text included.
+        tokens: number of tokens, including the end token and those of a stop text.
         finish_reason: None until it has ended.
     """
 
@@ -38,16 +38,16 @@ class Choice:
         self._vocabulary, self._prompt = asked.model.vocabulary, asked.prompts[number]
         self._text = TextStream(self._vocabulary, self._prompt, asked.stop)
         self._wants_pieces = asked.logprobs is not None
-        # A text that may stop is held back, but not from where tokens begin.
+        # Text that may begin a stop text is held back, but token positions must count it.
         self._all = TextStream(self._vocabulary, self._prompt) if self._wants_pieces else None
         self._by_token = self._wants_pieces or bool(asked.stop)
         self._start = len(asked.texts[number]) if asked.echo else 0
         self._waiting: list[Piece] = []
 
     def add(self, news: News) -> tuple[str, list[Piece]]:
-        """Text that is certain after news of this choice, and the tokens that begin in it."""
+        """The text that is now certain after news of the choice, and the tokens beginning in it."""
         text = ""
-        # One by one, so that what an answer says does not depend on how its tokens were made.
+        # One by one, so that the result does not depend on how many tokens arrive at once.
         groups = [[token] for token in news.tokens] if self._by_token else [news.tokens]
         for place, group in enumerate(groups):
             if self._wants_pieces:
@@ -83,7 +83,7 @@ def prompt_pieces(asked: Asked, number: int, scores: list[TokenLogprob]) -> list
 
 
 def legacy_logprobs(texts: TokenTexts, pieces: list[Piece], top: int) -> dict[str, Any]:
-    """The object of /v1/completions; each dict has the token itself beside the `top` others."""
+    """The object of /v1/completions; each dict has the token itself besides the `top` others."""
     tokens, logprobs, tops = [], [], []
     for piece in pieces:
         if piece.logprob is None:

@@ -1,7 +1,7 @@
-"""The thread that calls the schedulers of all served models, and what the event loop sees of it.
+"""The thread that calls the schedulers of all served models, and its interface to the event loop.
 
-The event loop sends commands by a queue; news come back by `call_soon_threadsafe`. One thread
-steps all models in turn: they share the devices.
+The event loop sends commands through a queue; news return by `call_soon_threadsafe`. One thread
+steps all models in turn, since they share the devices.
 """
 
 import asyncio
@@ -22,7 +22,7 @@ from calm_jax.decoding.scheduler import Scheduler
 from calm_jax.errors import CalmError
 from calm_jax.serving.errors import Refused, one_line
 
-STEPS = 8  # tokens a row between two looks at the commands
+STEPS = 8  # tokens for each row between two checks for commands
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,10 +30,10 @@ class ServedModel:
     """A model under its name.
 
     Attributes:
-        vocabulary: of its texts.
+        vocabulary: encodes and decodes its texts.
         slots: number of rows of its scheduler.
-        max_length: tokens of a prompt and its answer at most.
-        make_scheduler: is called in the engine's thread before the model's first request.
+        max_length: most tokens of a prompt and its answer.
+        make_scheduler: called in the engine's thread before the model's first request.
     """
 
     name: str
@@ -45,7 +45,7 @@ class ServedModel:
 
 @dataclasses.dataclass(frozen=True)
 class Usage:
-    """What a model does at the moment: answers without a row, rows in use, and how it drafts."""
+    """A model's present load: answers without a row, rows in use, and how it drafts."""
 
     waiting: int = 0
     running: int = 0
@@ -53,16 +53,17 @@ class Usage:
 
 
 class Flight:
-    """The prompts of one HTTP request in the engine, and the news of them.
+    """The prompts of one HTTP request in the engine, and their news.
 
-    A `with` block: at its end what has not ended is cancelled. All methods are the event loop's.
+    Use it in a `with` block, whose end cancels unfinished answers. Call all methods in the event
+    loop, unless they say otherwise.
     """
 
     def __init__(self, engine: "EngineThread", model: ServedModel, answers: int):
         self._engine, self._model = engine, model
         self._news: asyncio.Queue[tuple[int, News] | Exception | None] = asyncio.Queue()
         self.requests: list[Request] = []
-        self.answers = answers  # that have not ended
+        self.answers = answers  # number of unfinished answers
 
     async def submit(
         self, prompts: Sequence[list[int]], sampling: Sampling, score_from: int | None
@@ -78,7 +79,7 @@ class Flight:
         await self._next()
 
     async def next(self) -> tuple[int, News]:
-        """The number of a prompt, and news of it; raises `Refused` if the engine fails."""
+        """The number of a prompt, and its news; raises `Refused` if the engine fails."""
         number, news = await self._next()
         if news.finish_reason is not None and self.answers:
             self._engine.release(self._model, self, 1)
@@ -91,11 +92,11 @@ class Flight:
         return item
 
     def tell(self, item: Any) -> None:
-        """From the thread: the next that `submit` or `next` gets."""
+        """Called in the thread: gives an item to the waiting `submit` or `next`."""
         self._engine.call_in_loop(self._news.put_nowait, item)
 
     def fail(self, error: Exception) -> None:
-        """Raises an error where news are waited for."""
+        """Raises an error in the waiting `submit` or `next`."""
         self._news.put_nowait(error)
 
     def end_sample(self, number: int, sample: int) -> None:
@@ -110,11 +111,11 @@ class Flight:
 
 
 class EngineThread:
-    """Owns the thread and the schedulers; its public methods are the event loop's.
+    """Owns the thread and the schedulers; call its public methods in the event loop.
 
     Args:
-        models: by name.
-        max_queue: answers of a model that may wait for a row.
+        models: the models by name.
+        max_queue: most answers of a model that wait for a row.
     """
 
     def __init__(self, models: Mapping[str, ServedModel], max_queue: int):
@@ -122,21 +123,21 @@ class EngineThread:
         self._commands: queue.SimpleQueue = queue.SimpleQueue()
         self._schedulers: dict[str, Scheduler] = {}
         self._flights: dict[str, set[Flight]] = {name: set() for name in self.models}
-        self._answers = dict.fromkeys(self.models, 0)  # in flight, as the event loop knows
+        self._answers = dict.fromkeys(self.models, 0)  # unfinished, as far as the loop knows
         self._usage = dict.fromkeys(self.models, Usage())
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
     def build(self, name: str) -> None:
-        """Makes the scheduler of a model before the thread starts, where errors reach the user."""
+        """Makes a model's scheduler before the thread starts, so that errors reach the user."""
         self._schedulers[name] = self.models[name].make_scheduler()
 
     def start(self) -> None:
-        """Starts the thread, which belongs to the event loop that runs here."""
+        """Starts the thread, which serves the running event loop."""
         self._loop = asyncio.get_running_loop()
         self._thread.start()
 
     async def stop(self) -> None:
-        """Ends the thread after the dispatch that runs."""
+        """Ends the thread after the current dispatch."""
         self._commands.put(None)
         await asyncio.to_thread(self._thread.join)
 
@@ -145,20 +146,20 @@ class EngineThread:
         return self._thread.is_alive()
 
     def usage(self, name: str) -> Usage:
-        """Of a model; what the thread has not seen yet waits too."""
+        """A model's load; answers that the thread has not seen yet also count as waiting."""
         usage = self._usage[name]
         unseen = self._answers[name] - usage.waiting - usage.running
         return dataclasses.replace(usage, waiting=usage.waiting + max(0, unseen))
 
     def flight(self, model: ServedModel, answers: int) -> Flight:
-        """Takes room for so many answers.
+        """Reserves room for this number of answers.
 
         Raises:
-            Refused: there is none now, or never.
+            Refused: there is no room now, or there never is.
         """
         most = model.slots + self.max_queue
         if answers > most:
-            line = f"{answers} answers are asked for at once; this server takes {most} at most"
+            line = f"the request is for {answers} answers; this server takes at most {most}"
             raise Refused(400, line, param="n")
         if self._answers[model.name] + answers > most:
             raise Refused(429, "the queue is full; try again", code="queue_full")
@@ -166,7 +167,7 @@ class EngineThread:
         return Flight(self, model, answers)
 
     def release(self, model: ServedModel, flight: Flight, answers: int) -> None:
-        """Gives the room of answers that have ended to others."""
+        """Frees the room of answers that have ended."""
         flight.answers -= answers
         self._answers[model.name] -= answers
 
@@ -174,8 +175,8 @@ class EngineThread:
         self._commands.put((kind, *values))
 
     def call_in_loop(self, function: Callable[..., None], *values: Any) -> None:
-        """From the thread: calls a function in the event loop."""
-        # A loop that is closed has nobody who waits.
+        """Called in the thread: calls a function in the event loop."""
+        # In a closed loop nothing waits for the call.
         with contextlib.suppress(RuntimeError):
             self._loop.call_soon_threadsafe(function, *values)
 
@@ -193,7 +194,7 @@ class EngineThread:
                     self._fail(name, error)
 
     def _obey(self, *, wait: bool) -> bool:
-        """Does all commands, the first of which may be waited for; False: the thread shall end."""
+        """Does all commands, waiting for the first if `wait`; False: the thread must end."""
         while wait or not self._commands.empty():
             command = self._commands.get()
             if command is None:
@@ -223,7 +224,7 @@ class EngineThread:
             self._schedulers[model.name].cancel(request, sample)
 
     def _end(self, model: ServedModel, flight: Flight) -> None:
-        # A flight of a scheduler that has failed is unknown here, and its rows are gone.
+        # The flight of a failed scheduler is unknown here, and its rows are gone.
         if flight in self._flights[model.name]:
             self._flights[model.name].remove(flight)
             for request in flight.requests:
@@ -241,11 +242,11 @@ class EngineThread:
     def _fail(self, name: str, error: Exception) -> None:
         """Ends all requests of a model; the next one gets a new scheduler.
 
-        The state of the old one may be lost: a dispatch that fails has taken its buffers.
+        The state of the old one may be lost: a failed dispatch has consumed its buffers.
         """
         line = one_line(error)
         logging.error("%s: %s\n%s", name, line, "".join(traceback.format_exception(error)))
-        traceback.clear_frames(error.__traceback__)  # which hold the scheduler's arrays
+        traceback.clear_frames(error.__traceback__)  # its frames hold the scheduler's arrays
         self._schedulers.pop(name, None)
         self._usage[name] = Usage()
         for flight in self._flights[name]:

@@ -1,4 +1,4 @@
-"""What a request is refused with, in OpenAI's form."""
+"""Refusals of requests, in OpenAI's form."""
 
 from typing import Any
 
@@ -7,9 +7,9 @@ class Refused(Exception):
     """Ends a request with a status and OpenAI's error object.
 
     Args:
-        status: of HTTP.
+        status: the HTTP status.
         message: one line.
-        param: the field of the body that is meant.
+        param: the field of the body that is at fault.
         code: a word for programs.
     """
 
@@ -28,7 +28,7 @@ class Refused(Exception):
 
     @property
     def headers(self) -> dict[str, str]:
-        """`Retry-After` where the same request may succeed soon; the way to log in."""
+        """`Retry-After` if the same request may succeed soon; the scheme of the API key."""
         if self.status in (429, 503):
             return {"Retry-After": "1"}
         return {"WWW-Authenticate": "Bearer"} if self.status == 401 else {}

@@ -1,7 +1,7 @@
 """Figures of the server in Prometheus' text format.
 
-By `prometheus_client`, a small package without dependencies, since escaping, the cumulative buckets
-of histograms and their locks would be as much code here as all else in this file.
+`prometheus_client`, a small package without dependencies, writes them: escaping, histograms'
+cumulative buckets and their locks would double the code in this file.
 """
 
 from prometheus_client import CONTENT_TYPE_LATEST as CONTENT_TYPE
@@ -17,7 +17,7 @@ __all__ = ["CONTENT_TYPE", "Metrics"]
 
 
 class Metrics:
-    """Counters of one server; those of the engine are read when they are asked for."""
+    """Counters of one server; the engine's are read when a client asks for metrics."""
 
     def __init__(self, engine: EngineThread):
         self._engine = engine
@@ -41,7 +41,7 @@ class Metrics:
         )
         self.seconds = Histogram(
             "calm_request_seconds",
-            "Of a whole request",
+            "From the start of a request to its end",
             ["path"],
             buckets=_REQUEST,
             registry=registry,
@@ -51,11 +51,11 @@ class Metrics:
         )
         self._running = Gauge("calm_running_rows", "Rows in use", model, registry=registry)
         self._acceptance = Gauge(
-            "calm_draft_acceptance_ratio", "Accepted of compared drafts", model, registry=registry
+            "calm_draft_acceptance_ratio", "Share of accepted drafts", model, registry=registry
         )
         self._draft = Gauge(
             "calm_draft_length",
-            "Tokens drafted at a time; 0: it does not pay",
+            "Tokens drafted at a time; 0: drafts do not pay",
             model,
             registry=registry,
         )

@@ -1,4 +1,4 @@
-"""A model and its parts under the names that clients ask for."""
+"""A model and its parts, by the names that clients use."""
 
 import functools
 from typing import Any
@@ -12,13 +12,13 @@ from calm_jax.serving.engine_thread import ServedModel
 def served_models(
     model: Decoder | ComposedDecoder, name: str, options: dict[str, Any]
 ) -> list[ServedModel]:
-    """The model as `name`; of a composed model also NAME/anchor, and NAME/augment or NAME/augment0
-    and so on, over the same weights.
+    """The model as `name`; for a composed model also NAME/anchor, and NAME/augment or NAME/augment0
+    and so on, with the same weights.
 
-    Augments that are no decoders of text are left out.
+    Augments that are not decoders of text are left out.
 
     Args:
-        options: arguments of every `Scheduler`, but that the parts do not draft.
+        options: arguments of every `Scheduler`; but parts do not draft.
 
     Raises:
         CalmError: the model has no vocabulary.

@@ -1,4 +1,4 @@
-"""Bodies of requests, checked: what OpenAI's API calls them, and what is asked of the engine."""
+"""Checks the bodies of requests to OpenAI's API, and turns them into prompts for the engine."""
 
 import dataclasses
 import json
@@ -30,9 +30,9 @@ _CHAT = {
     "logprobs": False,
     "top_logprobs": None,
 }
-# Fields that say nothing of the answer.
+# Fields that do not affect the answer.
 _SILENT = {"user", "store", "metadata", "service_tier", "safety_identifier", "prompt_cache_key"}
-# Fields whose one value here is what happens without them.
+# Fields that are not supported: their only allowed value has no effect.
 _NEUTRAL = {
     "frequency_penalty": 0,
     "presence_penalty": 0,
@@ -45,9 +45,9 @@ _NEUTRAL = {
     "functions": [],
     "modalities": ["text"],
 }
-_DEFAULT_TOKENS = 16  # of a completion, as OpenAI's
+_DEFAULT_TOKENS = 16  # OpenAI's default for completions
 _MOST_STOPS = 4
-_MOST = 1e30  # of a number that a float32 holds
+_MOST = 1e30  # largest number allowed, which float32 can hold
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,11 +55,11 @@ class Asked:
     """What a body asks for.
 
     Attributes:
-        texts: of the prompts, as an echo repeats them; of ids, what they decode to.
-        prompts: their ids.
-        sampling: of the answers, one token long where none is asked for.
+        texts: the texts of the prompts, for an echo; prompts of ids are decoded.
+        prompts: the ids of the prompts.
+        sampling: options of the answers; if no token is asked for, answers have one token.
         scores_only: whether no token is asked for.
-        logprobs: None: none; otherwise the number of most probable tokens told at each place.
+        logprobs: None: none; otherwise the number of most probable tokens to list at each position.
     """
 
     model: ServedModel
@@ -85,7 +85,7 @@ class Asked:
 
 
 def parse_json(body: bytes) -> dict[str, Any]:
-    """The object that a body is; raises `Refused`."""
+    """The object in a body; raises `Refused`."""
 
     def refuse(name: str) -> None:
         raise ValueError(f"{name} is not JSON")
@@ -94,7 +94,7 @@ def parse_json(body: bytes) -> dict[str, Any]:
         value = json.loads(body.decode(), parse_constant=refuse)
     except RecursionError:
         raise Refused(400, "the body is nested too deeply") from None
-    except ValueError as error:  # JSON, UTF-8 and integers that are too long
+    except ValueError as error:  # bad JSON or UTF-8, or an integer that is too long
         raise Refused(400, f"the body is not JSON: {str(error).splitlines()[0]}") from None
     if not isinstance(value, dict):
         raise Refused(400, f"the body is {_kind(value)}; it must be an object")
@@ -154,7 +154,7 @@ def _asked(given, model, is_chat, texts, ids, tokens, logprobs) -> Asked:
             raise Refused(
                 400,
                 f"the prompt has {len(prompt)} tokens and the answer may have {tokens}, together "
-                f"more than this model's {model.max_length}",
+                f"more than this model's limit {model.max_length}",
                 param="messages" if is_chat else "prompt",
                 code="context_length_exceeded",
             )
@@ -170,7 +170,7 @@ def _asked(given, model, is_chat, texts, ids, tokens, logprobs) -> Asked:
         if type(given[name]) not in (int, float) or not abs(given[name]) < _MOST:
             raise Refused(400, f"{name} must be a finite number", param=name)
     temperature = given["temperature"]
-    # Without a random choice, these have nothing to choose from: clients send them all the same.
+    # Without random choice these have no effect, but clients send them anyway.
     others = () if temperature == 0 else ("top_p", "top_k", "min_p")
     try:
         sampling = Sampling(
@@ -190,7 +190,7 @@ def _asked(given, model, is_chat, texts, ids, tokens, logprobs) -> Asked:
     stream = _flag(given, "stream")
     options = {} if given["stream_options"] is None else given["stream_options"]
     if not isinstance(options, dict) or (options and not stream):
-        line = "stream_options must be an object, beside stream: true"
+        line = "stream_options must be an object, and needs stream: true"
         raise Refused(400, line, param="stream_options")
     options = _fields(options, {"include_usage": False, "include_obfuscation": False})
     return Asked(
@@ -209,16 +209,16 @@ def _asked(given, model, is_chat, texts, ids, tokens, logprobs) -> Asked:
 
 
 def _fields(body: dict[str, Any], known: Mapping[str, Any]) -> dict[str, Any]:
-    """Values of all known fields; null is the default. Refuses fields that would do nothing."""
+    """Values of all known fields; null is the default. Refuses fields without an effect."""
     for name, value in body.items():
         if name in known or name in _SILENT or value is None:
             continue
         shown = name[:80].encode(errors="replace").decode()
         if name not in _NEUTRAL:
             raise Refused(400, f"unknown field {shown!r}", param=shown)
-        # `[] == 0` and `1 == True` tell nothing: kinds are compared too.
+        # To Python `1 == True`, so kinds are compared too.
         if value != _NEUTRAL[name] or isinstance(value, bool):
-            line = f"{name} is not supported: it may only be {json.dumps(_NEUTRAL[name])}"
+            line = f"{name} is not supported; it must be {json.dumps(_NEUTRAL[name])}"
             raise Refused(400, line, param=name)
     return {
         name: default if body.get(name) is None else body[name] for name, default in known.items()
@@ -269,7 +269,7 @@ def _messages(messages: Any) -> list[dict[str, Any]]:
         if isinstance(content, list):
             for part in content:
                 if not isinstance(part, dict) or part.get("type") != "text":
-                    line = f"{where}.content has a part that is no text"
+                    line = f"{where}.content has a part that is not text"
                     raise Refused(400, line, param=where)
                 _text(f"{where}.content", part.get("text"))
             content = "".join(part["text"] for part in content)
@@ -292,7 +292,7 @@ def _encoded(model: ServedModel, text: str) -> list[int]:
 
 
 def _decoded(model: ServedModel, ids: list[int]) -> str:
-    """The text of ids, also of those behind an end token."""
+    """The text of ids, including those after an end token."""
     rows = model.vocabulary.size
     if unknown := [token for token in ids if token >= rows]:
         raise Refused(400, f"prompt token {unknown[0]} is outside the {rows} ids", param="prompt")
@@ -324,7 +324,7 @@ def _flag(given: Mapping[str, Any], name: str) -> bool:
 
 
 def _kind(value: Any) -> str:
-    """What a value of JSON is."""
+    """The kind of a JSON value, in words."""
     if value is None:
         return "null"
     if value == "":

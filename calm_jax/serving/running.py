@@ -12,11 +12,11 @@ import uvicorn
 from calm_jax.errors import RunFailed
 from calm_jax.serving.app import Server
 
-_SECONDS = 0.1  # between two looks at the answers that are left
+_SECONDS = 0.1  # between two checks whether answers are left
 
 
 class _Uvicorn(uvicorn.Server):
-    """Stops when the last answer has ended; until then new requests are refused, not unheard."""
+    """Stops when the last answer has ended; until then new requests get a refusal."""
 
     def __init__(self, server: Server, config: uvicorn.Config):
         super().__init__(config)
@@ -31,11 +31,11 @@ class _Uvicorn(uvicorn.Server):
 
     def _stop(self, number: int) -> None:
         if self._server.draining:
-            # The engine may be within a dispatch of minutes, which nothing else ends.
+            # The engine may be in a dispatch that takes minutes, which nothing else can end.
             os._exit(128 + number)
         self._server.draining = True
         left = self._server.open_answers
-        print(f"stopping; answers that still run: {left}", file=sys.stderr, flush=True)
+        print(f"stopping; answers still running: {left}", file=sys.stderr, flush=True)
         self._draining = asyncio.create_task(self._drain())
 
     async def _drain(self) -> None:
@@ -48,7 +48,7 @@ def run(server: Server, host: str, port: int) -> None:
     """Listens until SIGTERM or SIGINT, and returns when all answers have ended.
 
     Raises:
-        RunFailed: the address cannot be had.
+        RunFailed: the address is not available.
     """
     config = uvicorn.Config(
         server,
@@ -62,8 +62,8 @@ def run(server: Server, host: str, port: int) -> None:
     )
     try:
         listener = config.bind_socket()
-    except SystemExit:  # how uvicorn says it, after a line of its own
-        raise RunFailed(f"--host={host} --port={port}: the address cannot be had") from None
+    except SystemExit:  # uvicorn raises this, after printing a line of its own
+        raise RunFailed(f"--host={host} --port={port}: the address is not available") from None
     shown = f"[{host}]" if ":" in host else host
     print(f"serving {', '.join(server.models)} on http://{shown}:{listener.getsockname()[1]}")
     sys.stdout.flush()

@@ -57,7 +57,7 @@ def error_of(answer, status):
         ({"prompt": "a", "temperature": 10**400}, 400, "temperature must be a finite number"),
         ({"prompt": "a", "top_p": 2}, 400, "top_p is 2"),
         ({"prompt": "a", "n": 0}, 400, "n is 0"),
-        ({"prompt": "a", "n": 10**9}, 400, "1000000000 answers are asked for at once"),
+        ({"prompt": "a", "n": 10**9}, 400, "the request is for 1000000000 answers"),
         ({"prompt": "a", "stop": list("abcde")}, 400, "stop must be a text or up to 4"),
         ({"prompt": "a", "stop": ""}, 400, "stop is an empty text"),
         ({"prompt": "a", "seed": 2**70}, 400, "seed is"),
@@ -86,7 +86,7 @@ def test_a_bad_body_is_named(served, body, status, message):
         ({"messages": [{"content": "a"}]}, "messages[0].role is null"),
         (
             {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]},
-            "messages[0].content has a part that is no text",
+            "messages[0].content has a part that is not text",
         ),
         (
             {"messages": [{"role": "user", "content": "a"}], "top_logprobs": 3},

@@ -66,7 +66,7 @@ def test_sigterm_lets_answers_end_and_refuses_new_ones(frozen):
             assert refused.headers["Retry-After"]
             assert [line for line in events if line][-1] == "data: [DONE]"
         assert process.wait(30) == 0
-        assert process.stderr.read() == "stopping; answers that still run: 1\n"
+        assert process.stderr.read() == "stopping; answers still running: 1\n"
 
 
 def test_a_second_sigterm_ends_at_once(frozen):
@@ -90,7 +90,7 @@ def test_two_servers_cannot_have_one_port(frozen):
             [*again, f"--port={url.rpartition(':')[2]}"], capture_output=True, text=True
         )
         assert run.returncode == 1
-        assert "the address cannot be had" in run.stderr.splitlines()[-1]
+        assert "the address is not available" in run.stderr.splitlines()[-1]
         process.send_signal(signal.SIGTERM)
         assert process.wait(30) == 0
 
