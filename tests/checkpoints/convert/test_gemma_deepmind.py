@@ -319,5 +319,5 @@ def test_bad_trees_and_options_are_refused(change, options, message):
 )
 def test_what_a_generation_does_not_have_is_no_option_of_it(name, option, generation):
     tree = Golden(f"gemma_deepmind_{name}").nested
-    with pytest.raises(CalmError, match=f"{option}=4: tree is Gemma {generation}, without"):
+    with pytest.raises(CalmError, match=f"{option}=4: tree is Gemma {generation}, which has none"):
         GemmaDeepMind().read(in_memory(tree), **{option: 4})

@@ -266,10 +266,14 @@ UNFIT = [
     (
         dict,
         {"layers.1.fn.rotary_emb.inv_freq": np.ones(4)},
-        r"inv_freq starts \[1\. 1\. 1\.\], not",
+        r"inv_freq starts with \[1\. 1\. 1\.\], this",
     ),
     (dict, {"layers.1.fn.rotary_emb.inv_freq": 1e5 ** -(np.arange(4) / 4)}, r"inv_freq starts"),
-    (dict, {"layers.1.fn.rotary_emb.scale": np.ones(4)}, r"scale starts \[1\. 1\. 1\.\], not"),
+    (
+        dict,
+        {"layers.1.fn.rotary_emb.scale": np.ones(4)},
+        r"scale starts with \[1\. 1\. 1\.\], this",
+    ),
 ]
 
 
@@ -303,7 +307,7 @@ def test_buffers_rounded_to_half_precision():
         (
             in_sequence(rlhf(xpos=False)),
             {"xpos": True},
-            "palm.pt: xpos is True, but there is rotary_emb.inv_freq and no rotary_emb.scale",
+            "palm.pt: xpos is True, but there is rotary_emb.inv_freq without rotary_emb.scale",
         ),
     ],
 )
