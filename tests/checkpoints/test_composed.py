@@ -216,7 +216,7 @@ def test_another_number_of_augments(run, models):
 def test_models_never_on_disk_must_be_given(tmp_path):
     model = tiny_models.composed(CompositionConfig(every=2))
     export_bridge(model, tmp_path / "bridge")
-    with pytest.raises(CalmError, match=r"the anchor was never on disk; give it by --anchor"):
+    with pytest.raises(CalmError, match=r"the anchor was never on disk; give it with --anchor"):
         load_composed(tmp_path / "bridge")
     loaded = load_composed(tmp_path / "bridge", anchor=model.anchor, augments=[*model.augments])
     assert stored_bytes(loaded.bridge) == stored_bytes(model.bridge)
