@@ -14,7 +14,7 @@ from calm_jax.errors import CalmError
 from calm_jax.evaluation import metric_table
 from calm_jax.evaluation.tasks.task import Task
 
-READ_AT_ONCE = 1024  # tokens of a long text, where no other context is given
+READ_AT_ONCE = 1024  # tokens of a long text, unless another context is given
 CACHED_TOKENS = 2**16  # in all rows: 3 GB of keys and values of a model of 135M parameters
 _BLOCK = 512  # continuations that are scored before the progress bar moves
 Records = list[dict[str, Any]]
@@ -103,12 +103,12 @@ def rows(wanted: int, length: int) -> int:
 
 
 def shot_texts(task: Task, options: Options) -> list[str]:
-    """What stands before every question of a task, in order."""
+    """The texts before every question of a task, in order."""
     return [task.template.shot(example) for example in task.drawn(options.shots, options.seed)]
 
 
 def answer_length(task: Task, options: Options) -> int:
-    """Tokens of a generated answer at most."""
+    """The most tokens of a generated answer."""
     return options.max_new_tokens or task.max_new_tokens
 
 
@@ -235,7 +235,7 @@ def _generated(
 
 
 def _cut(text: str, stops: Sequence[str]) -> str:
-    """The text before what stops it."""
+    """The text before the first of `stops`."""
     places = [text.find(stop) for stop in stops if stop in text]
     return text[: min(places)] if places else text
 

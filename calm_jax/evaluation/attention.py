@@ -8,7 +8,7 @@ import numpy as np
 from calm_jax.data.vocabulary import Vocabulary
 from calm_jax.models import ComposedDecoder, Inputs
 
-ATTENTION_TOKENS = 32  # of the prompt whose attention is kept: more are not legible
+ATTENTION_TOKENS = 32  # tokens of the prompt whose attention is kept: more are not legible
 Records = list[dict[str, Any]]
 
 
@@ -43,7 +43,7 @@ def attention(model: ComposedDecoder, answers: Mapping[str, Records]) -> dict[st
 
 
 def token_texts(vocabulary: Vocabulary, ids: Sequence[int]) -> list[str]:
-    """What each token adds to the text: "�" is a part of a character; special tokens are named."""
+    """The text that each token adds: "�" for part of a character, the name of a special token."""
     names, texts = vocabulary.tokens(), []
     start, before = 0, ""
     for end, token in enumerate(ids, start=1):

@@ -1,7 +1,7 @@
 """Geometry of the page's line charts; `templates/charts.html` draws them.
 
-Drawn here because Matplotlib and Altair let the labels at the ends of lines overlap, fix their
-colours against a dark page, and take eight times the bytes (28 and 34 kB a chart).
+Matplotlib and Altair are not used: they let the labels at the ends of lines overlap, cannot adapt
+colours to a dark page, and take eight times the bytes (28 and 34 kB for a chart).
 """
 
 import dataclasses
@@ -65,7 +65,7 @@ class LineChart:
 def line_chart(
     description: str, series: Sequence[Series], *, percent: bool = False, log: bool = False
 ) -> LineChart | None:
-    """A chart of the lines that have points; None where none has.
+    """A chart of the lines that have points; None if none has.
 
     `percent` fixes the vertical axis to 0–100; `log` makes it logarithmic where the values span
     more than a factor of 8.
@@ -153,7 +153,7 @@ def compact(value: float) -> str:
 
 
 def _dots(line: Series, points: Points) -> Points:
-    """The points to mark: of a line of dots, or of one too short to be seen."""
+    """The points to mark: those of a line of dots, or of a line too short to be seen."""
     if line.style != "dots" and len(points) > 1:
         return []
     return [*points[: -1 : max(1, len(points) // _DOTS)], points[-1]]

@@ -37,7 +37,7 @@ class Group:
 
 
 def groups(scores: Mapping[str, Cell], anchor: Mapping[str, Cell] | None = None) -> list[Group]:
-    """The groups of a model's scores by task; `anchor` holds those of its anchor alone."""
+    """The groups of a model's scores by task; `anchor` holds the scores of its anchor alone."""
     found: dict[str, list[str]] = {}
     for task, cell in scores.items():
         if "group" in cell:
@@ -51,7 +51,7 @@ def _group(
     cells = [scores[task] for task in tasks]
     values = [metric_table.main_value(cell) for cell in cells]
     mean = sum(values) / len(values)
-    # Of independent rows the squares of half-widths add up.
+    # For independent rows, the squares of half-widths add up.
     half = math.hypot(*((cell["interval"][1] - cell["interval"][0]) / 2 for cell in cells))
     half /= len(cells)
     wins = None

@@ -85,7 +85,7 @@ def score(records: Sequence[Record], names: Sequence[str]) -> dict[str, Any]:
 
 
 def main_value(cell: Mapping[str, Any]) -> float:
-    """The value of a cell's main metric; a cell that names none is one of exact match."""
+    """The value of a cell's main metric; if the cell names none, it is exact match."""
     return cell[main_name(cell)]
 
 
@@ -166,7 +166,7 @@ def _is_exact(record: Record) -> bool:
 
 
 def _contains(record: Record) -> bool:
-    """Whether the answer has the target in it, whatever the case of its letters."""
+    """Whether the answer contains the target, in upper or lower case."""
     return record["targets"].strip().casefold() in record["prediction"].casefold()
 
 
@@ -198,7 +198,7 @@ def _is_chosen(record: Record) -> bool:
 
 
 def _is_chosen_normalized(record: Record) -> bool:
-    """Likewise, by log-probability over the number of characters of each of "choices"."""
+    """The same, with each log-probability divided by its choice's number of characters."""
     lengths = [len(choice) for choice in record["choices"]]
     return int(np.argmax(np.array(record["logprobs"]) / lengths)) == record["answer"]
 
@@ -281,5 +281,5 @@ METRICS = {name: Metric(name, _share(judge), judge, "%") for name, judge in _jud
         Metric("bits_per_byte", _bits_per_byte, descends=True),
     )
 }
-# What may be asked of a user's own prompts and answers.
+# Metrics for a user's own prompts and answers.
 OF_ANSWERS = ("exact_match", "contains", "number", "regex", "chrf1", "chrf2", "bleu")

@@ -12,7 +12,7 @@ _Z_95 = 1.959963984540054
 
 
 def is_exact_match(prediction: str, target: str) -> bool:
-    """Whether the two texts are equal, white space around them aside."""
+    """Whether the two texts are equal, apart from white space around them."""
     return prediction.strip() == target.strip()
 
 
@@ -37,8 +37,8 @@ def wilson_interval(correct: int, count: int) -> tuple[float, float]:
 def best_constant(targets: Iterable[str]) -> tuple[str, float]:
     """The most frequent target and its share: what always giving one answer reaches at best.
 
-    The answer is chosen on these very targets, so no constant chosen beforehand does better. Of
-    equally frequent targets the first in order of text is named.
+    The answer is chosen from these very targets, so no constant chosen beforehand does better.
+    Among equally frequent targets it is the first in alphabetical order.
 
     Raises `CalmError` without targets.
     """

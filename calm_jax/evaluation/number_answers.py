@@ -19,7 +19,7 @@ _NUMBER = re.compile(
 
 
 def final_number(text: str) -> Decimal | None:
-    """The number that a text ends in; None where it has none.
+    """The final number of a text; None if it has none.
 
     The number after the first `####` counts, or else after the first "answer is"; without these
     the last one. Units and currencies around it do not matter, nor do separators of thousands, nor

@@ -21,7 +21,7 @@ def render(**values: Any) -> str:
 
 
 def run_colour(run: Run) -> str:
-    """The CSS colour of a run: that of its role where it has one, else one of six by its name."""
+    """The CSS colour of a run: that of its role if it has one, else one of six by its name."""
     if run.composed or run.name in ("augment", "anchor"):
         return f"var(--{'composed' if run.composed else run.name})"
     role = re.search(r": (anchor|augment)( \d+)? alone$", run.name)

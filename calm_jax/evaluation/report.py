@@ -1,4 +1,4 @@
-"""The page of an experiment: one HTML file that needs no network, and Table 1 as JSON beside it."""
+"""The page of an experiment, one HTML file that needs no network; and Table 1 as JSON."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ from calm_jax.evaluation.table1 import MODELS, PAPER, SETS, Table1, as_text, tab
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """Where the page is, and Table 1 where the experiment has one."""
+    """Where the page is, and Table 1 if the experiment has one."""
 
     page: epath.Path
     table: Table1 | None

@@ -20,7 +20,7 @@ _FIRST = ("augment", "anchor", "composed")
 
 
 def evaluation_folder(workdir: epath.PathLike) -> epath.Path:
-    """The folder of the results, unless another is named, in that of a run or a model."""
+    """The default folder of results, inside the folder of a run or a model."""
     return epath.Path(workdir) / "evaluation"
 
 
@@ -41,17 +41,17 @@ def part_names(augments: int) -> list[str]:
 
 
 def part_folder(evaluation: epath.Path, part: str) -> epath.Path:
-    """Where the predictions of a part are; of the composed model, "", the evaluation itself."""
+    """The folder of a part's predictions; the evaluation's own for the composed model, ""."""
     return evaluation / part.replace(" ", "_") if part else evaluation
 
 
 def write_json_lines(path: epath.PathLike, records: Iterable[Mapping[str, Any]]) -> None:
-    """Writes a record a line. Raises `CalmError` where the file cannot be written."""
+    """Writes one record on each line. Raises `CalmError` if the file cannot be written."""
     write_text(path, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
 
 
 def read_json_lines(path: epath.Path) -> list[dict[str, Any]]:
-    """The file's records; none where there is no file. Raises `CalmError` naming a bad line.
+    """The file's records; none if there is no file. Raises `CalmError` naming a bad line.
 
     A last line without its newline is still being written by the run, and is left out.
     """
@@ -62,13 +62,13 @@ def read_json_lines(path: epath.Path) -> list[dict[str, Any]]:
 
 
 def read_optional(path: epath.Path) -> dict[str, Any]:
-    """The file's JSON; empty where there is no file. Raises `CalmError` where it is damaged."""
+    """The file's JSON; empty if there is no file. Raises `CalmError` if it is damaged."""
     return read_json(path, "a run") if path.exists() else {}
 
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """A run directory, read. What the run has not written yet is empty."""
+    """The contents of a run directory. Fields that the run has not written yet are empty."""
 
     name: str
     config: dict[str, Any]
@@ -178,7 +178,7 @@ def read_runs(experiment: epath.PathLike) -> list[Run]:
 
 
 def compositions(run: Run) -> list[dict[str, Any]]:
-    """The composition of each augment, as the run's config has it."""
+    """The composition of each augment in the run's config."""
     given = run.config.get("composition") or []
     return given if isinstance(given, list) else [given] * len(run.config.get("augments", [""]))
 

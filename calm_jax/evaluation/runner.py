@@ -187,7 +187,7 @@ def evaluate(
 
 
 def _check_names(tasks: Mapping[str, Sequence[Task] | None], output: epath.Path) -> None:
-    """Raises `CalmError` where predictions of two tasks would be one file."""
+    """Raises `CalmError` if the predictions of two tasks would share one file."""
     named: dict[epath.Path, str] = {}
     for name, of_name in tasks.items():
         for task in [name] if of_name is None else [task.name for task in of_name]:
@@ -197,7 +197,7 @@ def _check_names(tasks: Mapping[str, Sequence[Task] | None], output: epath.Path)
 
 
 def _limited(tasks: Sequence[Task] | None, limit: int) -> list[Task] | None:
-    """The tasks with as many examples at most; 0 is all."""
+    """The tasks with at most `limit` examples; 0 is all."""
     if tasks is None or not limit:
         return tasks
     return [dataclasses.replace(task, examples=task.examples[:limit]) for task in tasks]
@@ -233,7 +233,7 @@ def _metrics(task: Task, options: Options) -> tuple[str, ...]:
 
 
 def _write_or_remove(path: epath.Path, value: Any) -> None:
-    """Writes JSON, or removes what an evaluation before has left where there is nothing to say."""
+    """Writes JSON, or removes an earlier evaluation's file if there is nothing to write."""
     if value:
         write_json(path, value)
     else:
@@ -270,7 +270,7 @@ def _entry(
 
 
 def _step(folder: epath.Path, config: Mapping[str, Any], step: int | None) -> int | None:
-    """The checkpoint of a run to score; None of a model that is no run."""
+    """The checkpoint of a run to score; None for a model that is not a run."""
     kind = kind_of(config)
     if kind not in (DECODER_RUN, COMPOSED_RUN):
         if step is not None:

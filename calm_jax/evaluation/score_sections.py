@@ -1,4 +1,4 @@
-"""What the page's sections on right and wrong answers show; the templates say how."""
+"""The content of the page's sections on right and wrong answers; the templates lay it out."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -26,7 +26,7 @@ class Bar:
 
 @dataclasses.dataclass(frozen=True)
 class Group:
-    """Bars below one another, under a title where there is one."""
+    """Bars below one another, under an optional title."""
 
     bars: list[Bar]
     title: str = ""
@@ -67,7 +67,7 @@ def kept(scores: Table1, parent: str, name: str) -> float | None:
 
 
 def with_parts(runs: Sequence[Run]) -> list[Run]:
-    """The runs, each composed one behind its parts."""
+    """The runs, with the parts of each composed run before it."""
     return [one for run in runs for one in (*run.parts, run)]
 
 
@@ -109,7 +109,7 @@ def scores_by_task(runs: Sequence[Run]) -> list[dict[str, Any]]:
 
 
 def _shown(cell: Mapping[str, Any]) -> dict[str, Any]:
-    """A task's score as the table has it."""
+    """A task's score as shown in the table."""
     name = metric_table.main_name(cell)
     digits = 3 if metric_table.find(name).descends else 1
     low, high = cell["interval"]

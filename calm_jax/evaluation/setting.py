@@ -1,4 +1,4 @@
-"""What was built: the setting beside the paper's, what it costs, and the commands that made it."""
+"""What was built: the setting compared with the paper's, its cost, and the commands for it."""
 
 import datetime
 import importlib.metadata
@@ -68,7 +68,7 @@ def models(runs: Sequence[Run]) -> list[tuple[str, str, str]]:
 
 
 def median_speed(run: Run) -> float | None:
-    """Tokens a second, the median over the run."""
+    """Tokens per second, the median over the run."""
     _, speeds = run.curve("train", "tokens_per_second")
     return sorted(speeds)[len(speeds) // 2] if speeds else None
 
@@ -124,7 +124,7 @@ def _range(low_high: Sequence[int]) -> str:
 
 
 def _decoder(run: Run) -> str:
-    """`4 layers, width 64, 230 k parameters; ` as far as the run says."""
+    """`4 layers, width 64, 230 k parameters; `, as far as the run records it."""
     decoder = run.config.get("decoder", {})
     facts = [f"{decoder[key]} layers" for key in ("num_layers",) if key in decoder]
     facts += [f"width {decoder[key]}" for key in ("embed_dim",) if key in decoder]

@@ -1,4 +1,4 @@
-"""What the page's sections on training and the bridge show; the templates say how."""
+"""The content of the page's sections on training and the bridge; the templates lay it out."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -50,7 +50,7 @@ def accuracies(runs: Sequence[Run]) -> list[dict[str, Any]]:
 
 
 def usage(runs: Sequence[Run]) -> list[tuple[Run, LineChart]]:
-    """How large each connection's part is beside the anchor's hidden state, over training."""
+    """The size of each connection's result relative to the anchor's hidden state, over training."""
     charts = []
     for run in runs:
         keys = _metrics(run, "connection/")

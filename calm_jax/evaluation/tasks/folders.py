@@ -14,7 +14,7 @@ _NAMED = 6  # files of a folder that a message names
 
 
 def folder(place: Place, what: str) -> epath.Path:
-    """The folder that a place names. Raises `CalmError` where it names none or it is not there."""
+    """The folder that a place names. Raises `CalmError` if it names none, or none that exists."""
     if not place.path:
         raise CalmError(f"{place.family} needs the folder of {what}: {place.family}:FOLDER")
     path = absolute(place.path)
@@ -24,7 +24,7 @@ def folder(place: Place, what: str) -> epath.Path:
 
 
 def file(where: epath.Path, name: str) -> epath.Path | None:
-    """The file of this name, or the same with .gz behind it; None where there is neither."""
+    """The file of this name, with or without .gz at its end; None if there is neither."""
     for path in (where / name, where / f"{name}.gz"):
         if path.exists():
             return path
@@ -64,7 +64,7 @@ def check_parallel(counts: Mapping[epath.Path, int]) -> None:
 
 
 def languages(where: epath.Path, start: str, end: str) -> dict[str, epath.Path]:
-    """Of the files START…END in a folder, gzipped or not, what stands between, with the file."""
+    """The files START…END in a folder, gzipped or not, by the text between START and END."""
     found = {}
     for path in sorted(where.iterdir()):
         name = path.name.removesuffix(".gz")

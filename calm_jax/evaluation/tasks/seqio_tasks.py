@@ -1,7 +1,7 @@
 """The tasks as seqio Tasks with seqio's metrics; importing this module imports TensorFlow."""
 
 from calm_jax.data import tasks as data_tasks
-from calm_jax.data.tasks import seqio, tf  # imported there as TensorFlow has to be
+from calm_jax.data.tasks import seqio, tf  # imported there after TensorFlow, as it must be
 from calm_jax.data.vocabulary import Vocabulary
 from calm_jax.errors import CalmError
 from calm_jax.evaluation import metric_table

@@ -12,7 +12,7 @@ from typing import Any
 
 @dataclasses.dataclass(frozen=True)
 class Template:
-    """How an example is asked (`question`), and how a shot goes on (`answer`)."""
+    """How an example is asked (`question`), and how a shot continues (`answer`)."""
 
     question: str
     answer: str
@@ -24,7 +24,7 @@ class Template:
         return self.question.format(**example)
 
     def shot(self, example: Mapping[str, Any]) -> str:
-        """The question with its answer, and what parts it from the next."""
+        """The question with its answer, and the text between it and the next."""
         return self.ask(example) + self.answer.format(**example) + self.between
 
     def stops(self, example: Mapping[str, Any]) -> tuple[str, ...]:

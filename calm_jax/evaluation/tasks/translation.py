@@ -14,7 +14,7 @@ _SHOTS, _TOKENS = 5, 256
 _METRICS = ("chrf1", "chrf2", "bleu")
 # The languages of the CALM paper's Table 2, in its order.
 _ORDER = ("lij", "mar", "taq", "nno", "sun", "ban", "pol", "tha", "min", "acm")
-# NTREX has one split, a test set: of its last documents so many lines or more are kept for shots.
+# NTREX has one split, a test set: at least this many lines, its last documents, are for shots.
 _KEPT = 50
 
 
