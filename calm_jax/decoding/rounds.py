@@ -16,13 +16,9 @@ import jax.numpy as jnp
 
 from calm_jax.decoding.sampling import Choice, choose, log_probabilities, penalised
 from calm_jax.decoding.state import News, State
-from calm_jax.models import ComposedDecoder, Decoder, Inputs
+from calm_jax.models import ComposedDecoder, Inputs
 
-
-def drafter(model: Any) -> int | None:
-    """The number of the augment that drafts: the first that is a decoder; None without one."""
-    augments = model.augments if isinstance(model, ComposedDecoder) else ()
-    return next((n for n, augment in enumerate(augments) if isinstance(augment, Decoder)), None)
+DRAFTER = 0  # number of the augment that drafts
 
 
 def token_round(
@@ -65,8 +61,8 @@ def drafted_round(
         the state; the tokens, [`draft` + 1, B]; and int32 [2], the numbers of drafted tokens that
         were compared and that were accepted.
     """
-    number, active_B = drafter(model), state.left_B > 0
-    augment, layers = model.augments[number], model.plan.tap_layers[number]
+    active_B = state.left_B > 0
+    augment, layers = model.augments[DRAFTER], model.plan.tap_layers[DRAFTER]
 
     def draft_token(carry, place):
         token_B, cache, seen_BV = carry
@@ -82,14 +78,14 @@ def drafted_round(
         return (next_B, cache, _with(seen_BV, next_B)), (token_B, taps)
 
     cache = state.cache.using(None, read)
-    carry = (state.token_B, cache.augments[number], state.seen_BV)
+    carry = (state.token_B, cache.augments[DRAFTER], state.seen_BV)
     (_, of_augment, _), (tokens_TB, taps) = jax.lax.scan(draft_token, carry, jnp.arange(draft + 1))
     augments = list(cache.augments)
-    augments[number] = of_augment
+    augments[DRAFTER] = of_augment
     cache = dataclasses.replace(cache, augments=tuple(augments))
     tokens_BT = tokens_TB.T
     taps = jax.tree.map(lambda x: jnp.moveaxis(x[..., 0, :], 0, -2), taps)  # [T, ..., B, 1, E]
-    h_BTD, cache = model.residual(_inputs(tokens_BT, active_B), cache, {number: taps})
+    h_BTD, cache = model.residual(_inputs(tokens_BT, active_B), cache, {DRAFTER: taps})
     logits_BTV = model.logits(h_BTD)[:, :, :known]
     return _answered(state, cache, logits_BTV, active_B, ends_E, top, tokens_BT[:, 1:])
 

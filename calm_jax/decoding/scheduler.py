@@ -24,11 +24,12 @@ from calm_jax.decoding.draft_length import Drafting, DraftLength
 from calm_jax.decoding.memory import check_fits
 from calm_jax.decoding.prepared import prepared, rows_of_tables
 from calm_jax.decoding.requests import Answer, News, Request, Row, common, token_logprob
-from calm_jax.decoding.rounds import drafter
+from calm_jax.decoding.rounds import DRAFTER
 from calm_jax.decoding.sampling import Choice, Sampling
 from calm_jax.decoding.state import News as Made
 from calm_jax.decoding.state import State
 from calm_jax.errors import CalmError
+from calm_jax.models import ComposedDecoder
 from calm_jax.models.calling import on_devices_of
 
 SHARED = 16  # least tokens of a shared beginning that is worth copying
@@ -70,7 +71,7 @@ class Scheduler:
         ):
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise CalmError(f"{name} is {value!r}; it must be an integer of at least {least}")
-        if draft and drafter(model) is None:
+        if draft and not isinstance(model, ComposedDecoder):
             raise CalmError(f"draft is {draft}, but the model has no augment that could draft")
         self._drafting = DraftLength(draft) if draft else None
         self.vocabulary = model.vocabulary
@@ -88,7 +89,7 @@ class Scheduler:
         self._chunks = buckets(min(self._at_once, length), steps.SCORED)
         self._reads = buckets(length, 64)
         self._model = prepared(model)
-        whole = (drafter(model),) if draft else ()
+        whole = (DRAFTER,) if draft else ()
         check_fits(self._model, slots, length, cache_dtype, whole)
         self._graphdef, self._weights = nnx.split(self._model)
         self._sizes = (length, cache_dtype, whole)
