@@ -1,13 +1,14 @@
 """Requests to a scheduler, its news, and its records of each answer and row."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from calm_jax.decoding.sampling import Sampling, TokenLogprob
 
+SHARED = 16  # least tokens of a shared beginning that is worth copying
 TOPS = (0, 1, 5, 20)  # numbers of most probable tokens for which programs are compiled
 
 
@@ -130,6 +131,26 @@ def common(ours: list[int], theirs: list[int], most: int) -> int:
     if ours[:most] == theirs[:most]:
         return most
     return int(np.argmin(np.equal(ours[:most], theirs[:most])))
+
+
+def longest_beginning(
+    answer: Answer, rows: Sequence[Row], prompt_alone: bool
+) -> tuple[Row | None, int]:
+    """The row that shares the longest beginning with a prompt, and its length.
+
+    None and 0 if all that is shared is shorter than `SHARED`. `prompt_alone`: whether only what a
+    row read as a prompt counts.
+    """
+    found, shared = None, SHARED - 1
+    for row in rows:
+        held = row.prompt_length if prompt_alone else len(row.tokens)
+        most = min(held, len(row.tokens), answer.shareable)
+        # Most rows differ where they would have to be the same to be longer.
+        if most > shared and row.tokens[shared] == answer.prompt[shared]:
+            length = common(row.tokens, answer.prompt, most)
+            if length > shared:
+                found, shared = row, length
+    return found, 0 if found is None else shared
 
 
 def token_logprob(logprob: Any, ids: Any, logprobs: Any) -> TokenLogprob:

@@ -23,7 +23,15 @@ from calm_jax.decoding.chunks import buckets, chunk_of
 from calm_jax.decoding.draft_length import Drafting, DraftLength
 from calm_jax.decoding.memory import check_fits
 from calm_jax.decoding.prepared import prepared, rows_of_tables
-from calm_jax.decoding.requests import Answer, News, Request, Row, common, token_logprob
+from calm_jax.decoding.requests import (
+    SHARED,
+    Answer,
+    News,
+    Request,
+    Row,
+    longest_beginning,
+    token_logprob,
+)
 from calm_jax.decoding.rounds import DRAFTER
 from calm_jax.decoding.sampling import Choice, Sampling
 from calm_jax.decoding.state import News as Made
@@ -32,7 +40,6 @@ from calm_jax.errors import CalmError
 from calm_jax.models import ComposedDecoder
 from calm_jax.models.calling import on_devices_of
 
-SHARED = 16  # least tokens of a shared beginning that is worth copying
 MOST_STEPS = 64  # most tokens that one dispatch makes for each row
 
 
@@ -233,20 +240,12 @@ class Scheduler:
 
     def _best_row(self, answer: Answer) -> tuple[Row, Row | None, int]:
         """A free row for an answer, the row that shares its longest beginning, and its length."""
-        source, shared = None, SHARED - 1
-        for row in self.rows:
-            held = row.prompt_length if self._prompt_alone else len(row.tokens)
-            most = min(held, len(row.tokens), answer.shareable)
-            # Most rows differ where they would have to be the same to be longer.
-            if most > shared and row.tokens[shared] == answer.prompt[shared]:
-                length = common(row.tokens, answer.prompt, most)
-                if length > shared:
-                    source, shared = row, length
-        if source is None:
-            shared = 0
         free = [row for row in self.rows if row.answer is None]
-        if source in free and shared * 2 > len(source.tokens):
-            return source, source, shared
+        source, shared = longest_beginning(answer, self.rows, self._prompt_alone)
+        own, held = longest_beginning(answer, free, self._prompt_alone)
+        # Few tokens are read faster than a beginning is copied.
+        if own is not None and shared - held < SHARED and held * 2 > len(own.tokens):
+            return own, own, held
         return min(free, key=lambda row: (len(row.tokens) > 0, row.last_used)), source, shared
 
     def _copy(self, source: Row, target: Row, count: int) -> None:

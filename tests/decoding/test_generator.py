@@ -111,12 +111,16 @@ def read_tokens(monkeypatch):
 
 
 def test_a_shared_beginning_is_read_once(monkeypatch):
-    counts = read_tokens(monkeypatch)
+    counts, copies, copy_row = read_tokens(monkeypatch), [], steps.copy_row
+    monkeypatch.setattr(
+        steps, "copy_row", lambda *given, **sizes: copies.append(1) or copy_row(*given, **sizes)
+    )
     beginning = random_prompts(1, 100, 101)[0]
     prompts = [[*beginning, 1 + i % 20, 1 + i // 20] for i in range(40)]
     generator = Generator(FORMS["regular"](), max_length=128, slots=4)
     generator.generate(prompts, Sampling(max_new_tokens=2))
     assert sum(counts) <= 102 + 39 * 2
+    assert len(copies) <= 3  # once for each other row
     counts.clear()
     generator.generate([beginning], Sampling(max_new_tokens=2, n=4, temperature=1.0))
     assert sum(counts) <= 4  # the last token for each answer
@@ -221,11 +225,9 @@ def test_bytes_of_the_state_equal_the_formula(name, dtype):
 
 def test_few_programs_answer_many_lengths():
     model = FORMS["palm"]()
-    generator = Generator(model, max_length=128, slots=4, prefill_chunk=32)
+    generator = Generator(model, max_length=128, slots=8, prefill_chunk=32)
     before = steps.prefill._cache_size() + steps.decode._cache_size()
-    for seed in range(4):
-        prompts = random_prompts(50, 1, 120, seed)
-        generator.generate(prompts, Sampling(max_new_tokens=3))
+    generator.generate(random_prompts(1000, 1, 120), Sampling(max_new_tokens=3))
     chunks, reads = len(buckets(32, 16)), len(buckets(128, 64))
     programs = steps.prefill._cache_size() + steps.decode._cache_size() - before
     assert programs <= 2 * chunks * reads + reads
