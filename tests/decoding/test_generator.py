@@ -137,10 +137,11 @@ def test_a_shared_beginning_is_read_once(monkeypatch):
 )
 def test_seeded_samples_are_the_same_in_any_batch(options):
     model = FORMS["regular"]()
-    prompts = random_prompts(6, 1, 30)
+    prompts = random_prompts(5, 1, 30)
     sampling = Sampling(max_new_tokens=6, seed=11, n=2, **options)
-    together = Generator(model, max_length=64, slots=5).generate(prompts, sampling)
-    alone = Generator(model, max_length=64, slots=2)
+    sizes = {"max_length": 64, "prefill_chunk": 16}
+    together = Generator(model, **sizes, slots=5).generate(prompts, sampling)
+    alone = Generator(model, **sizes, slots=2)
     for prompt, answers in zip(prompts, together, strict=True):
         (found,) = alone.generate([prompt], sampling)
         assert [answer.tokens for answer in found] == [answer.tokens for answer in answers]
@@ -190,7 +191,7 @@ def test_eight_devices_answer_as_one(mesh):
     )
     prompts = random_prompts(6, 1, 40)
     sampling = Sampling(max_new_tokens=6, logprobs=0)
-    options = {"max_length": 64, "slots": 4, "prefill_chunk": 32}
+    options = {"max_length": 64, "slots": 4, "prefill_chunk": 16}
     alone = Generator(model, **options).generate(prompts, sampling)
     found = Generator(spread, **options).generate(prompts, sampling)
     for (ours,), (theirs,) in zip(found, alone, strict=True):

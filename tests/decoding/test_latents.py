@@ -75,7 +75,13 @@ def ragged():
 
 
 @pytest.mark.parametrize("form", ["latent", "projected"])
-@pytest.mark.parametrize("name", [*LATENT, *ROTARY])
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=pytest.mark.slow if name == "a loop" else ())
+        for name in (*LATENT, *ROTARY)
+    ],
+)
 def test_what_is_read_in_pieces_is_what_is_read_at_once(name, form, ragged, monkeypatch):
     """Long pieces make keys and values of the latents, short ones attend to them."""
     model, expanded = random_composed(*(LATENT | ROTARY)[name]), set()

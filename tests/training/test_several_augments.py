@@ -15,7 +15,7 @@ from calm_jax.checkpoints import frozen
 from calm_jax.checkpoints.composed import export_bridge, load_composed
 from calm_jax.data.vocabularies import load_vocabulary
 from calm_jax.errors import CalmError
-from calm_jax.evaluation.runner import _attention
+from calm_jax.evaluation.attention import attention
 from calm_jax.models import CompositionConfig
 from calm_jax.training import configuration, loop
 
@@ -169,7 +169,7 @@ def test_an_exported_bridge_takes_its_augments_in_their_order(whole, shared, tmp
 
 def test_attention_names_the_augment_of_each_map(whole):
     model = load_composed(whole.run, step=STEPS)
-    found = _attention(model, {"task": [{"inputs": "ab>", "correct": True}]})["connections"]
+    found = attention(model, {"task": [{"inputs": "ab>", "correct": True}]})["connections"]
     places = [(c["augment"], c["from"], c["to"]) for c in found]
     assert places == [(0, 2, 0), (0, 1, 1), (1, 1, 1)]
     for connection in found:
