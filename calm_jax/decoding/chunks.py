@@ -18,6 +18,11 @@ def buckets(most: int, least: int) -> list[int]:
     return [*sizes[:-1], most]
 
 
+def bucket(sizes: Sequence[int], least: int) -> int:
+    """The first of ascending `sizes` that is at least `least`; the last one if none is."""
+    return next((size for size in sizes if size >= least), sizes[-1])
+
+
 def chunk_of(
     answers: Sequence[Answer],
     rows: Sequence[int],

@@ -33,14 +33,14 @@ def token_round(
         top: number of most probable tokens to return.
 
     Returns:
-        the state; the tokens, [1, B]; and zeros, int32 [2].
+        the state; the tokens, [1, B]; and zeros, int32 [2]: there are no drafts.
     """
     active_B = state.left_B > 0
     inputs = _inputs(state.token_B[:, None], active_B)
     h_B1D, cache = model.residual(inputs, state.cache.using(None, read))
     logits_B1V = model.logits(h_B1D)[:, :, :known]
-    state, news, _ = _answered(state, cache, logits_B1V, active_B, ends_E, top)
-    return state, news, jnp.zeros(2, jnp.int32)
+    drafted_B0 = jnp.zeros((len(active_B), 0), jnp.int32)
+    return _answered(state, cache, logits_B1V, active_B, ends_E, top, drafted_B0)
 
 
 def drafted_round(
@@ -112,12 +112,10 @@ def _answered(
     active_B: jax.Array,
     ends_E: jax.Array,
     top: int,
-    drafted_BT: jax.Array | None = None,
+    drafted_BT: jax.Array,
 ) -> tuple[State, News, jax.Array]:
     """Chooses a token at each position, as long as the draft agreed at the position before."""
     T = logits_BTV.shape[1]
-    if drafted_BT is None:
-        drafted_BT = jnp.zeros((len(active_B), 0), jnp.int32)
     # -1 is no token's id: nothing was drafted after the last position.
     drafted_BT = jnp.pad(drafted_BT, ((0, 0), (0, 1)), constant_values=-1)
 

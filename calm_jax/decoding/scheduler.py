@@ -19,7 +19,7 @@ from flax import nnx
 from calm_jax import sharding
 from calm_jax.data.vocabulary import check_ids
 from calm_jax.decoding import steps
-from calm_jax.decoding.chunks import buckets, chunk_of
+from calm_jax.decoding.chunks import bucket, buckets, chunk_of
 from calm_jax.decoding.draft_length import Drafting, DraftLength
 from calm_jax.decoding.memory import check_fits
 from calm_jax.decoding.prepared import prepared, rows_of_tables
@@ -213,7 +213,7 @@ class Scheduler:
         while self._waiting and any(row.answer is None for row in self.rows):
             answer = next(iter(self._waiting.values()))
             row, source, shared = self._best_row(answer)
-            chunk = self._chunk_for(len(answer.prompt) - shared)
+            chunk = bucket(self._chunks, len(answer.prompt) - shared)
             # What two prompts share beyond a row's tokens is read once: one waits for the other.
             worth = shared + SHARED
             waits = worth <= answer.shareable and any(
@@ -235,14 +235,14 @@ class Scheduler:
         """The number of prompts that a dispatch reads together."""
         return min(self.slots, max(1, self._at_once // chunk))
 
-    def _chunk_for(self, tokens: int) -> int:
-        return next((size for size in self._chunks if size >= tokens), self._chunks[-1])
-
     def _best_row(self, answer: Answer) -> tuple[Row, Row | None, int]:
         """A free row for an answer, the row that shares its longest beginning, and its length."""
         free = [row for row in self.rows if row.answer is None]
-        source, shared = longest_beginning(answer, self.rows, self._prompt_alone)
+        in_use = [row for row in self.rows if row.answer is not None]
         own, held = longest_beginning(answer, free, self._prompt_alone)
+        source, shared = longest_beginning(answer, in_use, self._prompt_alone)
+        if held >= shared:
+            source, shared = own, held
         # Few tokens are read faster than a beginning is copied.
         if own is not None and shared - held < SHARED and held * 2 > len(own.tokens):
             return own, own, held
@@ -251,7 +251,7 @@ class Scheduler:
     def _copy(self, source: Row, target: Row, count: int) -> None:
         index = self.rows.index
         # A few more are copied, so that few lengths are compiled; these are overwritten later.
-        count = next(size for size in self._reads if size >= count)
+        count = bucket(self._reads, count)
         self._state = steps.copy_row(
             self._state, np.int32(index(source)), np.int32(index(target)), count=count
         )
@@ -259,7 +259,7 @@ class Scheduler:
     def _read(self, group: list[Row]) -> None:
         answers = [row.answer for row in group]
         sizes = [len(answer.prompt) - answer.read for answer in answers]
-        T = self._chunk_for(max(sizes))
+        T = bucket(self._chunks, max(sizes))
         P = 1 if len(group) == 1 else self._together(T)
         if self._state.seen_BV is None and any(answer.penalty for answer in answers):
             shape = (self.slots, self.known)
@@ -268,7 +268,6 @@ class Scheduler:
         numbers = [self.rows.index(row) for row in group]
         chunk = chunk_of(answers, numbers, places=P, tokens=T, no_row=self.slots, known=known)
         scored = any(answer.request.score_from is not None for answer in answers)
-        needed = max(answer.read for answer in answers) + T
         self._state, news, scores = steps.prefill(
             self._graphdef,
             self._weights,
@@ -276,7 +275,7 @@ class Scheduler:
             chunk,
             self._ends_E,
             known=self.known,
-            read=next((size for size in self._reads if size >= needed), self._reads[-1]),
+            read=bucket(self._reads, max(answer.read for answer in answers) + T),
             scored=scored,
             top=min(max(answer.top for answer in answers), self.known),
         )
@@ -316,7 +315,7 @@ class Scheduler:
         longest = max(len(row.tokens) for row in self.rows if row.answer is not None)
         draft = self._drafting.begin() if self._drafting else 0
         places = draft + 1  # most tokens that a round makes
-        read = next((size for size in self._reads if size >= longest + places), self._reads[-1])
+        read = bucket(self._reads, longest + places)
         top = max(row.answer.top for row in self.rows if row.answer is not None)
         self._state, news, counts = steps.decode(
             self._graphdef,

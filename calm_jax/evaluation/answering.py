@@ -12,6 +12,7 @@ from calm_jax.decoding import Generator, Sampling
 from calm_jax.decoding.blocks import in_blocks
 from calm_jax.errors import CalmError
 from calm_jax.evaluation import metric_table
+from calm_jax.evaluation.results import part_names
 from calm_jax.evaluation.tasks.task import Task
 
 READ_AT_ONCE = 1024  # tokens of a long text, unless another context is given
@@ -57,8 +58,12 @@ class Options:
 
 @dataclasses.dataclass(frozen=True)
 class Asked:
-    """A prompt, in ids, with the continuations to score, if any, and its number of shots."""
+    """A prompt, in ids, with the continuations to score, if any, and its number of shots.
 
+    `example` is the number of its example, of which a long text is several prompts.
+    """
+
+    example: int
     prompt: list[int]
     continuations: list[list[int]]
     room: int
@@ -67,6 +72,21 @@ class Asked:
     @property
     def length(self) -> int:
         return len(self.prompt) + self.room
+
+
+def models_by_name(model: Any, *, parts: bool) -> dict[str, Any]:
+    """The model under "", and with `parts` its anchor and augments by their `part_names`.
+
+    An augment that has no vocabulary gets the anchor's.
+    """
+    models = {"": model}
+    if parts:
+        names = part_names(len(model.augments))
+        models |= zip(names, (model.anchor, *model.augments), strict=True)
+    for one in models.values():
+        if one.vocabulary is None:
+            one.vocabulary = model.vocabulary
+    return models
 
 
 def answers(
@@ -83,8 +103,6 @@ def answers(
     "prediction", "correct" where the main metric finds it right or wrong, and what else the metrics
     need. Raises `CalmError` for a prompt that is longer than the context.
     """
-    if model.vocabulary is None:  # an augment may have none, and then reads by the anchor's
-        model.vocabulary = vocabulary
     asked = {task.name: list(_asked(task, model.vocabulary, options)) for task in tasks}
     every = [one for of_task in asked.values() for one in of_task]
     # One for all tasks, since each length of its rows is compiled anew.
@@ -115,59 +133,60 @@ def answer_length(task: Task, options: Options) -> int:
 def _asked(task: Task, vocabulary: Vocabulary, options: Options) -> Iterator[Asked]:
     """What the model is asked for each example, as far as it fits into the context."""
     if task.answered == "reading":
-        for example in task.examples:
-            yield from _windows(vocabulary, example["text"], options.context or READ_AT_ONCE)
+        for number in range(len(task.examples)):
+            yield from _windows(task, vocabulary, options, number)
         return
     shots = shot_texts(task, options)
-    for number, example in enumerate(task.examples, 1):
+    for number in range(len(task.examples)):
         count = len(shots)
-        one = _with_shots(task, vocabulary, options, example, shots)
+        one = _with_shots(task, vocabulary, options, number, shots)
         while options.context and one.length > options.context:
             if not options.drop_shots or not count:
-                raise CalmError(_too_long(task, number, one, options))
+                raise CalmError(_too_long(task, one, options))
             count -= 1
-            one = _with_shots(task, vocabulary, options, example, shots[:count])
+            one = _with_shots(task, vocabulary, options, number, shots[:count])
         yield one
 
 
-def _too_long(task: Task, number: int, one: Asked, options: Options) -> str:
+def _too_long(task: Task, one: Asked, options: Options) -> str:
     advice = "--drop_shots leaves out shots that do not fit" if one.shots else "it has no shots"
     return (
-        f"{task.name}, example {number}: the prompt has {len(one.prompt)} tokens with its "
+        f"{task.name}, example {one.example + 1}: the prompt has {len(one.prompt)} tokens with its "
         f"{one.shots} shots and the answer may have {one.room}, more than "
         f"--context={options.context}; {advice}"
     )
 
 
 def _with_shots(
-    task: Task, vocabulary: Vocabulary, options: Options, example: dict, shots: Sequence[str]
+    task: Task, vocabulary: Vocabulary, options: Options, number: int, shots: Sequence[str]
 ) -> Asked:
+    example = task.examples[number]
     text = "".join(shots) + task.template.ask(example)
     prompt = vocabulary.encode_sequence(text)
     if task.answered == "generation":
-        return Asked(prompt, [], answer_length(task, options), len(shots))
+        return Asked(number, prompt, [], answer_length(task, options), len(shots))
     continuations = []
     for choice in example["choices"]:
         whole = vocabulary.encode_sequence(text + task.template.answer.format(targets=choice))
         if len(whole) <= len(prompt):
             raise CalmError(f"{task.name}: the choice {choice!r} has no tokens of its own")
         continuations.append(whole[len(prompt) :])
-    return Asked(prompt, continuations, max(map(len, continuations)), len(shots))
+    return Asked(number, prompt, continuations, max(map(len, continuations)), len(shots))
 
 
-def _windows(vocabulary: Vocabulary, text: str, size: int) -> Iterator[Asked]:
-    """A text in pieces of `size` tokens, each behind the token before it; the last behind more.
+def _windows(task: Task, vocabulary: Vocabulary, options: Options, number: int) -> Iterator[Asked]:
+    """A text in pieces of one size, each behind the token before it; the last behind more.
 
     Before the first token stands what starts every text, or else what ends one.
     """
-    ids = vocabulary.encode(text)
+    ids, size = vocabulary.encode(task.examples[number]["text"]), options.context or READ_AT_ONCE
     start = [*vocabulary.start_ids[-1:]] or [*vocabulary.eos_ids[:1]]
     if not start:
         raise CalmError(f"{vocabulary} has neither a start nor an end token to read a text behind")
     for first in range(0, len(ids), size):
         piece = ids[first : first + size]
         before = ids[max(0, first + len(piece) - size - 1) : first] if first else start
-        yield Asked(before, [piece], len(piece), 0)
+        yield Asked(number, before, [piece], len(piece), 0)
 
 
 def _records(
@@ -184,7 +203,7 @@ def _records(
     elif task.answered == "choices":
         records = _chosen(generator, task, asked, shown)
     else:
-        records = _read(generator, task, asked, shown, options)
+        records = _read(generator, task, asked, shown)
     if task.judge is not None:
         task.judge(records)
     main = metric_table.find(task.metrics[0])
@@ -252,22 +271,15 @@ def _chosen(generator: Generator, task: Task, asked: list[Asked], shown: str) ->
     return records
 
 
-def _read(
-    generator: Generator, task: Task, asked: list[Asked], shown: str, options: Options
-) -> Records:
-    scores = iter(_scores(generator, [(one.prompt, one.continuations[0]) for one in asked], shown))
-    records = []
-    for example in task.examples:
-        text = example["text"]
-        windows = list(_windows(generator.vocabulary, text, options.context or READ_AT_ONCE))
-        records.append(
-            {
-                "start": text[:80],
-                "bytes": len(text.encode()),
-                "tokens": sum(one.room for one in windows),
-                "logprob": sum(next(scores) for _ in windows),
-            }
-        )
+def _read(generator: Generator, task: Task, asked: list[Asked], shown: str) -> Records:
+    records = [
+        {"start": text[:80], "bytes": len(text.encode()), "tokens": 0, "logprob": 0}
+        for text in (example["text"] for example in task.examples)
+    ]
+    pairs = [(one.prompt, one.continuations[0]) for one in asked]
+    for one, logprob in zip(asked, _scores(generator, pairs, shown), strict=True):
+        records[one.example]["tokens"] += one.room
+        records[one.example]["logprob"] += logprob
     return records
 
 

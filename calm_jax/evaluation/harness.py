@@ -19,8 +19,7 @@ from calm_jax.checkpoints.any_model import load_model
 from calm_jax.checkpoints.files import check_writable, write_text
 from calm_jax.decoding import Generator, Sampling
 from calm_jax.errors import CalmError
-from calm_jax.evaluation.answering import rows
-from calm_jax.evaluation.results import part_names
+from calm_jax.evaluation.answering import models_by_name, rows
 from calm_jax.models import ComposedDecoder
 
 CONTEXT = 2048  # tokens of a prompt with its answer, unless another number is given
@@ -170,16 +169,10 @@ def evaluate_harness(
     """
     check_writable(output)
     loaded = load_model(folder, step=step, **moved)
-    models = {"": loaded}
-    if parts:
-        if not isinstance(loaded, ComposedDecoder):
-            raise CalmError(f"{folder} has no parts to score")
-        names = part_names(len(loaded.augments))
-        models |= zip(names, (loaded.anchor, *loaded.augments), strict=True)
+    if parts and not isinstance(loaded, ComposedDecoder):
+        raise CalmError(f"{folder} has no parts to score")
     found = {}
-    for name, model in models.items():
-        if model.vocabulary is None:  # an augment may have none, and then reads by the anchor's
-            model.vocabulary = loaded.vocabulary
+    for name, model in models_by_name(loaded, parts=parts).items():
         results = run_harness(model, tasks, **options)
         found[name] = {key: results[key] for key in _KEPT if key in results}
     # Some values of its tasks are arrays, functions and the like.

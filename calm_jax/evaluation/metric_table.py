@@ -10,7 +10,6 @@ import json
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
-from decimal import Decimal
 from typing import Any
 
 import numpy as np
@@ -175,11 +174,7 @@ def _is_number(record: Record) -> bool:
     wanted = final_number(record["targets"])
     if wanted is None:
         raise CalmError(f"the metric number: the target {record['targets']!r} has no number")
-    return _equal(wanted, final_number(record["prediction"]))
-
-
-def _equal(wanted: Decimal, found: Decimal | None) -> bool:
-    return found is not None and wanted == found
+    return wanted == final_number(record["prediction"])
 
 
 def _matches(record: Record) -> bool:
@@ -245,18 +240,17 @@ def _sacrebleu(kind: str, **options: Any) -> Callable[[Sequence[Record]], Score]
     def score(records: Sequence[Record]) -> Score:
         import sacrebleu.metrics
 
-        metric = getattr(sacrebleu.metrics, kind)(**options)
         said = [record["prediction"].strip() for record in records]
         wanted = [record["targets"].strip() for record in records]
-        value = metric.corpus_score(said, [wanted])
-        signature = f"{value.name} {metric.get_signature()}"
-        drawn = metric.corpus_score(said, [wanted], n_bootstrap=RESAMPLES)
+        metric = getattr(sacrebleu.metrics, kind)(references=[wanted], **options)
+        before = metric.get_signature()  # the bootstrap adds to it
+        value = metric.corpus_score(said, None, n_bootstrap=RESAMPLES)
         told = json.loads(
-            drawn.format(signature=str(metric.get_signature()), is_json=True, width=12)
+            value.format(signature=str(metric.get_signature()), is_json=True, width=12)
         )
         # Where all is wrong, it tells none.
         middle, half = told.get("confidence_mean", 0.0), told.get("confidence_var", 0.0)
-        return Score(float(value.score), (middle - half, middle + half), signature)
+        return Score(float(value.score), (middle - half, middle + half), f"{value.name} {before}")
 
     return score
 

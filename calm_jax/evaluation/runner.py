@@ -19,14 +19,13 @@ from calm_jax.data.entries import files_of, identity, named_entry
 from calm_jax.data.vocabulary import Vocabulary
 from calm_jax.errors import CalmError
 from calm_jax.evaluation import metric_table, metrics
-from calm_jax.evaluation.answering import Options, answers, shot_texts
+from calm_jax.evaluation.answering import Options, answers, models_by_name, shot_texts
 from calm_jax.evaluation.attention import attention
 from calm_jax.evaluation.results import (
     PARTS,
     SCORED,
     evaluation_folder,
     part_folder,
-    part_names,
     predictions_file,
     read_optional,
     write_json_lines,
@@ -146,10 +145,6 @@ def evaluate(
             anchor=anchor,
             augments=augments,
         )
-        models = {"": loaded}
-        if parts:
-            names = part_names(len(loaded.augments))
-            models |= zip(names, (loaded.anchor, *loaded.augments), strict=True)
         asked = [
             task
             for name, of_name in tasks.items()
@@ -157,7 +152,7 @@ def evaluate(
         ]
         said = {
             name: answers(one, loaded.vocabulary, name, asked, options, batch_size)
-            for name, one in models.items()
+            for name, one in models_by_name(loaded, parts=parts).items()
         }
         # Until the new summary is written, none describes predictions that are not its own.
         (output / "summary.json").unlink(missing_ok=True)

@@ -32,11 +32,10 @@ def ntrex(place: Place) -> list[Task]:
     found = {name: path for name, path in found.items() if not name.startswith("eng")}
     names = place.chosen(_ordered(list(found)))
     targets = list(read_lines(english))
-    tasks = []
+    end, tasks = _first_kept(where, len(targets)), []
     for name in names:
         sources = list(read_lines(found[name]))
         folders.check_parallel({english: len(targets), found[name]: len(sources)})
-        end = _first_kept(where, len(targets))
         pairs = _pairs(sources, targets)
         tasks.append(_task("ntrex", name, pairs[:end], pairs[end:]))
     return tasks
@@ -52,11 +51,12 @@ def flores(place: Place) -> list[Task]:
             folders.needed(where, f"{split}/eng_Latn.{split}", _FLORES)
         splits[split] = found
     both = [name for name in splits["devtest"] if name in splits["dev"] and name != "eng_Latn"]
+    targets = {split: list(read_lines(found["eng_Latn"])) for split, found in splits.items()}
     tasks = []
     for name in place.chosen(_ordered(both)):
         pairs = {}
         for split, found in splits.items():
-            english, other = (list(read_lines(found[one])) for one in ("eng_Latn", name))
+            english, other = targets[split], list(read_lines(found[name]))
             folders.check_parallel({found["eng_Latn"]: len(english), found[name]: len(other)})
             pairs[split] = _pairs(other, english)
         tasks.append(_task("flores", name, pairs["devtest"], pairs["dev"]))
