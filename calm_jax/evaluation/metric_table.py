@@ -47,6 +47,11 @@ class Metric:
     unit: str = ""
     descends: bool = False
 
+    @property
+    def digits(self) -> int:
+        """Decimals of a value that is shown."""
+        return 3 if self.descends else 1
+
 
 def find(name: str) -> Metric:
     """The metric of this name; pass@K for every K. Raises `CalmError` for another name."""
@@ -97,7 +102,7 @@ def in_words(cell: Mapping[str, Any]) -> str:
     """A result of `score` as one line."""
     name, (low, high) = main_name(cell), cell["interval"]
     metric, value = find(name), main_value(cell)
-    digits = 3 if metric.descends else 1
+    digits = metric.digits
     if metric.unit:
         told = "" if name == "exact_match" else f"{name} "
         words = f"{told}{value:.1f}% of {cell['count']:,}"

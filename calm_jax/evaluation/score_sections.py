@@ -111,7 +111,7 @@ def scores_by_task(runs: Sequence[Run]) -> list[dict[str, Any]]:
 def _shown(cell: Mapping[str, Any]) -> dict[str, Any]:
     """A task's score as shown in the table."""
     name = metric_table.main_name(cell)
-    digits = 3 if metric_table.find(name).descends else 1
+    digits = metric_table.find(name).digits
     low, high = cell["interval"]
     return {
         "metric": name,
