@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import os
 import signal
+import socket
 import sys
 from collections.abc import Iterator
 
@@ -21,6 +22,16 @@ class _Uvicorn(uvicorn.Server):
     def __init__(self, server: Server, config: uvicorn.Config):
         super().__init__(config)
         self._server = server
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        if not self.started:
+            return
+        # Told only now: whoever reads the address may connect at once.
+        [listener] = sockets
+        host, port = listener.getsockname()[:2]
+        shown = f"[{host}]" if ":" in host else host
+        print(f"serving {', '.join(self._server.models)} on http://{shown}:{port}", flush=True)
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -64,8 +75,5 @@ def run(server: Server, host: str, port: int) -> None:
         listener = config.bind_socket()
     except SystemExit:  # uvicorn raises this, after printing a line of its own
         raise RunFailed(f"--host={host} --port={port}: the address is not available") from None
-    shown = f"[{host}]" if ":" in host else host
-    print(f"serving {', '.join(server.models)} on http://{shown}:{listener.getsockname()[1]}")
-    sys.stdout.flush()
     with contextlib.closing(listener):
         _Uvicorn(server, config).run(sockets=[listener])

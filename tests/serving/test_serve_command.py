@@ -53,7 +53,7 @@ FLAGS = ["--max_length=32768", "--max_tokens=30000", "--name=tiny"]
 
 def test_sigterm_lets_answers_end_and_refuses_new_ones(frozen):
     with serving(frozen, *FLAGS) as (process, url):
-        body = {**LONG, "max_tokens": 3000}
+        body = {**LONG, "max_tokens": 1000}
         with httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=300) as answer:
             events = answer.iter_lines()
             first = json.loads(next(events).removeprefix("data: "))
