@@ -12,8 +12,8 @@
   drafts        a pair whose augment foresees 4 of 5 tokens of the anchor: tokens/s with drafts of 4
                 against those without
 
-Weights are random. Everything that is compared is timed in turns, after a first turn that compiles;
-the medians are compared.
+Weights are random. Everything that is compared is timed in turns, once a turn compiles nothing; the
+medians are compared.
 """
 
 import dataclasses
@@ -31,7 +31,7 @@ from measuring import short, tell
 from pair import OUTPUT, chosen
 
 import calm_jax
-from calm_jax.decoding import Generator, Sampling
+from calm_jax.decoding import Generator, Sampling, steps
 from calm_jax.models import Decoder, Inputs, compose
 from calm_jax.models.calling import call
 
@@ -41,6 +41,7 @@ PARTS = flags.DEFINE_list(
     "what is measured",
 )
 NEW = flags.DEFINE_integer("new", 128, "tokens of an answer")
+MOST_WARM_UPS = 6  # drafts change their length, and so compile, until they know their times
 ROUNDS = flags.DEFINE_integer("rounds", 3, "times that each is measured")
 
 
@@ -233,15 +234,25 @@ def forget(generator: Generator) -> None:
 
 
 def medians(*functions: Callable[[], None]) -> list[float]:
-    """The median seconds of each function; they take turns."""
+    """The median seconds of each function; they take turns, once none compiles any more."""
     seconds: list[list[float]] = [[] for _ in functions]
-    for turn in range(ROUNDS.value + 1):
+    for _ in range(MOST_WARM_UPS):
+        before = programs()
+        for function in functions:
+            function()
+        if programs() == before:
+            break
+    for _ in range(ROUNDS.value):
         for function, kept in zip(functions, seconds, strict=True):
             start = time.perf_counter()
             function()
-            if turn:
-                kept.append(time.perf_counter() - start)
+            kept.append(time.perf_counter() - start)
     return [statistics.median(kept) for kept in seconds]
+
+
+def programs() -> int:
+    """The number of compiled steps."""
+    return steps.prefill._cache_size() + steps.decode._cache_size()
 
 
 def random_prompts(count: int, low: int, high: int, seed: int = 0) -> list[list[int]]:

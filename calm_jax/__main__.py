@@ -19,6 +19,7 @@ PACKAGE = str(pathlib.Path(__file__).parent)
 COMMANDS = {
     "train": "trains a decoder, or the bridge of a composed model",
     "evaluate": "scores a run on its tasks",
+    "experiment": "trains and scores many models alike, and compares them",
     "convert": "turns published checkpoints into frozen folders, and back",
     "generate": "answers prompts with a trained model",
     "serve": "answers requests as an OpenAI-compatible server",

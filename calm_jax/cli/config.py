@@ -8,6 +8,7 @@ import re
 import shlex
 import traceback
 from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 from absl import flags
 from ml_collections import ConfigDict, config_flags
@@ -113,7 +114,17 @@ def load_file(file: str) -> ConfigDict:
     """The config that a Python file's `get_config()` returns; FILE:NAME calls `get_config("NAME")`.
 
     Raises:
-        CalmError: there is no such file, or it fails; the message names the line.
+        CalmError: as `call_file`.
+    """
+    return call_file(file, "get_config", ConfigDict)
+
+
+def call_file(file: str, function: str, result: type) -> Any:
+    """What a function of a Python file returns, a `result`; FILE:NAME calls it with "NAME".
+
+    Raises:
+        CalmError: there is no such file or function, it fails, or it returns something else; the
+            message names the line.
     """
     path, _, name = file.partition(":")
     if not pathlib.Path(path).is_file():
@@ -124,7 +135,7 @@ def load_file(file: str) -> ConfigDict:
     try:
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
-        config = module.get_config(*([name] if name else []))
+        found = getattr(module, function)(*([name] if name else []))
     except Exception as error:
         lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__)
                  if frame.filename == spec.origin]  # fmt: skip
@@ -132,9 +143,9 @@ def load_file(file: str) -> ConfigDict:
         raise CalmError(
             f"--config={path}{line}: {type(error).__name__}: {_first_line(error)}"
         ) from error
-    if not isinstance(config, ConfigDict):
-        raise CalmError(f"--config={path}: get_config() returns {type(config).__name__}")
-    return config
+    if not isinstance(found, result):
+        raise CalmError(f"--config={path}: {function}() returns {type(found).__name__}")
+    return found
 
 
 def _keys(config: ConfigDict) -> list[str]:

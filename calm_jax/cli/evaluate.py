@@ -33,6 +33,11 @@ gsm8k, mgsm, ntrex, flores, humaneval, mbpp or codexglue; choices:FILE or text:F
 seqio Task; or a file of JSON lines or Parquet, whose answers --metric scores; see docs/tasks.md.
 --harness names tasks of lm-evaluation-harness instead; its results go to harness.json.
 
+--control=zeroed scores a pair whose augment is destroyed: its taps are zeroed, shuffled between
+rows or replaced by noise, or its weights permuted. --mix=AUGMENT and --hand_over=AUGMENT score
+baselines of two decoders, MODEL as the anchor: mixed probabilities, and the augment's answer put
+into the prompt. Their results go to evaluation/NAME.
+
 --parts also scores the anchor and each augment alone, so that the pair can be compared with them.
 MODEL is a frozen folder or an exported bridge. If the frozen models of a bridge have moved since it
 was trained, --anchor and --augments say where they are.
@@ -42,6 +47,7 @@ already been scored with the same settings is not scored again. --mesh.fsdp=4 an
 mesh."""
 
 SECTIONS = ("evaluate", "mesh")
+CONTROLS = ("shuffled", "zeroed", "noise", "permuted")  # of `evaluation.controls`
 _OF_ANSWERS = ("samples", "temperature", "top_p", "seed")
 
 
@@ -74,6 +80,7 @@ def _define(values: flags.FlagValues) -> None:
         "batch_size", 128, "most prompts answered at once", lower_bound=1, flag_values=values
     )
     _define_options(values)
+    _define_variant(values)
     flags.DEFINE_string("output", None, "folder of the results", flag_values=values)
 
 
@@ -101,6 +108,32 @@ def _define_options(values: flags.FlagValues) -> None:
     )  # fmt: skip
     flags.DEFINE_bool(
         "drop_shots", False, "leave out shots that do not fit into --context", flag_values=values
+    )
+
+
+def _define_variant(values: flags.FlagValues) -> None:
+    """Defines what is scored in the model's place; the defaults are those of `Variant`."""
+    flags.DEFINE_enum(
+        "control", "", ["", *CONTROLS], "how the augments of a pair are destroyed",
+        flag_values=values,
+    )  # fmt: skip
+    flags.DEFINE_string(
+        "mix", "", "decoder whose probabilities are mixed into MODEL's", flag_values=values
+    )
+    flags.DEFINE_float(
+        "mix_weight", 0.5, "its weight", lower_bound=0, upper_bound=1, flag_values=values
+    )
+    flags.DEFINE_string(
+        "hand_over", "", "decoder whose answers come into MODEL's prompts", flag_values=values
+    )
+    flags.DEFINE_string(
+        "hand_over_question", "{inputs}", "what it is asked", flag_values=values
+    )
+    flags.DEFINE_string(
+        "hand_over_prompt", "{answer}\n{inputs}", "what MODEL then reads", flag_values=values
+    )
+    flags.DEFINE_list(
+        "hand_over_replace", None, "TEXT,REPLACEMENT in the prompts it is asked", flag_values=values
     )
 
 
@@ -150,7 +183,10 @@ def main(argv: list[str]) -> int:
     quiet_libtpu()
     refuse_several("calm evaluate")
     folder = absolute(values.workdir or values.model)
-    output = absolute(values.output) if values.output else results.evaluation_folder(folder)
+    variant = _variant(values)
+    output = results.evaluation_folder(folder) / variant.name
+    if values.output:
+        output = absolute(values.output)
     if values.harness or values.include_path:
         print(_by_harness(folder, output, values))
         return 0
@@ -166,6 +202,7 @@ def main(argv: list[str]) -> int:
         batch_size=values.batch_size,
         parts=values.parts,
         options=_options(values, Options),
+        variant=variant,
         output=output,
         command=config.command_line("evaluate", argv),
     )
@@ -209,6 +246,19 @@ def _by_harness(folder: epath.Path, output: epath.Path, values: flags.FlagValues
         context=values.context,
         batch_size=values.batch_size,
     )
+
+
+def _variant(values: flags.FlagValues) -> Any:
+    from calm_jax.evaluation.baselines import HandOver
+    from calm_jax.evaluation.variants import Variant
+
+    replace = values.hand_over_replace
+    if replace is not None and len(replace) != 2:
+        raise CalmError(f"--hand_over_replace={','.join(replace)} is not TEXT,REPLACEMENT")
+    rule = HandOver(
+        values.hand_over_question, values.hand_over_prompt, tuple(replace) if replace else None
+    )
+    return Variant(values.control, values.mix, values.mix_weight, values.hand_over, rule)
 
 
 def _options(values: flags.FlagValues, make: type) -> Any:

@@ -12,7 +12,7 @@ def in_blocks(
     generator: Generator, prompts: Sequence[Prompt], sampling: Sampling | Sequence[Sampling]
 ) -> Iterator[list[Completion]]:
     """The answers to each prompt, in the order of the prompts, as from `Generator.generate`."""
-    size = ROUNDS * generator.scheduler.slots
+    size = ROUNDS * generator.slots
     for start in range(0, len(prompts), size):
         of_block = sampling if isinstance(sampling, Sampling) else sampling[start : start + size]
         yield from generator.generate(prompts[start : start + size], of_block)

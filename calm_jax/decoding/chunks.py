@@ -26,8 +26,9 @@ def bucket(sizes: Sequence[int], least: int) -> int:
 def chunk_of(
     answers: Sequence[Answer],
     rows: Sequence[int],
+    places: Sequence[int],
     *,
-    places: int,
+    count: int,
     tokens: int,
     no_row: int,
     known: int | None,
@@ -36,17 +37,20 @@ def chunk_of(
 
     Args:
         rows: the number of each answer's row.
-        places: P, number of rows of the chunk; those without an answer get the number `no_row`.
+        places: the place of each answer in the chunk.
+        count: P, number of places; those without an answer get the row `no_row`.
         tokens: T, most tokens of a prompt.
         known: ids below it are marked as seen if they are in a prompt; None: no ids are marked.
     """
-    P, T = places, tokens
+    P, T = count, tokens
     tokens_PT, next_PT = np.zeros((2, P, T), np.int32)
     length_P, start_P, left_P, prompt_P = np.zeros((4, P), np.int32)
     rows_P = np.full(P, no_row, np.int32)
-    rows_P[: len(rows)] = rows
+    rows_P[list(places)] = rows
     seen_PV = None if known is None else np.zeros((P, known), bool)
-    for place, answer in enumerate(answers):
+    choices = [(Sampling(), 0)] * P
+    for place, answer in zip(places, answers, strict=True):
+        choices[place] = (answer.request.sampling or Sampling(), answer.sample)
         start, prompt = answer.read, answer.prompt
         size = min(len(prompt) - start, T)
         tokens_PT[place, :size] = prompt[start : start + size]
@@ -58,8 +62,6 @@ def chunk_of(
             left_P[place] = answer.most
         if seen_PV is not None:
             seen_PV[place, [token for token in prompt if token < known]] = True
-    choices = [(answer.request.sampling or Sampling(), answer.sample) for answer in answers]
-    choices += [(Sampling(), 0)] * (P - len(answers))
     return Chunk(
         tokens_PT,
         next_PT,

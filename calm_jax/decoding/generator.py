@@ -100,6 +100,11 @@ class Generator:
         )
 
     @property
+    def slots(self) -> int:
+        """The number of rows that are decoded at once."""
+        return self.scheduler.slots
+
+    @property
     def drafting(self) -> Drafting | None:
         """The state of drafting; None without `draft`."""
         return self.scheduler.drafting

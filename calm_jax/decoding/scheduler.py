@@ -41,6 +41,7 @@ from calm_jax.models import ComposedDecoder
 from calm_jax.models.calling import on_devices_of
 
 MOST_STEPS = 64  # most tokens that one dispatch makes for each row
+SHORTEST = 4  # tokens of the shortest prefill, since many prompts differ only in their last ones
 
 
 class Scheduler:
@@ -93,7 +94,7 @@ class Scheduler:
         # A draft is read before it is known how many of its tokens are accepted.
         length = -(-(max_length + draft) // steps.SCORED) * steps.SCORED
         self._at_once = -(-prefill_chunk // steps.SCORED) * steps.SCORED
-        self._chunks = buckets(min(self._at_once, length), steps.SCORED)
+        self._chunks = buckets(min(self._at_once, length), SHORTEST)
         self._reads = buckets(length, 64)
         self._model = prepared(model)
         whole = (DRAFTER,) if draft else ()
@@ -266,7 +267,10 @@ class Scheduler:
             self._state = dataclasses.replace(self._state, seen_BV=np.zeros(shape, bool))
         known = None if self._state.seen_BV is None else self.known
         numbers = [self.rows.index(row) for row in group]
-        chunk = chunk_of(answers, numbers, places=P, tokens=T, no_row=self.slots, known=known)
+        places = numbers if P == self.slots else range(len(group))
+        chunk = chunk_of(
+            answers, numbers, places, count=P, tokens=T, no_row=self.slots, known=known
+        )
         scored = any(answer.request.score_from is not None for answer in answers)
         self._state, news, scores = steps.prefill(
             self._graphdef,
@@ -282,13 +286,14 @@ class Scheduler:
         news, scores = jax.tree.map(sharding.on_host, (news, scores))
         start_P, length_P = chunk.start_P, chunk.length_P
         # Only now do the rows hold these tokens: an earlier failure leaves no trace.
-        for row, answer, size in zip(group, answers, length_P, strict=False):
+        for place, row, answer in zip(places, group, answers, strict=True):
+            size = int(length_P[place])
             row.tokens += answer.prompt[answer.read : answer.read + size]
-            answer.read += int(size)
+            answer.read += size
             row.prompt_length = min(len(row.tokens), answer.request.asked)
             row.last_used = self._time
         told = []
-        for place, (row, answer) in enumerate(zip(group, answers, strict=True)):
+        for place, row, answer in zip(places, group, answers, strict=True):
             made = jax.tree.map(lambda x, n=place: x[None, n], news)
             if answer.most and not news.is_number[place]:
                 # At once, whatever of the prompt is left: a cancelled row would keep its NaN.

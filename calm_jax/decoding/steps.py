@@ -20,7 +20,7 @@ from calm_jax.decoding.sampling import Choice, log_probabilities
 from calm_jax.decoding.state import Chunk, News, State
 from calm_jax.models import Inputs
 
-SCORED = 16  # positions whose logits are held at once; every chunk is a multiple of it
+SCORED = 16  # most positions whose logits are held at once; a longer chunk is a multiple of it
 
 
 @functools.partial(
@@ -66,7 +66,9 @@ def _prefill(model, state, chunk, ends_E, known, read, scored, top):
     index_PT = chunk.start_P[:, None] + jnp.arange(T)
     prompt_PT = jnp.where(index_PT < chunk.prompt_P[:, None], real_PT, 0)
     inputs = Inputs(chunk.tokens_PT, segments_BT=real_PT, prompt_mask_BT=prompt_PT, packed=False)
-    cache = state.cache.with_length(length_B).using(rows_P, read)
+    # Where there is a place for every row, each is at its own: nothing needs to be gathered.
+    rows = None if len(rows_P) == len(length_B) else rows_P
+    cache = state.cache.with_length(length_B).using(rows, read)
     h_PTD, cache = model.residual(inputs, cache)
     last_P11 = jnp.maximum(chunk.length_P - 1, 0)[:, None, None]
     h_P1D = jnp.take_along_axis(h_PTD, last_P11, axis=1)
@@ -214,15 +216,16 @@ def _scores(
 ) -> tuple[jax.Array, ...]:
     """Log-probabilities of `next_PT`, a few positions at a time: all logits take much memory."""
     P, T = next_PT.shape
+    S = min(T, SCORED)
 
     def part(inputs):
         h_PSD, next_PS = inputs
-        logits_XV = model.logits(h_PSD)[..., :known].reshape(P * SCORED, known)
+        logits_XV = model.logits(h_PSD)[..., :known].reshape(P * S, known)
         found = log_probabilities(logits_XV, next_PS.reshape(-1), top)
-        return tuple(x.reshape(P, SCORED, *x.shape[1:]) for x in found)
+        return tuple(x.reshape(P, S, *x.shape[1:]) for x in found)
 
     def in_parts(x):
-        return jnp.moveaxis(x.reshape(P, T // SCORED, SCORED, *x.shape[2:]), 1, 0)
+        return jnp.moveaxis(x.reshape(P, T // S, S, *x.shape[2:]), 1, 0)
 
     found = jax.lax.map(part, (in_parts(h_PTD), in_parts(next_PT)))
     return tuple(jnp.moveaxis(x, 0, 1).reshape(P, T, *x.shape[3:]) for x in found)

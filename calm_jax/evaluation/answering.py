@@ -12,12 +12,15 @@ from calm_jax.decoding import Generator, Sampling
 from calm_jax.decoding.blocks import in_blocks
 from calm_jax.errors import CalmError
 from calm_jax.evaluation import metric_table
+from calm_jax.evaluation.controls import Recomputed
 from calm_jax.evaluation.results import part_names
 from calm_jax.evaluation.tasks.task import Task
+from calm_jax.evaluation.variants import Variant
 
 READ_AT_ONCE = 1024  # tokens of a long text, unless another context is given
 CACHED_TOKENS = 2**16  # in all rows: 3 GB of keys and values of a model of 135M parameters
 _BLOCK = 512  # continuations that are scored before the progress bar moves
+NONE = Variant()
 Records = list[dict[str, Any]]
 
 
@@ -60,7 +63,8 @@ class Options:
 class Asked:
     """A prompt, in ids, with the continuations to score, if any, and its number of shots.
 
-    `example` is the number of its example, of which a long text is several prompts.
+    `example` is the number of its example, of which a long text is several prompts; `handed` is the
+    answer of another model that is in the prompt.
     """
 
     example: int
@@ -68,6 +72,8 @@ class Asked:
     continuations: list[list[int]]
     room: int
     shots: int
+    text: str = ""
+    handed: str | None = None
 
     @property
     def length(self) -> int:
@@ -96,19 +102,27 @@ def answers(
     tasks: Sequence[Task],
     options: Options,
     batch_size: int,
+    variant: Variant = NONE,
+    handing: Any = None,
 ) -> dict[str, Records]:
     """The records of each task, by its name; `name` is that of the model, shown meanwhile.
+
+    With `variant.hand_over`, `handing` is the decoder whose answers come into the prompts.
 
     A record has the example's fields but for those that "inputs", its question, shows; and
     "prediction", "correct" where the main metric finds it right or wrong, and what else the metrics
     need. Raises `CalmError` for a prompt that is longer than the context.
     """
     asked = {task.name: list(_asked(task, model.vocabulary, options)) for task in tasks}
+    if handing is not None:
+        for task in tasks:
+            of_task = asked[task.name]
+            asked[task.name] = _handed_over(model, handing, task, of_task, variant, options, batch_size)
     every = [one for of_task in asked.values() for one in of_task]
     # One for all tasks, since each length of its rows is compiled anew.
     length = max(one.length for one in every)
     most = max(map(len, asked.values()))
-    generator = Generator(model, max_length=length, slots=rows(min(batch_size, most), length))
+    generator = variant.generator(model, length, rows(min(batch_size, most), length))
     return {
         task.name: _records(generator, vocabulary, task, asked[task.name], name, options)
         for task in tasks
@@ -164,7 +178,7 @@ def _with_shots(
     text = "".join(shots) + task.template.ask(example)
     prompt = vocabulary.encode_sequence(text)
     if task.answered == "generation":
-        return Asked(number, prompt, [], answer_length(task, options), len(shots))
+        return Asked(number, prompt, [], answer_length(task, options), len(shots), text)
     continuations = []
     for choice in example["choices"]:
         whole = vocabulary.encode_sequence(text + task.template.answer.format(targets=choice))
@@ -172,6 +186,30 @@ def _with_shots(
             raise CalmError(f"{task.name}: the choice {choice!r} has no tokens of its own")
         continuations.append(whole[len(prompt) :])
     return Asked(number, prompt, continuations, max(map(len, continuations)), len(shots))
+
+
+def _handed_over(
+    model: Any,
+    augment: Any,
+    task: Task,
+    asked: list[Asked],
+    variant: Variant,
+    options: Options,
+    batch_size: int,
+) -> list[Asked]:
+    """The prompts with the augment's answers in them."""
+    if task.answered != "generation":
+        raise CalmError(f"--hand_over: {task.name} is not answered by text")
+    samplings = [
+        Sampling(max_new_tokens=one.room, stop=task.template.stops(example))
+        for one, example in zip(asked, task.examples, strict=True)
+    ]
+    slots = rows(min(batch_size, len(asked)), max(one.length for one in asked))
+    found = variant.rule.prompts(augment, [one.text for one in asked], samplings, slots)
+    return [
+        dataclasses.replace(one, prompt=model.vocabulary.encode_sequence(prompt), handed=said)
+        for one, (said, prompt) in zip(asked, found, strict=True)
+    ]
 
 
 def _windows(task: Task, vocabulary: Vocabulary, options: Options, number: int) -> Iterator[Asked]:
@@ -190,7 +228,7 @@ def _windows(task: Task, vocabulary: Vocabulary, options: Options, number: int) 
 
 
 def _records(
-    generator: Generator,
+    generator: Generator | Recomputed,
     vocabulary: Vocabulary,
     task: Task,
     asked: list[Asked],
@@ -215,7 +253,7 @@ def _records(
 
 
 def _generated(
-    generator: Generator,
+    generator: Generator | Recomputed,
     vocabulary: Vocabulary,
     task: Task,
     asked: list[Asked],
@@ -294,4 +332,5 @@ def _scores(generator: Generator, pairs: list[tuple[list[int], list[int]]], show
 
 def _kept(task: Task, example: dict[str, Any], one: Asked) -> dict[str, Any]:
     shots = {"shots": one.shots} if task.pool else {}
-    return {"inputs": task.template.ask(example), **example, **shots}
+    handed = {} if one.handed is None else {"handed_over": one.handed}
+    return {"inputs": task.template.ask(example), **example, **shots, **handed}

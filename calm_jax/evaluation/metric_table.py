@@ -34,6 +34,18 @@ class Score:
 
 
 @dataclasses.dataclass(frozen=True)
+class Sums:
+    """A score as a function of sums over records, by which records are resampled.
+
+    `of_records` gives K numbers for each of N records, float64 [N, K], and `value` the scores [R]
+    of R sums of them, [R, K].
+    """
+
+    of_records: Callable[[Sequence[Record]], np.ndarray]
+    value: Callable[[np.ndarray], np.ndarray]
+
+
+@dataclasses.dataclass(frozen=True)
 class Metric:
     """A score of records.
 
@@ -43,6 +55,7 @@ class Metric:
 
     name: str
     score: Callable[[Sequence[Record]], Score]
+    sums: Sums
     judge: Callable[[Record], bool] | None = None
     unit: str = ""
     descends: bool = False
@@ -132,18 +145,30 @@ def seqio_metric(name: str) -> Callable[[Sequence[str], Sequence[str]], dict[str
     return compute
 
 
-def bootstrap(values_NK: np.ndarray, statistic: Callable[[np.ndarray], np.ndarray]):
-    """The 95 % interval of a statistic of sums over records, by resampling records.
+def _bootstrapped(sums: Sums) -> Callable[[Sequence[Record]], Score]:
+    """The score of all records, and its 95 % interval by resampling records."""
 
-    Args:
-        values_NK: K numbers of each of N records, float64.
-        statistic: from sums [R, K] to values [R].
-    """
-    random = np.random.default_rng(_SEED)
-    N = len(values_NK)
-    counts_RN = random.multinomial(N, np.full(N, 1 / N), size=RESAMPLES)
-    low, high = np.quantile(statistic(counts_RN @ values_NK), (0.025, 0.975))
-    return float(low), float(high)
+    def score(records: Sequence[Record]) -> Score:
+        values_NK = sums.of_records(records)
+        random, N = np.random.default_rng(_SEED), len(values_NK)
+        counts_RN = random.multinomial(N, np.full(N, 1 / N), size=RESAMPLES)
+        low, high = np.quantile(sums.value(counts_RN @ values_NK), (0.025, 0.975))
+        return Score(float(sums.value(values_NK.sum(0)[None])[0]), (float(low), float(high)))
+
+    return score
+
+
+def _ratio(of_records: Callable[[Sequence[Record]], Sequence[tuple[float, float]]]) -> Sums:
+    """The ratio of two sums, of which every record has a pair."""
+    return Sums(
+        lambda records: np.array(of_records(records), np.float64),
+        lambda sums_R2: sums_R2[:, 0] / sums_R2[:, 1],
+    )
+
+
+def _mean_of(each: Callable[[Record], float]) -> Sums:
+    """The mean of a number of each record, in percent."""
+    return _ratio(lambda records: [(100 * float(each(record)), 1) for record in records])
 
 
 def _share(judge: Callable[[Record], bool]) -> Callable[[Sequence[Record]], Score]:
@@ -151,15 +176,6 @@ def _share(judge: Callable[[Record], bool]) -> Callable[[Sequence[Record]], Scor
         right = sum(map(judge, records))
         low_high = metrics.wilson_interval(right, len(records))
         return Score(100 * right / len(records), low_high)
-
-    return score
-
-
-def _mean(each: Callable[[Record], float]) -> Callable[[Sequence[Record]], Score]:
-    def score(records: Sequence[Record]) -> Score:
-        values = np.array([each(record) for record in records], np.float64)
-        low_high = bootstrap(values[:, None], lambda sums_R1: sums_R1[:, 0] * 100 / len(values))
-        return Score(100 * float(values.mean()), low_high)
 
     return score
 
@@ -226,28 +242,28 @@ def _pass_at(k: int) -> Metric:
 
     def score(records: Sequence[Record]) -> Score:
         of_one = k == 1 and all(len(record["passed"]) == 1 for record in records)
-        return (_share(_passed) if of_one else _mean(each))(records)
+        return (_share(_passed) if of_one else _bootstrapped(_mean_of(each)))(records)
 
-    return Metric(f"pass@{k}", score, _passed if k == 1 else None, "%")
-
-
-def _bits_per_byte(records: Sequence[Record]) -> Score:
-    """Of "logprob", a natural logarithm of a whole text's probability, and its "bytes"."""
-    values_N2 = np.array([(-r["logprob"] / math.log(2), r["bytes"]) for r in records], np.float64)
-    bits, size = values_N2.sum(0)
-    low_high = bootstrap(values_N2, lambda sums_R2: sums_R2[:, 0] / sums_R2[:, 1])
-    return Score(float(bits / size), low_high)
+    return Metric(f"pass@{k}", score, _mean_of(each), _passed if k == 1 else None, "%")
 
 
-def _sacrebleu(kind: str, **options: Any) -> Callable[[Sequence[Record]], Score]:
+# Of "logprob", a natural logarithm of a whole text's probability, and its "bytes".
+_bits_per_byte = _ratio(lambda records: [(-r["logprob"] / math.log(2), r["bytes"]) for r in records])
+_smoothed_bleu4 = _mean_of(lambda r: smoothed_bleu4(r["targets"], r["prediction"]))
+
+
+def _sacrebleu(name: str, kind: str, **options: Any) -> Metric:
     """A corpus score of sacrebleu, with its own bootstrap."""
 
-    def score(records: Sequence[Record]) -> Score:
+    def prepared(records: Sequence[Record]) -> tuple[Any, list[str]]:
         import sacrebleu.metrics
 
         said = [record["prediction"].strip() for record in records]
         wanted = [record["targets"].strip() for record in records]
-        metric = getattr(sacrebleu.metrics, kind)(references=[wanted], **options)
+        return getattr(sacrebleu.metrics, kind)(references=[wanted], **options), said
+
+    def score(records: Sequence[Record]) -> Score:
+        metric, said = prepared(records)
         before = metric.get_signature()  # the bootstrap adds to it
         value = metric.corpus_score(said, None, n_bootstrap=RESAMPLES)
         told = json.loads(
@@ -257,7 +273,18 @@ def _sacrebleu(kind: str, **options: Any) -> Callable[[Sequence[Record]], Score]
         middle, half = told.get("confidence_mean", 0.0), told.get("confidence_var", 0.0)
         return Score(float(value.score), (middle - half, middle + half), f"{value.name} {before}")
 
-    return score
+    # sacrebleu's own tests of significance call these two methods from outside as well.
+    def of_records(records: Sequence[Record]) -> np.ndarray:
+        metric, said = prepared(records)
+        return np.array(metric._extract_corpus_statistics(said, None), np.float64)
+
+    def value(sums_RK: np.ndarray) -> np.ndarray:
+        import sacrebleu.metrics
+
+        metric = getattr(sacrebleu.metrics, kind)(**options)
+        return np.array([metric._compute_score_from_stats(sums.tolist()).score for sums in sums_RK])
+
+    return Metric(name, score, Sums(of_records, value))
 
 
 _judged = {
@@ -268,16 +295,19 @@ _judged = {
     "accuracy": _is_chosen,
     "accuracy_normalized": _is_chosen_normalized,
 }
-METRICS = {name: Metric(name, _share(judge), judge, "%") for name, judge in _judged.items()} | {
+METRICS = {
+    name: Metric(name, _share(judge), _mean_of(judge), judge, "%")
+    for name, judge in _judged.items()
+} | {
     metric.name: metric
     for metric in (
         # sacrebleu's signature does not hold beta: its name for the score does.
-        Metric("chrf1", _sacrebleu("CHRF", beta=1)),
-        Metric("chrf2", _sacrebleu("CHRF", beta=2)),
+        _sacrebleu("chrf1", "CHRF", beta=1),
+        _sacrebleu("chrf2", "CHRF", beta=2),
         # Scores of unlike systems are told, so a warning about tokenized answers would be noise.
-        Metric("bleu", _sacrebleu("BLEU", force=True)),
-        Metric("smoothed_bleu4", _mean(lambda r: smoothed_bleu4(r["targets"], r["prediction"]))),
-        Metric("bits_per_byte", _bits_per_byte, descends=True),
+        _sacrebleu("bleu", "BLEU", force=True),
+        Metric("smoothed_bleu4", _bootstrapped(_smoothed_bleu4), _smoothed_bleu4),
+        Metric("bits_per_byte", _bootstrapped(_bits_per_byte), _bits_per_byte, descends=True),
     )
 }
 # Metrics for a user's own prompts and answers.

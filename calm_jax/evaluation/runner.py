@@ -33,6 +33,7 @@ from calm_jax.evaluation.results import (
 from calm_jax.evaluation.tasks.registry import open_tasks
 from calm_jax.evaluation.tasks.task import Task
 from calm_jax.evaluation.tasks.templates import TEMPLATES
+from calm_jax.evaluation.variants import Variant
 from calm_jax.models import ComposedDecoder
 
 SPLIT = "test"
@@ -56,6 +57,7 @@ def evaluate(
     batch_size: int = BATCH_SIZE,
     parts: bool = False,
     options: Options | None = None,
+    variant: Variant | None = None,
     output: epath.PathLike | None = None,
     command: str = "",
 ) -> dict[str, Any]:
@@ -84,7 +86,9 @@ def evaluate(
         batch_size: prompts answered at once at most.
         parts: also scores the anchor and each augment of a composed model alone.
         options: how tasks are asked otherwise.
-        output: where the results go; default: `evaluation/` in the model's folder.
+        variant: what is scored in the model's place.
+        output: where the results go; default: `evaluation/` in the model's folder, and in it a
+            folder of the variant's name.
         command: the command line that asks for it, kept in summary.json for the report.
 
     Returns:
@@ -105,7 +109,9 @@ def evaluate(
     of_run = DEFAULTS | config.get("evaluate", {})
     settings = {key: of_run[key] if value is None else value for key, value in given.items()}
     settings["tasks"] = list(settings["tasks"] or validation_files(config))
-    output = absolute(output) if output else evaluation_folder(folder)
+    variant = variant or Variant()
+    variant.check(kind, folder)
+    output = absolute(output) if output else evaluation_folder(folder) / variant.name
     if not settings["tasks"]:
         raise CalmError(f"{folder}: there is nothing to score; name a task or a file by --tasks")
     step = _step(folder, config, step)
@@ -121,6 +127,7 @@ def evaluate(
         "step": step,
         "fingerprint": config.get("fingerprint"),
         **settings,
+        "variant": variant.described(),
         "options": dataclasses.asdict(options) | {"metrics": list(options.metrics)},
         "files": [
             *(identity(entry) for entry in entries.values() if files_of(entry)),
@@ -145,13 +152,16 @@ def evaluate(
             anchor=anchor,
             augments=augments,
         )
+        loaded, handing = variant.changed(loaded, built), variant.handing(built)
         asked = [
             task
             for name, of_name in tasks.items()
             for task in of_name or [_own(loaded, name, entries[name], config, settings, options)]
         ]
         said = {
-            name: answers(one, loaded.vocabulary, name, asked, options, batch_size)
+            name: answers(
+                one, loaded.vocabulary, name, asked, options, batch_size, variant, handing
+            )
             for name, one in models_by_name(loaded, parts=parts).items()
         }
         # Until the new summary is written, none describes predictions that are not its own.

@@ -19,6 +19,8 @@ from calm_jax.models.attention_kernels import cudnn_attention, splash_attention
 from calm_jax.models.chunked_attention import MASKED_LOGIT, chunked_attention
 from calm_jax.models.inputs import Inputs
 
+FEW = 8  # queries of a key head that a CPU multiplies one by one
+
 # Kernels for one kind of device.
 _KERNELS = ("splash", "cudnn")
 
@@ -212,14 +214,36 @@ def dot_product_attention(
     """
     B, T, N, H = q_BTNH.shape
     K = k_BSKH.shape[2]
-    q_BTKGH = q_BTNH.reshape(B, T, K, N // K, H)
-    logits_BKGTS = scale * jnp.einsum(
-        "BTKGH,BSKH->BKGTS", q_BTKGH, k_BSKH, preferred_element_type=jnp.float32
+    q_BKGTH = jnp.moveaxis(q_BTNH.reshape(B, T, K, N // K, H), 1, 3)
+    logits_BKGTS = scale * _by_query(
+        "BKGTH,BSKH->BKGTS", q_BKGTH, k_BSKH, preferred_element_type=jnp.float32
     )
     if logit_cap is not None:
         logits_BKGTS = logit_cap * jnp.tanh(logits_BKGTS / logit_cap)
     mask_B11TS = mask_BTS[:, None, None]
     weights_BKGTS = jax.nn.softmax(jnp.where(mask_B11TS, logits_BKGTS, MASKED_LOGIT), axis=-1)
     weights_BKGTS = jnp.where(mask_B11TS, weights_BKGTS, 0.0)
-    x_BTKGH = jnp.einsum("BKGTS,BSKH->BTKGH", weights_BKGTS.astype(v_BSKH.dtype), v_BSKH)
-    return x_BTKGH.reshape(B, T, N, H), weights_BKGTS.reshape(B, N, T, -1)
+    x_BKGTH = _by_query("BKGTS,BSKH->BKGTH", weights_BKGTS.astype(v_BSKH.dtype), v_BSKH)
+    x_BTNH = jnp.moveaxis(x_BKGTH, 3, 1).reshape(B, T, N, H)
+    return x_BTNH, weights_BKGTS.reshape(B, N, T, -1)
+
+
+def _by_query(equation: str, x_BKGTX: jax.Array, y: jax.Array, **options) -> jax.Array:
+    """`jnp.einsum(equation, x, y)`, where G and T are axes of `x` and of the result alone.
+
+    A CPU multiplies a few queries faster one by one: XLA's product of a small matrix with a large
+    one takes ten times as long as one with a vector.
+    """
+    G, T = x_BKGTX.shape[2:4]
+    together = functools.partial(jnp.einsum, equation, **options)
+    if not 1 < G * T <= FEW:
+        return together(x_BKGTX, y)
+    alone = functools.partial(jnp.einsum, equation.replace("GT", ""), **options)
+
+    def one_by_one(x_BKGTX, y):
+        by_group = [
+            jnp.stack([alone(x_BKGTX[:, :, g, t], y) for t in range(T)], axis=2) for g in range(G)
+        ]
+        return jnp.stack(by_group, axis=2)
+
+    return jax.lax.platform_dependent(x_BKGTX, y, cpu=one_by_one, default=together)

@@ -1,0 +1,207 @@
+"""Controls: a trained pair whose augment's information is destroyed, but not its form.
+
+What is left of the gain under a control was never the augment's.
+
+Axes: B row, T position, E augment width.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from calm_jax import sharding
+from calm_jax.decoding import Completion, Sampling, Score
+from calm_jax.decoding.prepared import rows_of_tables
+from calm_jax.errors import CalmError
+from calm_jax.models import ComposedDecoder, Inputs
+from calm_jax.models.calling import on_devices_of
+from calm_jax.models.origin import Origin
+from calm_jax.models.taps import Perturb
+
+SEED = 0
+_LENGTH = 32  # lengths of rows are rounded up to a multiple of it, so that few are compiled
+
+
+def shuffled(x_BTE: jax.Array, augment: int, layer: int) -> jax.Array:
+    """Each row's taps are those of the row before it."""
+    return jnp.roll(x_BTE, 1, axis=0)
+
+
+def zeroed(x_BTE: jax.Array, augment: int, layer: int) -> jax.Array:
+    """All taps are zero."""
+    return jnp.zeros_like(x_BTE)
+
+
+def noise(x_BTE: jax.Array, augment: int, layer: int) -> jax.Array:
+    """Each tap is a random vector of the same norm."""
+    key = jax.random.fold_in(jax.random.fold_in(jax.random.key(SEED), augment), layer)
+    drawn_BTE = jax.random.normal(key, x_BTE.shape, jnp.float32)
+    norm_BT1 = jnp.linalg.norm(x_BTE.astype(jnp.float32), axis=-1, keepdims=True)
+    drawn_BTE *= norm_BT1 / jnp.linalg.norm(drawn_BTE, axis=-1, keepdims=True)
+    return drawn_BTE.astype(x_BTE.dtype)
+
+
+# Controls that change the taps, and the one that changes the augments themselves.
+OF_TAPS: dict[str, Perturb] = {"shuffled": shuffled, "zeroed": zeroed, "noise": noise}
+PERMUTED = "permuted"
+CONTROLS = (*OF_TAPS, PERMUTED)
+
+
+def permute_augments(model: ComposedDecoder) -> None:
+    """Shuffles the entries of every matrix of the augments, each matrix by itself, in place."""
+    key = jax.random.key(SEED)
+    for number, augment in enumerate(model.augments):
+        graphdef, state = nnx.split(augment)
+        leaves, tree = jax.tree.flatten(state)
+        keys = jax.random.split(jax.random.fold_in(key, number), len(leaves))
+        leaves = [_permuted(*pair) for pair in zip(keys, leaves, strict=True)]
+        permuted = nnx.merge(graphdef, jax.tree.unflatten(tree, leaves))
+        permuted.origin = Origin(augment.vocabulary)
+        model.augments[number] = permuted
+
+
+@jax.jit
+def _permuted(key: jax.Array, x: jax.Array) -> jax.Array:
+    return jax.random.permutation(key, x.reshape(-1), independent=True).reshape(x.shape)
+
+
+class Recomputed:
+    """Answers as a `Generator` does, greedily and without caches, with changed taps.
+
+    The taps of all rows of a batch must be known at once, so every new token computes the whole
+    batch anew.
+
+    Args:
+        control: a name of `OF_TAPS`.
+        slots: rows of a batch at most.
+
+    Raises:
+        CalmError: the model is not composed.
+    """
+
+    def __init__(self, model: ComposedDecoder, control: str, *, slots: int):
+        self.vocabulary, self.slots = model.vocabulary, slots
+        self._model, self._control, self._perturb = model, control, OF_TAPS[control]
+        known = rows_of_tables(model)
+        self._known = known if self.vocabulary is None else min(known, self.vocabulary.size)
+
+    def generate(
+        self, prompts: Sequence[list[int]], sampling: Sampling | Sequence[Sampling]
+    ) -> list[list[Completion]]:
+        """One answer to each prompt of ids, up to its end token.
+
+        Raises:
+            CalmError: a temperature, several answers, or a single prompt to shuffle.
+        """
+        each = [sampling] * len(prompts) if isinstance(sampling, Sampling) else list(sampling)
+        if any(one.temperature or one.n > 1 for one in each):
+            raise CalmError(f"--control={self._control} answers greedily, once; no --temperature")
+        new = max((one.max_new_tokens for one in each), default=0)
+        answers: list[list[int]] = [[] for _ in prompts]
+        for batch in self._batches(prompts):
+            tokens_BT, length_B = _padded([prompts[number] for number in batch], new)
+            tokens_BT = self._call(_answered, tokens_BT, length_B, new=new)
+            for number, row_T, length in zip(batch, tokens_BT, length_B, strict=True):
+                answers[number] = row_T[length : length + each[number].max_new_tokens].tolist()
+        return [[self._completion(tokens)] for tokens in answers]
+
+    def score(
+        self, prompts: Sequence[list[int]], continuations: Sequence[list[int]]
+    ) -> list[Score]:
+        """As `Generator.score`, of ids."""
+        whole = [[*a, *b] for a, b in zip(prompts, continuations, strict=True)]
+        found: list[Score] = [None] * len(whole)
+        for batch in self._batches(whole):
+            tokens_BT, _ = _padded([whole[number] for number in batch], 0)
+            asked_B = np.array([len(prompts[number]) for number in batch], np.int32)
+            length_B = np.array([len(whole[number]) for number in batch], np.int32)
+            logprob_BT, best_BT = self._call(_scored, tokens_BT, length_B, asked_B=asked_B)
+            for row, number in enumerate(batch):
+                places = slice(asked_B[row] - 1, length_B[row] - 1)
+                each = logprob_BT[row, places].tolist()
+                greedy = bool(np.all(best_BT[row, places] == continuations[number]))
+                found[number] = Score(sum(each), each, greedy)
+        return found
+
+    def _batches(self, rows: Sequence[Sequence[int]]) -> list[np.ndarray]:
+        """The numbers of the rows of each batch: rows of similar length, otherwise at random."""
+        if not rows:
+            return []
+        if len(rows) == 1 and self._control == "shuffled":
+            raise CalmError("--control=shuffled needs at least two prompts")
+        order = np.random.default_rng(SEED).permutation(len(rows))
+        lengths = np.array([len(rows[number]) for number in order])
+        order = order[np.argsort(lengths, kind="stable")]
+        # Batches of nearly one size, so that none has a single row.
+        return np.array_split(order, -(-len(order) // self.slots))
+
+    def _call(self, function: Callable, tokens_BT: np.ndarray, length_B: np.ndarray, **arguments):
+        with on_devices_of(self._model):
+            graphdef, weights = nnx.split(self._model)
+            result = function(
+                graphdef,
+                weights,
+                tokens_BT,
+                length_B,
+                perturb=self._perturb,
+                known=self._known,
+                **arguments,
+            )
+        return jax.tree.map(sharding.on_host, result)
+
+    def _completion(self, tokens: list[int]) -> Completion:
+        ends = () if self.vocabulary is None else self.vocabulary.eos_ids
+        end = next((n for n, token in enumerate(tokens) if token in ends), None)
+        tokens = tokens if end is None else tokens[: end + 1]
+        text = "" if self.vocabulary is None else self.vocabulary.decode(tokens)
+        return Completion(tokens, text, "length" if end is None else "stop")
+
+
+def _padded(rows: Sequence[Sequence[int]], new: int) -> tuple[np.ndarray, np.ndarray]:
+    """The rows as one array with room for `new` tokens, and their lengths."""
+    length_B = np.array(list(map(len, rows)), np.int32)
+    T = -(-(int(length_B.max()) + new) // _LENGTH) * _LENGTH
+    tokens_BT = np.zeros((len(rows), T), np.int32)
+    for row, tokens in zip(tokens_BT, rows, strict=True):
+        row[: len(tokens)] = tokens
+    return tokens_BT, length_B
+
+
+def _stream(
+    model: ComposedDecoder, tokens_BT: jax.Array, length_B: jax.Array, asked_B, perturb: Perturb
+) -> jax.Array:
+    """The residual stream [B, T, D] under a control; `asked_B` are the lengths of the prompts."""
+    place_T = jnp.arange(tokens_BT.shape[1])
+    real_BT, prompt_BT = ((place_T < x[:, None]).astype(jnp.int32) for x in (length_B, asked_B))
+    inputs = Inputs(tokens_BT, segments_BT=real_BT, prompt_mask_BT=prompt_BT, packed=False)
+    return model.perturbed(inputs, perturb)[0]
+
+
+@functools.partial(jax.jit, static_argnames=("graphdef", "perturb", "known", "new"))
+def _answered(graphdef, weights, tokens_BT, length_B, *, perturb, known, new) -> jax.Array:
+    """The tokens with `new` more of each row, each the most probable one."""
+    model = nnx.merge(graphdef, weights)
+
+    def add(made, tokens_BT):
+        end_B = length_B + made
+        x_BTD = _stream(model, tokens_BT, end_B, length_B, perturb)
+        x_B1D = jnp.take_along_axis(x_BTD, (end_B - 1)[:, None, None], axis=1)
+        token_B = jnp.argmax(model.logits(x_B1D)[:, 0, :known], axis=-1)
+        return tokens_BT.at[jnp.arange(len(end_B)), end_B].set(token_B.astype(jnp.int32))
+
+    return jax.lax.fori_loop(0, new, add, tokens_BT)
+
+
+@functools.partial(jax.jit, static_argnames=("graphdef", "perturb", "known"))
+def _scored(graphdef, weights, tokens_BT, length_B, *, asked_B, perturb, known):
+    """Of each position, the log-probability of the next token, and the most probable one."""
+    model = nnx.merge(graphdef, weights)
+    x_BTD = _stream(model, tokens_BT, length_B, asked_B, perturb)
+    logprob_BTV = jax.nn.log_softmax(model.logits(x_BTD)[..., :known])
+    next_BT = jnp.roll(tokens_BT, -1, axis=1)
+    logprob_BT = jnp.take_along_axis(logprob_BTV, next_BT[..., None], axis=-1)[..., 0]
+    return logprob_BT, jnp.argmax(logprob_BTV, axis=-1)

@@ -1,0 +1,1 @@
+"""Experiments: many models trained and scored alike, with seeds, and the table of what they reach."""

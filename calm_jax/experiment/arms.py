@@ -1,0 +1,191 @@
+"""The arms of an experiment, the models that it compares, and the commands that make them."""
+
+import dataclasses
+import re
+import shlex
+from collections.abc import Collection, Iterator, Mapping, Sequence
+
+from etils import epath
+
+from calm_jax.errors import CalmError
+
+_NAME = re.compile(r"[a-z][a-z0-9_]*")
+_FIELD = re.compile(r"\{([a-z0-9_]+)\}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Arm:
+    """A model that is trained and scored, or another way to score one.
+
+    Attributes:
+        name: letters, digits and `_`; also what `get_config` of the config's file is called with.
+        label: its name in tables; default: `name`.
+        anchor, augments: arms whose frozen folders a composed run joins.
+        decoder: the arm whose frozen folder a decoder's run starts from.
+        scored_from: the arm whose model is scored; nothing is trained then.
+        flags: further flags of `calm evaluate`; {NAME} is the frozen folder of that arm.
+        kind: "part", "calm", "baseline", "ablation" or "control": its place in the table.
+        seeded: whether each seed trains one of its own, instead of one for all.
+    """
+
+    name: str
+    label: str = ""
+    anchor: str = ""
+    augments: tuple[str, ...] = ()
+    decoder: str = ""
+    scored_from: str = ""
+    flags: tuple[str, ...] = ()
+    kind: str = "baseline"
+    seeded: bool = True
+
+    def needs(self, known: Collection[str]) -> tuple[str, ...]:
+        """The arms that must be finished before; of the fields in `flags`, those that are `known`."""
+        named = [self.anchor, *self.augments, self.decoder, self.scored_from]
+        fields = [name for flag in self.flags for name in _FIELD.findall(flag)]
+        named += [name for name in fields if name in known]
+        return tuple(dict.fromkeys(filter(None, named)))
+
+
+KINDS = {
+    "part": "Parts alone",
+    "calm": "Composed",
+    "baseline": "Baselines",
+    "ablation": "Ablations",
+    "control": "Controls: the augment destroyed",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Experiment:
+    """What a config's file describes by `get_experiment()`.
+
+    Attributes:
+        title: of the page.
+        arms: in the order in which they run: each after those that it needs.
+        tasks: what every arm is scored on, the main one first.
+        reference: the arm that the others are compared with.
+        seeds: of initial values, noise and the order of data.
+        flags: further flags of `calm evaluate`, for every arm.
+
+    Raises:
+        CalmError: a name that is not one or is used twice, an arm that needs an unknown or a later
+            one, or needs one of each seed but has none itself.
+    """
+
+    title: str
+    arms: tuple[Arm, ...]
+    tasks: tuple[str, ...]
+    reference: str
+    seeds: tuple[int, ...] = (0,)
+    flags: tuple[str, ...] = ()
+
+    def __post_init__(self):
+        known: dict[str, Arm] = {}
+        for arm in self.arms:
+            if not _NAME.fullmatch(arm.name):
+                raise CalmError(f"arm {arm.name!r}: a name has small letters, digits and _")
+            if arm.name in known:
+                raise CalmError(f"two arms are called {arm.name!r}")
+            if arm.kind not in KINDS:
+                raise CalmError(f"arm {arm.name}: kind {arm.kind!r}; known are {', '.join(KINDS)}")
+            for name in arm.needs(known):
+                if name not in known:
+                    earlier = ", ".join(known) or "none"
+                    raise CalmError(f"arm {arm.name} needs {name!r}; the arms before it: {earlier}")
+                if known[name].seeded and not arm.seeded:
+                    raise CalmError(f"arm {arm.name} has no seeds, but {name}, which it needs, has")
+            known[arm.name] = arm
+        if self.reference not in known:
+            raise CalmError(f"reference {self.reference!r} is no arm; there are {', '.join(known)}")
+        if not self.tasks or not self.seeds or len(set(self.seeds)) < len(self.seeds):
+            raise CalmError(f"tasks {self.tasks} and seeds {self.seeds}: one at least, none twice")
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """An arm with one seed: its folder under the experiment's, and its commands.
+
+    `needs` are the folders of other jobs, and `config` is that of the arm's training as JSON.
+    """
+
+    arm: Arm
+    seed: int
+    folder: epath.Path
+    train: tuple[str, ...]
+    score: tuple[str, ...]
+    needs: tuple[epath.Path, ...]
+    config: str = ""
+
+    @property
+    def commands(self) -> list[tuple[str, ...]]:
+        return [command for command in (self.train, self.score) if command]
+
+    @property
+    def results(self) -> epath.Path:
+        """The folder of its scores and predictions."""
+        return self.folder / "evaluation"
+
+    def __str__(self) -> str:
+        return f"{self.arm.name}, seed {self.seed}" if self.arm.seeded else self.arm.name
+
+
+def jobs(
+    experiment: Experiment, file: str, workdir: epath.Path, configs: Mapping[str, str]
+) -> Iterator[Job]:
+    """All jobs: the arms without seeds, then those of one seed after another.
+
+    `file` is the config's file, and `configs` are those of the trained arms as JSON.
+    """
+    arms = {arm.name: arm for arm in experiment.arms}
+    first = experiment.seeds[0]
+
+    def folder(name: str, seed: int) -> epath.Path:
+        return workdir / (f"seed_{seed}" if arms[name].seeded else "all_seeds") / name
+
+    def frozen(name: str, seed: int) -> epath.Path:
+        return folder(name, seed) / "frozen"
+
+    def job(arm: Arm, seed: int) -> Job:
+        place, train = folder(arm.name, seed), ()
+        if not arm.scored_from:
+            train = ("train", f"--config={file}:{arm.name}", f"--workdir={place}")
+            train += (f"--config.train.seed={seed}", f"--config.data.seed={seed}")
+            if arm.anchor:
+                train += (f"--config.anchor={frozen(arm.anchor, seed)}",)
+                paths = ", ".join(repr(str(frozen(name, seed))) for name in arm.augments)
+                train += (f"--config.augments=({paths},)",)
+            if arm.decoder:
+                train += (f"--config.decoder.from={frozen(arm.decoder, seed)}",)
+        source = arms[arm.scored_from] if arm.scored_from else arm
+        model = f"--workdir={folder(source.name, seed)}"
+        if not source.anchor:
+            model = f"--model={frozen(source.name, seed)}"
+        flags = [
+            _FIELD.sub(lambda x: str(frozen(x[1], seed)) if x[1] in arms else x[0], flag)
+            for flag in (*experiment.flags, *arm.flags)
+        ]
+        score = ("evaluate", model, f"--tasks={','.join(experiment.tasks)}", *flags)
+        score += (f"--output={place / 'evaluation'}",)
+        needs = tuple(folder(name, seed) for name in arm.needs(arms))
+        return Job(arm, seed, place, train, score, needs, configs.get(arm.name, ""))
+
+    yield from (job(arm, first) for arm in experiment.arms if not arm.seeded)
+    for seed in experiment.seeds:
+        yield from (job(arm, seed) for arm in experiment.arms if arm.seeded)
+
+
+def levels(all_jobs: Sequence[Job]) -> list[list[Job]]:
+    """The jobs in groups, each of which needs only jobs of the groups before it."""
+    done: set[epath.Path] = set()
+    left, found = list(all_jobs), []
+    while left:
+        group = [job for job in left if done.issuperset(job.needs)]
+        found.append(group)
+        done |= {job.folder for job in group}
+        left = [job for job in left if job.folder not in done]
+    return found
+
+
+def shell(command: Sequence[str]) -> str:
+    """A command as a line for a shell."""
+    return shlex.join(["calm", *command])

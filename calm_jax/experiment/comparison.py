@@ -1,0 +1,145 @@
+"""What the arms of an experiment reach: means over seeds, and differences, with intervals.
+
+Axes: S seed, N example, R resample, K numbers of an example.
+"""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from calm_jax.errors import CalmError
+from calm_jax.evaluation import metric_table
+from calm_jax.evaluation.results import predictions_file, read_json_lines, read_optional, scores_of
+from calm_jax.experiment.arms import Arm, Experiment, Job
+
+RESAMPLES = 2000
+_SEED = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Cell:
+    """An arm's score on a task.
+
+    Attributes:
+        metric: the task's main metric.
+        values: of each seed.
+        mean: of the seeds.
+        interval: 95 % interval of the mean; seeds and examples are resampled.
+        difference, difference_interval: from the reference, of the same seeds and examples;
+            None of the reference itself, and where the reference was not scored.
+    """
+
+    metric: str
+    values: tuple[float, ...]
+    mean: float
+    interval: tuple[float, float]
+    difference: float | None = None
+    difference_interval: tuple[float, float] | None = None
+
+    @property
+    def verdict(self) -> str:
+        """ "better" or "worse" than the reference if the interval agrees, else "even"."""
+        if self.difference_interval is None:
+            return ""
+        low, high = self.difference_interval
+        if low <= 0 <= high:
+            return "even"
+        return "better" if (low > 0) != metric_table.find(self.metric).descends else "worse"
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """An arm with its cells by task, and the folders of its seeds; no cells if none was scored."""
+
+    arm: Arm
+    cells: Mapping[str, Cell]
+    jobs: tuple[Job, ...]
+
+
+def compare(experiment: Experiment, jobs: Sequence[Job]) -> list[Row]:
+    """The rows of all arms, from the predictions that their jobs have stored."""
+    by_arm = {arm.name: [job for job in jobs if job.arm is arm] for arm in experiment.arms}
+    read = {name: _read(of_arm) for name, of_arm in by_arm.items()}
+    rows = []
+    for arm in experiment.arms:
+        cells = {}
+        for task, of_task in read[arm.name].items():
+            other = read[experiment.reference].get(task) if arm.name != experiment.reference else None
+            cells[task] = _cell(of_task, other, arm.name, task)
+        rows.append(Row(arm, cells, tuple(by_arm[arm.name])))
+    return rows
+
+
+@dataclasses.dataclass(frozen=True)
+class _Scored:
+    """A task's records by seed; an arm without seeds has the same for every one."""
+
+    metric: str
+    records: Mapping[int | None, list]
+
+
+def _read(jobs: Sequence[Job]) -> dict[str, _Scored]:
+    found: dict[str, _Scored] = {}
+    for job in jobs:
+        for task, cell in scores_of(read_optional(job.results / "summary.json")).items():
+            of_task = found.setdefault(task, _Scored(metric_table.main_name(cell), {}))
+            seed = job.seed if job.arm.seeded else None
+            of_task.records[seed] = read_json_lines(predictions_file(job.results, task))
+    return found
+
+
+def _cell(mine: _Scored, other: _Scored | None, arm: str, task: str) -> Cell:
+    metric = metric_table.find(mine.metric)
+    values = tuple(metric.score(records).value for records in mine.records.values())
+    sampled_R = _resampled(metric, [list(mine.records.values())], arm, task)
+    cell = Cell(mine.metric, values, float(np.mean(values)), _interval(sampled_R))
+    pairs = [] if other is None else _paired(mine, other)
+    if not pairs:
+        return cell
+    ours, theirs = ([pair[side] for pair in pairs] for side in (0, 1))
+    differences = [metric.score(a).value - metric.score(b).value for a, b in pairs]
+    sampled_R = _resampled(metric, [ours, theirs], arm, task)
+    return dataclasses.replace(
+        cell, difference=float(np.mean(differences)), difference_interval=_interval(sampled_R)
+    )
+
+
+def _resampled(metric: metric_table.Metric, sides: list[list[list]], arm: str, task: str):
+    """The mean over seeds, or the difference of two, of resampled seeds and examples, [R].
+
+    All seeds and both sides have the same examples, and are resampled alike.
+    """
+    first, *others = [records for side in sides for records in side]
+    if not first or any(_targets(records) != _targets(first) for records in others):
+        raise CalmError(f"{task}: {arm} and what it is compared with were scored on other examples")
+    S, N, random = len(sides[0]), len(first), np.random.default_rng(_SEED)
+    drawn_RN = random.multinomial(N, np.full(N, 1 / N), size=RESAMPLES)
+    drawn_RS = random.multinomial(S, np.full(S, 1 / S), size=RESAMPLES) / S
+    means = []
+    for side in sides:
+        values = [metric.sums.value(drawn_RN @ metric.sums.of_records(each)) for each in side]
+        means.append(np.sum(np.stack(values, axis=1) * drawn_RS, axis=1))
+    return means[0] if len(means) == 1 else means[0] - means[1]
+
+
+def _targets(records: Sequence[Mapping]) -> list:
+    return [(record.get("inputs"), record.get("targets")) for record in records]
+
+
+def _interval(sampled_R: np.ndarray) -> tuple[float, float]:
+    low, high = np.quantile(sampled_R, (0.025, 0.975))
+    return float(low), float(high)
+
+
+def _paired(mine: _Scored, other: _Scored) -> list[tuple[list, list]]:
+    """The records of both for each seed that both have; one without seeds goes with each."""
+    if None in mine.records and None in other.records:
+        return [(mine.records[None], other.records[None])]
+    if None in mine.records:
+        return [(mine.records[None], theirs) for theirs in other.records.values()]
+    if None in other.records:
+        return [(ours, other.records[None]) for ours in mine.records.values()]
+    return [
+        (ours, other.records[seed]) for seed, ours in mine.records.items() if seed in other.records
+    ]

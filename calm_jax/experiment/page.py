@@ -1,0 +1,187 @@
+"""The page of an experiment, one HTML file that needs no network, and its results as JSON."""
+
+import dataclasses
+import datetime
+import statistics
+from collections.abc import Sequence
+from typing import Any
+
+from etils import epath
+
+from calm_jax.checkpoints.files import write_json, write_text
+from calm_jax.evaluation import metric_table
+from calm_jax.evaluation.page import environment
+from calm_jax.evaluation.results import Run, predictions_file, read_json_lines, read_run
+from calm_jax.evaluation.score_sections import Bar, Figure, Group
+from calm_jax.evaluation.setting import installed, median_speed
+from calm_jax.experiment.arms import KINDS, Experiment, Job, shell
+from calm_jax.experiment.comparison import Cell, Row, compare
+from calm_jax.experiment.running import DONE
+from calm_jax.checkpoints.files import read_json
+
+EXAMPLES = 200  # prompts of the main task whose answers are on the page
+_COLOURS = {
+    "part": "var(--anchor)",
+    "calm": "var(--composed)",
+    "baseline": "var(--other-0)",
+    "ablation": "var(--augment)",
+    "control": "var(--constant)",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Cost:
+    """What an arm costs, from the run of its first seed; None where it was not measured.
+
+    Attributes:
+        parameters: of all its trees but the optimizer.
+        trained: those that are trained.
+        flops: of a training token, forward and backward, as compiled.
+        memory: of the compiled training step, in bytes.
+        speed: tokens a second of training, the median.
+        seconds: from the first command of its job to the end of the last.
+    """
+
+    parameters: int | None = None
+    trained: int | None = None
+    flops: float | None = None
+    memory: int | None = None
+    speed: float | None = None
+    seconds: float | None = None
+
+
+def write_page(experiment: Experiment, jobs: Sequence[Job], folder: epath.Path, command: str):
+    """Writes `report.html` and `results.json` into the experiment's folder; returns both paths.
+
+    Raises:
+        CalmError: arms that were scored on other examples, or a damaged file.
+    """
+    rows = [row for row in compare(experiment, jobs) if row.cells]
+    results, page = folder / "results.json", folder / "report.html"
+    write_json(results, {row.arm.name: _as_json(row) for row in rows})
+    template = environment().get_template("experiment.html")
+    write_text(
+        page,
+        template.render(
+            experiment=experiment,
+            answer=answer(experiment, rows),
+            kinds=[(kind, label, [r for r in rows if r.arm.kind == kind]) for kind, label in KINDS.items()],
+            figures=[_figure(task, rows) for task in experiment.tasks],
+            digits=lambda cell: metric_table.find(cell.metric).digits,
+            costs=[(row, cost(row)) for row in rows],
+            examples=_examples(experiment, rows),
+            missing=[str(job) for job in jobs if not (job.folder / DONE).exists()],
+            commands=[shell(line) for row in rows for line in row.jobs[0].commands],
+            command=command,
+            today=datetime.date.today().isoformat(),
+            versions=", ".join(f"{name} {version}" for name, version in installed().items()),
+        ),
+    )
+    return page, results
+
+
+def answer(experiment: Experiment, rows: Sequence[Row]) -> str:
+    """The experiment's question answered in a sentence or two, from the main task."""
+    task = experiment.tasks[0]
+    by_name = {row.arm.name: row for row in rows if task in row.cells}
+    if experiment.reference not in by_name:
+        return f"{_label(experiment, experiment.reference)} has no score on {task} yet."
+    mine = by_name[experiment.reference].cells[task]
+    words = f"On {task}, {_label(experiment, experiment.reference)} reaches {_shown(mine)}"
+    parts = [row for row in by_name.values() if row.arm.kind == "part"]
+    if parts:
+        best = _best(parts, task)
+        words += f"; the better part alone, {_name(best)}, {_shown(best.cells[task])}"
+    rivals = [row for row in by_name.values() if row.arm.kind == "baseline"]
+    if rivals:
+        best = _best(rivals, task)
+        verdict = {"better": "is better", "worse": "is worse", "even": "does not differ clearly"}
+        words += f". Of the baselines {_name(best)} comes nearest or above with "
+        words += f"{_shown(best.cells[task])}, which {verdict[best.cells[task].verdict]}"
+    controls = [row for row in by_name.values() if row.arm.kind == "control"]
+    if controls:
+        best = _best(controls, task)
+        words += f". With its augment destroyed it keeps at most {_shown(best.cells[task])}"
+        words += f" ({_name(best)})"
+    return words + "."
+
+
+def cost(row: Row) -> Cost:
+    """What an arm costs; an arm that is only scored has no costs of training."""
+    job = row.jobs[0]
+    seconds = None
+    if (job.folder / DONE).exists():
+        seconds = read_json(job.folder / DONE, "a job")["seconds"]
+    if not job.train:
+        return Cost(seconds=seconds)
+    run = read_run(job.folder)
+    trees = [tree for tree in run.costs.get("trees", ()) if tree["name"] != "optimizer"]
+    if not trees:
+        return Cost(seconds=seconds)
+    return Cost(
+        sum(tree["parameters"] for tree in trees),
+        sum(tree["parameters"] for tree in trees if tree["trained"]),
+        run.costs["flops_per_step"] / run.costs["tokens_per_step"],
+        run.costs["memory_bytes"],
+        median_speed(run),
+        seconds,
+    )
+
+
+def _as_json(row: Row) -> dict[str, Any]:
+    cells = {
+        task: dataclasses.asdict(cell) | {"verdict": cell.verdict}
+        for task, cell in row.cells.items()
+    }
+    return {"kind": row.arm.kind, "tasks": cells, "cost": dataclasses.asdict(cost(row))}
+
+
+def _figure(task: str, rows: Sequence[Row]) -> Figure:
+    bars = [
+        Bar(_name(row), cell.mean, _COLOURS[row.arm.kind], cell.interval)
+        for row in rows
+        if (cell := row.cells.get(task)) and cell.mean <= 100
+    ]
+    return Figure(task, [Group(bars)])
+
+
+def _examples(experiment: Experiment, rows: Sequence[Row]) -> dict[str, Any] | None:
+    """Answers of the first seed to the main task: where the parts fail and the pair does not first."""
+    task = experiment.tasks[0]
+    shown = [row for row in rows if task in row.cells]
+    answers = [read_json_lines(predictions_file(row.jobs[0].results, task)) for row in shown]
+    reference = next((n for n, r in enumerate(shown) if r.arm.name == experiment.reference), None)
+    if reference is None or not all(a and "prediction" in a[0] for a in answers):
+        return None
+    parts = [n for n, row in enumerate(shown) if row.arm.kind == "part"]
+
+    def rank(example: tuple) -> int:
+        """0: only the pair is right; then only a part; then all or none."""
+        if "correct" not in example[reference]:
+            return 0
+        mine = example[reference]["correct"]
+        theirs = any(example[n]["correct"] for n in parts)
+        return 0 if mine and not theirs else 1 if theirs and not mine else 2
+
+    together = sorted(zip(*answers, strict=True), key=rank)
+    return {"rows": shown, "examples": together[:EXAMPLES], "count": len(together)}
+
+
+def _best(rows: Sequence[Row], task: str) -> Row:
+    descends = metric_table.find(rows[0].cells[task].metric).descends
+    return (min if descends else max)(rows, key=lambda row: row.cells[task].mean)
+
+
+def _name(row: Row) -> str:
+    return row.arm.label or row.arm.name
+
+
+def _label(experiment: Experiment, name: str) -> str:
+    return next(arm.label or arm.name for arm in experiment.arms if arm.name == name)
+
+
+def _shown(cell: Cell) -> str:
+    digits = metric_table.find(cell.metric).digits
+    low, high = cell.interval
+    unit = metric_table.find(cell.metric).unit
+    return f"{cell.mean:.{digits}f}{unit} [{low:.{digits}f}–{high:.{digits}f}]"

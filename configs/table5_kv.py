@@ -1,0 +1,132 @@
+"""The key-value task as an experiment: the composed model, its baselines, ablations and controls.
+
+  calm experiment --config=configs/table5_kv.py --workdir=runs/table5
+
+In the form of the paper's Table 5 (section 4.4). Every baseline is trained on the same examples as
+the bridge, for as many steps; only `finetuned` and `lora` may change the anchor. LoRA has the rank
+that gives it as many parameters as the bridge.
+"""
+
+import importlib.util
+import pathlib
+
+from calm_jax.experiment.arms import Arm, Experiment
+from calm_jax.experiment.matching import matched_rank
+from calm_jax.models import CompositionConfig, DecoderConfig
+from calm_jax.training.configuration import decoder_run
+
+TASK = "calm_jax/key_value/demo"
+PAIR = {"anchor": "anchor", "augments": ("augment",)}
+
+
+def get_experiment():
+    return Experiment(
+        title="Whose knowledge is it?",
+        arms=(
+            Arm("anchor", kind="part"),
+            Arm("augment", kind="part"),
+            Arm("vanilla", "augment that met no key", kind="part"),
+            Arm("random", "augment never trained", kind="part"),
+            Arm("calm", "CALM", kind="calm", **PAIR),
+            Arm("finetuned", "anchor fine-tuned", decoder="anchor"),
+            Arm("lora", "anchor with LoRA", decoder="anchor"),
+            Arm("calm_vanilla", "CALM, vanilla augment", anchor="anchor", augments=("vanilla",)),
+            Arm("calm_random", "CALM, random augment", anchor="anchor", augments=("random",)),
+            Arm(
+                "handed_over",
+                "text handed over",
+                scored_from="anchor",
+                flags=(
+                    "--hand_over={augment}",
+                    "--hand_over_replace=<math>,<subs>",
+                    "--hand_over_prompt=<math>{answer}=",
+                ),
+            ),
+            Arm("mixed", "logits mixed", scored_from="anchor", flags=("--mix={augment}",)),
+            Arm("encoder_only", "augment reads the prompt alone", kind="ablation", **PAIR),
+            Arm("shuffled", "taps of other rows", **_control("shuffled")),
+            Arm("zeroed", "taps zeroed", **_control("zeroed")),
+            Arm("noise", "taps replaced by noise", **_control("noise")),
+            Arm("permuted", "augment's weights permuted", **_control("permuted")),
+        ),
+        tasks=tuple(f"{TASK}/{name}" for name in ("math", "subs", "num", "math_seen")),
+        reference="calm",
+        seeds=(0, 1, 2),
+        flags=("--max_new_tokens=8",),
+    )
+
+
+def get_config(arm: str = "calm"):
+    return {
+        "anchor": lambda: _file("kv_anchor"),
+        "augment": lambda: _file("kv_augment"),
+        "vanilla": _vanilla,
+        "random": _random,
+        "calm": lambda: _file("kv_compose"),
+        "calm_vanilla": lambda: _file("kv_compose"),
+        "calm_random": lambda: _file("kv_compose"),
+        "encoder_only": _encoder_only,
+        "finetuned": _finetuned,
+        "lora": _lora,
+    }[arm]()
+
+
+def _control(name):
+    return {"scored_from": "calm", "kind": "control", "flags": (f"--control={name}",)}
+
+
+def _vanilla():
+    """The augment's form, trained on what the anchor is trained on: numbers, and no key."""
+    config = _file("kv_augment")
+    config.data.train = ({"task": f"{TASK}/anchor"},)
+    config.data.validation = ({"task": f"{TASK}/anchor"},)
+    return config
+
+
+def _random():
+    """The augment's form with random weights: one step at a rate of nothing."""
+    config = _file("kv_augment")
+    config.optimizer.learning_rate = 1e-30
+    config.optimizer.weight_decay = 0.0
+    config.train.num_steps = 1
+    return config
+
+
+def _encoder_only():
+    config = _file("kv_compose")
+    config.composition.encoder_only = True
+    return config
+
+
+def _finetuned():
+    """The anchor, all of it, trained on the bridge's data."""
+    bridge = _file("kv_compose")
+    config = decoder_run()
+    config.vocabulary = _file("kv_anchor").vocabulary
+    for section in ("data", "optimizer", "train", "evaluate"):
+        config[section] = bridge[section]
+    config.optimizer.learning_rate = 1e-3
+    return config
+
+
+def _lora():
+    config = _finetuned()
+    forms = [DecoderConfig.from_dict(_form(name)) for name in ("kv_anchor", "kv_augment")]
+    composition = CompositionConfig.from_dict(_file("kv_compose").composition.to_dict())
+    config.lora.rank = matched_rank(forms[0], forms[1:], composition)
+    config.optimizer.learning_rate = 5e-3
+    return config
+
+
+def _form(name):
+    fields = _file(name).decoder.to_dict()
+    fields.pop("from")
+    return fields
+
+
+def _file(name):
+    path = pathlib.Path(__file__).with_name(f"{name}.py")
+    spec = importlib.util.spec_from_file_location(name, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.get_config()

@@ -1,0 +1,195 @@
+"""Controls and baselines: what is computed, against the same without batches and caches."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny_models
+from flax import nnx
+
+import calm_jax
+from calm_jax.cli import evaluate
+from calm_jax.decoding import Generator, Sampling
+from calm_jax.errors import CalmError
+from calm_jax.evaluation import controls
+from calm_jax.evaluation.baselines import HandOver, Mixture
+from calm_jax.evaluation.controls import Recomputed
+from calm_jax.evaluation.variants import Variant
+from calm_jax.models import CompositionConfig, Inputs
+
+NEW = 5
+
+
+@pytest.fixture(scope="module")
+def pair():
+    model = tiny_models.randomised(tiny_models.composed())
+    # Strong enough to change what is chosen.
+    nnx.update(model.bridge, jax.tree.map(lambda x: 3 * x, nnx.state(model.bridge)))
+    return model
+
+
+def prompts(count, seed=0, length=(3, 9)):
+    random = np.random.default_rng(seed)
+    return [random.integers(1, 60, random.integers(*length)).tolist() for _ in range(count)]
+
+
+def one_by_one(model, prompt, perturb):
+    """Greedy tokens of one row, each from a pass over the row as it stands."""
+    row = list(prompt)
+    for _ in range(NEW):
+        inputs = Inputs(jnp.array([row]), prompt_mask_BT=jnp.ones((1, len(row)), jnp.int32))
+        x_BTD, _ = model.perturbed(inputs, perturb)
+        row.append(int(jnp.argmax(model.logits(x_BTD)[0, -1])))
+    return row[len(prompt) :]
+
+
+def test_without_a_change_it_answers_as_the_generator(pair, monkeypatch):
+    monkeypatch.setitem(controls.OF_TAPS, "zeroed", lambda x, augment, layer: x)
+    asked, sampling = prompts(7), Sampling(max_new_tokens=NEW)
+    answers = Recomputed(pair, "zeroed", slots=3).generate(asked, sampling)
+    expected = Generator(pair, max_length=32, slots=3).generate(asked, sampling)
+    assert [a.tokens for (a,) in answers] == [a.tokens for (a,) in expected]
+    continuations = prompts(7, seed=1, length=(1, 4))
+    scores = Recomputed(pair, "zeroed", slots=3).score(asked, continuations)
+    expected = Generator(pair, max_length=32).score(asked, continuations)
+    for ours, other in zip(scores, expected, strict=True):
+        np.testing.assert_allclose(ours.tokens_logprobs, other.tokens_logprobs, atol=1e-4)
+        assert ours.is_greedy == other.is_greedy
+
+
+def test_zeroed_taps_are_zero(pair):
+    asked = prompts(4)
+    answers = Recomputed(pair, "zeroed", slots=2).generate(asked, Sampling(max_new_tokens=NEW))
+    for prompt, (answer,) in zip(asked, answers, strict=True):
+        alone = one_by_one(pair, prompt, lambda x, augment, layer: jnp.zeros_like(x))
+        assert answer.tokens == alone
+
+
+def test_shuffled_taps_are_those_of_another_row(pair):
+    """Two rows of one length read each other's taps; three read those of the row before."""
+    asked = prompts(2, length=(6, 7))
+    order = np.random.default_rng(controls.SEED).permutation(2)
+    rows = [list(asked[number]) for number in order]
+    for _ in range(NEW):
+        inputs = Inputs(jnp.array(rows), prompt_mask_BT=jnp.ones((2, len(rows[0])), jnp.int32))
+        x_BTD, _ = pair.perturbed(inputs, lambda x, augment, layer: x[jnp.array([1, 0])])
+        for row, token in zip(rows, jnp.argmax(pair.logits(x_BTD)[:, -1], -1), strict=True):
+            row.append(int(token))
+    answers = Recomputed(pair, "shuffled", slots=8).generate(asked, Sampling(max_new_tokens=NEW))
+    for number, row in zip(order, rows, strict=True):
+        assert answers[number][0].tokens == row[6:]
+    with pytest.raises(CalmError, match="at least two prompts"):
+        Recomputed(pair, "shuffled", slots=8).generate(asked[:1], Sampling(max_new_tokens=1))
+
+
+def test_noise_has_the_norm_of_the_taps_and_forgets_them():
+    x_BTE = jax.random.normal(jax.random.key(3), (2, 5, 64)) * jnp.array([1.0, 7.0])[:, None, None]
+    first, second = controls.noise(x_BTE, 0, 1), controls.noise(2 * x_BTE[::-1], 0, 1)
+    norms = [np.linalg.norm(x, axis=-1) for x in (x_BTE, first)]
+    np.testing.assert_allclose(*norms, rtol=1e-5)
+    directions = [x / jnp.linalg.norm(x, axis=-1, keepdims=True) for x in (first, second)]
+    np.testing.assert_allclose(*directions, atol=1e-5)  # whatever the taps say
+    assert np.abs(controls.noise(x_BTE, 0, 2) - first).max() > 1
+
+
+def test_permuting_changes_the_augments_alone(pair):
+    model = nnx.clone(pair)
+    controls.permute_augments(model)
+    same = jax.tree.map(jnp.array_equal, nnx.state(model.anchor), nnx.state(pair.anchor))
+    assert all(jax.tree.leaves(same))
+    for ours, other in zip(
+        *(jax.tree.leaves(nnx.state(m.augments[0])) for m in (model, pair)), strict=True
+    ):
+        assert ours.sharding == other.sharding
+        np.testing.assert_array_equal(np.sort(ours, axis=None), np.sort(other, axis=None))
+    tokens = jnp.array([[3, 4, 5, 6]])
+    assert not np.allclose(model(tokens), pair(tokens), atol=1e-3)
+
+
+def test_a_temperature_is_refused(pair):
+    with pytest.raises(CalmError, match="answers greedily"):
+        Recomputed(pair, "noise", slots=2).generate([[1, 2]], Sampling(temperature=1.0))
+
+
+@pytest.mark.parametrize("weight", [0.0, 0.35, 1.0])
+def test_a_mixture_is_the_weighted_sum_of_log_probabilities(weight):
+    anchor, augment = tiny_models.decoder(1, "llama"), tiny_models.decoder(2, embed_dim=16)
+    asked = prompts(5)
+    generator = Generator(Mixture(anchor, augment, weight), max_length=32, slots=2)
+    answers = generator.generate(asked, Sampling(max_new_tokens=NEW))
+    for prompt, (answer,) in zip(asked, answers, strict=True):
+        row = list(prompt)
+        for _ in range(NEW):
+            of_anchor, of_augment = (
+                jax.nn.log_softmax(model(jnp.array([row]))[0, -1]) for model in (anchor, augment)
+            )
+            row.append(int(jnp.argmax((1 - weight) * of_anchor + weight * of_augment)))
+        assert answer.tokens == row[len(prompt) :]
+
+
+class Letters:
+    """A vocabulary of single characters."""
+
+    size, base_size, eos_ids, start_ids = 60, 60, (0,), ()
+
+    def encode_sequence(self, text):
+        return [ord(letter) % 60 for letter in text]
+
+    def decode(self, ids):
+        return "".join(chr(64 + token % 26) for token in ids)
+
+    def decode_after(self, before, ids):
+        return self.decode(ids)
+
+
+def test_what_the_augment_says_is_put_into_the_prompt():
+    augment = tiny_models.decoder(2, embed_dim=16)
+    augment.vocabulary = Letters()
+    rule = HandOver(question="Q:{inputs}", prompt="{inputs} [{answer}]", replace=("<a>", "<b>"))
+    sampling = Sampling(max_new_tokens=3)
+    ((said, prompt),) = rule.prompts(augment, ["<a>xyz"], [sampling], slots=1)
+    ids = Letters().encode_sequence("Q:<b>xyz")
+    ((answer,),) = Generator(augment, max_length=32).generate([ids], sampling)
+    assert said == answer.text
+    assert prompt == f"<a>xyz [{said}]"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"control": "zeroed", "mix": "x"}, "--control and --mix cannot be given together"),
+        ({"control": "burnt"}, "known are shuffled, zeroed, noise, permuted"),
+    ],
+)
+def test_a_variant_that_is_none(arguments, message):
+    with pytest.raises(CalmError, match=message):
+        Variant(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"question": "{inputs} {answer}"}, "its fields are {inputs}"),
+        ({"prompt": "{inputs"}, "its fields are {inputs} and {answer}"),
+        ({"prompt": "{inputs}"}, "it must have an {answer}"),
+    ],
+)
+def test_templates_that_mean_nothing(arguments, message):
+    with pytest.raises(CalmError, match=message):
+        HandOver(**arguments)
+
+
+def test_the_command_knows_every_control():
+    assert evaluate.CONTROLS == controls.CONTROLS
+
+
+def test_a_control_sees_the_prompt_alone_with_an_encoder_only_bridge():
+    config = CompositionConfig(every=2, encoder_only=True)
+    model = tiny_models.randomised(tiny_models.composed(config))
+    asked, sampling = prompts(3), Sampling(max_new_tokens=NEW)
+    changed = controls.OF_TAPS | {"zeroed": lambda x, augment, layer: x}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(controls, "OF_TAPS", changed)
+        answers = Recomputed(model, "zeroed", slots=3).generate(asked, sampling)
+    expected = calm_jax.Generator(model, max_length=32).generate(asked, sampling)
+    assert [a.tokens for (a,) in answers] == [a.tokens for (a,) in expected]

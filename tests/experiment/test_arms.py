@@ -1,0 +1,115 @@
+"""What an experiment may be, and the commands that make it."""
+
+import pathlib
+
+import pytest
+from etils import epath
+
+from calm_jax.errors import CalmError
+from calm_jax.experiment.arms import Arm, Experiment, jobs, levels, shell
+
+ARMS = (
+    Arm("anchor", kind="part", seeded=False),
+    Arm("augment", kind="part"),
+    Arm("calm", kind="calm", anchor="anchor", augments=("augment", "anchor")),
+    Arm("lora", decoder="anchor"),
+    Arm("zeroed", scored_from="calm", kind="control", flags=("--control=zeroed",)),
+    Arm("mixed", scored_from="anchor", flags=("--mix={augment}", "--hand_over_prompt={answer}")),
+)
+
+
+def experiment(**changes):
+    fields = {"arms": ARMS, "tasks": ("a", "b.jsonl"), "reference": "calm", "seeds": (3, 5)}
+    return Experiment("title", **fields | changes)
+
+
+def by_name(**changes):
+    found = jobs(experiment(**changes), "file.py", epath.Path("/w"), {})
+    return {(job.arm.name, job.seed): job for job in found}
+
+
+def test_every_seed_has_its_own_runs_but_for_those_without_seeds():
+    found = by_name()
+    assert len(found) == 1 + 2 * 5
+    assert str(found["anchor", 3].folder) == "/w/all_seeds/anchor"
+    assert str(found["calm", 5].folder) == "/w/seed_5/calm"
+    assert str(found["calm", 5]) == "calm, seed 5"
+    assert str(found["anchor", 3]) == "anchor"
+
+
+def test_the_commands_name_the_models_of_their_seed():
+    found = by_name(flags=("--limit=7",))
+    job = found["calm", 5]
+    assert shell(job.train) == (
+        "calm train --config=file.py:calm --workdir=/w/seed_5/calm --config.train.seed=5 "
+        "--config.data.seed=5 --config.anchor=/w/all_seeds/anchor/frozen "
+        "'--config.augments=('\"'\"'/w/seed_5/augment/frozen'\"'\"', "
+        "'\"'\"'/w/all_seeds/anchor/frozen'\"'\"',)'"
+    )
+    assert shell(job.score) == (
+        "calm evaluate --workdir=/w/seed_5/calm --tasks=a,b.jsonl --limit=7 "
+        "--output=/w/seed_5/calm/evaluation"
+    )
+    assert "--config.decoder.from=/w/all_seeds/anchor/frozen" in found["lora", 3].train
+    assert found["lora", 3].score[1] == "--model=/w/seed_3/lora/frozen"
+    assert found["zeroed", 3].commands == [
+        (
+            *("evaluate", "--workdir=/w/seed_3/calm", "--tasks=a,b.jsonl", "--limit=7"),
+            *("--control=zeroed", "--output=/w/seed_3/zeroed/evaluation"),
+        )
+    ]
+    assert found["mixed", 5].score[1:3] == ("--model=/w/all_seeds/anchor/frozen", "--tasks=a,b.jsonl")
+    # A field that is no arm belongs to the flag itself.
+    assert "--mix=/w/seed_5/augment/frozen" in found["mixed", 5].score
+    assert "--hand_over_prompt={answer}" in found["mixed", 5].score
+
+
+def test_a_level_needs_only_earlier_ones():
+    found = list(by_name().values())
+    groups = levels(found)
+    assert sorted(map(len, groups)) == sorted([3, 6, 2])
+    seen = set()
+    for group in groups:
+        assert all(set(job.needs) <= seen for job in group)
+        seen |= {job.folder for job in group}
+    assert len(seen) == len(found)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"arms": (*ARMS, Arm("calm"))}, "two arms are called 'calm'"),
+        ({"arms": (Arm("Calm"),)}, "arm 'Calm': a name has small letters"),
+        ({"arms": (Arm("x", kind="odd"),)}, "kind 'odd'; known are part, calm"),
+        ({"arms": (Arm("lora", decoder="anchor"),)}, "arm lora needs 'anchor'; the arms before it"),
+        (
+            {"arms": (Arm("a"), Arm("b", decoder="a", seeded=False))},
+            "arm b has no seeds, but a, which it needs, has",
+        ),
+        ({"reference": "best"}, "reference 'best' is no arm"),
+        ({"seeds": (1, 1)}, "none twice"),
+        ({"tasks": ()}, "one at least"),
+    ],
+)
+def test_an_experiment_that_is_none(changes, message):
+    with pytest.raises(CalmError, match=message):
+        experiment(**changes)
+
+
+def test_the_fields_of_flags_that_are_arms_are_needed():
+    assert ARMS[-1].needs({"anchor", "augment"}) == ("anchor", "augment")
+
+
+def test_the_example_is_an_experiment():
+    from calm_jax.cli.config import call_file
+
+    path = pathlib.Path(__file__).parents[2] / "configs" / "table5_kv.py"
+    found = call_file(str(path), "get_experiment", Experiment)
+    trained = [arm for arm in found.arms if not arm.scored_from]
+    for arm in trained:
+        config = call_file(f"{path}:{arm.name}", "get_config", object)
+        assert (config.kind == "composed") == bool(arm.anchor)
+    baselines = [call_file(f"{path}:{name}", "get_config", object) for name in ("calm", "lora")]
+    assert baselines[0].data == baselines[1].data
+    assert baselines[0].train.num_steps == baselines[1].train.num_steps
+    assert baselines[1].lora.rank == 20  # 230,400 parameters beside the bridge's 231,360
