@@ -38,10 +38,10 @@ from calm_jax.decoding.state import News as Made
 from calm_jax.decoding.state import State
 from calm_jax.errors import CalmError
 from calm_jax.models import ComposedDecoder
-from calm_jax.models.calling import on_devices_of
+from calm_jax.models.calling import array_of, on_devices_of
 
 MOST_STEPS = 64  # most tokens that one dispatch makes for each row
-SHORTEST = 4  # tokens of the shortest prefill, since many prompts differ only in their last ones
+SHORTEST = 2  # tokens of the shortest prefill, since many prompts differ only in their last ones
 
 
 class Scheduler:
@@ -95,11 +95,13 @@ class Scheduler:
         length = -(-(max_length + draft) // steps.SCORED) * steps.SCORED
         self._at_once = -(-prefill_chunk // steps.SCORED) * steps.SCORED
         self._chunks = buckets(min(self._at_once, length), SHORTEST)
-        self._reads = buckets(length, 64)
+        # To copy most of the slots out of a row takes longer than to read all.
+        self._reads = [size for size in buckets(length, 64) if 2 * size < length] + [length]
         self._model = prepared(model)
         whole = (DRAFTER,) if draft else ()
         check_fits(self._model, slots, length, cache_dtype, whole)
         self._graphdef, self._weights = nnx.split(self._model)
+        self._array = array_of(self._model)
         self._sizes = (length, cache_dtype, whole)
         self._state: State | None = self._empty_state()
         # A bridge that sees only the prompt reads an answer's tokens differently.
@@ -186,7 +188,7 @@ class Scheduler:
         try:
             if self._state is None:
                 self._state = self._empty_state()
-            with on_devices_of(self._model):
+            with on_devices_of(self._array):
                 group = self._to_read()
                 if group:
                     self._read(group)

@@ -19,7 +19,7 @@ from calm_jax.models.attention_kernels import cudnn_attention, splash_attention
 from calm_jax.models.chunked_attention import MASKED_LOGIT, chunked_attention
 from calm_jax.models.inputs import Inputs
 
-FEW = 8  # queries of a key head that a CPU multiplies one by one
+FEW = 8  # queries of a key head that a CPU computes one by one
 
 # Kernels for one kind of device.
 _KERNELS = ("splash", "cudnn")
@@ -215,7 +215,29 @@ def dot_product_attention(
     B, T, N, H = q_BTNH.shape
     K = k_BSKH.shape[2]
     q_BKGTH = jnp.moveaxis(q_BTNH.reshape(B, T, K, N // K, H), 1, 3)
-    logits_BKGTS = scale * _by_query(
+    attend = functools.partial(_attend, scale=scale, logit_cap=logit_cap)
+    arguments = (q_BKGTH, k_BSKH, v_BSKH, mask_BTS)
+    if 1 < N // K * T <= FEW:
+        x_BKGTH, weights_BKGTS = jax.lax.platform_dependent(
+            *arguments, cpu=functools.partial(_one_by_one, attend), default=attend
+        )
+    else:
+        x_BKGTH, weights_BKGTS = attend(*arguments)
+    x_BTNH = jnp.moveaxis(x_BKGTH, 3, 1).reshape(B, T, N, H)
+    return x_BTNH, weights_BKGTS.reshape(B, N, T, -1)
+
+
+def _attend(
+    q_BKGTH: jax.Array,
+    k_BSKH: jax.Array,
+    v_BSKH: jax.Array,
+    mask_BTS: jax.Array,
+    *,
+    scale: float,
+    logit_cap: float | None,
+) -> tuple[jax.Array, jax.Array]:
+    """The sums of values [B, K, G, T, H] and the weights [B, K, G, T, S]."""
+    logits_BKGTS = scale * jnp.einsum(
         "BKGTH,BSKH->BKGTS", q_BKGTH, k_BSKH, preferred_element_type=jnp.float32
     )
     if logit_cap is not None:
@@ -223,27 +245,22 @@ def dot_product_attention(
     mask_B11TS = mask_BTS[:, None, None]
     weights_BKGTS = jax.nn.softmax(jnp.where(mask_B11TS, logits_BKGTS, MASKED_LOGIT), axis=-1)
     weights_BKGTS = jnp.where(mask_B11TS, weights_BKGTS, 0.0)
-    x_BKGTH = _by_query("BKGTS,BSKH->BKGTH", weights_BKGTS.astype(v_BSKH.dtype), v_BSKH)
-    x_BTNH = jnp.moveaxis(x_BKGTH, 3, 1).reshape(B, T, N, H)
-    return x_BTNH, weights_BKGTS.reshape(B, N, T, -1)
+    x_BKGTH = jnp.einsum("BKGTS,BSKH->BKGTH", weights_BKGTS.astype(v_BSKH.dtype), v_BSKH)
+    return x_BKGTH, weights_BKGTS
 
 
-def _by_query(equation: str, x_BKGTX: jax.Array, y: jax.Array, **options) -> jax.Array:
-    """`jnp.einsum(equation, x, y)`, where G and T are axes of `x` and of the result alone.
+def _one_by_one(attend, q_BKGTH, k_BSKH, v_BSKH, mask_BTS) -> tuple[jax.Array, jax.Array]:
+    """`attend` for each query of each group by itself.
 
-    A CPU multiplies a few queries faster one by one: XLA's product of a small matrix with a large
-    one takes ten times as long as one with a vector.
+    On a CPU, XLA's product of a few rows with a large matrix takes ten times as long as that of one.
     """
-    G, T = x_BKGTX.shape[2:4]
-    together = functools.partial(jnp.einsum, equation, **options)
-    if not 1 < G * T <= FEW:
-        return together(x_BKGTX, y)
-    alone = functools.partial(jnp.einsum, equation.replace("GT", ""), **options)
-
-    def one_by_one(x_BKGTX, y):
-        by_group = [
-            jnp.stack([alone(x_BKGTX[:, :, g, t], y) for t in range(T)], axis=2) for g in range(G)
+    G, T = q_BKGTH.shape[2:4]
+    found = []
+    for g in range(G):
+        each = [
+            attend(q_BKGTH[:, :, g : g + 1, t : t + 1], k_BSKH, v_BSKH, mask_BTS[:, t : t + 1])
+            for t in range(T)
         ]
-        return jnp.stack(by_group, axis=2)
-
-    return jax.lax.platform_dependent(x_BKGTX, y, cpu=one_by_one, default=together)
+        found.append([jnp.concatenate(parts, axis=3) for parts in zip(*each, strict=True)])
+    x_BKGTH, weights_BKGTS = (jnp.concatenate(parts, axis=2) for parts in zip(*found, strict=True))
+    return x_BKGTH, weights_BKGTS

@@ -28,9 +28,12 @@ def _call(graphdef, method, state, *arguments):
 
 
 @contextlib.contextmanager
-def on_devices_of(model: nnx.Module) -> Iterator[None]:
-    """Makes a device of the model the default one, which decides the attention backend."""
-    array = array_of(model)
+def on_devices_of(holder: nnx.Module | jax.Array) -> Iterator[None]:
+    """Makes a device of a model the default one, which decides the attention backend.
+
+    One of the model's arrays may stand for it, which saves the time of finding one.
+    """
+    array = holder if isinstance(holder, jax.Array) else array_of(holder)
     if array is None:
         yield
         return
