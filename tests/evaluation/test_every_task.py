@@ -13,7 +13,7 @@ import calm_jax
 from calm_jax.cli import evaluate as command
 from calm_jax.decoding import Sampling
 from calm_jax.errors import CalmError
-from calm_jax.evaluation import answering, metric_table, sandbox
+from calm_jax.evaluation import answering, metric_table, sandbox, variants
 from calm_jax.evaluation.results import part_folder, predictions_file
 
 ROWS = {
@@ -205,7 +205,7 @@ def test_options_that_do_not_fit(pair, tasks, flags, message, tmp_path):
 
 def test_programs_are_not_run_where_there_is_no_sandbox(pair, tmp_path, monkeypatch):
     monkeypatch.setattr(sandbox.shutil, "which", lambda name: None)
-    monkeypatch.setattr(answering, "Generator", None)  # would fail if called
+    monkeypatch.setattr(variants, "Generator", None)  # would fail if called
     tasks = f"--tasks=mbpp:{task_folders.mbpp(tmp_path)}"
     message = "mbpp is run in a sandbox only, .*: bubblewrap is not installed"
     with pytest.raises(CalmError, match=message):

@@ -24,7 +24,7 @@ from calm_jax.data import key_value
 from calm_jax.data.vocabularies import load_vocabulary, vocabulary_of_folder
 from calm_jax.decoding import Completion, generate
 from calm_jax.errors import CalmError
-from calm_jax.evaluation import answering, attention, metric_table, runner
+from calm_jax.evaluation import answering, attention, metric_table, runner, variants
 from calm_jax.evaluation.answering import Options
 from calm_jax.evaluation.results import predictions_file, read_run
 from calm_jax.evaluation.tasks.task import Task
@@ -292,7 +292,7 @@ def test_done_once_for_the_same_settings(decoder_run, ask, monkeypatch):
     first = runner.evaluate(folder, limit=2)
     assert first[MATH]["count"] == 2
     with monkeypatch.context() as patch:
-        patch.setattr(answering, "Generator", None)  # would fail if called
+        patch.setattr(variants, "Generator", None)  # would fail if called
         assert runner.evaluate(folder, limit=2) == first
     assert runner.evaluate(folder, limit=3)[MATH]["count"] == 3
     assert SUBS not in runner.evaluate(folder, limit=3, tasks=[MATH])
@@ -449,7 +449,7 @@ def test_a_perfect_model_is_right_where_its_vocabulary_cannot_write_the_targets(
     examples = runner._examples(model, "a", entry, {}, settings)
     rows = [[*vocabulary.encode(target), vocabulary.eos_id] for target in targets]
     answers = [[Completion(row, "", "stop")] for row in rows]
-    monkeypatch.setattr(answering, "Generator", lambda *_, **__: None)
+    monkeypatch.setattr(variants, "Generator", lambda *_, **__: None)
     monkeypatch.setattr(answering, "in_blocks", lambda *_: iter(answers))
     task = Task("a", examples, TEMPLATES["own"], ("exact_match",), max_new_tokens=30)
     records = answering.answers(model, vocabulary, "", [task], Options(), len(rows))["a"]
