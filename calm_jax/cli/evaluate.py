@@ -126,9 +126,7 @@ def _define_variant(values: flags.FlagValues) -> None:
     flags.DEFINE_string(
         "hand_over", "", "decoder whose answers come into MODEL's prompts", flag_values=values
     )
-    flags.DEFINE_string(
-        "hand_over_question", "{inputs}", "what it is asked", flag_values=values
-    )
+    flags.DEFINE_string("hand_over_question", "{inputs}", "what it is asked", flag_values=values)
     flags.DEFINE_string(
         "hand_over_prompt", "{answer}\n{inputs}", "what MODEL then reads", flag_values=values
     )

@@ -71,7 +71,9 @@ def main(argv: list[str]) -> int:
     for path in write_page(experiment, jobs, folder, command):
         print(path)
     if wrong:
-        raise RunFailed(f"{len(wrong)} of {len(chosen)} jobs are not done: {', '.join(map(str, wrong))}")
+        raise RunFailed(
+            f"{len(wrong)} of {len(chosen)} jobs are not done: {', '.join(map(str, wrong))}"
+        )
     return 0
 
 

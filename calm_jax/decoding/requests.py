@@ -158,3 +158,11 @@ def token_logprob(logprob: Any, ids: Any, logprobs: Any) -> TokenLogprob:
     return TokenLogprob(
         float(logprob), tuple((int(i), float(x)) for i, x in zip(ids, logprobs, strict=True))
     )
+
+
+def token_logprobs(news: Any, most: int | None) -> list[TokenLogprob]:
+    """Those of a row's new tokens, of `state.News`, each with up to `most` others; None: nothing."""
+    if most is None:
+        return []
+    rows = zip(news.logprobs, news.top_ids, news.top_logprobs, strict=True)
+    return [token_logprob(logprob, ids[:most], top[:most]) for logprob, ids, top in rows]

@@ -30,7 +30,7 @@ from calm_jax.decoding.requests import (
     Request,
     Row,
     longest_beginning,
-    token_logprob,
+    token_logprobs,
 )
 from calm_jax.decoding.rounds import DRAFTER
 from calm_jax.decoding.sampling import Choice, Sampling
@@ -269,7 +269,7 @@ class Scheduler:
             self._state = dataclasses.replace(self._state, seen_BV=np.zeros(shape, bool))
         known = None if self._state.seen_BV is None else self.known
         numbers = [self.rows.index(row) for row in group]
-        places = numbers if P == self.slots else range(len(group))
+        places = numbers if self.slots == P else range(len(group))
         chunk = chunk_of(
             answers, numbers, places, count=P, tokens=T, no_row=self.slots, known=known
         )
@@ -367,14 +367,7 @@ class Scheduler:
             reason = "stop"
         elif answer.made + len(tokens) == answer.most:
             reason = "length"
-        logprobs = []
-        if sampling.logprobs is not None:
-            logprobs = [
-                token_logprob(logprob, ids[: sampling.logprobs], top[: sampling.logprobs])
-                for logprob, ids, top in zip(
-                    news.logprobs, news.top_ids, news.top_logprobs, strict=True
-                )
-            ][: len(tokens)]
+        logprobs = token_logprobs(news, sampling.logprobs)[: len(tokens)]
         # The last token is not in the cache yet: the next step reads it.
         row.tokens += [*row.pending, *tokens[:-1]]
         row.pending = tokens[-1:]

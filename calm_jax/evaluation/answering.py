@@ -117,7 +117,9 @@ def answers(
     if handing is not None:
         for task in tasks:
             of_task = asked[task.name]
-            asked[task.name] = _handed_over(model, handing, task, of_task, variant, options, batch_size)
+            asked[task.name] = _handed_over(
+                model, handing, task, of_task, variant, options, batch_size
+            )
     every = [one for of_task in asked.values() for one in of_task]
     # One for all tasks, since each length of its rows is compiled anew.
     length = max(one.length for one in every)

@@ -98,7 +98,6 @@ class HandOver:
         if "{answer}" not in self.prompt:
             raise CalmError(f"--hand_over_prompt is {self.prompt!r}; it must have an {{answer}}")
 
-
     def prompts(
         self, augment: Decoder, texts: Sequence[str], samplings: Sequence[Sampling], slots: int
     ) -> list[tuple[str, str]]:

@@ -248,7 +248,9 @@ def _pass_at(k: int) -> Metric:
 
 
 # Of "logprob", a natural logarithm of a whole text's probability, and its "bytes".
-_bits_per_byte = _ratio(lambda records: [(-r["logprob"] / math.log(2), r["bytes"]) for r in records])
+_bits_per_byte = _ratio(
+    lambda records: [(-r["logprob"] / math.log(2), r["bytes"]) for r in records]
+)
 _smoothed_bleu4 = _mean_of(lambda r: smoothed_bleu4(r["targets"], r["prediction"]))
 
 

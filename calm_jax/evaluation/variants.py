@@ -32,7 +32,7 @@ class Variant:
     mix: str = ""
     mix_weight: float = 0.5
     hand_over: str = ""
-    rule: HandOver = HandOver()
+    rule: HandOver = dataclasses.field(default_factory=HandOver)
 
     def __post_init__(self):
         given = [name for name in ("control", "mix", "hand_over") if getattr(self, name)]

@@ -1,1 +1,1 @@
-"""Experiments: many models trained and scored alike, with seeds, and the table of what they reach."""
+"""Experiments: many models trained and scored alike, with seeds, and the table of their scores."""

@@ -39,7 +39,7 @@ class Arm:
     seeded: bool = True
 
     def needs(self, known: Collection[str]) -> tuple[str, ...]:
-        """The arms that must be finished before; of the fields in `flags`, those that are `known`."""
+        """The arms that must be finished first; fields of `flags` count if they are `known`."""
         named = [self.anchor, *self.augments, self.decoder, self.scored_from]
         fields = [name for flag in self.flags for name in _FIELD.findall(flag)]
         named += [name for name in fields if name in known]

@@ -65,7 +65,9 @@ def compare(experiment: Experiment, jobs: Sequence[Job]) -> list[Row]:
     for arm in experiment.arms:
         cells = {}
         for task, of_task in read[arm.name].items():
-            other = read[experiment.reference].get(task) if arm.name != experiment.reference else None
+            other = (
+                read[experiment.reference].get(task) if arm.name != experiment.reference else None
+            )
             cells[task] = _cell(of_task, other, arm.name, task)
         rows.append(Row(arm, cells, tuple(by_arm[arm.name])))
     return rows

@@ -2,22 +2,20 @@
 
 import dataclasses
 import datetime
-import statistics
 from collections.abc import Sequence
 from typing import Any
 
 from etils import epath
 
-from calm_jax.checkpoints.files import write_json, write_text
+from calm_jax.checkpoints.files import read_json, write_json, write_text
 from calm_jax.evaluation import metric_table
 from calm_jax.evaluation.page import environment
-from calm_jax.evaluation.results import Run, predictions_file, read_json_lines, read_run
+from calm_jax.evaluation.results import predictions_file, read_json_lines, read_run
 from calm_jax.evaluation.score_sections import Bar, Figure, Group
 from calm_jax.evaluation.setting import installed, median_speed
 from calm_jax.experiment.arms import KINDS, Experiment, Job, shell
 from calm_jax.experiment.comparison import Cell, Row, compare
 from calm_jax.experiment.running import DONE
-from calm_jax.checkpoints.files import read_json
 
 EXAMPLES = 200  # prompts of the main task whose answers are on the page
 _COLOURS = {
@@ -65,7 +63,10 @@ def write_page(experiment: Experiment, jobs: Sequence[Job], folder: epath.Path, 
         template.render(
             experiment=experiment,
             answer=answer(experiment, rows),
-            kinds=[(kind, label, [r for r in rows if r.arm.kind == kind]) for kind, label in KINDS.items()],
+            kinds=[
+                (kind, label, [r for r in rows if r.arm.kind == kind])
+                for kind, label in KINDS.items()
+            ],
             figures=[_figure(task, rows) for task in experiment.tasks],
             digits=lambda cell: metric_table.find(cell.metric).digits,
             costs=[(row, cost(row)) for row in rows],
@@ -146,7 +147,7 @@ def _figure(task: str, rows: Sequence[Row]) -> Figure:
 
 
 def _examples(experiment: Experiment, rows: Sequence[Row]) -> dict[str, Any] | None:
-    """Answers of the first seed to the main task: where the parts fail and the pair does not first."""
+    """Answers of the first seed to the main task, first those that only the pair gets right."""
     task = experiment.tasks[0]
     shown = [row for row in rows if task in row.cells]
     answers = [read_json_lines(predictions_file(row.jobs[0].results, task)) for row in shown]

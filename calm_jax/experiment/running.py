@@ -20,8 +20,8 @@ DONE = "job.json"  # in a job's folder, once all its commands have ended well
 def run(jobs: Sequence[Job], *, say: Callable[[str], Any] = print) -> dict[Job, str]:
     """Runs every job that is not done; a failed one stops only those that need it.
 
-    The output of a job is in a file beside its folder, ARM.log. A training that was killed goes on from its
-    checkpoint.
+    The output of a job is in a file beside its folder, ARM.log. A training that was killed goes on
+    from its checkpoint.
 
     Returns:
         what went wrong, by job; empty if all are done.
@@ -40,7 +40,9 @@ def run(jobs: Sequence[Job], *, say: Callable[[str], Any] = print) -> dict[Job, 
             wrong[job] = f"not run, since {cause} failed"
         else:
             left = _left(waiting[number:], seconds)
-            say(f"[{len(jobs) - len(waiting) + number + 1}/{len(jobs)}] {job} … {left}".rstrip(" …"))
+            say(
+                f"[{len(jobs) - len(waiting) + number + 1}/{len(jobs)}] {job} … {left}".rstrip(" …")
+            )
             start = time.monotonic()
             error = _run(job)
             taken = time.monotonic() - start

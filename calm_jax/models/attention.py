@@ -252,7 +252,7 @@ def _attend(
 def _one_by_one(attend, q_BKGTH, k_BSKH, v_BSKH, mask_BTS) -> tuple[jax.Array, jax.Array]:
     """`attend` for each query of each group by itself.
 
-    On a CPU, XLA's product of a few rows with a large matrix takes ten times as long as that of one.
+    On a CPU, XLA multiplies a few rows with a large matrix ten times as slowly as a single one.
     """
     G, T = q_BKGTH.shape[2:4]
     found = []

@@ -58,7 +58,10 @@ def test_the_commands_name_the_models_of_their_seed():
             *("--control=zeroed", "--output=/w/seed_3/zeroed/evaluation"),
         )
     ]
-    assert found["mixed", 5].score[1:3] == ("--model=/w/all_seeds/anchor/frozen", "--tasks=a,b.jsonl")
+    assert found["mixed", 5].score[1:3] == (
+        "--model=/w/all_seeds/anchor/frozen",
+        "--tasks=a,b.jsonl",
+    )
     # A field that is no arm belongs to the flag itself.
     assert "--mix=/w/seed_5/augment/frozen" in found["mixed", 5].score
     assert "--hand_over_prompt={answer}" in found["mixed", 5].score

@@ -29,7 +29,12 @@ def written(folder, rights, metric="exact_match", texts=None):
         records = [
             {"inputs": f"q{n}", "targets": "the right one", "prediction": texts[bool(x)]}
             if texts
-            else {"inputs": f"q{n}", "targets": "1", "prediction": "1" if x else "0", "correct": bool(x)}
+            else {
+                "inputs": f"q{n}",
+                "targets": "1",
+                "prediction": "1" if x else "0",
+                "correct": bool(x),
+            }
             for n, x in enumerate(right)
         ]
         job.results.mkdir(parents=True)

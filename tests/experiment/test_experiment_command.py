@@ -59,7 +59,11 @@ def test_the_commands_are_printed(config, tmp_path, capsys):
     arguments = ["experiment", f"--config={config}", f"--workdir={workdir}", "--commands"]
     assert main([*arguments, "--arms=zeroed", "--seeds=1"]) == 0
     said = capsys.readouterr().out.splitlines()
-    assert [line for line in said if line.startswith("#")] == ["# group 1", "# group 2", "# group 3"]
+    assert [line for line in said if line.startswith("#")] == [
+        "# group 1",
+        "# group 2",
+        "# group 3",
+    ]
     assert f"calm evaluate --workdir={workdir}/seed_1/compose" in said[-1]
     assert len(said) == 3 + 2 + 2 + 2 + 1
     assert not workdir.exists()
@@ -94,10 +98,13 @@ def test_an_experiment_from_its_config_to_its_page(config, tmp_path, capsys):
     results = json.loads((workdir / "results.json").read_text())
     assert list(results) == ["anchor", "augment", "compose", "handed_over", "zeroed"]
     for name, of_arm in results.items():
-        for task, cell in of_arm["tasks"].items():
+        for cell in of_arm["tasks"].values():
             assert len(cell["values"]) == (1 if name in ("anchor", "augment") else 2)
             assert (cell["difference"] is None) == (name == "compose")
-        assert set(of_arm["tasks"]) == {"calm_jax/key_value/tiny/math", "calm_jax/key_value/tiny/num"}
+        assert set(of_arm["tasks"]) == {
+            "calm_jax/key_value/tiny/math",
+            "calm_jax/key_value/tiny/num",
+        }
     cost = results["compose"]["cost"]
     assert 0 < cost["trained"] < cost["parameters"] and cost["memory"] > 0
     page = (workdir / "report.html").read_text()
@@ -110,6 +117,13 @@ def test_an_experiment_from_its_config_to_its_page(config, tmp_path, capsys):
     assert (workdir / "report.html").exists()
 
     # The same folder, but the config of an arm has changed.
-    config.write_text(CONFIG.replace('return module.get_config(arm)', 'config = module.get_config(arm)\n    config.train.batch_size = 4\n    return config'))
+    config.write_text(
+        CONFIG.replace(
+            "return module.get_config(arm)",
+            "config = module.get_config(arm)\n    config.train.batch_size = 4\n    return config",
+        )
+    )
     assert main([*arguments, "--arms=compose", "--seeds=0"]) == 1
-    assert "was started with another config: train.batch_size was 8, now 4" in capsys.readouterr().out
+    assert (
+        "was started with another config: train.batch_size was 8, now 4" in capsys.readouterr().out
+    )
