@@ -161,7 +161,7 @@ def token_logprob(logprob: Any, ids: Any, logprobs: Any) -> TokenLogprob:
 
 
 def token_logprobs(news: Any, most: int | None) -> list[TokenLogprob]:
-    """Those of a row's new tokens, of `state.News`, each with up to `most` others; None: nothing."""
+    """Those of a row's new tokens in `state.News`, each with up to `most` others; None: none."""
     if most is None:
         return []
     rows = zip(news.logprobs, news.top_ids, news.top_logprobs, strict=True)

@@ -216,21 +216,20 @@ def dot_product_attention(
     """
     B, T, N, H = q_BTNH.shape
     K = k_BSKH.shape[2]
-    q_BKGTH = jnp.moveaxis(q_BTNH.reshape(B, T, K, N // K, H), 1, 3)
+    q_BTKGH = q_BTNH.reshape(B, T, K, N // K, H)
     attend = functools.partial(_attend, scale=scale, logit_cap=logit_cap)
-    arguments = (q_BKGTH, k_BSKH, v_BSKH, mask_BTS)
+    arguments = (q_BTKGH, k_BSKH, v_BSKH, mask_BTS)
     if N == K and 1 < T <= FEW and B * K >= MANY:
-        x_BKGTH, weights_BKGTS = jax.lax.platform_dependent(
+        x_BTKGH, weights_BKGTS = jax.lax.platform_dependent(
             *arguments, cpu=functools.partial(_one_by_one, attend), default=attend
         )
     else:
-        x_BKGTH, weights_BKGTS = attend(*arguments)
-    x_BTNH = jnp.moveaxis(x_BKGTH, 3, 1).reshape(B, T, N, H)
-    return x_BTNH, weights_BKGTS.reshape(B, N, T, -1)
+        x_BTKGH, weights_BKGTS = attend(*arguments)
+    return x_BTKGH.reshape(B, T, N, H), weights_BKGTS.reshape(B, N, T, -1)
 
 
 def _attend(
-    q_BKGTH: jax.Array,
+    q_BTKGH: jax.Array,
     k_BSKH: jax.Array,
     v_BSKH: jax.Array,
     mask_BTS: jax.Array,
@@ -238,24 +237,24 @@ def _attend(
     scale: float,
     logit_cap: float | None,
 ) -> tuple[jax.Array, jax.Array]:
-    """The sums of values [B, K, G, T, H] and the weights [B, K, G, T, S]."""
+    """The sums of values [B, T, K, G, H] and the weights [B, K, G, T, S]."""
     logits_BKGTS = scale * jnp.einsum(
-        "BKGTH,BSKH->BKGTS", q_BKGTH, k_BSKH, preferred_element_type=jnp.float32
+        "BTKGH,BSKH->BKGTS", q_BTKGH, k_BSKH, preferred_element_type=jnp.float32
     )
     if logit_cap is not None:
         logits_BKGTS = logit_cap * jnp.tanh(logits_BKGTS / logit_cap)
     mask_B11TS = mask_BTS[:, None, None]
     weights_BKGTS = jax.nn.softmax(jnp.where(mask_B11TS, logits_BKGTS, MASKED_LOGIT), axis=-1)
     weights_BKGTS = jnp.where(mask_B11TS, weights_BKGTS, 0.0)
-    x_BKGTH = jnp.einsum("BKGTS,BSKH->BKGTH", weights_BKGTS.astype(v_BSKH.dtype), v_BSKH)
-    return x_BKGTH, weights_BKGTS
+    x_BTKGH = jnp.einsum("BKGTS,BSKH->BTKGH", weights_BKGTS.astype(v_BSKH.dtype), v_BSKH)
+    return x_BTKGH, weights_BKGTS
 
 
-def _one_by_one(attend, q_BKGTH, k_BSKH, v_BSKH, mask_BTS) -> tuple[jax.Array, jax.Array]:
+def _one_by_one(attend, q_BTKGH, k_BSKH, v_BSKH, mask_BTS) -> tuple[jax.Array, jax.Array]:
     """`attend` for each position by itself."""
     each = [
-        attend(q_BKGTH[:, :, :, t : t + 1], k_BSKH, v_BSKH, mask_BTS[:, t : t + 1])
+        attend(q_BTKGH[:, t : t + 1], k_BSKH, v_BSKH, mask_BTS[:, t : t + 1])
         for t in range(mask_BTS.shape[1])
     ]
-    x_BKGTH, weights_BKGTS = (jnp.concatenate(parts, axis=3) for parts in zip(*each, strict=True))
-    return x_BKGTH, weights_BKGTS
+    x_BTKGH, weights_BKGTS = zip(*each, strict=True)
+    return jnp.concatenate(x_BTKGH, axis=1), jnp.concatenate(weights_BKGTS, axis=3)

@@ -12,7 +12,7 @@ import tiny_models  # noqa: F401  (compiles quickly)
 from jax.experimental.pallas.ops.tpu import splash_attention as splash
 
 from calm_jax import sharding
-from calm_jax.models import Inputs, attention_kernels, chunked_attention
+from calm_jax.models import Inputs, attention, attention_kernels, chunked_attention
 from calm_jax.models.attention import Attention
 
 SHAPES = st.fixed_dictionaries(
@@ -158,6 +158,24 @@ def test_splash_equals_xla(window, local, heads, head_dim, logit_cap, hidden_key
     inputs = arrays(256, heads, head_dim)
     segments = random_segments(256, hidden_keys)
     compare("splash", inputs, segments, local, 1e-5, window=window, logit_cap=logit_cap)
+
+
+@pytest.mark.parametrize("length", [2, 5])
+@pytest.mark.parametrize("logit_cap", [None, 2.0])
+def test_a_few_queries_one_by_one_are_those_together(length, logit_cap, monkeypatch):
+    q, k, v, dx = arrays(length, (4, 4), 8, seed=length)
+    segments = random_segments(length, True, seed=length)
+
+    def result(q, k, v):
+        attend = Attention("xla", *sides(*segments), scale=0.5, logit_cap=logit_cap)
+        x, weights = attend.with_weights(q, k, v)
+        return jnp.sum(x * dx), weights
+
+    found = []
+    for many in (1, 1_000_000):
+        monkeypatch.setattr(attention, "MANY", many)
+        found.append(jax.value_and_grad(result, argnums=(0, 1, 2), has_aux=True)(q, k, v))
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-5), *found)
 
 
 @pytest.mark.parametrize("window", [None, 5])
