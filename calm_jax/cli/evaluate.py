@@ -48,6 +48,8 @@ mesh."""
 
 SECTIONS = ("evaluate", "mesh")
 CONTROLS = ("shuffled", "zeroed", "noise", "permuted")  # of `evaluation.controls`
+_OF_TASKS = ("tasks", "metric", "columns", "max_new_tokens", "drop_shots")
+_OF_VARIANTS = ("control", "mix", "hand_over")
 _OF_ANSWERS = ("samples", "temperature", "top_p", "seed")
 
 
@@ -220,7 +222,7 @@ def _by_harness(folder: epath.Path, output: epath.Path, values: flags.FlagValues
     """The tables of the harness; of the flags for tasks those that it knows."""
     unused = [
         name
-        for name in ("tasks", "metric", "columns", "max_new_tokens", "drop_shots", *_OF_ANSWERS)
+        for name in (*_OF_TASKS, *_OF_VARIANTS, *_OF_ANSWERS)
         if values[name].value != values[name].default
     ]
     if unused or not values.harness:

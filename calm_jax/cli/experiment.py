@@ -85,7 +85,9 @@ def _chosen(experiment, jobs: list, values: flags.FlagValues) -> list:
         if name not in known:
             raise CalmError(f"--arms={name}: there is no such arm; there are {', '.join(known)}")
     for name in wanted:  # grows while it is read
-        wanted += [need for need in known[name].needs(known) if need not in wanted]
+        wanted += [
+            need for need in known[name].needs(known, experiment.flags) if need not in wanted
+        ]
     seeds = [str(seed) for seed in experiment.seeds]
     for seed in values.seeds or ():
         if seed not in seeds:

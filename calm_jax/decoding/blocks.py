@@ -1,5 +1,6 @@
 """Answers to many prompts, block by block, so that early answers can be saved at once."""
 
+import itertools
 from collections.abc import Iterator, Sequence
 
 from calm_jax.decoding.generator import Completion, Generator, Prompt
@@ -12,7 +13,13 @@ def in_blocks(
     generator: Generator, prompts: Sequence[Prompt], sampling: Sampling | Sequence[Sampling]
 ) -> Iterator[list[Completion]]:
     """The answers to each prompt, in the order of the prompts, as from `Generator.generate`."""
-    size = ROUNDS * generator.slots
-    for start in range(0, len(prompts), size):
-        of_block = sampling if isinstance(sampling, Sampling) else sampling[start : start + size]
-        yield from generator.generate(prompts[start : start + size], of_block)
+    for block in balanced(len(prompts), ROUNDS * generator.slots):
+        of_block = sampling if isinstance(sampling, Sampling) else sampling[block]
+        yield from generator.generate(prompts[block], of_block)
+
+
+def balanced(count: int, most: int) -> list[slice]:
+    """Slices of `count` items with at most `most` each, of nearly one size."""
+    parts = -(-count // most)
+    ends = [count * part // parts for part in range(parts + 1)] if parts else []
+    return [slice(*pair) for pair in itertools.pairwise(ends)]

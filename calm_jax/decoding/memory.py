@@ -83,6 +83,8 @@ def bytes_per_token(
     mesh = sharding.current_mesh(jax.tree.leaves(nnx.state(model))[0])
     if isinstance(model, Decoder):
         return token_bytes(model.config, dtype=dtype, mesh=mesh).total
+    if not isinstance(model, ComposedDecoder):  # decoders beside each other
+        return sum(token_bytes(x.config, dtype=dtype, mesh=mesh).total for x in model.models)
     augments = [augment.config for augment in model.augments]
     return token_bytes(model.config, augments, model.configs, dtype, mesh, whole).total
 

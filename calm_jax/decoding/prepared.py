@@ -78,6 +78,10 @@ def _apart(model: Any) -> Any:
         copy.bridge.rounds = nnx.List(rounds)
     elif isinstance(model, Decoder) and are_stacked(model.layers):
         copy.layers = nnx.List([_view(model.layers, layer) for layer in range(model.depth)])
+    else:
+        for name, part in vars(model).items():
+            if isinstance(part, Decoder):
+                setattr(copy, name, _apart(part))
     return copy
 
 

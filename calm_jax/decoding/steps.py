@@ -92,8 +92,8 @@ def _prefill(model, state, chunk, ends_E, known, read, scored, top):
         put(state.choice, chunk.choice),
         seen_BV,
     )
-    scores = _scores(model, h_PTD, chunk.next_PT, known, top) if scored else None
-    return _laid_out(state), news, scores
+    found = scores(model, h_PTD, chunk.next_PT, known, top) if scored else None
+    return _laid_out(state), news, found
 
 
 @functools.partial(
@@ -211,7 +211,7 @@ def end_rows(state: State, ended_B: jax.Array) -> State:
     return dataclasses.replace(state, left_B=jnp.where(ended_B, 0, state.left_B))
 
 
-def _scores(
+def scores(
     model: nnx.Module, h_PTD: jax.Array, next_PT: jax.Array, known: int, top: int
 ) -> tuple[jax.Array, ...]:
     """Log-probabilities of `next_PT`, a few positions at a time: all logits take much memory."""

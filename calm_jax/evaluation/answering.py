@@ -9,7 +9,7 @@ from tqdm import tqdm
 
 from calm_jax.data.vocabulary import Vocabulary
 from calm_jax.decoding import Generator, Sampling
-from calm_jax.decoding.blocks import in_blocks
+from calm_jax.decoding.blocks import balanced, in_blocks
 from calm_jax.errors import CalmError
 from calm_jax.evaluation import metric_table
 from calm_jax.evaluation.controls import Recomputed
@@ -208,10 +208,14 @@ def _handed_over(
     ]
     slots = rows(min(batch_size, len(asked)), max(one.length for one in asked))
     found = variant.rule.prompts(augment, [one.text for one in asked], samplings, slots)
-    return [
+    rewritten = [
         dataclasses.replace(one, prompt=model.vocabulary.encode_sequence(prompt), handed=said)
         for one, (said, prompt) in zip(asked, found, strict=True)
     ]
+    for one in rewritten:
+        if options.context and one.length > options.context:
+            raise CalmError(_too_long(task, one, options))
+    return rewritten
 
 
 def _windows(task: Task, vocabulary: Vocabulary, options: Options, number: int) -> Iterator[Asked]:
@@ -325,8 +329,8 @@ def _read(generator: Generator, task: Task, asked: list[Asked], shown: str) -> R
 
 def _scores(generator: Generator, pairs: list[tuple[list[int], list[int]]], shown: str):
     with tqdm(total=len(pairs), desc=shown, unit="text") as progress:
-        for start in range(0, len(pairs), _BLOCK):
-            block = pairs[start : start + _BLOCK]
+        for one in balanced(len(pairs), _BLOCK):
+            block = pairs[one]
             for score in generator.score([a for a, _ in block], [b for _, b in block]):
                 progress.update()
                 yield score.logprob

@@ -109,6 +109,8 @@ class HandOver:
         generator = Generator(augment, max_length=max(map(len, ids)) + room, slots=slots)
         found = []
         for text, (answer,) in zip(texts, in_blocks(generator, ids, samplings), strict=True):
+            if answer.error:
+                raise CalmError(f"the augment, asked {text!r}: {answer.error}")
             said = answer.text
             found.append((said, self.prompt.format(inputs=text, answer=said)))
         return found

@@ -16,6 +16,7 @@ from flax import nnx
 from calm_jax import sharding
 from calm_jax.decoding import Completion, Sampling, Score
 from calm_jax.decoding.prepared import rows_of_tables
+from calm_jax.decoding.steps import scores
 from calm_jax.errors import CalmError
 from calm_jax.models import ComposedDecoder, Inputs
 from calm_jax.models.calling import on_devices_of
@@ -27,8 +28,8 @@ _LENGTH = 32  # lengths of rows are rounded up to a multiple of it, so that few 
 
 
 def shuffled(x_BTE: jax.Array, augment: int, layer: int) -> jax.Array:
-    """Each row's taps are those of the row before it."""
-    return jnp.roll(x_BTE, 1, axis=0)
+    """Each row's taps are those of a row half a batch away; neighbours may share a prompt."""
+    return jnp.roll(x_BTE, max(1, len(x_BTE) // 2), axis=0)
 
 
 def zeroed(x_BTE: jax.Array, augment: int, layer: int) -> jax.Array:
@@ -39,10 +40,10 @@ def zeroed(x_BTE: jax.Array, augment: int, layer: int) -> jax.Array:
 def noise(x_BTE: jax.Array, augment: int, layer: int) -> jax.Array:
     """Each tap is a random vector of the same norm."""
     key = jax.random.fold_in(jax.random.fold_in(jax.random.key(SEED), augment), layer)
-    drawn_BTE = jax.random.normal(key, x_BTE.shape, jnp.float32)
+    drawn_TE = jax.random.normal(key, x_BTE.shape[1:], jnp.float32)  # the same for every row
     norm_BT1 = jnp.linalg.norm(x_BTE.astype(jnp.float32), axis=-1, keepdims=True)
-    drawn_BTE *= norm_BT1 / jnp.linalg.norm(drawn_BTE, axis=-1, keepdims=True)
-    return drawn_BTE.astype(x_BTE.dtype)
+    drawn_TE /= jnp.linalg.norm(drawn_TE, axis=-1, keepdims=True)
+    return (drawn_TE * norm_BT1).astype(x_BTE.dtype)
 
 
 # Controls that change the taps, and the one that changes the augments themselves.
@@ -52,7 +53,7 @@ CONTROLS = (*OF_TAPS, PERMUTED)
 
 
 def permute_augments(model: ComposedDecoder) -> None:
-    """Shuffles the entries of every matrix of the augments, each matrix by itself, in place."""
+    """Shuffles the entries of every array of the augments in place; a stack is one array."""
     key = jax.random.key(SEED)
     for number, augment in enumerate(model.augments):
         graphdef, state = nnx.split(augment)
@@ -123,6 +124,8 @@ class Recomputed:
             for row, number in enumerate(batch):
                 places = slice(asked_B[row] - 1, length_B[row] - 1)
                 each = logprob_BT[row, places].tolist()
+                if np.isnan(each).any():
+                    raise CalmError(f"prompt {number}: the logits of its continuation are NaN")
                 greedy = bool(np.all(best_BT[row, places] == continuations[number]))
                 found[number] = Score(sum(each), each, greedy)
         return found
@@ -136,8 +139,9 @@ class Recomputed:
         order = np.random.default_rng(SEED).permutation(len(rows))
         lengths = np.array([len(rows[number]) for number in order])
         order = order[np.argsort(lengths, kind="stable")]
-        # Batches of nearly one size, so that none has a single row.
-        return np.array_split(order, -(-len(order) // self.slots))
+        # Batches of nearly one size; two rows at least, since one cannot be shuffled.
+        count = min(-(-len(order) // self.slots), max(1, len(order) // 2))
+        return np.array_split(order, count)
 
     def _call(self, function: Callable, tokens_BT: np.ndarray, length_B: np.ndarray, **arguments):
         with on_devices_of(self._model):
@@ -201,7 +205,5 @@ def _scored(graphdef, weights, tokens_BT, length_B, *, asked_B, perturb, known):
     """Of each position, the log-probability of the next token, and the most probable one."""
     model = nnx.merge(graphdef, weights)
     x_BTD = _stream(model, tokens_BT, length_B, asked_B, perturb)
-    logprob_BTV = jax.nn.log_softmax(model.logits(x_BTD)[..., :known])
-    next_BT = jnp.roll(tokens_BT, -1, axis=1)
-    logprob_BT = jnp.take_along_axis(logprob_BTV, next_BT[..., None], axis=-1)[..., 0]
-    return logprob_BT, jnp.argmax(logprob_BTV, axis=-1)
+    logprob_BT, best_BT1, _ = scores(model, x_BTD, jnp.roll(tokens_BT, -1, axis=1), known, 1)
+    return logprob_BT, best_BT1[..., 0]

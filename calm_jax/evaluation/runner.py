@@ -127,7 +127,6 @@ def evaluate(
         "step": step,
         "fingerprint": config.get("fingerprint"),
         **settings,
-        "variant": variant.described(),
         "options": dataclasses.asdict(options) | {"metrics": list(options.metrics)},
         "files": [
             *(identity(entry) for entry in entries.values() if files_of(entry)),
@@ -138,8 +137,11 @@ def evaluate(
             ),
         ],
     }
+    if variant.name:
+        scored["variant"] = variant.described() | {"trained": _trained(folder, kind, step)}
     before = read_optional(output / "summary.json")
-    is_same = scored.items() <= before.get(SCORED, {}).items()
+    earlier = before.get(SCORED, {})
+    is_same = scored.items() <= earlier.items() and ("variant" in scored) == ("variant" in earlier)
     if is_same and (PARTS in before or not parts):
         return before
     check_writable(output)
@@ -160,7 +162,14 @@ def evaluate(
         ]
         said = {
             name: answers(
-                one, loaded.vocabulary, name, asked, options, batch_size, variant, handing
+                one,
+                loaded.vocabulary,
+                name,
+                asked,
+                options,
+                batch_size,
+                Variant() if name else variant,  # parts are scored as they are
+                None if name else handing,
             )
             for name, one in models_by_name(loaded, parts=parts).items()
         }
@@ -173,7 +182,7 @@ def evaluate(
             output / "shots.json",
             {task.name: shots for task in asked if (shots := shot_texts(task, options))},
         )
-        if isinstance(loaded, ComposedDecoder):
+        if isinstance(loaded, ComposedDecoder) and not variant.name:
             _write_or_remove(output / "attention.json", attention(loaded, said[""]))
     scores = {
         name: {
@@ -189,6 +198,13 @@ def evaluate(
     summary |= scores.pop("") | ({PARTS: scores} if parts else {})
     write_json(output / "summary.json", summary)
     return summary
+
+
+def _trained(folder: epath.Path, kind: str, step: int | None) -> float | None:
+    """When the checkpoint of a run was written: a run trained anew may end at the same step."""
+    if kind != COMPOSED_RUN:
+        return None
+    return (folder / "checkpoints" / str(step)).stat().mtime
 
 
 def _check_names(tasks: Mapping[str, Sequence[Task] | None], output: epath.Path) -> None:

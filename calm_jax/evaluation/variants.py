@@ -1,11 +1,13 @@
 """What is scored in the place of a model: a control of a pair, or a baseline of two decoders."""
 
 import dataclasses
+import json
 from typing import Any
 
 import jax
 
 from calm_jax.checkpoints.any_model import load_model
+from calm_jax.checkpoints.files import absolute, read_json
 from calm_jax.checkpoints.kinds import DECODER_RUN, FROZEN
 from calm_jax.decoding import Generator
 from calm_jax.errors import CalmError
@@ -47,8 +49,12 @@ class Variant:
         return self.control or (self.mix and "mixed") or (self.hand_over and "handed_over")
 
     def described(self) -> dict[str, Any]:
-        """The change as JSON; empty without one."""
-        return {} if not self.name else dataclasses.asdict(self)
+        """The change as JSON, with the fingerprint of the second model."""
+        found = json.loads(json.dumps(dataclasses.asdict(self)))
+        if place := self.mix or self.hand_over:
+            config = read_json(absolute(place) / "config.json", "a frozen folder")
+            found["fingerprint"] = config.get("fingerprint")
+        return found
 
     def check(self, kind: str, folder: Any) -> None:
         """Raises `CalmError` if a model of this kind cannot be changed so."""

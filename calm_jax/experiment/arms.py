@@ -38,10 +38,13 @@ class Arm:
     kind: str = "baseline"
     seeded: bool = True
 
-    def needs(self, known: Collection[str]) -> tuple[str, ...]:
-        """The arms that must be finished first; fields of `flags` count if they are `known`."""
+    def needs(self, known: Collection[str], flags: Sequence[str] = ()) -> tuple[str, ...]:
+        """The arms that must be finished first.
+
+        Fields of its own `flags` and the experiment's count if they are `known` arms.
+        """
         named = [self.anchor, *self.augments, self.decoder, self.scored_from]
-        fields = [name for flag in self.flags for name in _FIELD.findall(flag)]
+        fields = [name for flag in (*flags, *self.flags) for name in _FIELD.findall(flag)]
         named += [name for name in fields if name in known]
         return tuple(dict.fromkeys(filter(None, named)))
 
@@ -81,6 +84,7 @@ class Experiment:
 
     def __post_init__(self):
         known: dict[str, Arm] = {}
+        every = {arm.name for arm in self.arms}
         for arm in self.arms:
             if not _NAME.fullmatch(arm.name):
                 raise CalmError(f"arm {arm.name!r}: a name has small letters, digits and _")
@@ -88,12 +92,16 @@ class Experiment:
                 raise CalmError(f"two arms are called {arm.name!r}")
             if arm.kind not in KINDS:
                 raise CalmError(f"arm {arm.name}: kind {arm.kind!r}; known are {', '.join(KINDS)}")
-            for name in arm.needs(known):
+            for name in arm.needs(every, self.flags):
                 if name not in known:
                     earlier = ", ".join(known) or "none"
                     raise CalmError(f"arm {arm.name} needs {name!r}; the arms before it: {earlier}")
                 if known[name].seeded and not arm.seeded:
                     raise CalmError(f"arm {arm.name} has no seeds, but {name}, which it needs, has")
+            if arm.scored_from and known[arm.scored_from].scored_from:
+                raise CalmError(
+                    f"arm {arm.name}: {arm.scored_from} is not trained; name its source"
+                )
             known[arm.name] = arm
         if self.reference not in known:
             raise CalmError(f"reference {self.reference!r} is no arm; there are {', '.join(known)}")
@@ -105,7 +113,7 @@ class Experiment:
 class Job:
     """An arm with one seed: its folder under the experiment's, and its commands.
 
-    `needs` are the folders of other jobs, and `config` is that of the arm's training as JSON.
+    `needs` are the jobs that must be done first; `config` is that of the arm's training, as JSON.
     """
 
     arm: Arm
@@ -113,7 +121,7 @@ class Job:
     folder: epath.Path
     train: tuple[str, ...]
     score: tuple[str, ...]
-    needs: tuple[epath.Path, ...]
+    needs: tuple["Job", ...]
     config: str = ""
 
     @property
@@ -137,7 +145,7 @@ def jobs(
     `file` is the config's file, and `configs` are those of the trained arms as JSON.
     """
     arms = {arm.name: arm for arm in experiment.arms}
-    first = experiment.seeds[0]
+    first, made = experiment.seeds[0], {}
 
     def folder(name: str, seed: int) -> epath.Path:
         return workdir / (f"seed_{seed}" if arms[name].seeded else "all_seeds") / name
@@ -166,8 +174,10 @@ def jobs(
         ]
         score = ("evaluate", model, f"--tasks={','.join(experiment.tasks)}", *flags)
         score += (f"--output={place / 'evaluation'}",)
-        needs = tuple(folder(name, seed) for name in arm.needs(arms))
-        return Job(arm, seed, place, train, score, needs, configs.get(arm.name, ""))
+        needs = tuple(made[folder(name, seed)] for name in arm.needs(arms, experiment.flags))
+        config = configs.get(arm.name, "")
+        made[place] = Job(arm, seed, place, train, score, needs, config)
+        return made[place]
 
     yield from (job(arm, first) for arm in experiment.arms if not arm.seeded)
     for seed in experiment.seeds:
@@ -176,13 +186,13 @@ def jobs(
 
 def levels(all_jobs: Sequence[Job]) -> list[list[Job]]:
     """The jobs in groups, each of which needs only jobs of the groups before it."""
-    done: set[epath.Path] = set()
+    done: set[Job] = set()
     left, found = list(all_jobs), []
     while left:
         group = [job for job in left if done.issuperset(job.needs)]
         found.append(group)
-        done |= {job.folder for job in group}
-        left = [job for job in left if job.folder not in done]
+        done |= set(group)
+        left = [job for job in left if job not in done]
     return found
 
 

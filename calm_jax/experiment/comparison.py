@@ -27,7 +27,7 @@ class Cell:
         mean: of the seeds.
         interval: 95 % interval of the mean; seeds and examples are resampled.
         difference, difference_interval: from the reference, of the same seeds and examples;
-            None of the reference itself, and where the reference was not scored.
+            None of the reference itself, and where it was not scored on the same examples.
     """
 
     metric: str
@@ -97,7 +97,7 @@ def _cell(mine: _Scored, other: _Scored | None, arm: str, task: str) -> Cell:
     sampled_R = _resampled(metric, [list(mine.records.values())], arm, task)
     cell = Cell(mine.metric, values, float(np.mean(values)), _interval(sampled_R))
     pairs = [] if other is None else _paired(mine, other)
-    if not pairs:
+    if not pairs or any(_targets(a) != _targets(b) for a, b in pairs):
         return cell
     ours, theirs = ([pair[side] for pair in pairs] for side in (0, 1))
     differences = [metric.score(a).value - metric.score(b).value for a, b in pairs]
@@ -114,7 +114,7 @@ def _resampled(metric: metric_table.Metric, sides: list[list[list]], arm: str, t
     """
     first, *others = [records for side in sides for records in side]
     if not first or any(_targets(records) != _targets(first) for records in others):
-        raise CalmError(f"{task}: {arm} and what it is compared with were scored on other examples")
+        raise CalmError(f"{task}: the seeds of {arm} were scored on different examples")
     S, N, random = len(sides[0]), len(first), np.random.default_rng(_SEED)
     drawn_RN = random.multinomial(N, np.full(N, 1 / N), size=RESAMPLES)
     drawn_RS = random.multinomial(S, np.full(S, 1 / S), size=RESAMPLES) / S

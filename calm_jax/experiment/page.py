@@ -15,7 +15,7 @@ from calm_jax.evaluation.score_sections import Bar, Figure, Group
 from calm_jax.evaluation.setting import installed, median_speed
 from calm_jax.experiment.arms import KINDS, Experiment, Job, shell
 from calm_jax.experiment.comparison import Cell, Row, compare
-from calm_jax.experiment.running import DONE
+from calm_jax.experiment.running import DONE, is_done
 
 EXAMPLES = 200  # prompts of the main task whose answers are on the page
 _COLOURS = {
@@ -34,10 +34,10 @@ class Cost:
     Attributes:
         parameters: of all its trees but the optimizer.
         trained: those that are trained.
-        flops: of a training token, forward and backward, as compiled.
+        flops: of a training token, forward and backward.
         memory: of the compiled training step, in bytes.
         speed: tokens a second of training, the median.
-        seconds: from the first command of its job to the end of the last.
+        seconds: of the commands of its job, when they last ran.
     """
 
     parameters: int | None = None
@@ -67,11 +67,12 @@ def write_page(experiment: Experiment, jobs: Sequence[Job], folder: epath.Path, 
                 (kind, label, [r for r in rows if r.arm.kind == kind])
                 for kind, label in KINDS.items()
             ],
-            figures=[_figure(task, rows) for task in experiment.tasks],
+            tasks=tasks(experiment, rows),
+            figures=[x for task in tasks(experiment, rows) if (x := _figure(task, rows))],
             digits=lambda cell: metric_table.find(cell.metric).digits,
             costs=[(row, cost(row)) for row in rows],
             examples=_examples(experiment, rows),
-            missing=[str(job) for job in jobs if not (job.folder / DONE).exists()],
+            missing=[str(job) for job in jobs if not _is_finished(job)],
             commands=[shell(line) for row in rows for line in row.jobs[0].commands],
             command=command,
             today=datetime.date.today().isoformat(),
@@ -83,7 +84,7 @@ def write_page(experiment: Experiment, jobs: Sequence[Job], folder: epath.Path, 
 
 def answer(experiment: Experiment, rows: Sequence[Row]) -> str:
     """The experiment's question answered in a sentence or two, from the main task."""
-    task = experiment.tasks[0]
+    task = next(iter(tasks(experiment, rows)), experiment.tasks[0])
     by_name = {row.arm.name: row for row in rows if task in row.cells}
     if experiment.reference not in by_name:
         return f"{_label(experiment, experiment.reference)} has no score on {task} yet."
@@ -93,12 +94,18 @@ def answer(experiment: Experiment, rows: Sequence[Row]) -> str:
     if parts:
         best = _best(parts, task)
         words += f"; the better part alone, {_name(best)}, {_shown(best.cells[task])}"
-    rivals = [row for row in by_name.values() if row.arm.kind == "baseline"]
+    rivals = [
+        row
+        for name, row in by_name.items()
+        if row.arm.kind == "baseline" and name != experiment.reference
+    ]
     if rivals:
         best = _best(rivals, task)
-        verdict = {"better": "is better", "worse": "is worse", "even": "does not differ clearly"}
-        words += f". Of the baselines {_name(best)} comes nearest or above with "
-        words += f"{_shown(best.cells[task])}, which {verdict[best.cells[task].verdict]}"
+        verdict = best.cells[task].verdict
+        words += f". Of the baselines {_name(best)} is the best with {_shown(best.cells[task])}"
+        words += {"better": ", better", "worse": ", worse", "even": ", not clearly different"}.get(
+            verdict, ""
+        )
     controls = [row for row in by_name.values() if row.arm.kind == "control"]
     if controls:
         best = _best(controls, task)
@@ -109,8 +116,7 @@ def answer(experiment: Experiment, rows: Sequence[Row]) -> str:
 
 def cost(row: Row) -> Cost:
     """What an arm costs; an arm that is only scored has no costs of training."""
-    job = row.jobs[0]
-    seconds = None
+    job, seconds = _first(row), None
     if (job.folder / DONE).exists():
         seconds = read_json(job.folder / DONE, "a job")["seconds"]
     if not job.train:
@@ -129,6 +135,24 @@ def cost(row: Row) -> Cost:
     )
 
 
+def tasks(experiment: Experiment, rows: Sequence[Row]) -> list[str]:
+    """The names of the scored tasks, of which one entry of `experiment.tasks` may have several."""
+    ordered = sorted(rows, key=lambda row: row.arm.name != experiment.reference)
+    return list(dict.fromkeys(task for row in ordered for task in row.cells))
+
+
+def _first(row: Row) -> Job:
+    """The first of the arm's jobs that was scored."""
+    return next(job for job in row.jobs if (job.results / "summary.json").exists())
+
+
+def _is_finished(job: Job) -> bool:
+    """Whether a job was scored, here as it is now described or on another machine."""
+    if (job.folder / DONE).exists():
+        return is_done(job)
+    return (job.results / "summary.json").exists()
+
+
 def _as_json(row: Row) -> dict[str, Any]:
     cells = {
         task: dataclasses.asdict(cell) | {"verdict": cell.verdict}
@@ -137,22 +161,26 @@ def _as_json(row: Row) -> dict[str, Any]:
     return {"kind": row.arm.kind, "tasks": cells, "cost": dataclasses.asdict(cost(row))}
 
 
-def _figure(task: str, rows: Sequence[Row]) -> Figure:
+def _figure(task: str, rows: Sequence[Row]) -> Figure | None:
+    """Bars of a share in percent; None of other metrics."""
+    cells = [(row, row.cells[task]) for row in rows if task in row.cells]
+    if any(metric_table.find(cell.metric).unit != "%" for _, cell in cells):
+        return None
     bars = [
-        Bar(_name(row), cell.mean, _COLOURS[row.arm.kind], cell.interval)
-        for row in rows
-        if (cell := row.cells.get(task)) and cell.mean <= 100
+        Bar(_name(row), cell.mean, _COLOURS[row.arm.kind], cell.interval) for row, cell in cells
     ]
     return Figure(task, [Group(bars)])
 
 
 def _examples(experiment: Experiment, rows: Sequence[Row]) -> dict[str, Any] | None:
     """Answers of the first seed to the main task, first those that only the pair gets right."""
-    task = experiment.tasks[0]
+    task = next(iter(tasks(experiment, rows)), "")
     shown = [row for row in rows if task in row.cells]
-    answers = [read_json_lines(predictions_file(row.jobs[0].results, task)) for row in shown]
+    answers = [read_json_lines(predictions_file(_first(row).results, task)) for row in shown]
     reference = next((n for n, r in enumerate(shown) if r.arm.name == experiment.reference), None)
     if reference is None or not all(a and "prediction" in a[0] for a in answers):
+        return None
+    if len({len(a) for a in answers}) > 1:  # scored with other limits
         return None
     parts = [n for n, row in enumerate(shown) if row.arm.kind == "part"]
 

@@ -30,13 +30,12 @@ def run(jobs: Sequence[Job], *, say: Callable[[str], Any] = print) -> dict[Job, 
         Preempted: Ctrl-C or SIGTERM, which the running job gets too. The next call goes on.
     """
     wrong: dict[Job, str] = {}
-    failed_folders: dict[Any, Job] = {}
     seconds: dict[str, list[float]] = {}
     waiting = [job for job in jobs if not is_done(job)]
     if done := len(jobs) - len(waiting):
         say(f"{done} of {len(jobs)} jobs are done already")
     for number, job in enumerate(waiting):
-        if cause := next((failed_folders[x] for x in job.needs if x in failed_folders), None):
+        if cause := next((need for need in job.needs if need in wrong), None):
             wrong[job] = f"not run, since {cause} failed"
         else:
             left = _left(waiting[number:], seconds)
@@ -50,21 +49,25 @@ def run(jobs: Sequence[Job], *, say: Callable[[str], Any] = print) -> dict[Job, 
                 wrong[job] = error
             else:
                 seconds.setdefault(job.arm.name, []).append(taken)
-                write_json(job.folder / DONE, _described(job) | {"seconds": taken})
+                times = {"seconds": taken, "finished": time.time()}
+                write_json(job.folder / DONE, _described(job) | times)
         if job in wrong:
-            failed_folders[job.folder] = job
             say(f"{job}: {wrong[job]}")
     return wrong
 
 
 def is_done(job: Job) -> bool:
-    """Whether a job was run with just these commands and this config."""
+    """Whether a job was run with just these commands and this config, after those that it needs."""
     path = job.folder / DONE
-    return path.exists() and _described(job).items() <= read_json(path, "a job").items()
+    if not path.exists() or not all(map(is_done, job.needs)):
+        return False
+    return _described(job).items() <= read_json(path, "a job").items()
 
 
 def _described(job: Job) -> dict[str, Any]:
-    return {"commands": [shell(command) for command in job.commands], "config": job.config}
+    needs = [read_json(need.folder / DONE, "a job")["finished"] for need in job.needs]
+    commands = [shell(command) for command in job.commands]
+    return {"commands": commands, "config": job.config, "needs": needs}
 
 
 def _run(job: Job) -> str:
@@ -97,7 +100,9 @@ def _signals_to(child: subprocess.Popen) -> Iterator[None]:
         received.append(number)
         child.send_signal(number)
 
-    before = {number: signal.signal(number, hand_over) for number in STATUS}
+    # A shell's background job ignores Ctrl-C, and must continue to ignore it.
+    heeded = [number for number in STATUS if signal.getsignal(number) is not signal.SIG_IGN]
+    before = {number: signal.signal(number, hand_over) for number in heeded}
     try:
         yield
     finally:

@@ -74,7 +74,7 @@ def test_a_level_needs_only_earlier_ones():
     seen = set()
     for group in groups:
         assert all(set(job.needs) <= seen for job in group)
-        seen |= {job.folder for job in group}
+        seen |= set(group)
     assert len(seen) == len(found)
 
 
@@ -88,6 +88,11 @@ def test_a_level_needs_only_earlier_ones():
         (
             {"arms": (Arm("a"), Arm("b", decoder="a", seeded=False))},
             "arm b has no seeds, but a, which it needs, has",
+        ),
+        ({"arms": (Arm("a", flags=("--mix={b}",)), Arm("b"))}, "arm a needs 'b'; the arms before"),
+        (
+            {"arms": (*ARMS, Arm("twice", scored_from="zeroed"))},
+            "arm twice: zeroed is not trained",
         ),
         ({"reference": "best"}, "reference 'best' is no arm"),
         ({"seeds": (1, 1)}, "none twice"),

@@ -118,10 +118,13 @@ def test_corpus_metrics_are_resampled_as_corpora(tmp_path, metric):
     assert zeroed.verdict == "worse"
 
 
-def test_other_examples_are_refused(tmp_path):
+def test_other_examples_are_not_compared(tmp_path):
     rights = {("calm", 0): random_rights(1, 0.5, 20), ("zeroed", 0): random_rights(1, 0.5, 21)}
-    with pytest.raises(CalmError, match="task: zeroed and what it is compared with were scored on"):
-        written(tmp_path, rights)
+    cell = written(tmp_path / "arms", rights)["zeroed"].cells["task"]
+    assert (cell.difference, cell.verdict) == (None, "")
+    rights = {("calm", 0): random_rights(1, 0.5, 20), ("calm", 1): random_rights(1, 0.5, 21)}
+    with pytest.raises(CalmError, match="task: the seeds of calm were scored on different"):
+        written(tmp_path / "seeds", rights)
 
 
 def test_arms_without_scores_have_no_cells(tmp_path):

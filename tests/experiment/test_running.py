@@ -17,7 +17,7 @@ from calm_jax.experiment.running import DONE, is_done, run
 
 def job(folder, name, *arguments, needs=()):
     place = epath.Path(folder) / name
-    return Job(Arm(name), 0, place, (), arguments or ("--version",), tuple(x.folder for x in needs))
+    return Job(Arm(name), 0, place, (), arguments or ("--version",), tuple(needs))
 
 
 def test_what_is_done_is_skipped_and_a_failure_stops_only_its_own(tmp_path):
