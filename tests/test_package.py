@@ -19,6 +19,7 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 FLOORS = [
     {"__main__", "cli"},
     {"planning"},
+    {"experiment"},
     {"training", "evaluation", "serving"},
     {"checkpoints", "decoding"},
     {"models", "data"},

@@ -17,7 +17,7 @@ from calm_jax.evaluation.controls import Recomputed
 from calm_jax.evaluation.variants import Variant
 from calm_jax.models import CompositionConfig, Inputs
 
-NEW = 5
+NEW = 3
 
 
 @pytest.fixture(scope="module")
@@ -45,11 +45,11 @@ def one_by_one(model, prompt, perturb):
 
 def test_without_a_change_it_answers_as_the_generator(pair, monkeypatch):
     monkeypatch.setitem(controls.OF_TAPS, "zeroed", lambda x, augment, layer: x)
-    asked, sampling = prompts(7), Sampling(max_new_tokens=NEW)
+    asked, sampling = prompts(5), Sampling(max_new_tokens=NEW)
     answers = Recomputed(pair, "zeroed", slots=3).generate(asked, sampling)
     expected = Generator(pair, max_length=32, slots=3).generate(asked, sampling)
     assert [a.tokens for (a,) in answers] == [a.tokens for (a,) in expected]
-    continuations = prompts(7, seed=1, length=(1, 4))
+    continuations = prompts(5, seed=1, length=(1, 4))
     scores = Recomputed(pair, "zeroed", slots=3).score(asked, continuations)
     expected = Generator(pair, max_length=32).score(asked, continuations)
     for ours, other in zip(scores, expected, strict=True):
@@ -58,7 +58,7 @@ def test_without_a_change_it_answers_as_the_generator(pair, monkeypatch):
 
 
 def test_zeroed_taps_are_zero(pair):
-    asked = prompts(4)
+    asked = prompts(3, length=(4, 6))
     answers = Recomputed(pair, "zeroed", slots=2).generate(asked, Sampling(max_new_tokens=NEW))
     for prompt, (answer,) in zip(asked, answers, strict=True):
         alone = one_by_one(pair, prompt, lambda x, augment, layer: jnp.zeros_like(x))

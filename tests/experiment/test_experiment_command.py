@@ -94,7 +94,7 @@ def test_an_experiment_from_its_config_to_its_page(config, tmp_path, capsys):
     assert main(arguments) == 1
     told = capsys.readouterr()
     assert "2 of 10 jobs are not done: broken, seed 0, broken, seed 1" in told.err
-    assert "every is 99" in told.out
+    assert "composition.every=99 gives no valid connections" in told.out
     results = json.loads((workdir / "results.json").read_text())
     assert list(results) == ["anchor", "augment", "compose", "handed_over", "zeroed"]
     for name, of_arm in results.items():
