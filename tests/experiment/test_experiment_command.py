@@ -117,13 +117,12 @@ def test_an_experiment_from_its_config_to_its_page(config, tmp_path, capsys):
     assert (workdir / "report.html").exists()
 
     # The same folder, but the config of an arm has changed.
-    config.write_text(
-        CONFIG.replace(
-            "return module.get_config(arm)",
-            "config = module.get_config(arm)\n    config.train.batch_size = 4\n    return config",
-        )
+    changed = (
+        'config = module.get_config(arm)\n    config.train.batch_size *= 1 + (arm == "compose")'
     )
+    changed += "\n    return config"
+    config.write_text(CONFIG.replace("return module.get_config(arm)", changed))
     assert main([*arguments, "--arms=compose", "--seeds=0"]) == 1
-    assert (
-        "was started with another config: train.batch_size was 8, now 4" in capsys.readouterr().out
-    )
+    told = capsys.readouterr().out
+    assert "2 of 3 jobs are done already" in told
+    assert "was started with another config: train.batch_size was 8, now 16" in told
