@@ -21,5 +21,5 @@ def in_blocks(
 def balanced(count: int, most: int) -> list[slice]:
     """Slices of `count` items with at most `most` each, of nearly one size."""
     parts = -(-count // most)
-    ends = [count * part // parts for part in range(parts + 1)] if parts else []
+    ends = [-(-count * part // parts) for part in range(parts + 1)] if parts else []
     return [slice(*pair) for pair in itertools.pairwise(ends)]
