@@ -7,13 +7,13 @@ the bridge, for as many steps; only `finetuned` and `lora` may change the anchor
 that gives it as many parameters as the bridge.
 """
 
-import importlib.util
 import pathlib
 
+from calm_jax.cli.config import load_file
 from calm_jax.experiment.arms import Arm, Experiment
 from calm_jax.experiment.matching import matched_rank
-from calm_jax.models import CompositionConfig, DecoderConfig
 from calm_jax.training.configuration import decoder_run
+from calm_jax.training.run_model import composition_configs, decoder_config
 
 TASK = "calm_jax/key_value/demo"
 PAIR = {"anchor": "anchor", "augments": ("augment",)}
@@ -111,22 +111,11 @@ def _finetuned():
 
 def _lora():
     config = _finetuned()
-    forms = [DecoderConfig.from_dict(_form(name)) for name in ("kv_anchor", "kv_augment")]
-    composition = CompositionConfig.from_dict(_file("kv_compose").composition.to_dict())
-    config.lora.rank = matched_rank(forms[0], forms[1:], composition)
+    anchor, augment = (decoder_config(_file(name)) for name in ("kv_anchor", "kv_augment"))
+    config.lora.rank = matched_rank(anchor, [augment], composition_configs(_file("kv_compose")))
     config.optimizer.learning_rate = 5e-3
     return config
 
 
-def _form(name):
-    fields = _file(name).decoder.to_dict()
-    fields.pop("from")
-    return fields
-
-
 def _file(name):
-    path = pathlib.Path(__file__).with_name(f"{name}.py")
-    spec = importlib.util.spec_from_file_location(name, path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.get_config()
+    return load_file(str(pathlib.Path(__file__).with_name(f"{name}.py")))

@@ -51,6 +51,12 @@ def rows_of_tables(model: Decoder | ComposedDecoder) -> int:
     return min(part.config.vocab_size for part in model.models)
 
 
+def known_ids(model: Decoder | ComposedDecoder) -> int:
+    """The number of ids, from 0, that may be chosen: those that are embedded and have a meaning."""
+    rows, vocabulary = rows_of_tables(model), model.vocabulary
+    return rows if vocabulary is None else min(rows, vocabulary.size)
+
+
 def _absorbed(cross_attention: nnx.Module) -> nnx.Module:
     graphdef, state = nnx.split(cross_attention)
     after = nnx.eval_shape(lambda state: nnx.merge(graphdef, state).absorbed(), state)

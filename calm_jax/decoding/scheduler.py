@@ -22,7 +22,7 @@ from calm_jax.decoding import steps
 from calm_jax.decoding.chunks import bucket, buckets, chunk_of
 from calm_jax.decoding.draft_length import Drafting, DraftLength
 from calm_jax.decoding.memory import check_fits
-from calm_jax.decoding.prepared import prepared, rows_of_tables
+from calm_jax.decoding.prepared import known_ids, prepared, rows_of_tables
 from calm_jax.decoding.requests import (
     SHARED,
     Answer,
@@ -85,8 +85,7 @@ class Scheduler:
         self.vocabulary = model.vocabulary
         self.max_length, self.slots = max_length, slots
         self.rows_of_tables = rows_of_tables(model)
-        known = self.rows_of_tables
-        self.known = known if self.vocabulary is None else min(known, self.vocabulary.size)
+        self.known = known_ids(model)
         if eos_ids is None:
             eos_ids = () if self.vocabulary is None else self.vocabulary.eos_ids
         self._ends = set(eos_ids)
@@ -386,7 +385,7 @@ class Scheduler:
     def _empty_state(self) -> State:
         length, cache_dtype, whole = self._sizes
         arguments = {"whole": whole} if whole else {}  # which a decoder does not take
-        with on_devices_of(self._model):
+        with on_devices_of(self._array):
             cache = self._model.init_cache(self.slots, length, dtype=cache_dtype, **arguments)
             return steps.begin(self._weights, cache, Choice.of([(Sampling(), 0)] * self.slots))
 

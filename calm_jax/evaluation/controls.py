@@ -15,7 +15,7 @@ from flax import nnx
 
 from calm_jax import sharding
 from calm_jax.decoding import Completion, Sampling, Score
-from calm_jax.decoding.prepared import rows_of_tables
+from calm_jax.decoding.prepared import known_ids
 from calm_jax.decoding.steps import scores
 from calm_jax.errors import CalmError
 from calm_jax.models import ComposedDecoder, Inputs
@@ -79,16 +79,12 @@ class Recomputed:
     Args:
         control: a name of `OF_TAPS`.
         slots: rows of a batch at most.
-
-    Raises:
-        CalmError: the model is not composed.
     """
 
     def __init__(self, model: ComposedDecoder, control: str, *, slots: int):
         self.vocabulary, self.slots = model.vocabulary, slots
         self._model, self._control, self._perturb = model, control, OF_TAPS[control]
-        known = rows_of_tables(model)
-        self._known = known if self.vocabulary is None else min(known, self.vocabulary.size)
+        self._known = known_ids(model)
 
     def generate(
         self, prompts: Sequence[list[int]], sampling: Sampling | Sequence[Sampling]
@@ -117,9 +113,8 @@ class Recomputed:
         whole = [[*a, *b] for a, b in zip(prompts, continuations, strict=True)]
         found: list[Score] = [None] * len(whole)
         for batch in self._batches(whole):
-            tokens_BT, _ = _padded([whole[number] for number in batch], 0)
+            tokens_BT, length_B = _padded([whole[number] for number in batch], 0)
             asked_B = np.array([len(prompts[number]) for number in batch], np.int32)
-            length_B = np.array([len(whole[number]) for number in batch], np.int32)
             logprob_BT, best_BT = self._call(_scored, tokens_BT, length_B, asked_B=asked_B)
             for row, number in enumerate(batch):
                 places = slice(asked_B[row] - 1, length_B[row] - 1)

@@ -38,6 +38,11 @@ class Arm:
     kind: str = "baseline"
     seeded: bool = True
 
+    @property
+    def title(self) -> str:
+        """What tables call it."""
+        return self.label or self.name
+
     def needs(self, known: Collection[str], flags: Sequence[str] = ()) -> tuple[str, ...]:
         """The arms that must be finished first.
 
@@ -132,6 +137,11 @@ class Job:
     def results(self) -> epath.Path:
         """The folder of its scores and predictions."""
         return self.folder / "evaluation"
+
+    @property
+    def is_scored(self) -> bool:
+        """Whether scores are there, whatever commands they are of."""
+        return (self.results / "summary.json").exists()
 
     def __str__(self) -> str:
         return f"{self.arm.name}, seed {self.seed}" if self.arm.seeded else self.arm.name

@@ -73,60 +73,67 @@ def compare(experiment: Experiment, jobs: Sequence[Job]) -> list[Row]:
     return rows
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Seed:
+    """One seed's score, what it is a function of (`metric_table.Sums`), and its examples."""
+
+    value: float
+    values_NK: np.ndarray
+    examples: list
+
+
 @dataclasses.dataclass(frozen=True)
 class _Scored:
-    """A task's records by seed; an arm without seeds has the same for every one."""
+    """A task's results by seed; an arm without seeds has the same for every one."""
 
-    metric: str
-    records: Mapping[int | None, list]
+    metric: metric_table.Metric
+    seeds: dict[int | None, _Seed]
 
 
 def _read(jobs: Sequence[Job]) -> dict[str, _Scored]:
     found: dict[str, _Scored] = {}
     for job in jobs:
         for task, cell in scores_of(read_optional(job.results / "summary.json")).items():
-            of_task = found.setdefault(task, _Scored(metric_table.main_name(cell), {}))
-            seed = job.seed if job.arm.seeded else None
-            of_task.records[seed] = read_json_lines(predictions_file(job.results, task))
+            metric = metric_table.find(metric_table.main_name(cell))
+            records = read_json_lines(predictions_file(job.results, task))
+            examples = [(record.get("inputs"), record.get("targets")) for record in records]
+            value, values_NK = metric_table.main_value(cell), metric.sums.of_records(records)
+            of_task = found.setdefault(task, _Scored(metric, {}))
+            of_task.seeds[job.seed if job.arm.seeded else None] = _Seed(value, values_NK, examples)
     return found
 
 
 def _cell(mine: _Scored, other: _Scored | None, arm: str, task: str) -> Cell:
-    metric = metric_table.find(mine.metric)
-    values = tuple(metric.score(records).value for records in mine.records.values())
-    sampled_R = _resampled(metric, [list(mine.records.values())], arm, task)
-    cell = Cell(mine.metric, values, float(np.mean(values)), _interval(sampled_R))
+    seeds = list(mine.seeds.values())
+    values = tuple(seed.value for seed in seeds)
+    interval = _interval(_resampled(mine.metric, [seeds], arm, task))
+    cell = Cell(mine.metric.name, values, float(np.mean(values)), interval)
     pairs = [] if other is None else _paired(mine, other)
-    if not pairs or any(_targets(a) != _targets(b) for a, b in pairs):
+    if not pairs or any(a.examples != b.examples for a, b in pairs):
         return cell
-    ours, theirs = ([pair[side] for pair in pairs] for side in (0, 1))
-    differences = [metric.score(a).value - metric.score(b).value for a, b in pairs]
-    sampled_R = _resampled(metric, [ours, theirs], arm, task)
-    return dataclasses.replace(
-        cell, difference=float(np.mean(differences)), difference_interval=_interval(sampled_R)
-    )
+    interval = _interval(_resampled(mine.metric, list(zip(*pairs, strict=True)), arm, task))
+    difference = float(np.mean([a.value - b.value for a, b in pairs]))
+    return dataclasses.replace(cell, difference=difference, difference_interval=interval)
 
 
-def _resampled(metric: metric_table.Metric, sides: list[list[list]], arm: str, task: str):
+def _resampled(
+    metric: metric_table.Metric, sides: Sequence[Sequence[_Seed]], arm: str, task: str
+) -> np.ndarray:
     """The mean over seeds, or the difference of two, of resampled seeds and examples, [R].
 
     All seeds and both sides have the same examples, and are resampled alike.
     """
-    first, *others = [records for side in sides for records in side]
-    if not first or any(_targets(records) != _targets(first) for records in others):
+    first, *others = [seed.examples for side in sides for seed in side]
+    if not first or any(examples != first for examples in others):
         raise CalmError(f"{task}: the seeds of {arm} were scored on different examples")
     S, N, random = len(sides[0]), len(first), np.random.default_rng(_SEED)
     drawn_RN = random.multinomial(N, np.full(N, 1 / N), size=RESAMPLES)
     drawn_RS = random.multinomial(S, np.full(S, 1 / S), size=RESAMPLES) / S
     means = []
     for side in sides:
-        values = [metric.sums.value(drawn_RN @ metric.sums.of_records(each)) for each in side]
+        values = [metric.sums.value(drawn_RN @ seed.values_NK) for seed in side]
         means.append(np.sum(np.stack(values, axis=1) * drawn_RS, axis=1))
     return means[0] if len(means) == 1 else means[0] - means[1]
-
-
-def _targets(records: Sequence[Mapping]) -> list:
-    return [(record.get("inputs"), record.get("targets")) for record in records]
 
 
 def _interval(sampled_R: np.ndarray) -> tuple[float, float]:
@@ -134,14 +141,11 @@ def _interval(sampled_R: np.ndarray) -> tuple[float, float]:
     return float(low), float(high)
 
 
-def _paired(mine: _Scored, other: _Scored) -> list[tuple[list, list]]:
-    """The records of both for each seed that both have; one without seeds goes with each."""
-    if None in mine.records and None in other.records:
-        return [(mine.records[None], other.records[None])]
-    if None in mine.records:
-        return [(mine.records[None], theirs) for theirs in other.records.values()]
-    if None in other.records:
-        return [(ours, other.records[None]) for ours in mine.records.values()]
-    return [
-        (ours, other.records[seed]) for seed, ours in mine.records.items() if seed in other.records
-    ]
+def _paired(mine: _Scored, other: _Scored) -> list[tuple[_Seed, _Seed]]:
+    """The results of both for each seed that both have; one without seeds goes with each."""
+    ours, theirs = mine.seeds, other.seeds
+    if None in ours:
+        return [(ours[None], each) for each in theirs.values()]
+    if None in theirs:
+        return [(each, theirs[None]) for each in ours.values()]
+    return [(each, theirs[seed]) for seed, each in ours.items() if seed in theirs]

@@ -55,23 +55,24 @@ def write_page(experiment: Experiment, jobs: Sequence[Job], folder: epath.Path, 
         CalmError: arms that were scored on other examples, or a damaged file.
     """
     rows = [row for row in compare(experiment, jobs) if row.cells]
+    scored, costs = tasks(experiment, rows), [(row, cost(row)) for row in rows]
     results, page = folder / "results.json", folder / "report.html"
-    write_json(results, {row.arm.name: _as_json(row) for row in rows})
+    write_json(results, {row.arm.name: _as_json(row, of_row) for row, of_row in costs})
     template = environment().get_template("experiment.html")
     write_text(
         page,
         template.render(
             experiment=experiment,
-            answer=answer(experiment, rows),
+            answer=answer(experiment, rows, scored),
             kinds=[
                 (kind, label, [r for r in rows if r.arm.kind == kind])
                 for kind, label in KINDS.items()
             ],
-            tasks=tasks(experiment, rows),
-            figures=[x for task in tasks(experiment, rows) if (x := _figure(task, rows))],
+            tasks=scored,
+            figures=[figure for task in scored if (figure := _figure(task, rows))],
             digits=lambda cell: metric_table.find(cell.metric).digits,
-            costs=[(row, cost(row)) for row in rows],
-            examples=_examples(experiment, rows),
+            costs=costs,
+            examples=_examples(experiment, rows, scored),
             missing=[str(job) for job in jobs if not _is_finished(job)],
             commands=[shell(line) for row in rows for line in row.jobs[0].commands],
             command=command,
@@ -82,18 +83,19 @@ def write_page(experiment: Experiment, jobs: Sequence[Job], folder: epath.Path, 
     return page, results
 
 
-def answer(experiment: Experiment, rows: Sequence[Row]) -> str:
-    """The experiment's question answered in a sentence or two, from the main task."""
-    task = next(iter(tasks(experiment, rows)), experiment.tasks[0])
+def answer(experiment: Experiment, rows: Sequence[Row], scored: Sequence[str]) -> str:
+    """The experiment's question answered in a sentence or two, from the first of `scored` tasks."""
+    task = next(iter(scored), experiment.tasks[0])
+    reference = next(arm for arm in experiment.arms if arm.name == experiment.reference).title
     by_name = {row.arm.name: row for row in rows if task in row.cells}
     if experiment.reference not in by_name:
-        return f"{_label(experiment, experiment.reference)} has no score on {task} yet."
+        return f"{reference} has no score on {task} yet."
     mine = by_name[experiment.reference].cells[task]
-    words = f"On {task}, {_label(experiment, experiment.reference)} reaches {_shown(mine)}"
+    words = f"On {task}, {reference} reaches {_shown(mine)}"
     parts = [row for row in by_name.values() if row.arm.kind == "part"]
     if parts:
         best = _best(parts, task)
-        words += f"; the better part alone, {_name(best)}, {_shown(best.cells[task])}"
+        words += f"; the better part alone, {best.arm.title}, {_shown(best.cells[task])}"
     rivals = [
         row
         for name, row in by_name.items()
@@ -102,7 +104,7 @@ def answer(experiment: Experiment, rows: Sequence[Row]) -> str:
     if rivals:
         best = _best(rivals, task)
         verdict = best.cells[task].verdict
-        words += f". Of the baselines {_name(best)} is the best with {_shown(best.cells[task])}"
+        words += f". Of the baselines {best.arm.title} is the best with {_shown(best.cells[task])}"
         words += {"better": ", better", "worse": ", worse", "even": ", not clearly different"}.get(
             verdict, ""
         )
@@ -110,7 +112,7 @@ def answer(experiment: Experiment, rows: Sequence[Row]) -> str:
     if controls:
         best = _best(controls, task)
         words += f". With its augment destroyed it keeps at most {_shown(best.cells[task])}"
-        words += f" ({_name(best)})"
+        words += f" ({best.arm.title})"
     return words + "."
 
 
@@ -143,22 +145,20 @@ def tasks(experiment: Experiment, rows: Sequence[Row]) -> list[str]:
 
 def _first(row: Row) -> Job:
     """The first of the arm's jobs that was scored."""
-    return next(job for job in row.jobs if (job.results / "summary.json").exists())
+    return next(job for job in row.jobs if job.is_scored)
 
 
 def _is_finished(job: Job) -> bool:
     """Whether a job was scored, here as it is now described or on another machine."""
-    if (job.folder / DONE).exists():
-        return is_done(job)
-    return (job.results / "summary.json").exists()
+    return is_done(job) if (job.folder / DONE).exists() else job.is_scored
 
 
-def _as_json(row: Row) -> dict[str, Any]:
+def _as_json(row: Row, of_row: Cost) -> dict[str, Any]:
     cells = {
         task: dataclasses.asdict(cell) | {"verdict": cell.verdict}
         for task, cell in row.cells.items()
     }
-    return {"kind": row.arm.kind, "tasks": cells, "cost": dataclasses.asdict(cost(row))}
+    return {"kind": row.arm.kind, "tasks": cells, "cost": dataclasses.asdict(of_row)}
 
 
 def _figure(task: str, rows: Sequence[Row]) -> Figure | None:
@@ -167,14 +167,16 @@ def _figure(task: str, rows: Sequence[Row]) -> Figure | None:
     if any(metric_table.find(cell.metric).unit != "%" for _, cell in cells):
         return None
     bars = [
-        Bar(_name(row), cell.mean, _COLOURS[row.arm.kind], cell.interval) for row, cell in cells
+        Bar(row.arm.title, cell.mean, _COLOURS[row.arm.kind], cell.interval) for row, cell in cells
     ]
     return Figure(task, [Group(bars)])
 
 
-def _examples(experiment: Experiment, rows: Sequence[Row]) -> dict[str, Any] | None:
+def _examples(
+    experiment: Experiment, rows: Sequence[Row], scored: Sequence[str]
+) -> dict[str, Any] | None:
     """Answers of the first seed to the main task, first those that only the pair gets right."""
-    task = next(iter(tasks(experiment, rows)), "")
+    task = next(iter(scored), "")
     shown = [row for row in rows if task in row.cells]
     answers = [read_json_lines(predictions_file(_first(row).results, task)) for row in shown]
     reference = next((n for n, r in enumerate(shown) if r.arm.name == experiment.reference), None)
@@ -199,14 +201,6 @@ def _examples(experiment: Experiment, rows: Sequence[Row]) -> dict[str, Any] | N
 def _best(rows: Sequence[Row], task: str) -> Row:
     descends = metric_table.find(rows[0].cells[task].metric).descends
     return (min if descends else max)(rows, key=lambda row: row.cells[task].mean)
-
-
-def _name(row: Row) -> str:
-    return row.arm.label or row.arm.name
-
-
-def _label(experiment: Experiment, name: str) -> str:
-    return next(arm.label or arm.name for arm in experiment.arms if arm.name == name)
 
 
 def _shown(cell: Cell) -> str:
