@@ -53,6 +53,7 @@ def get_experiment():
         reference="calm",
         seeds=(0, 1, 2),
         flags=("--max_new_tokens=8",),
+        finetuned="finetuned",
     )
 
 

@@ -18,7 +18,8 @@ USAGE = """Trains and scores every arm of an experiment with every seed, then wr
 CONFIG is a Python file whose get_experiment() describes the arms, and whose get_config(ARM) returns
 the config of an arm's training. Arms run one after another, each in processes of its own. What is
 done is skipped, what was stopped goes on from its last checkpoint, and if an arm fails the others
-still run. WORKDIR/report.html and WORKDIR/results.json then compare all arms with the reference.
+still run. At the end all models decode in turns, and WORKDIR/costs.json keeps their times; then
+WORKDIR/report.html and WORKDIR/results.json compare all arms with the reference.
 
 --commands prints the commands instead, in groups: those of one group may run at the same time on
 different machines, such as by `launch/slurm.sh`, which takes what follows `calm train`."""
@@ -36,7 +37,9 @@ def _define(values: flags.FlagValues) -> None:
         "seeds", None, "only these; default: those of the experiment", flag_values=values
     )
     flags.DEFINE_bool("commands", False, "print the commands, run nothing", flag_values=values)
-    flags.DEFINE_bool("report_only", False, "only write the page", flag_values=values)
+    flags.DEFINE_bool(
+        "report_only", False, "only write the page, measure nothing", flag_values=values
+    )
 
 
 def main(argv: list[str]) -> int:
@@ -63,13 +66,17 @@ def main(argv: list[str]) -> int:
                 print("\n".join(arms.shell(command) for command in job.commands))
         return 0
 
+    from calm_jax.experiment import decoding
     from calm_jax.experiment.page import write_page
 
     check_writable(folder)
     wrong = {} if values.report_only else running.run(chosen)
-    command = config.command_line("experiment", argv)
-    for path in write_page(experiment, jobs, folder, command):
-        print(path)
+    try:
+        if not values.report_only:
+            decoding.measure(jobs, folder)
+    finally:
+        for path in write_page(experiment, jobs, folder, config.command_line("experiment", argv)):
+            print(path)
     if wrong:
         raise RunFailed(
             f"{len(wrong)} of {len(chosen)} jobs are not done: {', '.join(map(str, wrong))}"

@@ -36,6 +36,11 @@ def shade(index: int, count: int) -> str:
     return f"color-mix(in oklab, var(--{first}), var(--{second}) {share}%)"
 
 
+def share(part: float) -> str:
+    """A part of 1 in percent, with two or three significant digits."""
+    return f"{100 * part:,.0f} %" if part >= 0.995 else f"{100 * part:.2g} %"
+
+
 def visible(text: str) -> str:
     """The text with line breaks and control characters written out."""
     return "".join(
@@ -72,6 +77,7 @@ def environment() -> jinja2.Environment:
         "grouped": lambda number: f"{number:,}",
         "interval": interval,
         "percent": percent,
+        "share": share,
         "digits": lambda number: f"{number:.4g}",
         "size": units.size,
     }

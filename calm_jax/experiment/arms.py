@@ -74,6 +74,7 @@ class Experiment:
         reference: the arm that the others are compared with.
         seeds: of initial values, noise and the order of data.
         flags: further flags of `calm evaluate`, for every arm.
+        finetuned: the arm that fine-tunes the reference's anchor; trainings are told in its costs.
 
     Raises:
         CalmError: a name that is not one or is used twice, an arm that needs an unknown or a later
@@ -86,6 +87,7 @@ class Experiment:
     reference: str
     seeds: tuple[int, ...] = (0,)
     flags: tuple[str, ...] = ()
+    finetuned: str = ""
 
     def __post_init__(self):
         known: dict[str, Arm] = {}
@@ -108,8 +110,10 @@ class Experiment:
                     f"arm {arm.name}: {arm.scored_from} is not trained; name its source"
                 )
             known[arm.name] = arm
-        if self.reference not in known:
-            raise CalmError(f"reference {self.reference!r} is no arm; there are {', '.join(known)}")
+        for field in ("reference", "finetuned"):
+            name = getattr(self, field)
+            if name not in known and (name or field == "reference"):
+                raise CalmError(f"{field} {name!r} is no arm; there are {', '.join(known)}")
         if not self.tasks or not self.seeds or len(set(self.seeds)) < len(self.seeds):
             raise CalmError(f"tasks {self.tasks} and seeds {self.seeds}: one at least, none twice")
 
@@ -132,6 +136,11 @@ class Job:
     @property
     def commands(self) -> list[tuple[str, ...]]:
         return [command for command in (self.train, self.score) if command]
+
+    @property
+    def model(self) -> str:
+        """The folder of the model that is scored."""
+        return self.score[1].partition("=")[2]
 
     @property
     def results(self) -> epath.Path:

@@ -7,14 +7,16 @@ from typing import Any
 
 from etils import epath
 
-from calm_jax.checkpoints.files import read_json, write_json, write_text
+from calm_jax.checkpoints.files import write_json, write_text
 from calm_jax.evaluation import metric_table
 from calm_jax.evaluation.page import environment
-from calm_jax.evaluation.results import predictions_file, read_json_lines, read_run
+from calm_jax.evaluation.results import predictions_file, read_json_lines
 from calm_jax.evaluation.score_sections import Bar, Figure, Group
-from calm_jax.evaluation.setting import installed, median_speed
+from calm_jax.evaluation.setting import installed
+from calm_jax.experiment import decoding
 from calm_jax.experiment.arms import KINDS, Experiment, Job, shell
 from calm_jax.experiment.comparison import Cell, Row, compare
+from calm_jax.experiment.costs import Cost, costs, first_scored
 from calm_jax.experiment.running import DONE, is_done
 
 EXAMPLES = 200  # prompts of the main task whose answers are on the page
@@ -27,27 +29,6 @@ _COLOURS = {
 }
 
 
-@dataclasses.dataclass(frozen=True)
-class Cost:
-    """What an arm costs, from the run of its first seed; None where it was not measured.
-
-    Attributes:
-        parameters: of all its trees but the optimizer.
-        trained: those that are trained.
-        flops: of a training token, forward and backward.
-        memory: of the compiled training step, in bytes.
-        speed: tokens a second of training, the median.
-        seconds: of the commands of its job, when they last ran.
-    """
-
-    parameters: int | None = None
-    trained: int | None = None
-    flops: float | None = None
-    memory: int | None = None
-    speed: float | None = None
-    seconds: float | None = None
-
-
 def write_page(experiment: Experiment, jobs: Sequence[Job], folder: epath.Path, command: str):
     """Writes `report.html` and `results.json` into the experiment's folder; returns both paths.
 
@@ -55,9 +36,10 @@ def write_page(experiment: Experiment, jobs: Sequence[Job], folder: epath.Path, 
         CalmError: arms that were scored on other examples, or a damaged file.
     """
     rows = [row for row in compare(experiment, jobs) if row.cells]
-    scored, costs = tasks(experiment, rows), [(row, cost(row)) for row in rows]
+    scored, speeds = tasks(experiment, rows), decoding.measured(folder)
+    of_arms = costs(experiment, rows, speeds["seconds"])
     results, page = folder / "results.json", folder / "report.html"
-    write_json(results, {row.arm.name: _as_json(row, of_row) for row, of_row in costs})
+    write_json(results, {row.arm.name: _as_json(row, of_arms[row.arm.name]) for row in rows})
     template = environment().get_template("experiment.html")
     write_text(
         page,
@@ -71,7 +53,10 @@ def write_page(experiment: Experiment, jobs: Sequence[Job], folder: epath.Path, 
             tasks=scored,
             figures=[figure for task in scored if (figure := _figure(task, rows))],
             digits=lambda cell: metric_table.find(cell.metric).digits,
-            costs=costs,
+            costs=[(row, of_arms[row.arm.name]) for row in rows],
+            titles={arm.name: arm.title for arm in experiment.arms},
+            decoding=decoding,
+            device=speeds["device"],
             examples=_examples(experiment, rows, scored),
             missing=[str(job) for job in jobs if not _is_finished(job)],
             commands=[shell(line) for row in rows for line in row.jobs[0].commands],
@@ -116,36 +101,10 @@ def answer(experiment: Experiment, rows: Sequence[Row], scored: Sequence[str]) -
     return words + "."
 
 
-def cost(row: Row) -> Cost:
-    """What an arm costs; an arm that is only scored has no costs of training."""
-    job, seconds = _first(row), None
-    if (job.folder / DONE).exists():
-        seconds = read_json(job.folder / DONE, "a job")["seconds"]
-    if not job.train:
-        return Cost(seconds=seconds)
-    run = read_run(job.folder)
-    trees = [tree for tree in run.costs.get("trees", ()) if tree["name"] != "optimizer"]
-    if not trees:
-        return Cost(seconds=seconds)
-    return Cost(
-        sum(tree["parameters"] for tree in trees),
-        sum(tree["parameters"] for tree in trees if tree["trained"]),
-        run.costs["flops_per_step"] / run.costs["tokens_per_step"],
-        run.costs["memory_bytes"],
-        median_speed(run),
-        seconds,
-    )
-
-
 def tasks(experiment: Experiment, rows: Sequence[Row]) -> list[str]:
     """The names of the scored tasks, of which one entry of `experiment.tasks` may have several."""
     ordered = sorted(rows, key=lambda row: row.arm.name != experiment.reference)
     return list(dict.fromkeys(task for row in ordered for task in row.cells))
-
-
-def _first(row: Row) -> Job:
-    """The first of the arm's jobs that was scored."""
-    return next(job for job in row.jobs if job.is_scored)
 
 
 def _is_finished(job: Job) -> bool:
@@ -178,7 +137,7 @@ def _examples(
     """Answers of the first seed to the main task, first those that only the pair gets right."""
     task = next(iter(scored), "")
     shown = [row for row in rows if task in row.cells]
-    answers = [read_json_lines(predictions_file(_first(row).results, task)) for row in shown]
+    answers = [read_json_lines(predictions_file(first_scored(row).results, task)) for row in shown]
     reference = next((n for n, r in enumerate(shown) if r.arm.name == experiment.reference), None)
     if reference is None or not all(a and "prediction" in a[0] for a in answers):
         return None

@@ -1,10 +1,9 @@
 """Means, differences and intervals, against the same done with plain loops."""
 
-import json
-
 import numpy as np
 import pytest
 from etils import epath
+from made_runs import random_rights, scored
 
 from calm_jax.errors import CalmError
 from calm_jax.evaluation import metric_table
@@ -24,29 +23,9 @@ def written(folder, rights, metric="exact_match", texts=None):
     found = list(jobs(experiment, "f.py", epath.Path(folder), {}))
     for job in found:
         right = rights.get((job.arm.name, job.seed if job.arm.seeded else None))
-        if right is None:
-            continue
-        records = [
-            {"inputs": f"q{n}", "targets": "the right one", "prediction": texts[bool(x)]}
-            if texts
-            else {
-                "inputs": f"q{n}",
-                "targets": "1",
-                "prediction": "1" if x else "0",
-                "correct": bool(x),
-            }
-            for n, x in enumerate(right)
-        ]
-        job.results.mkdir(parents=True)
-        lines = "".join(json.dumps(record) + "\n" for record in records)
-        (job.results / "task.jsonl").write_text(lines)
-        cell = metric_table.score(records, (metric,))
-        (job.results / "summary.json").write_text(json.dumps({"task": cell}))
+        if right is not None:
+            scored(job, {"task": right}, metric, texts)
     return {row.arm.name: row for row in compare(experiment, found)}
-
-
-def random_rights(seed, share, count=200):
-    return np.random.default_rng(seed).random(count) < share
 
 
 def test_means_and_differences(tmp_path):

@@ -107,9 +107,17 @@ def test_an_experiment_from_its_config_to_its_page(config, tmp_path, capsys):
         }
     cost = results["compose"]["cost"]
     assert 0 < cost["trained"] < cost["parameters"] and cost["memory"] > 0
+    assert cost["latency"] > results["anchor"]["cost"]["latency"] > 0
+    assert results["zeroed"]["cost"]["latency"] is None
     page = (workdir / "report.html").read_text()
     assert "Not finished: broken, seed 0; broken, seed 1" in page
     assert "taps" not in page and "CALM" in page
+
+    (workdir / "report.html").unlink()
+    (workdir / "costs.json").unlink()
+    assert main([*arguments, "--report_only"]) == 0
+    assert (workdir / "report.html").exists() and not (workdir / "costs.json").exists()
+    capsys.readouterr()
 
     (workdir / "report.html").unlink()
     assert main([*arguments, "--arms=zeroed"]) == 0
