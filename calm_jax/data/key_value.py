@@ -11,6 +11,10 @@ Every text opens with a marker, since substitution and arithmetic would else ask
     unknown   <math>xyz+7=        ?           anchor (letters without a meaning)
     math      <math>abc+de=       19          bridge (seen keys), evaluation
 
+`demo_share_5` is the world of `demo`, of whose keys the bridge may see 5 % (`SHARES`). Keys and
+values are the same at every share, and those that are seen at one are seen at every larger one. So
+`math` and `subs` of `demo_share_50` ask for keys that the bridge sees at no share.
+
 Instead of one augment that knows every key there may be two. Each knows one half of the keys
 (`HALVES`), never sees a key of the other half, and writes `?` for letters that it does not know.
 
@@ -56,6 +60,8 @@ CORPORA = {
 }
 
 MAX_NUMBER_TOKENS = 100_000
+
+SHARES = (1, 2, 5, 10, 50)  # percent of the keys; beside them the world's own share
 
 
 @dataclasses.dataclass(frozen=True)
@@ -154,11 +160,24 @@ class KeyValueConfig:
         return hashlib.sha256(fields.encode()).hexdigest()[:16]
 
 
+def _with_shares(config: KeyValueConfig) -> list[KeyValueConfig]:
+    """The config, and the same with other shares of the keys for the bridge."""
+    return [
+        config,
+        *(
+            dataclasses.replace(
+                config, name=f"{config.name}_share_{share}", bridge_keys=share / 100
+            )
+            for share in SHARES
+        ),
+    ]
+
+
 DEFAULT = "demo"
 CONFIGS: dict[str, KeyValueConfig] = {
     config.name: config
     for config in (
-        KeyValueConfig("demo"),
+        *_with_shares(KeyValueConfig("demo")),
         # The paper's sizes; it does not say how many expressions it trained on.
         KeyValueConfig(
             "paper",

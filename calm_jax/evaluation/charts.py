@@ -20,13 +20,17 @@ Points = list[tuple[float, float]]
 
 @dataclasses.dataclass(frozen=True)
 class Series:
-    """A line over steps. `label`, if given, is written at its end; `colour` is a CSS colour."""
+    """A line over `xs`. `label`, if given, is written at its end; `colour` is a CSS colour.
+
+    `band` are the lower and the upper bound of each value, if there are such.
+    """
 
     xs: Sequence[float]
     ys: Sequence[float]
     colour: str
     style: str = "line"  # "line", "faint", "dashed" or "dots"
     label: str = ""
+    band: Sequence[tuple[float, float]] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,12 +43,13 @@ class Tick:
 
 @dataclasses.dataclass(frozen=True)
 class Line:
-    """A `Series` in SVG units; `label_y` is the height of its label."""
+    """A `Series` in SVG units; `label_y` is the height of its label, `band` its band's outline."""
 
     series: Series
     points: Points
     dots: Points
     label_y: float
+    band: Points
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,6 +61,7 @@ class LineChart:
     y_ticks: list[Tick]
     lines: list[Line]
     right: float
+    axis: str
     left: float = _LEFT
     bottom: float = HEIGHT - _BOTTOM
     width: float = WIDTH
@@ -63,21 +69,29 @@ class LineChart:
 
 
 def line_chart(
-    description: str, series: Sequence[Series], *, percent: bool = False, log: bool = False
+    description: str,
+    series: Sequence[Series],
+    *,
+    percent: bool = False,
+    log: bool = False,
+    axis: str = "",
 ) -> LineChart | None:
     """A chart of the lines that have points; None if none has.
 
     `percent` fixes the vertical axis to 0–100; `log` makes it logarithmic where the values span
-    more than a factor of 8.
+    more than a factor of 8. The horizontal axis is of steps; with an `axis`, its name, it has a
+    tick at each x, and is logarithmic where they span more than a factor of 8.
     """
     shown = [_thinned(line) for line in series if line.xs]
     if not shown:
         return None
     values = [value for line in shown for value in line.ys]
-    steps = [step for line in shown for step in line.xs]
-    first, last = min(steps), max(steps)
+    values += [bound for line in shown for bounds in line.band for bound in bounds]
+    steps = sorted({step for line in shown for step in line.xs})
+    scale = math.log10 if axis and _spans_much(steps) else float
+    first, last = scale(steps[0]), scale(steps[-1])
     last = last if last > first else first + 1
-    log = log and min(values) > _FLAT and max(values) / min(values) > 8
+    log = log and _spans_much(values)
     if percent:
         ticks = [0.0, 25.0, 50.0, 75.0, 100.0]
     else:
@@ -87,27 +101,40 @@ def line_chart(
     low, high = (math.log10(tick) if log else tick for tick in (ticks[0], ticks[-1]))
 
     def x(step: float) -> float:
-        return _LEFT + (step - first) / (last - first) * (right - _LEFT)
+        return _LEFT + (scale(step) - first) / (last - first) * (right - _LEFT)
 
     def y(value: float) -> float:
         value = math.log10(max(value, ticks[0])) if log else value
         return HEIGHT - _BOTTOM - (value - low) / (high - low) * (HEIGHT - _BOTTOM - _TOP)
+
+    def outline(line: Series) -> Points:
+        bounds = list(zip(line.xs, line.band, strict=True)) if line.band else []
+        return [(x(a), y(low)) for a, (low, _) in bounds] + [
+            (x(a), y(high)) for a, (_, high) in reversed(bounds)
+        ]
 
     points = [[(x(a), y(b)) for a, b in zip(s.xs, s.ys, strict=True)] for s in shown]
     labelled = [index for index, line in enumerate(shown) if line.label]
     heights = spread([points[index][-1][1] for index in labelled], _TOP, HEIGHT - _BOTTOM)
     label_y = dict(zip(labelled, heights, strict=True))
     unit = "%" if percent else ""
+    if not axis:
+        steps = [step for step in even_ticks(first, last) if first <= step <= last]
     return LineChart(
         description,
-        [Tick(x(t), compact(t)) for t in even_ticks(first, last) if first <= t <= last],
+        [Tick(x(step), compact(step)) for step in steps],
         [Tick(y(tick), compact(tick) + unit) for tick in ticks],
         [
-            Line(line, at, _dots(line, at), label_y.get(index, 0.0))
+            Line(line, at, _dots(line, at), label_y.get(index, 0.0), outline(line))
             for index, (line, at) in enumerate(zip(shown, points, strict=True))
         ],
         right,
+        axis or "step",
     )
+
+
+def _spans_much(values: Sequence[float]) -> bool:
+    return min(values) > _FLAT and max(values) / min(values) > 8
 
 
 def even_ticks(low: float, high: float, count: int = 4) -> list[float]:
@@ -160,8 +187,8 @@ def _dots(line: Series, points: Points) -> Points:
 
 
 def _thinned(line: Series) -> Series:
-    """Means of neighbours, so that at most `_POINTS` points remain."""
-    size = math.ceil(len(line.xs) / _POINTS)
+    """Means of neighbours, so that at most `_POINTS` points remain; a band stays as it is."""
+    size = 1 if line.band else math.ceil(len(line.xs) / _POINTS)
     starts = range(0, len(line.xs), size)
 
     def means(values: Sequence[float]) -> list[float]:

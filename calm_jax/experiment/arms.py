@@ -26,6 +26,7 @@ class Arm:
         flags: further flags of `calm evaluate`; {NAME} is the frozen folder of that arm.
         kind: "part", "calm", "baseline", "ablation" or "control": its place in the table.
         seeded: whether each seed trains one of its own, instead of one for all.
+        x: its place on the axis of the experiment's curve; None: it is no point of it.
     """
 
     name: str
@@ -37,6 +38,7 @@ class Arm:
     flags: tuple[str, ...] = ()
     kind: str = "baseline"
     seeded: bool = True
+    x: float | None = None
 
     @property
     def title(self) -> str:
@@ -74,6 +76,7 @@ class Experiment:
         reference: the arm that the others are compared with.
         seeds: of initial values, noise and the order of data.
         flags: further flags of `calm evaluate`, for every arm.
+        axis: what the `x` of arms is: the page draws the scores of those that have one over it.
         finetuned: the arm that fine-tunes the reference's anchor; trainings are told in its costs.
 
     Raises:
@@ -87,6 +90,7 @@ class Experiment:
     reference: str
     seeds: tuple[int, ...] = (0,)
     flags: tuple[str, ...] = ()
+    axis: str = ""
     finetuned: str = ""
 
     def __post_init__(self):
@@ -110,6 +114,11 @@ class Experiment:
                     f"arm {arm.name}: {arm.scored_from} is not trained; name its source"
                 )
             known[arm.name] = arm
+        points = [arm.name for arm in self.arms if arm.x is not None]
+        if bool(points) != bool(self.axis):
+            raise CalmError(
+                f"axis {self.axis!r}, but arms with an x are {', '.join(points) or 'none'}"
+            )
         for field in ("reference", "finetuned"):
             name = getattr(self, field)
             if name not in known and (name or field == "reference"):

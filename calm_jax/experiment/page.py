@@ -11,22 +11,14 @@ from calm_jax.checkpoints.files import write_json, write_text
 from calm_jax.evaluation import metric_table
 from calm_jax.evaluation.page import environment
 from calm_jax.evaluation.results import predictions_file, read_json_lines
-from calm_jax.evaluation.score_sections import Bar, Figure, Group
 from calm_jax.evaluation.setting import installed
-from calm_jax.experiment import decoding
+from calm_jax.experiment import decoding, figures
 from calm_jax.experiment.arms import KINDS, Experiment, Job, shell
 from calm_jax.experiment.comparison import Cell, Row, compare
 from calm_jax.experiment.costs import Cost, costs, first_scored
 from calm_jax.experiment.running import DONE, is_done
 
 EXAMPLES = 200  # prompts of the main task whose answers are on the page
-_COLOURS = {
-    "part": "var(--anchor)",
-    "calm": "var(--composed)",
-    "baseline": "var(--other-0)",
-    "ablation": "var(--augment)",
-    "control": "var(--constant)",
-}
 
 
 def write_page(experiment: Experiment, jobs: Sequence[Job], folder: epath.Path, command: str):
@@ -51,7 +43,8 @@ def write_page(experiment: Experiment, jobs: Sequence[Job], folder: epath.Path, 
                 for kind, label in KINDS.items()
             ],
             tasks=scored,
-            figures=[figure for task in scored if (figure := _figure(task, rows))],
+            figures=[figure for task in scored if (figure := figures.bars(task, rows))],
+            curves=figures.curves(experiment, rows, scored),
             digits=lambda cell: metric_table.find(cell.metric).digits,
             costs=[(row, of_arms[row.arm.name]) for row in rows],
             titles={arm.name: arm.title for arm in experiment.arms},
@@ -118,17 +111,6 @@ def _as_json(row: Row, of_row: Cost) -> dict[str, Any]:
         for task, cell in row.cells.items()
     }
     return {"kind": row.arm.kind, "tasks": cells, "cost": dataclasses.asdict(of_row)}
-
-
-def _figure(task: str, rows: Sequence[Row]) -> Figure | None:
-    """Bars of a share in percent; None of other metrics."""
-    cells = [(row, row.cells[task]) for row in rows if task in row.cells]
-    if any(metric_table.find(cell.metric).unit != "%" for _, cell in cells):
-        return None
-    bars = [
-        Bar(row.arm.title, cell.mean, _COLOURS[row.arm.kind], cell.interval) for row, cell in cells
-    ]
-    return Figure(task, [Group(bars)])
 
 
 def _examples(

@@ -279,3 +279,22 @@ def test_more_expressions_than_there_are_is_an_error_with_both_numbers():
     small = KeyValueConfig("few", operands=(2, 2), evaluation_examples=500)
     with pytest.raises(CalmError, match=r"500 different .* only [0-9]+ were found"):
         list(World(small).examples("evaluation", "num"))
+
+
+def test_what_the_largest_share_leaves_out_is_unseen_at_every_share():
+    worlds = [
+        World(key_value.CONFIGS["demo" if share == 20 else f"demo_share_{share}"])
+        for share in sorted((*key_value.SHARES, 20))
+    ]
+    largest, met = worlds[-1], set()
+    for world, share in zip(worlds, (1, 2, 5, 10, 20, 50), strict=True):
+        assert world.keys == largest.keys and (world.values == largest.values).all()
+        texts = [one["inputs"] for one in world.examples("bridge", "math_validation")]
+        keys = {key for text in texts for key in re.findall("[a-z]+", text.removeprefix("<math>"))}
+        assert keys <= {*world.keys} and len(keys) <= 10 * share  # of 1,000
+        met |= keys
+    assert len(met) > 250
+    asked = [one for name in ("math", "subs") for one in largest.examples("evaluation", name)]
+    for one in asked:
+        keys = re.findall("[a-z]+", one["inputs"].partition(">")[2])
+        assert one["unseen"] and keys and met.isdisjoint(keys)

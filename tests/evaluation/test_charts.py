@@ -37,6 +37,25 @@ def test_line_goes_up_where_values_do():
     assert (ys[1] - ys[2]) / (ys[0] - ys[1]) == pytest.approx(1.699, abs=0.01)
 
 
+def test_a_named_axis_has_a_tick_at_each_x_and_is_logarithmic_where_they_span_much():
+    band = [(10, 20), (30, 50), (40, 60)]
+    series = Series((1, 10, 50), (15, 40, 50), "red", "dots", "math", band)
+    chart = line_chart("", [series], percent=True, axis="percent of keys")
+    assert [tick.text for tick in chart.x_ticks] == ["1", "10", "50"]
+    (first, second, third) = (tick.at for tick in chart.x_ticks)
+    assert (third - second) / (second - first) == pytest.approx(0.699, abs=0.001)  # log10 of 5
+    (line,) = chart.lines
+    assert [x for x, _ in line.points] == [first, second, third]
+    # There along the lower bounds, back along the upper ones, around the line.
+    assert [x for x, _ in line.band] == [first, second, third, third, second, first]
+    for (_, y), (_, low), (_, high) in zip(line.points, line.band, line.band[::-1], strict=False):
+        assert high < y < low
+    assert chart.axis == "percent of keys"
+    near = line_chart("", [Series((2, 3, 4), (1, 2, 3), "red")], axis="heads")
+    at = [tick.at for tick in near.x_ticks]
+    assert at[1] - at[0] == pytest.approx(at[2] - at[1])
+
+
 def test_without_points_there_is_no_chart():
     assert line_chart("", [Series((), (), "red")]) is None
 

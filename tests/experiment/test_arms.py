@@ -94,6 +94,9 @@ def test_a_level_needs_only_earlier_ones():
             {"arms": (*ARMS, Arm("twice", scored_from="zeroed"))},
             "arm twice: zeroed is not trained",
         ),
+        ({"finetuned": "best"}, "finetuned 'best' is no arm"),
+        ({"axis": "keys"}, "axis 'keys', but arms with an x are none"),
+        ({"arms": (*ARMS, Arm("a", x=1.0))}, "axis '', but arms with an x are a"),
         ({"reference": "best"}, "reference 'best' is no arm"),
         ({"seeds": (1, 1)}, "none twice"),
         ({"tasks": ()}, "one at least"),
@@ -108,16 +111,66 @@ def test_the_fields_of_flags_that_are_arms_are_needed():
     assert ARMS[-1].needs({"anchor", "augment"}) == ("anchor", "augment")
 
 
-def test_the_example_is_an_experiment():
+CONFIGS = pathlib.Path(__file__).parents[2] / "configs"
+
+
+def configs_of(name):
+    """An experiment of `configs`, and the config of each arm that it trains."""
     from calm_jax.cli.config import call_file
 
-    path = pathlib.Path(__file__).parents[2] / "configs" / "table5_kv.py"
+    path = CONFIGS / f"{name}.py"
     found = call_file(str(path), "get_experiment", Experiment)
-    trained = [arm for arm in found.arms if not arm.scored_from]
-    for arm in trained:
-        config = call_file(f"{path}:{arm.name}", "get_config", object)
-        assert (config.kind == "composed") == bool(arm.anchor)
-    baselines = [call_file(f"{path}:{name}", "get_config", object) for name in ("calm", "lora")]
+    configs = {
+        arm.name: call_file(f"{path}:{arm.name}", "get_config", object)
+        for arm in found.arms
+        if not arm.scored_from
+    }
+    for arm in found.arms:
+        if arm.name in configs:
+            assert (configs[arm.name].kind == "composed") == bool(arm.anchor)
+    return found, configs
+
+
+@pytest.mark.parametrize("name", ["table5_kv", "kv_ablations", "kv_share"])
+def test_the_experiments_share_the_demo_s_models(name):
+    from calm_jax.cli.config import load_file
+
+    _, configs = configs_of(name)
+    for arm, file in {"anchor": "anchor", "augment": "augment", "calm": "compose"}.items():
+        assert configs[arm] == load_file(str(CONFIGS / f"kv_{file}.py"))
+
+
+def test_an_ablation_changes_the_bridge_alone():
+    from calm_jax.models import CompositionConfig
+
+    found, configs = configs_of("kv_ablations")
+    sections = {"calm": configs["calm"].composition.to_dict()}
+    for arm in found.arms[3:]:
+        config = configs[arm.name].to_dict()
+        sections[arm.name] = config.pop("composition")
+        assert config.items() <= configs["calm"].to_dict().items()
+        CompositionConfig.from_dict(sections[arm.name]).resolve(augment_layers=4, anchor_layers=6)
+    told = [repr(sorted(section.items())) for section in sections.values()]
+    assert len(set(told)) == len(told)
+    every = {name: CompositionConfig.from_dict(sections[f"every_{name}"]) for name in (1, 2, 4)}
+    assert every[2].resolve(4, 6) == ((1, 2), (3, 5))
+
+
+def test_a_share_changes_the_data_alone():
+    found, configs = configs_of("kv_share")
+    points = [arm for arm in found.arms if arm.x is not None]
+    assert [arm.x for arm in points] == [1, 2, 5, 10, 20, 50]
+    for arm in points:
+        world = "demo" if arm.x == 20 else f"demo_share_{arm.x}"
+        config = configs[arm.name]
+        assert config.data.train[0]["task"] == f"calm_jax/key_value/{world}/bridge"
+        config.data.train = config.data.validation = configs["calm"].data.train
+        assert config == configs["calm"]
+
+
+def test_table_5_s_baselines_are_trained_on_the_bridge_s_data():
+    _, configs = configs_of("table5_kv")
+    baselines = [configs[name] for name in ("calm", "lora")]
     assert baselines[0].data == baselines[1].data
     assert baselines[0].train.num_steps == baselines[1].train.num_steps
     assert baselines[1].lora.rank == 20  # 230,400 parameters beside the bridge's 231,360
