@@ -13,6 +13,7 @@ from absl import logging
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
+from calm_jax import processes
 from calm_jax.data import built_in, cache
 from calm_jax.data.dataset import Dataset, TaskRows
 from calm_jax.data.example_files import KINDS, ExampleFiles, file_hash, kind_of
@@ -21,6 +22,17 @@ from calm_jax.data.vocabulary import Vocabulary, check_ids
 from calm_jax.errors import CalmError
 
 ENTRY_KEYS = {"task", *KINDS, "columns", "import", "weight", "loss_on_inputs"}
+
+
+def open_splits(data: Mapping[str, Any], vocabulary: Vocabulary) -> dict[str, Dataset]:
+    """The rows of "train" and, if the config has any, of "validation"; one process builds them.
+
+    All processes must call this. Raises `CalmError` as `open_dataset`.
+    """
+    splits = ("train", "validation") if data["validation"] else ("train",)
+    return processes.in_turns(
+        lambda: {split: open_dataset(data, split, vocabulary) for split in splits}
+    )
 
 
 def open_dataset(data: Mapping[str, Any], split: str, vocabulary: Vocabulary) -> Dataset:

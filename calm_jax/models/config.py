@@ -196,6 +196,9 @@ _CHOICES = {
 }
 
 
+PROBE = ("probe",)  # in place of connections: `calm train` chooses them by its data
+
+
 @dataclasses.dataclass(frozen=True)
 class CompositionConfig:
     """How an augment is connected to the anchor (CALM, arXiv 2401.02412 §3.1).
@@ -209,7 +212,8 @@ class CompositionConfig:
     ((1, 2), (3, 5), (5, 8))
     """
 
-    connections: tuple[tuple[int, int], ...] | None = None  # (augment layer, anchor layer), 0-based
+    # (augment layer, anchor layer), 0-based; "probe": training chooses as many as `every` gives
+    connections: tuple[tuple[int, int], ...] | tuple[str] | None = None
     every: int = 4  # without `connections`: 4 is every 4th augment layer, spread over the anchor
     num_heads: int | None = None  # None: the anchor's ("typically the same", paper §3.1)
     head_dim: int | None = None  # None: embed_dim of the anchor / num_heads, as in the paper
@@ -230,7 +234,9 @@ class CompositionConfig:
                 raise CalmError(f"composition.{name} is {value!r}; it must be a whole number")
         if self.init not in ("zero", "paper"):
             raise CalmError(f"composition.init is {self.init!r}; known are 'zero' and 'paper'")
-        if self.connections is not None:
+        if self.connections in ("probe", PROBE, list(PROBE)):
+            object.__setattr__(self, "connections", PROBE)
+        elif self.connections is not None:
             pairs = tuple(
                 tuple(pair) if isinstance(pair, Sequence) else pair for pair in self.connections
             )
@@ -261,6 +267,11 @@ class CompositionConfig:
         e(k+1)-1 to anchor layer g(k+1)-1, where g = anchor_layers // n. Raises `CalmError` if a
         layer does not exist, or if n is 0 or more than `anchor_layers`.
         """
+        if self.connections == PROBE:
+            raise CalmError(
+                "composition.connections is 'probe', which only training resolves, from its data; "
+                "name the connections, or give every"
+            )
         if self.connections is not None:
             for i, j in self.connections:
                 for what, layer, depth in (

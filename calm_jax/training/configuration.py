@@ -376,7 +376,7 @@ def _empty(hint: Any) -> Any:
     """None, typed so that only values of `hint` replace it, if a flag can give such values."""
     is_union = typing.get_origin(hint) in (typing.Union, types.UnionType)
     options = typing.get_args(hint) if is_union else (hint,)
-    (option,) = (option for option in options if option is not type(None))
+    option = next(option for option in options if option is not type(None))
     if typing.get_origin(option) is typing.Literal:
         option = type(typing.get_args(option)[0])
     option = typing.get_origin(option) or option

@@ -17,13 +17,12 @@ from calm_jax.checkpoints.composed import check_identities
 from calm_jax.checkpoints.files import write_json
 from calm_jax.checkpoints.training import TrainingCheckpoints, abstract_like
 from calm_jax.data.dataset import Dataset, TaskRows
-from calm_jax.data.entries import open_dataset
+from calm_jax.data.entries import open_splits
 from calm_jax.data.stream import Stream, batches_once
-from calm_jax.data.vocabulary import Vocabulary
 from calm_jax.errors import CalmError
 from calm_jax.models.lora import merge_lora
 from calm_jax.models.parameters import Tree
-from calm_jax.training import agreement, config_keys, configuration
+from calm_jax.training import agreement, config_keys, configuration, probed_connections
 from calm_jax.training.abstract_run import AbstractRun, abstract_run
 from calm_jax.training.clock import EveryMinutes
 from calm_jax.training.costs import tree_costs
@@ -74,15 +73,20 @@ def train(
     processes.agree(agreement.intention(config, workdir, overwrite))
     mesh = sharding.make_mesh(config.mesh)
     sharding.check_batch(config.train.batch_size, config.train.accumulate, mesh)
+    chosen = None
+    if probed_connections.is_asked(config):
+        config, chosen = probed_connections.with_chosen(config, workdir, mesh, overwrite=overwrite)
     run = check_run(workdir, config, overwrite=overwrite)
     described = describe_models(config)
-    datasets = processes.in_turns(lambda: _open_datasets(config, described.vocabulary))
+    datasets = open_splits(config.data, described.vocabulary)
     processes.agree(agreement.origins(described, datasets))
     device = mesh.devices.flat[0]
     abstract = abstract_run(config, mesh, device)
     check_held(abstract, device)
     if processes.is_first():
         start_run(run, config, overwrite=overwrite, command=command)
+        if chosen is not None:
+            probed_connections.save(run, chosen)
     processes.barrier()
     agreement.check_visible(run / "config.json")
     cache_programs(config.cache_compiled)
@@ -99,12 +103,6 @@ def train(
             checkpoints.wait()
         processes.say(closing_lines(run, config, checkpoints))
     return run
-
-
-def _open_datasets(config: ConfigDict, vocabulary: Vocabulary) -> dict[str, Dataset]:
-    """The rows of "train" and, if the config has any, of "validation"."""
-    splits = ("train", "validation") if config.data.validation else ("train",)
-    return {split: open_dataset(config.data, split, vocabulary) for split in splits}
 
 
 def _check_resumed(run, checkpoints: TrainingCheckpoints, described: Described, datasets) -> None:
