@@ -55,7 +55,7 @@ def main(argv: list[str]) -> int:
     configs = {
         arm.name: json.dumps(to_dict(config.load_file(f"{file}:{arm.name}")))
         for arm in experiment.arms
-        if not arm.scored_from
+        if arm.is_trained
     }
     jobs = list(arms.jobs(experiment, file, folder, configs))
     chosen = _chosen(experiment, jobs, values)

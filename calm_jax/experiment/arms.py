@@ -7,6 +7,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 
 from etils import epath
 
+from calm_jax.checkpoints.files import absolute
 from calm_jax.errors import CalmError
 
 _NAME = re.compile(r"[a-z][a-z0-9_]*")
@@ -22,6 +23,7 @@ class Arm:
         label: its name in tables; default: `name`.
         anchor, augments: arms whose frozen folders a composed run joins.
         decoder: the arm whose frozen folder a decoder's run starts from.
+        frozen: a frozen folder that exists already; nothing is trained then, and there are no seeds.
         scored_from: the arm whose model is scored; nothing is trained then.
         flags: further flags of `calm evaluate`; {NAME} is the frozen folder of that arm.
         kind: "part", "calm", "baseline", "ablation" or "control": its place in the table.
@@ -34,11 +36,21 @@ class Arm:
     anchor: str = ""
     augments: tuple[str, ...] = ()
     decoder: str = ""
+    frozen: str = ""
     scored_from: str = ""
     flags: tuple[str, ...] = ()
     kind: str = "baseline"
     seeded: bool = True
     x: float | None = None
+
+    def __post_init__(self):
+        if self.frozen:
+            object.__setattr__(self, "seeded", False)
+
+    @property
+    def is_trained(self) -> bool:
+        """Whether it has a training of its own."""
+        return not self.frozen and not self.scored_from
 
     @property
     def title(self) -> str:
@@ -109,6 +121,10 @@ class Experiment:
                     raise CalmError(f"arm {arm.name} needs {name!r}; the arms before it: {earlier}")
                 if known[name].seeded and not arm.seeded:
                     raise CalmError(f"arm {arm.name} has no seeds, but {name}, which it needs, has")
+            if arm.frozen and (arm.anchor or arm.decoder or arm.scored_from):
+                raise CalmError(
+                    f"arm {arm.name} is {arm.frozen} already; it cannot be made of arms"
+                )
             if arm.scored_from and known[arm.scored_from].scored_from:
                 raise CalmError(
                     f"arm {arm.name}: {arm.scored_from} is not trained; name its source"
@@ -179,11 +195,11 @@ def jobs(
         return workdir / (f"seed_{seed}" if arms[name].seeded else "all_seeds") / name
 
     def frozen(name: str, seed: int) -> epath.Path:
-        return folder(name, seed) / "frozen"
+        return absolute(arms[name].frozen or folder(name, seed) / "frozen")
 
     def job(arm: Arm, seed: int) -> Job:
         place, train = folder(arm.name, seed), ()
-        if not arm.scored_from:
+        if arm.is_trained:
             train = ("train", f"--config={file}:{arm.name}", f"--workdir={place}")
             train += (f"--config.train.seed={seed}", f"--config.data.seed={seed}")
             if arm.anchor:

@@ -32,7 +32,9 @@ def measure(jobs: Sequence[Job], folder: epath.Path) -> None:
     Raises:
         CalmError: a model that cannot be loaded, or the file cannot be read or written.
     """
-    models = {job.arm.name: job for job in reversed(jobs) if job.train and job.is_scored}
+    models = {
+        job.arm.name: job for job in reversed(jobs) if not job.arm.scored_from and job.is_scored
+    }
     models = dict(reversed(models.items()))  # the first seed of each arm, in order
     # What is scored anew is another model, or may be.
     of = {name: [job.model, _scored(job)] for name, job in models.items()}

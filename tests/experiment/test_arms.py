@@ -174,3 +174,14 @@ def test_table_5_s_baselines_are_trained_on_the_bridge_s_data():
     assert baselines[0].data == baselines[1].data
     assert baselines[0].train.num_steps == baselines[1].train.num_steps
     assert baselines[1].lora.rank == 20  # 230,400 parameters beside the bridge's 231,360
+
+
+def test_a_model_that_exists_is_scored_and_joined_where_it_is():
+    arms = (Arm("anchor", kind="part", frozen="/models/anchor"), *ARMS[1:3])
+    found = by_name(arms=arms)
+    assert len(found) == 1 + 2 * 2
+    (score,) = found["anchor", 3].commands
+    assert score[:2] == ("evaluate", "--model=/models/anchor")
+    assert "--config.anchor=/models/anchor" in found["calm", 5].train
+    with pytest.raises(CalmError, match="is /models/anchor already"):
+        experiment(arms=(ARMS[0], Arm("b", frozen="/models/anchor", decoder="anchor")))
