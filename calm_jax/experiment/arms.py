@@ -23,7 +23,7 @@ class Arm:
         label: its name in tables; default: `name`.
         anchor, augments: arms whose frozen folders a composed run joins.
         decoder: the arm whose frozen folder a decoder's run starts from.
-        frozen: a frozen folder that exists already; nothing is trained then, and there are no seeds.
+        frozen: a frozen folder that exists already: nothing is trained, and there are no seeds.
         scored_from: the arm whose model is scored; nothing is trained then.
         flags: further flags of `calm evaluate`; {NAME} is the frozen folder of that arm.
         kind: "part", "calm", "baseline", "ablation" or "control": its place in the table.

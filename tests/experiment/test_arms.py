@@ -183,5 +183,5 @@ def test_a_model_that_exists_is_scored_and_joined_where_it_is():
     (score,) = found["anchor", 3].commands
     assert score[:2] == ("evaluate", "--model=/models/anchor")
     assert "--config.anchor=/models/anchor" in found["calm", 5].train
-    with pytest.raises(CalmError, match="is /models/anchor already"):
+    with pytest.raises(CalmError, match="is /models/anchor already, not made"):
         experiment(arms=(ARMS[0], Arm("b", frozen="/models/anchor", decoder="anchor")))
