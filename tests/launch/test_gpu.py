@@ -119,6 +119,7 @@ def test_every_form_of_a_time_limit_is_taken(limit):
         ("gpu.sh", ("--", "--config=c"), "--workdir=DIR, a flag of `calm train`, is missing"),
         ("gpu.sh", ("--", "--config=c", "--workdir=d"), "--config=c: there is no such file in"),
         ("demo.sh", ("--quick",), "unknown flag --quick"),
+        ("real_pair.sh", ("--quick",), "unknown flag --quick"),
     ],
 )
 def test_bad_input_is_one_line(script, arguments, message):
