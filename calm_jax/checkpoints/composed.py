@@ -15,7 +15,9 @@ from etils import epath
 from flax import nnx
 
 from calm_jax.checkpoints import frozen
+from calm_jax.checkpoints.convert.export import FORMATS
 from calm_jax.checkpoints.files import absolute, read_field, read_json, whole_folder, write_json
+from calm_jax.checkpoints.huggingface.bridge import base_models, write_bridge
 from calm_jax.checkpoints.kinds import BRIDGE, COMPOSED_RUN, kind_of
 from calm_jax.checkpoints.training import TrainingCheckpoints, abstract_like
 from calm_jax.checkpoints.trees import restore_tree, save_tree
@@ -96,24 +98,49 @@ def export_bridge(
     target: epath.PathLike,
     *,
     step: int | None = None,
+    to: str | None = None,
+    anchor: str | None = None,
+    augments: Sequence[str] | None = None,
 ) -> None:
     """Writes a small folder to share: bridge, config and fingerprints of the frozen models.
 
     Args:
         run_or_composed: a composed model, or a run's directory (its best checkpoint, or `step`).
         target: a folder that does not exist yet.
+        to: None: for `load_composed`; "huggingface": for PyTorch, where the folder is loaded by
+            `AutoModelForCausalLM.from_pretrained(target, trust_remote_code=True)`.
+        anchor, augments: for PyTorch, where the frozen models are: folders of Hugging Face or names
+            on its hub; default: the folders that they were converted from.
 
     Raises:
         CalmError: `target` exists or cannot be written, the run cannot be read, the anchor has a
-            low-rank update but no frozen folder, or an augment is not a decoder.
+            low-rank update but no frozen folder, or an augment is not a decoder. For PyTorch also:
+            the anchor has a low-rank update; it is not known where a frozen model is; or a folder
+            does not hold the model that the bridge was trained with.
 
     See `load_composed` for an example.
     """
-    composed = run_or_composed
+    if to not in (None, *FORMATS):
+        raise CalmError(f"--to={to} is unknown; known are {', '.join(FORMATS)}")
+    if to is None and not (anchor is augments is None):
+        raise CalmError("anchor and augments have no effect without to='huggingface'")
+    composed, run = run_or_composed, None
     if not isinstance(composed, ComposedDecoder):
-        composed = load_composed(run_or_composed, step=step)
+        folder = absolute(run_or_composed)
+        if (folder / "checkpoints").exists():
+            run = folder
+            with TrainingCheckpoints(folder / "checkpoints", read_only=True) as checkpoints:
+                step = checkpoints.best if step is None else step
+        composed = load_composed(folder, step=step)
     elif step is not None:
         raise CalmError(f"a composed model has no steps, so there is no step {step}")
+    frozen_models = identities(composed)
+    if to == "huggingface":
+        places = base_models(composed, anchor, augments)
+        with whole_folder(target) as folder:
+            name = absolute(target).name
+            write_bridge(folder, name, composed, places, frozen_models, run, step)
+        return
     update = lora_in(composed.anchor)
     if update and composed.anchor.fingerprint is None:
         raise CalmError(
@@ -128,7 +155,7 @@ def export_bridge(
                 "format": FORMAT,
                 "composition": [config.to_dict() for config in composed.configs],
                 "lora": update and update.to_dict(),
-                "frozen": identities(composed),
+                "frozen": frozen_models,
             },
         )
 

@@ -1,0 +1,1 @@
+"""Composed models for transformers: the folder that is written, and the code in it."""
