@@ -105,13 +105,11 @@ def _config(composed: ComposedDecoder, places: Sequence[str]) -> dict[str, Any]:
         "model_type": "calm",
         "anchor": places[0],
         "augments": places[1:],
+        "sizes": [[model.width, model.depth] for model in composed.models],
         "dtypes": [model.config.dtype for model in composed.models],
         "connections": [[c.augment, c.layer, c.anchor_layer] for c in composed.connections],
         "bridges": bridges,
         "vocab_size": anchor.vocab_size,
-        "hidden_size": anchor.embed_dim,
-        "num_hidden_layers": anchor.num_layers,
-        "augment_hidden_sizes": [augment.width for augment in composed.augments],
         "dtype": "float32",
     }
 

@@ -48,23 +48,20 @@ class CalmConfig(PreTrainedConfig):
     Attributes:
         anchor: a folder or a name on the hub.
         augments: the same for each augment.
-        dtypes: of the anchor, then of each augment, in the bridge's training.
+        sizes: [width, depth] of the anchor, then of each augment.
+        dtypes: of the same, in the bridge's training.
         connections: [augment, augment layer, anchor layer], all 0-based, in ascending order of
             anchor layers. The bridge has a cross-attention for each.
         bridges: for each augment the options of its cross-attentions.
-        vocab_size, hidden_size, num_hidden_layers: those of the anchor.
-        augment_hidden_sizes: of each augment.
+        vocab_size: of the anchor.
     """
 
     model_type = "calm"
 
-    def __init__(self, anchor="", augments=(), connections=(), **kwargs):
-        self.anchor, self.augments = anchor, list(augments)
-        self.connections = [tuple(connection) for connection in connections]
-        for name in ("dtypes", "bridges", "augment_hidden_sizes"):
+    def __init__(self, anchor="", vocab_size=0, **kwargs):
+        self.anchor, self.vocab_size = anchor, vocab_size
+        for name in ("augments", "sizes", "dtypes", "connections", "bridges"):
             setattr(self, name, list(kwargs.pop(name, ())))
-        for name in ("vocab_size", "hidden_size", "num_hidden_layers"):
-            setattr(self, name, kwargs.pop(name, 0))
         super().__init__(**kwargs)
 
 
@@ -122,9 +119,6 @@ class CalmCache(Cache):
     @property
     def layers(self):
         return [layer for x in (self.anchor, *self.augments, self.bridge) for layer in x.layers]
-
-    def get_seq_length(self, layer_idx=0):
-        return self.anchor.get_seq_length(layer_idx)
 
 
 def rms_norm(x, scale):
@@ -212,10 +206,9 @@ class CalmForCausalLM(PreTrainedModel, GenerationMixin):
 
     def __init__(self, config):
         super().__init__(config)
+        widths = [width for width, _ in config.sizes]
         self.bridge = nn.ModuleList(
-            CrossAttention(
-                config.hidden_size, config.augment_hidden_sizes[augment], config.bridges[augment]
-            )
+            CrossAttention(widths[0], widths[augment + 1], config.bridges[augment])
             for augment, _, _ in config.connections
         )
         self.anchor = None
@@ -232,35 +225,29 @@ class CalmForCausalLM(PreTrainedModel, GenerationMixin):
                 float32 and computes in the anchor's dtype.
             device_map, attn_implementation, quantization_config, ...: for the frozen models.
         """
-        dtypes = [kwargs.pop(key, None) for key in ("dtype", "torch_dtype")]
-        dtype = next((x for x in dtypes if x not in (None, "auto")), None)
+        dtype = kwargs.pop("torch_dtype", None) or kwargs.pop("dtype", None)
         frozen = {key: kwargs.pop(key) for key in FROZEN if key in kwargs}
         shared = {key: kwargs[key] for key in SHARED if key in kwargs}
-        wants_info = kwargs.pop("output_loading_info", False)
         model, info = super().from_pretrained(
             name, *args, dtype=torch.float32, output_loading_info=True, **kwargs
         )
         for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
             if info[problem]:
                 raise OSError(f"{name}: the bridge has {problem}: {sorted(info[problem])}")
-        model.load_frozen(name, dtype, **frozen, **shared)
+        model.load_frozen(name, None if dtype == "auto" else dtype, **frozen, **shared)
         with contextlib.suppress(OSError):  # the folder may have settings of its own
             own = {key: kwargs[key] for key in (*SHARED, "revision") if key in kwargs}
             model.generation_config = GenerationConfig.from_pretrained(name, **own)
-        return (model, info) if wants_info else model
+        return model
 
     def load_frozen(self, where, dtype=None, **options):
-        """Loads the anchor and the augments with the arguments of transformers' `from_pretrained`.
-
-        Raises OSError or ValueError, naming the model, if it is absent or not of the bridge's form.
-        """
+        """Loads the anchor and the augments; a model that is absent or does not fit is an error."""
         config, loaded = self.config, []
         names = [config.anchor, *config.augments]
-        if len(names) != len(config.dtypes):
-            trained = len(config.dtypes) - 1
-            raise ValueError(f"{where} has a bridge to {trained} augments, not {len(names) - 1}")
-        widths = [config.hidden_size, *config.augment_hidden_sizes]
-        for number, (name, width) in enumerate(zip(names, widths, strict=True)):
+        if len(names) != len(config.sizes):
+            count = len(config.sizes) - 1
+            raise ValueError(f"{where} has a bridge to {count} augments, not {len(names) - 1}")
+        for number, (name, size) in enumerate(zip(names, config.sizes, strict=True)):
             role = f"augment {number - 1}" if number else "anchor"
             own = dtype or getattr(torch, config.dtypes[number])
             try:
@@ -270,9 +257,12 @@ class CalmForCausalLM(PreTrainedModel, GenerationMixin):
                     f"{where}: the {role}, {name}, cannot be loaded; from_pretrained(anchor=..., "
                     f"augments=[...]) says where it is now: {str(error).splitlines()[0]}"
                 ) from error
-            found = model.config.get_text_config(decoder=True).hidden_size
-            if found != width:
-                raise ValueError(f"{where}: the {role}, {name}, has width {found}, not {width}")
+            text = model.config.get_text_config(decoder=True)
+            if [text.hidden_size, text.num_hidden_layers] != size:
+                raise ValueError(
+                    f"{where}: the {role}, {name}, has width {text.hidden_size} and "
+                    f"{text.num_hidden_layers} layers, not {size[0]} and {size[1]}"
+                )
             loaded.append(model.requires_grad_(False).eval())
         self.anchor, *augments = loaded
         self.generation_config = copy.deepcopy(self.anchor.generation_config)
@@ -295,9 +285,8 @@ class CalmForCausalLM(PreTrainedModel, GenerationMixin):
     def train(self, mode=True):
         """Sets the mode of the bridge; the frozen models have no dropout."""
         super().train(mode)
-        for model in (self.anchor, *self.augments):
-            if model is not None:
-                model.eval()
+        for model in filter(None, (self.anchor, *self.augments)):
+            model.eval()
         return self
 
     def new_cache(self):
@@ -340,15 +329,14 @@ class CalmForCausalLM(PreTrainedModel, GenerationMixin):
         (B, T), past = input_ids.shape, 0 if cache is None else cache.get_seq_length()
         if attention_mask is None:
             attention_mask = input_ids.new_ones(B, past + T)
-        if attention_mask.shape != (B, past + T):
-            found = tuple(attention_mask.shape)
-            raise ValueError(f"attention_mask has shape {found}, not {(B, past + T)}")
+        if (shape := tuple(attention_mask.shape)) != (B, past + T):
+            raise ValueError(f"attention_mask has shape {shape}, not {(B, past + T)}")
         if position_ids is None:
             position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, past:]
 
         visible = self.visible(input_ids, attention_mask, cache, labels, prompt_mask)
-        inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
-        inputs["position_ids"] = position_ids
+        names = ("input_ids", "attention_mask", "position_ids")
+        inputs = dict(zip(names, (input_ids, attention_mask, position_ids), strict=True))
         taps = {}
         for number, decoder in enumerate(self.augments):
             layers = {i for augment, i, _ in self.config.connections if augment == number}
