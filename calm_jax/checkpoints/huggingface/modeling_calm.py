@@ -258,11 +258,8 @@ class CalmForCausalLM(PreTrainedModel, GenerationMixin):
                     f"augments=[...]) says where it is now: {str(error).splitlines()[0]}"
                 ) from error
             text = model.config.get_text_config(decoder=True)
-            if [text.hidden_size, text.num_hidden_layers] != size:
-                raise ValueError(
-                    f"{where}: the {role}, {name}, has width {text.hidden_size} and "
-                    f"{text.num_hidden_layers} layers, not {size[0]} and {size[1]}"
-                )
+            if (found := [text.hidden_size, text.num_hidden_layers]) != size:
+                raise ValueError(f"{where}: [width, depth] of {role} {name} is {found}, not {size}")
             loaded.append(model.requires_grad_(False).eval())
         self.anchor, *augments = loaded
         self.generation_config = copy.deepcopy(self.anchor.generation_config)
@@ -273,7 +270,7 @@ class CalmForCausalLM(PreTrainedModel, GenerationMixin):
             self.augments.append(decoder)
         for (_, _, j), connection in zip(config.connections, self.bridge, strict=True):
             weight = next(decoder_layers(self.anchor.get_decoder())[j].parameters())
-            if weight.device.type != "meta":  # weights of an anchor that is not on its device
+            if weight.device.type != "meta":  # else the layer's weights are elsewhere
                 connection.to(weight.device)
 
     def save_pretrained(self, save_directory, *args, state_dict=None, **kwargs):
@@ -292,6 +289,8 @@ class CalmForCausalLM(PreTrainedModel, GenerationMixin):
     def new_cache(self):
         """An empty cache for `forward` and `generate`."""
         anchor, *augments = (DynamicCache(config=m.config) for m in (self.anchor, *self.augments))
+        for cache, decoder in zip(augments, self.augments, strict=True):
+            del cache.layers[len(decoder_layers(decoder)) :]
         return CalmCache(anchor, augments, DynamicCache())
 
     def forward(
@@ -315,9 +314,9 @@ class CalmForCausalLM(PreTrainedModel, GenerationMixin):
             position_ids: [B, T]; default: the number of tokens before each one.
             cache: a `CalmCache` that holds the tokens before; `past_key_values` is the same.
             labels: [B, T], as for any causal model: the token itself, or -100.
-            prompt_mask: 1 on the prompt [B, up to cached + T], which alone is visible to bridges
-                with `encoder_only`. Default: tokens without a label, or without labels the tokens
-                of the first call. `generate` takes its whole input.
+            prompt_mask: 1 on the prompt [B, up to cached + T]: `encoder_only` bridges see it alone.
+                Default: with labels, tokens without one; else those of the first call. `generate`
+                takes its whole input.
         """
         if self.anchor is None:
             raise ValueError("the frozen models are not loaded; use from_pretrained")
@@ -385,7 +384,7 @@ class CalmForCausalLM(PreTrainedModel, GenerationMixin):
         return [inside_B1TS if options["encoder_only"] else visible_B1TS for options in bridges]
 
     def generate(self, inputs=None, **kwargs):
-        """As for any model; for bridges with `encoder_only` the input is the prompt."""
+        """As for any model. The input is the prompt, which `encoder_only` bridges see alone."""
         tokens = kwargs.get("input_ids") if inputs is None else inputs
         if tokens is not None:
             kwargs.setdefault("prompt_mask", torch.ones_like(tokens))
