@@ -134,6 +134,17 @@ def export_bridge(
         composed = load_composed(folder, step=step)
     elif step is not None:
         raise CalmError(f"a composed model has no steps, so there is no step {step}")
+    update = lora_in(composed.anchor)
+    if update and to == "huggingface":
+        raise CalmError(
+            "the anchor has a low-rank update, which the form of transformers does not hold: train "
+            "a bridge alone"
+        )
+    if update and composed.anchor.fingerprint is None:
+        raise CalmError(
+            "the anchor has a low-rank update and was never saved without it, so this bridge could "
+            "not be loaded; call save_frozen on the anchor and load it before add_lora"
+        )
     frozen_models = identities(composed)
     if to == "huggingface":
         places = base_models(composed, anchor, augments)
@@ -141,12 +152,6 @@ def export_bridge(
             name = absolute(target).name
             write_bridge(folder, name, composed, places, frozen_models, run, step)
         return
-    update = lora_in(composed.anchor)
-    if update and composed.anchor.fingerprint is None:
-        raise CalmError(
-            "the anchor has a low-rank update and was never saved without it, so this bridge could "
-            "not be loaded; call save_frozen on the anchor and load it before add_lora"
-        )
     with whole_folder(target) as folder:
         save_tree(folder / "weights", Parts(composed).of(composed)[0])
         write_json(

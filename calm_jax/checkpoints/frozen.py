@@ -232,7 +232,9 @@ def _other_kind(folder: epath.Path, values: Mapping[str, Any]) -> str:
     kind = kind_of(values)
     refused = f"{folder} is {kind}, not a frozen folder"
     if kind in (COMPOSED_RUN, BRIDGE):
-        return f"{refused}; load_composed reads it, but it cannot be composed again or exported"
+        return (
+            f"{refused}; load_composed and export_bridge read it, and it cannot be composed again"
+        )
     if kind == DECODER_RUN:
         return f"{refused}; that is {folder / 'frozen'}"
     if kind == FROZEN:

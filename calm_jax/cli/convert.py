@@ -10,20 +10,28 @@ from calm_jax.cli import config
 from calm_jax.errors import CalmError
 from calm_jax.quiet import quiet_libtpu
 
-USAGE = """Turns a published checkpoint into a frozen folder, or back into a Hugging Face one.
+USAGE = """Turns a published checkpoint into a frozen folder, and back into a Hugging Face one.
 
   calm convert --source=downloads/Llama-3.2-1B --target=models/anchor --verify
   calm convert --source=SmolLM2-135M-Instruct.Q4_1.gguf --target=models/anchor
   calm convert --source=palm_8k.pt --target=models/palm --dtype=bfloat16 --option=norm_offset=1.0
   calm convert --source=downloads/base --adapter=downloads/lora --target=models/augment
   calm convert --source=models/anchor --target=exported --to=huggingface
+  calm convert --source=runs/mine --target=pair --to=huggingface --augments=exported
 
 SOURCE is a folder of Hugging Face, a T5X or Orbax checkpoint, or a .gguf, .npz, .pt or .safetensors
 file, on this machine. TARGET must not exist yet; once it is written, SOURCE is no longer needed.
 
+With --to=huggingface, SOURCE is a frozen folder, a composed run or an exported bridge. TARGET of a
+bridge holds the bridge and code for PyTorch, and names the Hugging Face models that it joins: those
+that anchor and augments were converted from, or --anchor and --augments.
+
 Families and their options:
 
 """
+
+OF_A_CHECKPOINT = ("format", "dtype", "adapter", "option", "verify")
+OF_A_BRIDGE = ("step", "anchor", "augments")
 
 
 def _define(values: flags.FlagValues) -> None:
@@ -53,7 +61,16 @@ def _define(values: flags.FlagValues) -> None:
         flag_values=values,
     )
     flags.DEFINE_string(
-        "to", None, "huggingface: write the frozen folder SOURCE as its models", flag_values=values
+        "to", None, "huggingface: write SOURCE for transformers", flag_values=values
+    )
+    flags.DEFINE_integer(
+        "step", None, "checkpoint of a composed run; default: its best", flag_values=values
+    )
+    flags.DEFINE_string(
+        "anchor", None, "of a bridge: its anchor's folder or name on the hub", flag_values=values
+    )
+    flags.DEFINE_list(
+        "augments", None, "the same for its augments, separated by commas", flag_values=values
     )
 
 
@@ -62,10 +79,10 @@ def main(argv: list[str]) -> int:
     values, _ = config.parse(argv, USAGE + _families(), _define, required=("source", "target"))
 
     from calm_jax.checkpoints.convert.conversion import convert
-    from calm_jax.checkpoints.convert.export import export
 
     quiet_libtpu()
     if values.to is None:
+        _refuse(values, OF_A_BRIDGE, "without --to=huggingface")
         options = _options(values.option)
         convert(
             values.source,
@@ -77,12 +94,32 @@ def main(argv: list[str]) -> int:
             **options,
         )
     else:
-        for name in ("format", "dtype", "adapter", "option", "verify"):
-            if values[name].present:
-                raise CalmError(f"--{name} has no effect with --to={values.to}")
-        export(values.source, values.target, to=values.to)
+        _refuse(values, OF_A_CHECKPOINT, f"with --to={values.to}")
+        _export(values)
     print(values.target)
     return 0
+
+
+def _export(values: flags.FlagValues) -> None:
+    from calm_jax.checkpoints.composed import export_bridge
+    from calm_jax.checkpoints.convert.export import export
+    from calm_jax.checkpoints.files import absolute, read_json
+    from calm_jax.checkpoints.kinds import BRIDGE, COMPOSED_RUN, kind_of
+
+    path = absolute(values.source) / "config.json"
+    kind = kind_of(read_json(path, "a frozen folder or a run")) if path.exists() else None
+    if kind in (BRIDGE, COMPOSED_RUN):
+        given = {name: values[name].value for name in OF_A_BRIDGE}
+        export_bridge(values.source, values.target, to=values.to, **given)
+    else:
+        _refuse(values, OF_A_BRIDGE, f"for {values.source}, which is no bridge")
+        export(values.source, values.target, to=values.to)
+
+
+def _refuse(values: flags.FlagValues, names: Sequence[str], where: str) -> None:
+    for name in names:
+        if values[name].present:
+            raise CalmError(f"--{name} has no effect {where}")
 
 
 def _families() -> str:

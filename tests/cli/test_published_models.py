@@ -100,3 +100,11 @@ def test_convert_train_generate(tmp_path, capsys, monkeypatch, dtypes):
     assert capsys.readouterr().out.startswith("1+2=")
     assert main(["convert", "--source=models/anchor", "--target=back", "--to=huggingface"]) == 0
     assert (tmp_path / "back" / "tokenizer.json").exists()
+    assert main(["convert", "--source=runs/mine", "--target=pair", "--to=huggingface"]) == 0
+    values = json.loads((tmp_path / "pair/config.json").read_text())
+    assert (values["anchor"], values["augments"]) == (f"{tmp_path}/llama", [f"{tmp_path}/gptj"])
+    card = (tmp_path / "pair/README.md").read_text()
+    summary = json.loads((tmp_path / "runs/mine/evaluation/summary.json").read_text())
+    assert f"- step: {summary['_run']['step']} of 4" in card
+    score = summary["validation.jsonl"]["exact_match"]
+    assert f"| composed | validation.jsonl | exact_match | {score:.4g} |" in card

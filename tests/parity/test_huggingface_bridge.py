@@ -1,5 +1,9 @@
 """An exported bridge in plain transformers against calm_jax, on random pairs that hide nothing."""
 
+import json
+import re
+import shutil
+
 import numpy as np
 import pytest
 
@@ -11,9 +15,12 @@ from flax import nnx  # noqa: E402
 
 import calm_jax  # noqa: E402
 from calm_jax.checkpoints.convert.huggingface_config import GLOBAL, LOCAL  # noqa: E402
+from calm_jax.errors import CalmError  # noqa: E402
 from calm_jax.models.inputs import Inputs  # noqa: E402
+from calm_jax.models.lora import LoRAConfig, add_lora  # noqa: E402
 from tests.parity.random_huggingface import save_random  # noqa: E402
 from tests.tiny_models import randomised  # noqa: E402
+from tests.tiny_tokenizers import qwen  # noqa: E402
 
 # Of the largest logit.
 TOLERANCE = 1e-5
@@ -348,3 +355,94 @@ def test_dtypes_and_devices(pair, theirs):
             assert model(tokens).logits.dtype == torch.bfloat16
             assert 1e-4 < difference(model(tokens).logits.float(), exact) < 0.1
             model.generate(tokens, max_new_tokens=3)
+
+
+def test_hidden_states_are_those_with_the_bridge(theirs):
+    model, tokens = theirs("llama"), as_torch(tokens_of())
+    with torch.no_grad():
+        first, again = (model(tokens, output_hidden_states=True).hidden_states for _ in "12")
+        alone = model.anchor(tokens, output_hidden_states=True).hidden_states
+    for with_bridge, same, without in zip(first, again, alone, strict=True):
+        assert with_bridge.equal(same)
+        # All but the embeddings: there is a connection to the first layer.
+        assert with_bridge.equal(without) == (without is alone[0])
+
+
+def test_the_example_of_the_card_works(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    vocabulary = qwen(tmp_path / "anchor")
+    size = len(transformers.AutoTokenizer.from_pretrained(vocabulary))
+    ids = {"bos_token_id": None, "eos_token_id": 1, "pad_token_id": 0}
+    config = transformers.Qwen2Config(**LLAMA | {"vocab_size": size} | ids)
+    save_random(config, tmp_path / "anchor")
+    calm_jax.convert("anchor", "frozen")
+    decoder = calm_jax.load("frozen")
+    ours = randomised(calm_jax.compose(decoder, decoder, rngs=nnx.Rngs(0)))
+    for folder, places in (("one", {}), ("two", {"anchor": "anchor", "augments": ["anchor"]})):
+        calm_jax.export_bridge(ours, folder, to="huggingface", **places)
+    assert (tmp_path / "one/config.json").read_text() == (tmp_path / "two/config.json").read_text()
+    card = (tmp_path / "one/README.md").read_text()
+    assert decoder.fingerprint in card
+    (example,) = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
+    capsys.readouterr()
+    exec(example, {})
+    answer = calm_jax.generate(ours, ["a prompt"], max_new_tokens=32)[0]
+    text = decoder.vocabulary.decode(answer)
+    assert capsys.readouterr().out.startswith(f"a prompt{text[:10]}")
+
+
+def test_a_folder_whose_models_are_absent(pair, models, tmp_path):
+    folder = tmp_path / "moved"
+    shutil.copytree(pair("qwen3")[1], folder)
+    values = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(values | {"augments": ["/gone/augment"]}))
+    with pytest.raises(OSError, match=r"moved: the augment 0, /gone/augment, cannot be loaded"):
+        load(folder)
+    assert load(folder, augments=[str(models("gemma"))]).config.augments == [str(models("gemma"))]
+    with pytest.raises(ValueError, match=r"has a bridge to 1 augments, not 2"):
+        load(folder, augments=[str(models("gemma"))] * 2)
+    with pytest.raises(ValueError, match=r"of anchor .* is \[32, 4\], not \[24, 4\]"):
+        load(folder, anchor=str(models("llama")), augments=[str(models("gemma"))])
+    (folder / "model.safetensors").unlink()
+    shutil.copy(pair("mistral")[1] / "model.safetensors", folder)
+    with pytest.raises((OSError, RuntimeError), match=r"missing_keys|mismatch"):
+        load(folder)
+
+
+def test_what_a_bridge_cannot_do_in_transformers(theirs):
+    model, tokens = theirs("qwen3"), as_torch(tokens_of())
+    with pytest.raises(ValueError, match=r"the cache is a DynamicCache; make one with new_cache"):
+        model(tokens, cache=transformers.DynamicCache())
+    with pytest.raises(ValueError, match=r"attention_mask has shape \(2, 11\), not \(2, 12\)"):
+        model(tokens, attention_mask=torch.ones_like(tokens)[:, 1:])
+    with pytest.raises(ValueError, match="cache_implementation is 'static'"):
+        model.generate(tokens, cache_implementation="static", max_new_tokens=2)
+    with pytest.raises(ValueError, match="the frozen models are not loaded"):
+        type(model)(model.config)(tokens)
+
+
+def test_what_is_refused_before_anything_is_written(pair, models, tmp_path):
+    ours, target = pair("qwen3")[0], tmp_path / "target"
+
+    def refused(message, composed=ours, **arguments):
+        with pytest.raises(CalmError, match=message):
+            calm_jax.export_bridge(composed, target, **{"to": "huggingface"} | arguments)
+        assert not list(tmp_path.glob("*target*"))
+
+    refused("--to=onnx is unknown; known are huggingface", to="onnx")
+    refused("anchor and augments have no effect without to='huggingface'", to=None, anchor="a/b")
+    refused("2 augments are given, but the bridge reads 1", augments=["a/b", "c/d"])
+    refused(r"llama: embed_dim is 32, but the anchor has 24", anchor=models("llama"))
+    other = tmp_path / "other"
+    save_random(MODELS["qwen3"](), other, seed=99)
+    refused(r"other: tensor .* is not that of the anchor", anchor=other)
+    decoder = calm_jax.Decoder(ours.config, nnx.Rngs(0))
+    made = calm_jax.compose(decoder, decoder, rngs=nnx.Rngs(0))
+    refused(r"the anchor is not known to come from a model of transformers; give --anchor", made)
+    calm_jax.save_frozen(decoder, tmp_path / "frozen")
+    trained = calm_jax.load(tmp_path / "frozen")
+    made = calm_jax.compose(ours.anchor, trained, rngs=nnx.Rngs(0))
+    refused(r"the augment 0 is not known to come .*; give --augments", made)
+    add_lora(trained, LoRAConfig(2), nnx.Rngs(0))
+    made = calm_jax.compose(trained, decoder, rngs=nnx.Rngs(0))
+    refused("the anchor has a low-rank update", made)

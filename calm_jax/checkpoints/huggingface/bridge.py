@@ -28,7 +28,6 @@ from calm_jax.checkpoints.sources.opening import open_source
 from calm_jax.errors import CalmError
 from calm_jax.models import ComposedDecoder, Decoder
 from calm_jax.models.config import heads
-from calm_jax.models.lora import lora_in
 from calm_jax.models.parameters import module_tree, path_name
 from calm_jax.sharding import on_host
 
@@ -44,12 +43,8 @@ def base_models(
 
     Raises:
         CalmError: a place is not known; a folder does not hold the model of the bridge's training;
-            the anchor has a low-rank update; the number of augments is another one.
+            the number of augments is another one.
     """
-    if lora_in(composed.anchor):
-        raise CalmError(
-            "the anchor has a low-rank update, which this form does not hold: train a bridge alone"
-        )
     count = len(composed.augments)
     if augments is not None and len(augments) != count:
         raise CalmError(f"{len(augments)} augments are given, but the bridge reads {count}")

@@ -63,7 +63,7 @@ Licences of the frozen models: fill in.
 _TEXT = """from transformers import AutoModelForCausalLM, AutoTokenizer
 
 model = AutoModelForCausalLM.from_pretrained("{name}", trust_remote_code=True)
-tokenizer = AutoTokenizer.from_pretrained("{name}")
+tokenizer = AutoTokenizer.from_pretrained("{name}", trust_remote_code=True)
 inputs = tokenizer("a prompt", return_tensors="pt")
 tokens = model.generate(inputs.input_ids, max_new_tokens=32)
 print(tokenizer.decode(tokens[0]))"""

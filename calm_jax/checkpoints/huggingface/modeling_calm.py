@@ -20,15 +20,9 @@ import inspect
 
 import torch
 import torch.nn.functional as F
+import transformers
 from torch import nn
-from transformers import (
-    AutoModelForCausalLM,
-    DynamicCache,
-    GenerationConfig,
-    GenerationMixin,
-    PreTrainedConfig,
-    PreTrainedModel,
-)
+from transformers import AutoModelForCausalLM, DynamicCache
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
@@ -42,7 +36,7 @@ FROZEN = (*PLACING, "attn_implementation", "quantization_config")
 CACHE = "cache" if hasattr(CausalLMOutputWithPast, "cache") else "past_key_values"
 
 
-class CalmConfig(PreTrainedConfig):
+class CalmConfig(transformers.PreTrainedConfig):
     """Which models are composed, and how.
 
     Attributes:
@@ -95,11 +89,12 @@ def after_layers(layers, functions):
             handle.remove()
 
 
-def run(model, cache, **inputs):
+def run(model, cache, inputs, **wanted):
     """Calls a model of transformers with those inputs that it has arguments for."""
     known = inspect.signature(model.forward).parameters
+    inputs = {key: x for key, x in inputs.items() if key in known}
     inputs["cache" if "cache" in known else "past_key_values"] = cache
-    return model(**{k: v for k, v in inputs.items() if k in known}, use_cache=cache is not None)
+    return model(**inputs, **wanted, use_cache=cache is not None)
 
 
 class CalmCache(Cache):
@@ -193,7 +188,7 @@ class CrossAttention(nn.Module):
         return torch.where(sees_any_B1T1[:, 0], y_BTD, 0)
 
 
-class CalmForCausalLM(PreTrainedModel, GenerationMixin):
+class CalmForCausalLM(transformers.PreTrainedModel, transformers.GenerationMixin):
     """The composed model. Only the bridge is trained and saved.
 
     Attributes:
@@ -237,7 +232,7 @@ class CalmForCausalLM(PreTrainedModel, GenerationMixin):
         model.load_frozen(name, None if dtype == "auto" else dtype, **frozen, **shared)
         with contextlib.suppress(OSError):  # the folder may have settings of its own
             own = {key: kwargs[key] for key in (*SHARED, "revision") if key in kwargs}
-            model.generation_config = GenerationConfig.from_pretrained(name, **own)
+            model.generation_config = transformers.GenerationConfig.from_pretrained(name, **own)
         return model
 
     def load_frozen(self, where, dtype=None, **options):
@@ -334,14 +329,15 @@ class CalmForCausalLM(PreTrainedModel, GenerationMixin):
             position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, past:]
 
         visible = self.visible(input_ids, attention_mask, cache, labels, prompt_mask)
-        names = ("input_ids", "attention_mask", "position_ids")
-        inputs = dict(zip(names, (input_ids, attention_mask, position_ids), strict=True))
+        names = ("input_ids", "attention_mask", "position_ids", "logits_to_keep")
+        values = (input_ids, attention_mask, position_ids, logits_to_keep)
+        inputs = dict(zip(names, values, strict=True))
         taps = {}
         for number, decoder in enumerate(self.augments):
             layers = {i for augment, i, _ in self.config.connections if augment == number}
             keep = {i: functools.partial(taps.__setitem__, (number, i)) for i in layers}
             with torch.no_grad(), after_layers(decoder_layers(decoder), keep):
-                run(decoder, None if cache is None else cache.augments[number], **inputs)
+                run(decoder, None if cache is None else cache.augments[number], inputs)
 
         def bridged(j, h_BTD):
             total_BTD = h_BTD  # all connections to layer j read the same states
@@ -355,12 +351,14 @@ class CalmForCausalLM(PreTrainedModel, GenerationMixin):
         cached = (lambda k, v: (k, v)) if cache is None else cache.bridge.update
         joined = {j: functools.partial(bridged, j) for _, _, j in self.config.connections}
         with after_layers(decoder_layers(self.anchor.get_decoder()), joined):
-            own = None if cache is None else cache.anchor
-            logits = run(self.anchor, own, logits_to_keep=logits_to_keep, **inputs).logits
-        loss = None
+            wanted = ("output_hidden_states", "output_attentions")
+            wanted = {key: True for key in wanted if kwargs.pop(key, False)}
+            outputs = run(self.anchor, None if cache is None else cache.anchor, inputs, **wanted)
+        loss, logits = None, outputs.logits
         if labels is not None:
             loss = self.loss_function(logits, labels, vocab_size=logits.shape[-1], **kwargs)
-        return CausalLMOutputWithPast(loss=loss, logits=logits, **{CACHE: cache})
+        others = {"hidden_states": outputs.hidden_states, "attentions": outputs.attentions}
+        return CausalLMOutputWithPast(loss=loss, logits=logits, **{CACHE: cache}, **others)
 
     def visible(self, input_ids, attention_mask, cache, labels, prompt_mask):
         """For each augment, which taps each new token sees, bool [B, 1, T, S]."""
