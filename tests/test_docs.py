@@ -12,8 +12,8 @@ import sys
 import pytest
 
 from calm_jax.evaluation.metric_table import METRICS
+from calm_jax.evaluation.tasks.prompts import TEMPLATES
 from calm_jax.evaluation.tasks.registry import FAMILIES
-from calm_jax.evaluation.tasks.templates import TEMPLATES
 from calm_jax.training.config_keys import flatten, to_dict
 from calm_jax.training.configuration import composed_run, decoder_run
 

@@ -30,9 +30,9 @@ from calm_jax.evaluation.results import (
     read_optional,
     write_json_lines,
 )
+from calm_jax.evaluation.tasks.prompts import TEMPLATES
 from calm_jax.evaluation.tasks.registry import open_tasks
 from calm_jax.evaluation.tasks.task import Task
-from calm_jax.evaluation.tasks.templates import TEMPLATES
 from calm_jax.evaluation.variants import Variant
 from calm_jax.models import ComposedDecoder
 

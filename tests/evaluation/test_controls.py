@@ -1,5 +1,7 @@
 """Controls and baselines: what is computed, against the same without batches and caches."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -33,14 +35,24 @@ def prompts(count, seed=0, length=(3, 9)):
     return [random.integers(1, 60, random.integers(*length)).tolist() for _ in range(count)]
 
 
-def one_by_one(model, prompt, perturb):
-    """Greedy tokens of one row, each from a pass over the row as it stands."""
-    row = list(prompt)
-    for _ in range(NEW):
-        inputs = Inputs(jnp.array([row]), prompt_mask_BT=jnp.ones((1, len(row)), jnp.int32))
-        x_BTD, _ = model.perturbed(inputs, perturb)
-        row.append(int(jnp.argmax(model.logits(x_BTD)[0, -1])))
-    return row[len(prompt) :]
+@functools.partial(jax.jit, static_argnames=("graphdef", "perturb"))
+def next_tokens(graphdef, state, rows_BT, length, perturb):
+    """The most probable token after the first `length` of each row; the others are padding."""
+    model, mask_BT = nnx.merge(graphdef, state), jnp.zeros_like(rows_BT)
+    segments_BT = mask_BT.at[:].set(jnp.arange(rows_BT.shape[1]) < length)
+    inputs = Inputs(rows_BT, segments_BT=segments_BT, prompt_mask_BT=segments_BT)
+    logits_BTV = model.logits(model.perturbed(inputs, perturb)[0])
+    return jnp.argmax(logits_BTV[:, length - 1], axis=-1)
+
+
+def one_by_one(model, rows, perturb):
+    """Greedy tokens of rows of one length, each from a pass over the rows as they stand."""
+    length = len(rows[0])
+    rows_BT = np.zeros((len(rows), 12), np.int32)
+    rows_BT[:, :length] = rows
+    for end in range(length, length + NEW):
+        rows_BT[:, end] = next_tokens(*nnx.split(model), rows_BT, end, perturb)
+    return rows_BT[:, length : length + NEW].tolist()
 
 
 def test_without_a_change_it_answers_as_the_generator(pair, monkeypatch):
@@ -57,27 +69,28 @@ def test_without_a_change_it_answers_as_the_generator(pair, monkeypatch):
         assert ours.is_greedy == other.is_greedy
 
 
+def all_zero(x, augment, layer):
+    return jnp.zeros_like(x)
+
+
 def test_zeroed_taps_are_zero(pair):
     asked = prompts(3, length=(4, 6))
     answers = Recomputed(pair, "zeroed", slots=2).generate(asked, Sampling(max_new_tokens=NEW))
     for prompt, (answer,) in zip(asked, answers, strict=True):
-        alone = one_by_one(pair, prompt, lambda x, augment, layer: jnp.zeros_like(x))
-        assert answer.tokens == alone
+        assert [answer.tokens] == one_by_one(pair, [prompt], all_zero)
+
+
+def swapped(x, augment, layer):
+    return x[::-1]
 
 
 def test_shuffled_taps_are_those_of_another_row(pair):
     """Two rows of one length read each other's taps; three read those of the row before."""
     asked = prompts(2, length=(6, 7))
     order = np.random.default_rng(controls.SEED).permutation(2)
-    rows = [list(asked[number]) for number in order]
-    for _ in range(NEW):
-        inputs = Inputs(jnp.array(rows), prompt_mask_BT=jnp.ones((2, len(rows[0])), jnp.int32))
-        x_BTD, _ = pair.perturbed(inputs, lambda x, augment, layer: x[jnp.array([1, 0])])
-        for row, token in zip(rows, jnp.argmax(pair.logits(x_BTD)[:, -1], -1), strict=True):
-            row.append(int(token))
+    expected = one_by_one(pair, [asked[number] for number in order], swapped)
     answers = Recomputed(pair, "shuffled", slots=8).generate(asked, Sampling(max_new_tokens=NEW))
-    for number, row in zip(order, rows, strict=True):
-        assert answers[number][0].tokens == row[6:]
+    assert [answers[number][0].tokens for number in order] == expected
     with pytest.raises(CalmError, match="at least two prompts"):
         Recomputed(pair, "shuffled", slots=8).generate(asked[:1], Sampling(max_new_tokens=1))
 
@@ -118,13 +131,14 @@ def test_a_mixture_is_the_weighted_sum_of_log_probabilities(weight):
     generator = Generator(Mixture(anchor, augment, weight), max_length=32, slots=2)
     answers = generator.generate(asked, Sampling(max_new_tokens=NEW))
     for prompt, (answer,) in zip(asked, answers, strict=True):
-        row = list(prompt)
-        for _ in range(NEW):
+        row_T = np.zeros(12, np.int32)  # padding at the end changes nothing before it
+        row_T[: len(prompt)] = prompt
+        for end in range(len(prompt), len(prompt) + NEW):
             of_anchor, of_augment = (
-                jax.nn.log_softmax(model(jnp.array([row]))[0, -1]) for model in (anchor, augment)
+                jax.nn.log_softmax(model(row_T[None])[0, end - 1]) for model in (anchor, augment)
             )
-            row.append(int(jnp.argmax((1 - weight) * of_anchor + weight * of_augment)))
-        assert answer.tokens == row[len(prompt) :]
+            row_T[end] = jnp.argmax((1 - weight) * of_anchor + weight * of_augment)
+        assert answer.tokens == row_T[len(prompt) : len(prompt) + NEW].tolist()
 
 
 class Letters:

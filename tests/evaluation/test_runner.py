@@ -27,8 +27,8 @@ from calm_jax.errors import CalmError
 from calm_jax.evaluation import answering, attention, metric_table, runner, variants
 from calm_jax.evaluation.answering import Options
 from calm_jax.evaluation.results import predictions_file, read_run
+from calm_jax.evaluation.tasks.prompts import TEMPLATES
 from calm_jax.evaluation.tasks.task import Task
-from calm_jax.evaluation.tasks.templates import TEMPLATES
 from calm_jax.models import CompositionConfig, Decoder, DecoderConfig, compose
 from calm_jax.models.parameters import module_tree
 

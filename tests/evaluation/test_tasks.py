@@ -10,9 +10,9 @@ import pytest
 import task_folders
 
 from calm_jax.errors import CalmError
+from calm_jax.evaluation.tasks.prompts import TEMPLATES
 from calm_jax.evaluation.tasks.registry import FAMILIES, open_tasks, place_of
 from calm_jax.evaluation.tasks.task import Place
-from calm_jax.evaluation.tasks.templates import TEMPLATES
 
 
 @pytest.fixture

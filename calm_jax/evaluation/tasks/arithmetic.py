@@ -11,8 +11,8 @@ from etils import epath
 
 from calm_jax.errors import CalmError
 from calm_jax.evaluation.tasks import folders
+from calm_jax.evaluation.tasks.prompts import TEMPLATES
 from calm_jax.evaluation.tasks.task import Example, Place, Task
-from calm_jax.evaluation.tasks.templates import TEMPLATES
 
 _GSM8K, _MGSM = "GSM8K", "MGSM"
 _TOKENS, _SHOTS = 400, 8

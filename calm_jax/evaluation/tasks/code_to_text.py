@@ -4,8 +4,8 @@ import itertools
 from typing import Any
 
 from calm_jax.evaluation.tasks import folders
+from calm_jax.evaluation.tasks.prompts import TEMPLATES
 from calm_jax.evaluation.tasks.task import Example, Place, Task
-from calm_jax.evaluation.tasks.templates import TEMPLATES
 
 _NAME = "CodeXGLUE code-to-text"
 # In the order of the paper's Table 4.

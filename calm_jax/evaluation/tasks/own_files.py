@@ -6,8 +6,8 @@ import pathlib
 from calm_jax.checkpoints.files import absolute, read_bytes
 from calm_jax.errors import CalmError
 from calm_jax.evaluation.tasks import folders
+from calm_jax.evaluation.tasks.prompts import TEMPLATES
 from calm_jax.evaluation.tasks.task import Example, Place, Task
-from calm_jax.evaluation.tasks.templates import TEMPLATES
 from calm_jax.text_files import read_lines
 
 

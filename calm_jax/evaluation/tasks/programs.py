@@ -11,8 +11,8 @@ from tqdm import tqdm
 from calm_jax.errors import CalmError
 from calm_jax.evaluation import sandbox
 from calm_jax.evaluation.tasks import folders
+from calm_jax.evaluation.tasks.prompts import TEMPLATES
 from calm_jax.evaluation.tasks.task import Example, Place, Task
-from calm_jax.evaluation.tasks.templates import TEMPLATES
 
 _TOKENS = 512
 _HUMAN_EVAL, _MBPP = "HumanEval", "MBPP"

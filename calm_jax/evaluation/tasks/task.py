@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 from calm_jax.errors import CalmError
-from calm_jax.evaluation.tasks.templates import Template
+from calm_jax.evaluation.tasks.prompts import Template
 
 Example = dict[str, Any]
 

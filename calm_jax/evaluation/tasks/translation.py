@@ -5,8 +5,8 @@ import itertools
 from etils import epath
 
 from calm_jax.evaluation.tasks import folders
+from calm_jax.evaluation.tasks.prompts import TEMPLATES
 from calm_jax.evaluation.tasks.task import Example, Place, Task
-from calm_jax.evaluation.tasks.templates import TEMPLATES
 from calm_jax.text_files import read_lines
 
 _NTREX, _FLORES = "NTREX-128", "FLORES-200"
