@@ -2,6 +2,7 @@
 
 import os
 import signal
+import time
 from types import FrameType
 from typing import Self
 
@@ -11,10 +12,13 @@ from calm_jax.processes import Appointment
 STATUS = {signal.SIGTERM: os.EX_TEMPFAIL, signal.SIGINT: 130}  # exit status after each signal
 BEFORE = "stopped before the first step; the same command starts again"
 STOPPING = b"\nstopping after this step, which will be saved; a second signal ends at once\n"
+# Seconds in which further signals count as the first one: a process that is told to stop with all
+# others of a job may hear it again from the one that started it.
+MOMENT = 1.0
 
 
 class Preemption:
-    """A context that handles SIGTERM and Ctrl-C. The second signal ends the process.
+    """A context that handles SIGTERM and Ctrl-C. A second signal, a moment later, ends the process.
 
     Before the first step there is nothing to save, so the first signal raises `Preempted`.
     """
@@ -49,9 +53,14 @@ class Preemption:
 
     def _received(self, number: int, frame: FrameType | None) -> None:
         for heeded in self._previous:
-            signal.signal(heeded, signal.SIG_DFL)
+            signal.signal(heeded, signal.SIG_IGN)
         self._status = STATUS[number]
+        if self._appointment is not None:
+            os.write(2, STOPPING)  # a handler must not use Python's buffered streams
+            self._appointment.ask()
+        # Here and not by a timer, whose handler would wait as long as a step or an exchange hangs.
+        time.sleep(MOMENT)
+        for heeded in self._previous:
+            signal.signal(heeded, signal.SIG_DFL)
         if self._appointment is None:
             raise Preempted(BEFORE, self._status)
-        os.write(2, STOPPING)  # a handler must not use Python's buffered streams
-        self._appointment.ask()

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import pathlib
 import signal
 import subprocess
 import sys
@@ -59,14 +60,24 @@ from etils import epath
 from calm_jax import errors
 from calm_jax.experiment import arms, running
 place = epath.Path({folder!r}) / "slow"
-# A server runs until it is told to stop, and then ends well.
-job = arms.Job(arms.Arm("slow"), 0, place, (), ("serve", "--workdir={model}", "--port=0"), ())
+job = arms.Job(arms.Arm("slow"), 0, place, (), {command!r}, ())
 later = arms.Job(arms.Arm("later"), 0, place.with_name("later"), (), ("--version",), ())
 try:
     running.run([job, later])
 except errors.Preempted as error:
     sys.exit(error.status)
 """
+
+
+def waiting(folder, command, said):
+    """The process of an experiment, once its first job has said something."""
+    code = _WAITING.format(paths=sys.path, folder=str(folder), command=command)
+    process = subprocess.Popen([sys.executable, "-c", code], env=environment(), text=True)
+    log, deadline = folder / "slow.log", time.monotonic() + 120
+    while not (log.exists() and said in log.read_text()):
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.1)
+    return process
 
 
 def test_a_signal_reaches_the_running_job_and_ends_the_experiment(tmp_path):
@@ -80,15 +91,44 @@ def test_a_signal_reaches_the_running_job_and_ends_the_experiment(tmp_path):
     calm_jax.save_frozen(
         tiny_models.decoder(vocab_size=vocabulary.size), model, vocabulary=vocabulary
     )
-    code = _WAITING.format(paths=sys.path, folder=str(tmp_path), model=model)
-    process = subprocess.Popen([sys.executable, "-c", code], env=environment(), text=True)
+    # A server runs until it is told to stop, and then ends well.
+    process = waiting(tmp_path, ("serve", f"--workdir={model}", "--port=0"), "serving")
     log = tmp_path / "slow.log"
-    deadline = time.monotonic() + 120
-    while not (log.exists() and "serving" in log.read_text()):
-        assert time.monotonic() < deadline and process.poll() is None
-        time.sleep(0.1)
     os.kill(process.pid, signal.SIGTERM)
     assert process.wait(60) == os.EX_TEMPFAIL
     assert "stopping" in log.read_text()
     assert not (tmp_path / "later.log").exists()
     assert not (tmp_path / "slow" / DONE).exists()
+
+
+_TRAINING = """
+import json, pathlib
+from calm_jax.models import DecoderConfig
+from calm_jax.training.configuration import decoder_run
+
+def get_config():
+    data = pathlib.Path({data!r})
+    data.write_text(json.dumps({{"inputs": "a", "targets": "b"}}) + "\\n")
+    sizes = dict(embed_dim=16, num_layers=1, num_heads=2, head_dim=4, mlp_dim=32)
+    config = decoder_run(DecoderConfig.palm(vocab_size=264, **sizes))
+    config.data.train = config.data.validation = ({{"jsonl": str(data)}},)
+    config.data.update(length=16, cache_dir={cache!r})
+    config.vocabulary, config.cache_compiled = "bytes", {cache!r}
+    config.train.update(num_steps=10**6, batch_size=8, log_every=1, tensorboard=False)
+    return config
+"""
+
+
+def test_a_training_that_is_told_to_stop_by_its_own_and_by_the_experiment_saves(tmp_path):
+    """What a batch system does: it signals every process, and the experiment hands its own on."""
+    config, place = tmp_path / "config.py", tmp_path / "slow"
+    config.write_text(_TRAINING.format(data=str(tmp_path / "a.jsonl"), cache=str(tmp_path / "c")))
+    command = ("train", f"--config={config}", f"--workdir={place}")
+    process = waiting(tmp_path, command, "step 1/")
+    (child,) = pathlib.Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    os.kill(int(child), signal.SIGTERM)
+    os.kill(process.pid, signal.SIGTERM)
+    assert process.wait(60) == os.EX_TEMPFAIL
+    log = (tmp_path / "slow.log").read_text()
+    assert "stopped after step" in log and "which is saved" in log
+    assert any(path.name.isdigit() for path in (place / "checkpoints").iterdir())

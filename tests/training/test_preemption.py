@@ -3,10 +3,14 @@
 import json
 import os
 import signal
+import subprocess
+import sys
+import time
 
 import orbax.checkpoint as ocp
 import pytest
 import tiny_models  # noqa: F401 (compiles without optimisation)
+from child_processes import environment
 
 from calm_jax import sharding
 from calm_jax.__main__ import main
@@ -14,9 +18,15 @@ from calm_jax.checkpoints.training import TrainingCheckpoints
 from calm_jax.errors import Preempted, outcome
 from calm_jax.models import DecoderConfig
 from calm_jax.training import configuration, loop
+from calm_jax.training import preemption as preemption_module
 from calm_jax.training.preemption import Preemption
 
 STEPS = 8
+
+
+@pytest.fixture(autouse=True)
+def short_moment(monkeypatch):
+    monkeypatch.setattr(preemption_module, "MOMENT", 0.01)
 
 
 @pytest.fixture(scope="module")
@@ -130,6 +140,35 @@ def test_a_background_job_goes_on_ignoring_ctrl_c(handlers):
         os.kill(os.getpid(), signal.SIGINT)
         preemption.start(0)
         assert not preemption.is_due(1)
+
+
+_TWICE = """
+import os, signal, sys, threading, time
+from calm_jax.training.preemption import Preemption
+
+def kill():
+    os.kill(os.getpid(), signal.SIGTERM)
+
+with Preemption() as preemption:
+    preemption.start(0)
+    threading.Timer(0.2, kill).start()
+    kill()
+    print("stops", preemption.is_due(1), flush=True)
+    kill()
+    print("not reached", flush=True)
+"""
+
+
+def test_a_signal_that_comes_twice_within_a_moment_is_one():
+    """As when all processes of a job are told to stop, and their parent hands it on too."""
+    start = time.monotonic()
+    ended = subprocess.run(
+        [sys.executable, "-c", _TWICE], env=environment(), capture_output=True, text=True
+    )
+    assert ended.stdout == "stops True\n"
+    assert ended.stderr.count("a second signal ends at once") == 1
+    assert ended.returncode == -signal.SIGTERM  # by the one that came later
+    assert time.monotonic() - start > preemption_module.MOMENT
 
 
 def test_exit_status(monkeypatch, capsys):
