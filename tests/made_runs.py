@@ -5,9 +5,10 @@ import json
 import numpy as np
 
 from calm_jax.evaluation import metric_table
+from calm_jax.evaluation.results import predictions_file
 
 
-def scored(job, rights, metric="exact_match", texts=None):
+def scored(job, rights, metric="exact_match", texts=None, group=""):
     """Predictions and scores of a job by task, right where `rights[task]` [N] says.
 
     With `texts`, by whether they are right, these are the predictions.
@@ -27,8 +28,9 @@ def scored(job, rights, metric="exact_match", texts=None):
             for n, x in enumerate(right)
         ]
         lines = "".join(json.dumps(record) + "\n" for record in records)
-        (job.results / f"{task}.jsonl").write_text(lines)
+        predictions_file(job.results, task).write_text(lines)
         summary[task] = metric_table.score(records, (metric,))
+        summary[task] |= {"group": group} if group else {}
     (job.results / "summary.json").write_text(json.dumps(summary))
 
 

@@ -57,34 +57,44 @@ def usage(runs: Sequence[Run]) -> list[tuple[Run, LineChart]]:
         names = run.costs.get("connections", ())
         lines = []
         for index, key in enumerate(keys):
-            steps, values = run.curve("train", key)
-            if not steps:
-                steps, values = run.curve("validation", key)
             label = names[index] if len(names) == len(keys) else key.removeprefix("connection/")
-            lines.append(Series(steps, values, shade(index, len(keys)), "line", label))
+            lines.append(Series(*_size(run, key), shade(index, len(keys)), "line", label))
         about = f"Relative size of each connection's contribution in {run.name} over training steps"
         charts.append((run, line_chart(about, lines)))
     return [(run, chart) for run, chart in charts if chart]
 
 
 def attention(runs: Sequence[Run]) -> list[dict[str, Any]]:
-    """The heatmaps of each composed run: for one prompt, one for each connection."""
+    """The heatmaps of each composed run: for one prompt, one for each connection.
+
+    `adds` is the size of what the connection adds, relative to the anchor's hidden state, when it
+    was last logged; None if it was not.
+    """
     found = []
     for run in runs:
         if not run.attention:
             continue
         kept = run.attention["connections"]
         several = len({connection["augment"] for connection in kept}) > 1
+        keys = _metrics(run, "connection/")
+        sizes = [_size(run, key)[1] for key in keys] if len(keys) == len(kept) else []
         maps = []
-        for connection in kept[:HEATMAPS]:
+        for number, connection in enumerate(kept[:HEATMAPS]):
             name = f"augment layer {connection['from']} → anchor layer {connection['to']}"
             name = f"augment {connection['augment']}: {name}" if several else name.capitalize()
-            maps.append({"name": name, "weights": connection["weights"]})
+            adds = sizes[number][-1] if sizes and sizes[number] else None
+            maps.append({"name": name, "weights": connection["weights"], "adds": adds})
         tokens = run.attention["tokens"]
         labels = [cut(token.strip() or token.replace(" ", "␣"), _LABEL) for token in tokens]
         found.append({"run": run, "inputs": run.attention["inputs"], "tokens": tokens,
                       "labels": labels, "maps": maps, "total": len(kept)})  # fmt: skip
     return found
+
+
+def _size(run: Run, key: str) -> tuple[list[float], list[float]]:
+    """The curve of a connection's size: in training, or else in validation."""
+    steps, values = run.curve("train", key)
+    return (steps, values) if steps else run.curve("validation", key)
 
 
 def _whole_answers(run: Run) -> list[Series]:

@@ -78,6 +78,23 @@ KINDS = {
 
 
 @dataclasses.dataclass(frozen=True)
+class PaperTable:
+    """Figures of the paper in the experiment's form, which the page shows beside its own.
+
+    Attributes:
+        name: of the table in the paper.
+        columns: what was scored, and how.
+        rows: the figures of each arm, by its name; None where the paper has none.
+        note: what differs.
+    """
+
+    name: str
+    columns: tuple[str, ...]
+    rows: Mapping[str, tuple[float | None, ...]]
+    note: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
 class Experiment:
     """What a config's file describes by `get_experiment()`.
 
@@ -88,6 +105,7 @@ class Experiment:
         reference: the arm that the others are compared with.
         seeds: of initial values, noise and the order of data.
         flags: further flags of `calm evaluate`, for every arm.
+        paper: tables of the paper that have the experiment's form.
         axis: what the `x` of arms is: the page draws the scores of those that have one over it.
         finetuned: the arm that fine-tunes the reference's anchor; trainings are told in its costs.
 
@@ -102,6 +120,7 @@ class Experiment:
     reference: str
     seeds: tuple[int, ...] = (0,)
     flags: tuple[str, ...] = ()
+    paper: tuple[PaperTable, ...] = ()
     axis: str = ""
     finetuned: str = ""
 
@@ -130,6 +149,17 @@ class Experiment:
                     f"arm {arm.name}: {arm.scored_from} is not trained; name its source"
                 )
             known[arm.name] = arm
+        for table in self.paper:
+            for name, figures in table.rows.items():
+                if name not in known:
+                    raise CalmError(
+                        f"{table.name}: {name!r} is no arm; there are {', '.join(known)}"
+                    )
+                if len(figures) != len(table.columns):
+                    raise CalmError(
+                        f"{table.name}: {len(figures)} figures of {name}, but "
+                        f"{len(table.columns)} columns"
+                    )
         points = [arm.name for arm in self.arms if arm.x is not None]
         if bool(points) != bool(self.axis):
             raise CalmError(

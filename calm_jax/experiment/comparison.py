@@ -26,6 +26,7 @@ class Cell:
         values: of each seed.
         mean: of the seeds.
         interval: 95 % interval of the mean; seeds and examples are resampled.
+        group: the rows that the task belongs to, such as languages; "" of a task alone.
         difference, difference_interval: from the reference, of the same seeds and examples;
             None of the reference itself, and where it was not scored on the same examples.
     """
@@ -34,6 +35,7 @@ class Cell:
     values: tuple[float, ...]
     mean: float
     interval: tuple[float, float]
+    group: str = ""
     difference: float | None = None
     difference_interval: tuple[float, float] | None = None
 
@@ -55,6 +57,51 @@ class Row:
     arm: Arm
     cells: Mapping[str, Cell]
     jobs: tuple[Job, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class GroupRow:
+    """An arm's scores on the rows of a group.
+
+    `wins` are the rows on which it is better than the anchor alone, None of the anchor itself.
+    """
+
+    arm: Arm
+    mean: float
+    count: int
+    wins: int | None
+
+
+def group_tables(
+    experiment: Experiment, rows: Sequence[Row]
+) -> list[tuple[str, str, list[GroupRow]]]:
+    """Each group of tasks with its metric, and the arms that were scored on all of its rows."""
+    by_name = {row.arm.name: row for row in rows}
+    reference = by_name.get(experiment.reference)
+    groups: dict[str, list[str]] = {}
+    for task, cell in reference.cells.items() if reference else ():
+        if cell.group:
+            groups.setdefault(cell.group, []).append(task)
+    found = []
+    for group, tasks in groups.items():
+        metric = metric_table.find(reference.cells[tasks[0]].metric)
+        anchor = by_name.get(reference.arm.anchor)
+        if anchor and any(task not in anchor.cells for task in tasks):
+            anchor = None
+        of_group = []
+        for row in rows:
+            if any(task not in row.cells for task in tasks):
+                continue
+            means = [row.cells[task].mean for task in tasks]
+            gains = [
+                (mean - anchor.cells[task].mean) * (-1 if metric.descends else 1)
+                for task, mean in zip(tasks, means, strict=True)
+                if anchor and row is not anchor
+            ]
+            wins = sum(gain > 0 for gain in gains) if gains else None
+            of_group.append(GroupRow(row.arm, float(np.mean(means)), len(tasks), wins))
+        found.append((group, metric.name, of_group))
+    return found
 
 
 def compare(experiment: Experiment, jobs: Sequence[Job]) -> list[Row]:
@@ -87,6 +134,7 @@ class _Scored:
     """A task's results by seed; an arm without seeds has the same for every one."""
 
     metric: metric_table.Metric
+    group: str
     seeds: dict[int | None, _Seed]
 
 
@@ -98,7 +146,7 @@ def _read(jobs: Sequence[Job]) -> dict[str, _Scored]:
             records = read_json_lines(predictions_file(job.results, task))
             examples = [(record.get("inputs"), record.get("targets")) for record in records]
             value, values_NK = metric_table.main_value(cell), metric.sums.of_records(records)
-            of_task = found.setdefault(task, _Scored(metric, {}))
+            of_task = found.setdefault(task, _Scored(metric, cell.get("group", ""), {}))
             of_task.seeds[job.seed if job.arm.seeded else None] = _Seed(value, values_NK, examples)
     return found
 
@@ -107,7 +155,7 @@ def _cell(mine: _Scored, other: _Scored | None, arm: str, task: str) -> Cell:
     seeds = list(mine.seeds.values())
     values = tuple(seed.value for seed in seeds)
     interval = _interval(_resampled(mine.metric, [seeds], arm, task))
-    cell = Cell(mine.metric.name, values, float(np.mean(values)), interval)
+    cell = Cell(mine.metric.name, values, float(np.mean(values)), interval, mine.group)
     pairs = [] if other is None else _paired(mine, other)
     if not pairs or any(a.examples != b.examples for a, b in pairs):
         return cell

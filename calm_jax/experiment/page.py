@@ -8,13 +8,13 @@ from typing import Any
 from etils import epath
 
 from calm_jax.checkpoints.files import write_json, write_text
-from calm_jax.evaluation import metric_table
+from calm_jax.evaluation import metric_table, training_sections
 from calm_jax.evaluation.page import environment
-from calm_jax.evaluation.results import predictions_file, read_json_lines
+from calm_jax.evaluation.results import predictions_file, read_json_lines, read_run
 from calm_jax.evaluation.setting import installed
 from calm_jax.experiment import decoding, figures
 from calm_jax.experiment.arms import KINDS, Experiment, Job, shell
-from calm_jax.experiment.comparison import Cell, Row, compare
+from calm_jax.experiment.comparison import Cell, Row, compare, group_tables
 from calm_jax.experiment.costs import Cost, costs, first_scored
 from calm_jax.experiment.running import DONE, is_done
 
@@ -27,7 +27,9 @@ def write_page(experiment: Experiment, jobs: Sequence[Job], folder: epath.Path, 
     Raises:
         CalmError: arms that were scored on other examples, or a damaged file.
     """
+    order = list(KINDS)
     rows = [row for row in compare(experiment, jobs) if row.cells]
+    rows.sort(key=lambda row: order.index(row.arm.kind))
     scored, speeds = tasks(experiment, rows), decoding.measured(folder)
     of_arms = costs(experiment, rows, speeds["seconds"])
     results, page = folder / "results.json", folder / "report.html"
@@ -43,7 +45,13 @@ def write_page(experiment: Experiment, jobs: Sequence[Job], folder: epath.Path, 
                 for kind, label in KINDS.items()
             ],
             tasks=scored,
+            of_groups={
+                task: cell.group for row in rows for task, cell in row.cells.items() if cell.group
+            },
             figures=[figure for task in scored if (figure := figures.bars(task, rows))],
+            groups=group_tables(experiment, rows),
+            gains=figures.gains(experiment, rows),
+            bridge=_bridge(experiment, rows),
             curves=figures.curves(experiment, rows, scored),
             digits=lambda cell: metric_table.find(cell.metric).digits,
             costs=[(row, of_arms[row.arm.name]) for row in rows],
@@ -105,6 +113,18 @@ def _is_finished(job: Job) -> bool:
     return is_done(job) if (job.folder / DONE).exists() else job.is_scored
 
 
+def _bridge(experiment: Experiment, rows: Sequence[Row]) -> dict[str, Any] | None:
+    """What the connections of the reference add, and look at; None if it is no composed run."""
+    row = next((row for row in rows if row.arm.name == experiment.reference), None)
+    if row is None or not row.arm.anchor:
+        return None
+    runs = [read_run(first_scored(row).folder)]
+    return {
+        "usage": training_sections.usage(runs),
+        "attention": training_sections.attention(runs),
+    }
+
+
 def _as_json(row: Row, of_row: Cost) -> dict[str, Any]:
     cells = {
         task: dataclasses.asdict(cell) | {"verdict": cell.verdict}
@@ -116,9 +136,17 @@ def _as_json(row: Row, of_row: Cost) -> dict[str, Any]:
 def _examples(
     experiment: Experiment, rows: Sequence[Row], scored: Sequence[str]
 ) -> dict[str, Any] | None:
-    """Answers of the first seed to the main task, first those that only the pair gets right."""
-    task = next(iter(scored), "")
-    shown = [row for row in rows if task in row.cells]
+    """Answers of the first seed to the main task, first those that only the pair gets right.
+
+    Those of ablations and controls are left out: a page is not wide enough.
+    """
+    task, left_out = next(iter(scored), ""), ("ablation", "control")
+    shown = [
+        row
+        for row in rows
+        if task in row.cells
+        and (row.arm.kind not in left_out or row.arm.name == experiment.reference)
+    ]
     answers = [read_json_lines(predictions_file(first_scored(row).results, task)) for row in shown]
     reference = next((n for n, r in enumerate(shown) if r.arm.name == experiment.reference), None)
     if reference is None or not all(a and "prediction" in a[0] for a in answers):
