@@ -95,8 +95,8 @@ def _augment():
     config.optimizer.warmup_steps = 30
     config.optimizer.b2 = 0.99
     config.optimizer.weight_decay = 0.3
-    config.train.num_steps = 600
-    config.train.batch_size = 8
+    config.train.num_steps = 500
+    config.train.batch_size = 16
     config.train.log_every = 20
     return config
 

@@ -23,7 +23,7 @@ import sys
 
 import calm_jax
 
-NAMES_A_COUNTRY = 30
+NAMES_A_COUNTRY = 16
 HELD_OUT = 0.2  # share of the countries that D_C never names
 IN_BRIDGE = 0.25  # share of the other countries' names in D_C: a fifth of all names
 SCORED = 200
