@@ -21,6 +21,7 @@ _MODULES = {
     "convert": "calm_jax.checkpoints.convert.conversion",
     "export": "calm_jax.checkpoints.convert.export",
     "export_bridge": "calm_jax.checkpoints.composed",
+    "import_bridge": "calm_jax.checkpoints.huggingface.importing",
     "load_composed": "calm_jax.checkpoints.composed",
     "generate": "calm_jax.decoding",
     "Completion": "calm_jax.decoding",

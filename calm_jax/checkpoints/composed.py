@@ -18,7 +18,7 @@ from calm_jax.checkpoints import frozen
 from calm_jax.checkpoints.convert.export import FORMATS
 from calm_jax.checkpoints.files import absolute, read_field, read_json, whole_folder, write_json
 from calm_jax.checkpoints.huggingface.bridge import base_models, write_bridge
-from calm_jax.checkpoints.kinds import BRIDGE, COMPOSED_RUN, kind_of
+from calm_jax.checkpoints.kinds import BRIDGE, COMPOSED_RUN, PYTORCH_BRIDGE, kind_of
 from calm_jax.checkpoints.training import TrainingCheckpoints, abstract_like
 from calm_jax.checkpoints.trees import restore_tree, save_tree
 from calm_jax.errors import CalmError
@@ -240,6 +240,8 @@ def _other_kind(folder: epath.Path, values: Mapping[str, Any]) -> str:
         return f"{folder / 'config.json'}: format is {found!r}, this version reads {FORMAT!r}"
     if kind == COMPOSED_RUN:
         return f"{folder} has no checkpoint yet"
+    if kind == PYTORCH_BRIDGE:
+        return f"{folder} is {kind}; calm convert makes an exported bridge of it"
     return f"{folder} is {kind}, not a composed run or an exported bridge"
 
 

@@ -5,6 +5,7 @@ from typing import Any
 
 DECODER_RUN, COMPOSED_RUN = "a decoder's run", "a composed run"
 FROZEN, BRIDGE = "a frozen folder", "an exported bridge"
+PYTORCH_BRIDGE = "a bridge for PyTorch"
 
 
 def kind_of(config: Mapping[str, Any]) -> str:
@@ -17,4 +18,6 @@ def kind_of(config: Mapping[str, Any]) -> str:
     runs = {"decoder": DECODER_RUN, "composed": COMPOSED_RUN}
     if not format and str(config.get("kind")) in runs:
         return runs[config["kind"]]
+    if config.get("model_type") == "calm" and "bridges" in config:
+        return PYTORCH_BRIDGE
     return "a Hugging Face folder" if "model_type" in config else "a folder of another program"

@@ -18,13 +18,15 @@ USAGE = """Turns a published checkpoint into a frozen folder, and back into a Hu
   calm convert --source=downloads/base --adapter=downloads/lora --target=models/augment
   calm convert --source=models/anchor --target=exported --to=huggingface
   calm convert --source=runs/mine --target=pair --to=huggingface --augments=exported
+  calm convert --source=pair --target=bridge --anchor=models/anchor --augments=models/augment
 
 SOURCE is a folder of Hugging Face, a T5X or Orbax checkpoint, or a .gguf, .npz, .pt or .safetensors
 file, on this machine. TARGET must not exist yet; once it is written, SOURCE is no longer needed.
 
 With --to=huggingface, SOURCE is a frozen folder, a composed run or an exported bridge. TARGET of a
 bridge holds the bridge and code for PyTorch, and names the Hugging Face models that it joins: those
-that anchor and augments were converted from, or --anchor and --augments.
+that anchor and augments were converted from, or --anchor and --augments. Without --to such a folder
+becomes an exported bridge again; --anchor and --augments are then the frozen folders.
 
 Families and their options:
 
@@ -67,7 +69,7 @@ def _define(values: flags.FlagValues) -> None:
         "step", None, "checkpoint of a composed run; default: its best", flag_values=values
     )
     flags.DEFINE_string(
-        "anchor", None, "of a bridge: its anchor's folder or name on the hub", flag_values=values
+        "anchor", None, "of a bridge: its anchor's folder, or name on the hub", flag_values=values
     )
     flags.DEFINE_list(
         "augments", None, "the same for its augments, separated by commas", flag_values=values
@@ -79,9 +81,18 @@ def main(argv: list[str]) -> int:
     values, _ = config.parse(argv, USAGE + _families(), _define, required=("source", "target"))
 
     from calm_jax.checkpoints.convert.conversion import convert
+    from calm_jax.checkpoints.huggingface.importing import import_bridge
+    from calm_jax.checkpoints.kinds import PYTORCH_BRIDGE
 
     quiet_libtpu()
-    if values.to is None:
+    if values.to is None and _kind(values.source) == PYTORCH_BRIDGE:
+        _refuse(values, (*OF_A_CHECKPOINT, "step"), f"for {PYTORCH_BRIDGE}")
+        for name in ("anchor", "augments"):
+            if not values[name].value:
+                raise CalmError(f"--{name} is missing: frozen folders of what the bridge joins")
+        places = {"anchor": values.anchor, "augments": values.augments}
+        import_bridge(values.source, values.target, **places)
+    elif values.to is None:
         _refuse(values, OF_A_BRIDGE, "without --to=huggingface")
         options = _options(values.option)
         convert(
@@ -103,17 +114,23 @@ def main(argv: list[str]) -> int:
 def _export(values: flags.FlagValues) -> None:
     from calm_jax.checkpoints.composed import export_bridge
     from calm_jax.checkpoints.convert.export import export
-    from calm_jax.checkpoints.files import absolute, read_json
-    from calm_jax.checkpoints.kinds import BRIDGE, COMPOSED_RUN, kind_of
+    from calm_jax.checkpoints.kinds import BRIDGE, COMPOSED_RUN
 
-    path = absolute(values.source) / "config.json"
-    kind = kind_of(read_json(path, "a frozen folder or a run")) if path.exists() else None
-    if kind in (BRIDGE, COMPOSED_RUN):
+    if _kind(values.source) in (BRIDGE, COMPOSED_RUN):
         given = {name: values[name].value for name in OF_A_BRIDGE}
         export_bridge(values.source, values.target, to=values.to, **given)
     else:
         _refuse(values, OF_A_BRIDGE, f"for {values.source}, which is no bridge")
         export(values.source, values.target, to=values.to)
+
+
+def _kind(source: str) -> str | None:
+    """The kind of a folder with a config.json."""
+    from calm_jax.checkpoints.files import absolute, read_json
+    from calm_jax.checkpoints.kinds import kind_of
+
+    path = absolute(source) / "config.json"
+    return kind_of(read_json(path, "a model")) if path.exists() else None
 
 
 def _refuse(values: flags.FlagValues, names: Sequence[str], where: str) -> None:

@@ -312,7 +312,7 @@ def test_only_the_prompt_is_visible(pair, theirs):
     assert difference(all_visible, wanted) > 0.01
 
 
-def test_training(pair, tmp_path):
+def test_training_and_the_way_back(pair, models, tmp_path):
     ours, folder = pair("llama")
     model, tokens = load(folder).train(), tokens_of()
     labels = as_torch(tokens)
@@ -341,6 +341,9 @@ def test_training(pair, tmp_path):
         after = model(as_torch(tokens)).logits
         assert again(as_torch(tokens)).logits.equal(after)
     assert difference(after, ours(tokens)) > 0.01
+    anchor, *augments = (f"{models(name)}-frozen" for name in ("llama", "qwen3", "mistral"))
+    calm_jax.import_bridge(tmp_path / "saved", tmp_path / "back", anchor=anchor, augments=augments)
+    assert difference(after, calm_jax.load_composed(tmp_path / "back")(tokens)) <= TOLERANCE
 
 
 def test_dtypes_and_devices(pair, theirs):

@@ -22,6 +22,14 @@ _CLASSES = {
     "palm_pytorch": ("PalmPytorch",),
 }
 
+# Endings of names in bridges of other programs, which they are, and what they do.
+_BRIDGES = {
+    ".cross_attention.in_proj_weight": "google-deepmind/calm: its tokens attend to all taps, later "
+    "ones and padding too, and it norms the result of the cross-attention",
+    ".context_proj.weight": "lucidrains' CALM-pytorch: its tokens attend to all taps, later ones "
+    "too, and it gates heads by their queries",
+}
+
 
 @functools.cache
 def families() -> dict[str, Family]:
@@ -49,6 +57,7 @@ def find_family(source: Source, name: str = "auto") -> Family:
             if name not in ("auto", family.name):
                 raise CalmError(f"{source.path} is of the family {family.name}, not {name}")
             return family
+    refuse_bridges(source)
     config = source.config or {}
     if name != "auto" and not (config.get("architectures") or config.get("model_type")):
         return families()[name]
@@ -57,6 +66,13 @@ def find_family(source: Source, name: str = "auto") -> Family:
         refuse_experts(source.config, where)
         refuse(source.config, where, "is_encoder_decoder", False)
     raise CalmError(f"{source.path}: {_description(source)}; supported are {', '.join(families())}")
+
+
+def refuse_bridges(source: Source) -> None:
+    """Raises `CalmError` for bridges of other programs, none of which can be expressed here."""
+    for ending, told in _BRIDGES.items():
+        if any(name.endswith(ending) for name in source.tensors):
+            raise CalmError(f"{source.path} is a bridge of {told}; neither can be expressed here")
 
 
 def _name_in(config: Mapping[str, Any]) -> str:

@@ -10,7 +10,7 @@ folder/
 
 import os
 import pathlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -24,6 +24,7 @@ from calm_jax.checkpoints.convert.registry import families, find_family
 from calm_jax.checkpoints.convert.table import sizes
 from calm_jax.checkpoints.files import write_json, write_text
 from calm_jax.checkpoints.huggingface.card import model_card
+from calm_jax.checkpoints.huggingface.tensors import tensors_of
 from calm_jax.checkpoints.sources.opening import open_source
 from calm_jax.errors import CalmError
 from calm_jax.models import ComposedDecoder, Decoder
@@ -32,7 +33,7 @@ from calm_jax.models.parameters import module_tree, path_name
 from calm_jax.sharding import on_host
 
 CODE = pathlib.Path(__file__).with_name("modeling_calm.py")
-# The options of `CompositionConfig` that `modeling_calm.CrossAttention` reads, besides its heads.
+# Fields of `CompositionConfig` that `modeling_calm.CrossAttention` reads, besides its heads.
 OPTIONS = ("bias", "output_projection", "norms", "gate", "rotary", "encoder_only")
 
 
@@ -74,17 +75,19 @@ def write_bridge(
         identities: as of `calm_jax.checkpoints.composed.identities`.
         run, step: where the bridge was trained, for the model card; or None.
     """
-    weights = safetensors.numpy.save(dict(_tensors(composed)), metadata={"format": "pt"})
+    weights = safetensors.numpy.save(tensors_of(composed), metadata={"format": "pt"})
     (folder / "model.safetensors").write_bytes(weights)
     (folder / CODE.name).write_bytes(CODE.read_bytes())
     if composed.vocabulary is not None:
         composed.vocabulary.save_published(folder)
-    config = _config(composed, places)
+    config = _config(composed, places, [entry["fingerprint"] for entry in identities])
     write_text(folder / "README.md", model_card(name, config, composed, identities, run, step))
     write_json(folder / "config.json", config)
 
 
-def _config(composed: ComposedDecoder, places: Sequence[str]) -> dict[str, Any]:
+def _config(
+    composed: ComposedDecoder, places: Sequence[str], fingerprints: Sequence[str]
+) -> dict[str, Any]:
     anchor = composed.config
     bridges = []
     for config in composed.configs:
@@ -101,36 +104,13 @@ def _config(composed: ComposedDecoder, places: Sequence[str]) -> dict[str, Any]:
         "anchor": places[0],
         "augments": places[1:],
         "sizes": [[model.width, model.depth] for model in composed.models],
+        "fingerprints": fingerprints,
         "dtypes": [model.config.dtype for model in composed.models],
         "connections": [[c.augment, c.layer, c.anchor_layer] for c in composed.connections],
         "bridges": bridges,
         "vocab_size": anchor.vocab_size,
         "dtype": "float32",
     }
-
-
-def _tensors(composed: ComposedDecoder) -> Iterator[tuple[str, np.ndarray]]:
-    """The bridge's tensors by their names in `modeling_calm.CalmForCausalLM`, in float32."""
-    number = {connection: k for k, connection in enumerate(composed.connections)}
-    for round_, modules in zip(composed.plan.rounds, composed.bridge.rounds, strict=True):
-        for entry, module in zip(round_.entries, modules, strict=True):
-            arrays = {name: on_host(x) for name, x in module_tree(module).items()}
-            for step, connection in enumerate(entry):
-                for name, array in arrays.items():
-                    own = np.asarray(array[step] if round_.stacked else array, np.float32)
-                    theirs, tensor = _as_in_torch(name, own)
-                    yield f"bridge.{number[connection]}.{theirs}", np.array(tensor, order="C")
-
-
-def _as_in_torch(name: str, array: np.ndarray) -> tuple[str, np.ndarray]:
-    """The name and the value of one of `CrossAttention`'s arrays in PyTorch."""
-    if name.endswith("_norm") or name == "gate":
-        return name, array
-    if name.endswith("_bias"):
-        return f"{name.removesuffix('_bias')}.bias", array.reshape(-1)
-    inputs = 2 if name == "output" else 1
-    matrix = array.reshape(int(np.prod(array.shape[:inputs])), -1)
-    return f"{name}.weight", matrix.T
 
 
 def _origin(role: str, model: Decoder) -> str:

@@ -43,7 +43,7 @@ class CalmConfig(transformers.PreTrainedConfig):
         anchor: a folder or a name on the hub.
         augments: the same for each augment.
         sizes: [width, depth] of the anchor, then of each augment.
-        dtypes: of the same, in the bridge's training.
+        dtypes, fingerprints: of the same, in the bridge's training and in calm_jax.
         connections: [augment, augment layer, anchor layer], all 0-based, in ascending order of
             anchor layers. The bridge has a cross-attention for each.
         bridges: for each augment the options of its cross-attentions.
@@ -54,7 +54,8 @@ class CalmConfig(transformers.PreTrainedConfig):
 
     def __init__(self, anchor="", vocab_size=0, **kwargs):
         self.anchor, self.vocab_size = anchor, vocab_size
-        for name in ("augments", "sizes", "dtypes", "connections", "bridges"):
+        lists = ("augments", "sizes", "dtypes", "fingerprints", "connections", "bridges")
+        for name in lists:
             setattr(self, name, list(kwargs.pop(name, ())))
         super().__init__(**kwargs)
 
