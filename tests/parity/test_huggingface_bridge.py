@@ -249,6 +249,15 @@ def test_cached_tokens_are_those_without_a_cache(name, way, theirs):
     assert found[0].tolist() == found[1].tolist()
 
 
+@pytest.mark.parametrize("name", ["llama", "gemma3"])
+def test_drafts_that_are_taken_back(name, theirs):
+    """Rejected drafts are cropped from all caches, of layers with a window too."""
+    model, tokens = theirs(name), as_torch(tokens_of(rows=1).repeat(2, axis=1))
+    plain = model.generate(tokens, max_new_tokens=16)
+    drafted = model.generate(tokens, max_new_tokens=16, prompt_lookup_num_tokens=3)
+    assert drafted.tolist() == plain.tolist()
+
+
 @pytest.mark.parametrize("name", ["llama", "gemma3", "falcon", "prompt"])
 def test_a_cache_that_is_cropped_reordered_and_repeated(name, theirs):
     """Steps of a few tokens give the logits of the whole rows, whatever was done to the cache."""

@@ -385,7 +385,7 @@ class CalmForCausalLM(transformers.PreTrainedModel, transformers.GenerationMixin
     def generate(self, inputs=None, **kwargs):
         """As for any model. The input is the prompt, which `encoder_only` bridges see alone."""
         tokens = kwargs.get("input_ids") if inputs is None else inputs
-        if tokens is not None:
+        if tokens is not None and any(options["encoder_only"] for options in self.config.bridges):
             kwargs.setdefault("prompt_mask", torch.ones_like(tokens))
         return super().generate(inputs, **kwargs)
 
