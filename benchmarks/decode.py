@@ -1,7 +1,7 @@
 """Cached decoding: a pair against its parts, recomputing, transformers, and full rows.
 
   python benchmarks/decode.py [--size=small|tiny|h200] [--parts=pair,recomputing,transformers,
-      batching,beginning,drafts] [--new=128] [--rounds=3] [--output=FILE.json]
+      batching,beginning,drafts,evaluation] [--new=128] [--rounds=3] [--output=FILE.json]
 
   pair          tokens/s of a pair x (t_A + t_B), the times of a step of its parts; 1 row and 8
   recomputing   512 new tokens against a whole forward pass for each, of which every 32nd is timed
@@ -11,6 +11,7 @@
   beginning     64 prompts that share 1,000 tokens: time of their prefill ÷ that of one
   drafts        a pair whose augment foresees 4 of 5 tokens of the anchor: tokens/s with drafts of 4
                 against those without
+  evaluation    the answers to 256 prompts in the evaluation of a task against the generator alone
 
 Weights are random. Everything that is compared is timed in turns, once a turn compiles nothing; the
 medians are compared.
@@ -31,13 +32,17 @@ from measuring import short, tell
 from pair import OUTPUT, chosen
 
 import calm_jax
+from calm_jax.data.vocabularies import load_vocabulary
 from calm_jax.decoding import Generator, Sampling, steps
+from calm_jax.evaluation.answering import Options, answers
+from calm_jax.evaluation.tasks.prompts import TEMPLATES
+from calm_jax.evaluation.tasks.task import Task
 from calm_jax.models import Decoder, Inputs, compose
 from calm_jax.models.calling import call
 
 PARTS = flags.DEFINE_list(
     "parts",
-    ["pair", "recomputing", "transformers", "batching", "beginning", "drafts"],
+    ["pair", "recomputing", "transformers", "batching", "beginning", "drafts", "evaluation"],
     "what is measured",
 )
 NEW = flags.DEFINE_integer("new", 128, "tokens of an answer")
@@ -57,6 +62,7 @@ def main(_) -> None:
         "batching": lambda: continuous_batching(pair),
         "beginning": lambda: shared_beginning(pair),
         "drafts": lambda: drafts(configs),
+        "evaluation": lambda: in_evaluation(pair),
     }
     rows = [("what", "rows", "ours s", "other s", "ratio", "tokens/s")]
     for part in PARTS.value:
@@ -192,6 +198,26 @@ def drafts(configs) -> list[tuple]:
             f"{drafting.length} at a time: {drafting.reason}"
         )
     return rows
+
+
+def in_evaluation(pair) -> list[tuple]:
+    letters, pair.anchor.vocabulary = random_prompts(256, 5, 65), load_vocabulary("bytes")
+    examples = [
+        {"inputs": "".join(chr(33 + n % 25) for n in each), "targets": ""} for each in letters
+    ]
+    task = Task("letters", examples, TEMPLATES["own"], ("exact_match",))
+    prompts = [pair.vocabulary.encode_sequence(example["inputs"]) for example in examples]
+    options = Options(max_new_tokens=NEW.value)
+    generator = Generator(pair, max_length=max(map(len, prompts)) + NEW.value, slots=8)
+
+    def evaluated():
+        answers(pair, pair.vocabulary, "", [task], options, batch_size=8)
+
+    def alone():
+        generator.generate(prompts, Sampling(max_new_tokens=NEW.value))
+        forget(generator)
+
+    return [row("generator / evaluation", 8, *medians(evaluated, alone), NEW.value * len(prompts))]
 
 
 def foreseen_pair(configs, share: float):

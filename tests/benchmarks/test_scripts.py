@@ -92,6 +92,8 @@ def test_serve(run_benchmark):
 
 @pytest.mark.slow
 def test_decode(run_benchmark):
-    rows = run_benchmark("decode", "--parts=pair,recomputing,beginning", "--new=16", "--rounds=1")
-    assert [row["rows"] for row in rows] == [1, 8, 1, 8]
+    rows = run_benchmark(
+        "decode", "--parts=pair,recomputing,beginning,evaluation", "--new=16", "--rounds=1"
+    )
+    assert [row["rows"] for row in rows] == [1, 8, 1, 8, 8]
     assert_positive(rows, "ours s", "other s", "ratio")
