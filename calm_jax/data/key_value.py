@@ -178,6 +178,17 @@ CONFIGS: dict[str, KeyValueConfig] = {
     config.name: config
     for config in (
         *_with_shares(KeyValueConfig("demo")),
+        *_with_shares(
+            KeyValueConfig(
+                "small",
+                keys=400,
+                augment_examples=20_000,
+                anchor_examples=30_000,
+                bridge_examples=20_000,
+                validation_examples=100,
+                evaluation_examples=200,
+            )
+        ),
         # The paper's sizes; it does not say how many expressions it trained on.
         KeyValueConfig(
             "paper",
