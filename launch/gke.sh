@@ -8,6 +8,8 @@
 #   pools    makes the node pools, one a slice (--name, --cluster, --location, --topology, --spot)
 #   render   prints the manifest              (--name, --image, --topology, and flags of calm train)
 #   train    applies it                                                         (the flags of render)
+#   experiment  trains and scores the arms of an experiment, a group after another: after -- follows
+#            the file that `calm experiment … --commands` has printed           (the flags of render)
 #   logs     follows what the first worker says                                 (--name)
 #   delete   deletes the training                                               (--name)
 #
@@ -23,13 +25,14 @@
 
 # shellcheck disable=SC2034 # render reads variables by name
 set -euo pipefail
+here=$PWD
 cd "$(dirname "$0")/.."
 source launch/shared.sh
 
 name='' image='' topology='' cluster='' location='' spot='' service_account=default retries=3
 command=${1:-}
 case $command in
-  image | pools | render | train | logs | delete) shift ;;
+  image | pools | render | train | experiment | logs | delete) shift ;;
   --help | '') usage && exit ;;
   *) fail "unknown command $command; --help lists them" ;;
 esac
@@ -57,17 +60,33 @@ json_list() {
   echo "[${list:2}]"
 }
 
+# render WORD …: the manifest of one command of `calm`.
 render() {
-  local manifest variable flags
-  flags=$(json_list train "${rest[@]}")
+  local manifest variable arguments
+  arguments=$(json_list "$@")
   manifest=$(<launch/jobset.yaml)
   [[ $spot ]] || manifest=$(grep -v gke-spot: <<<"$manifest")
-  # The flags of `calm train` come last: they may hold anything.
+  # The arguments come last: they may hold anything.
   for variable in name image retries slices workers shape chips_per_worker accelerator \
-    service_account flags; do
+    service_account arguments; do
     manifest=${manifest//"\${$variable}"/"${!variable}"}
   done
   echo "$manifest"
+}
+
+# apply WORD …: starts a command of `calm`.
+apply() {
+  if [[ $dry_run ]]; then
+    quoted kubectl apply --filename=-
+    render "$@"
+  else
+    render "$@" | kubectl apply --filename=-
+  fi
+}
+
+require_name() {
+  [[ $name =~ ^[a-z]([-a-z0-9]{0,38}[a-z0-9])?$ ]] ||
+    fail "--name=$name: Kubernetes wants a-z, 0-9 and -, from a letter on, at most 40 characters"
 }
 
 case $command in
@@ -87,19 +106,38 @@ case $command in
     ;;
   render | train)
     require name image topology
-    [[ $name =~ ^[a-z]([-a-z0-9]{0,38}[a-z0-9])?$ ]] ||
-      fail "--name=$name: Kubernetes wants a-z, 0-9 and -, from a letter on, at most 40 characters"
+    require_name
     require_numbers retries
     require_run 'gs://*' "pods share no disk; name a bucket, gs://…"
     slice_shape
     if [[ $command == render ]]; then
-      render
-    elif [[ $dry_run ]]; then
-      quoted kubectl apply --filename=-
-      render
+      render train "${rest[@]}"
     else
-      render | kubectl apply --filename=-
+      apply train "${rest[@]}"
     fi
+    ;;
+  experiment)
+    require name image topology
+    require_numbers retries
+    slice_shape
+    ((slices * workers == 1)) ||
+      fail "--topology=$topology: an evaluation runs on one host, such as v5e:2x2"
+    file=$(commands_file "$here")
+    grep -q -- ' --workdir=gs://' "$file" || fail "$file: pods share no disk; name a bucket as --workdir"
+    prefix=$name
+    for ((group = 1; group <= $(groups_in "$file"); group++)); do
+      started=()
+      while IFS= read -r line; do
+        words=()
+        eval "words=($line)" # as a shell would read it
+        name=$prefix-$group-$((${#started[@]} + 1))
+        require_name
+        apply "${words[@]:1}"
+        started+=("jobset/$name")
+      done < <(commands_of_group "$file" "$group")
+      # Those that failed end too; what needs them then fails at once.
+      run kubectl wait "--for=jsonpath={.status.terminalState}" --timeout=-1s "${started[@]}"
+    done
     ;;
   logs)
     require name

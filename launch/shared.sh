@@ -68,6 +68,26 @@ require_run() {
     fail "--config=$config: name it from $PWD on, the checkout that is copied"
 }
 
+# commands_file FOLDER: the one file after --, named from FOLDER on.
+commands_file() {
+  local file=${rest[0]:-}
+  ((${#rest[@]} == 1)) || fail "one file follows --: what \`calm experiment … --commands\` prints"
+  [[ $file == /* ]] || file=$1/$file
+  [[ -f $file ]] || fail "$file: there is no such file"
+  grep -q '^# group 1$' "$file" || fail "$file is not what \`calm experiment … --commands\` prints"
+  echo "$file"
+}
+
+# groups_in FILE: the number of its groups.
+groups_in() {
+  grep -c '^# group ' "$1"
+}
+
+# commands_of_group FILE GROUP: its commands, one a line.
+commands_of_group() {
+  awk -v group="$2" '/^# group / { now = $3; next } now == group' "$1"
+}
+
 # split_topology v5e:4x8*2: sets chip, shape, chips (of one slice) and slices. Words and shapes are
 # those of `calm plan`; a shape of two sides is of v5e and v6e, one of three of v5p.
 # shellcheck disable=SC2034 # for the scripts

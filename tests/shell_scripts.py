@@ -33,3 +33,19 @@ def write_program(folder: pathlib.Path, name: str, text: str) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / name).write_text(text)
     (folder / name).chmod(0o755)
+
+
+def write_commands(path: pathlib.Path, workdir: str) -> pathlib.Path:
+    """What `calm experiment --commands` prints of two arms, the second of which needs the first."""
+    from etils import epath
+
+    from calm_jax.experiment.arms import Arm, Experiment, groups, jobs, shell
+
+    arms = (Arm("anchor", kind="part"), Arm("calm", anchor="anchor", augments=("anchor",)))
+    experiment = Experiment("t", arms, ("math",), "calm")
+    found = groups(list(jobs(experiment, "configs/x.py", epath.Path(workdir), {})))
+    lines = []
+    for number, group in enumerate(found, start=1):
+        lines += [f"# group {number}", *map(shell, group)]
+    path.write_text("\n".join(lines) + "\n")
+    return path

@@ -22,7 +22,8 @@ still run. At the end all models decode in turns, and WORKDIR/costs.json keeps t
 WORKDIR/report.html and WORKDIR/results.json compare all arms with the reference.
 
 --commands prints the commands instead, in groups: those of one group may run at the same time on
-different machines, such as by `launch/slurm.sh`, which takes what follows `calm train`."""
+different machines. `launch/slurm_array.sh` and `launch/gke.sh experiment` take the list. The last
+command measures decoding and writes the page."""
 
 
 def _define(values: flags.FlagValues) -> None:
@@ -51,7 +52,8 @@ def main(argv: list[str]) -> int:
 
     experiment = config.call_file(values.config, "get_experiment", arms.Experiment)
     folder = absolute(values.workdir)
-    file = str(pathlib.Path(values.config).resolve())
+    # On another machine the config may lie elsewhere, as it does in the image of launch/gke.sh.
+    file = values.config if values.commands else str(pathlib.Path(values.config).resolve())
     configs = {
         arm.name: json.dumps(to_dict(config.load_file(f"{file}:{arm.name}")))
         for arm in experiment.arms
@@ -60,10 +62,9 @@ def main(argv: list[str]) -> int:
     jobs = list(arms.jobs(experiment, file, folder, configs))
     chosen = _chosen(experiment, jobs, values)
     if values.commands:
-        for number, group in enumerate(arms.levels(chosen)):
-            print(f"# group {number + 1}")
-            for job in group:
-                print("\n".join(arms.shell(command) for command in job.commands))
+        last = ["experiment", *(word for word in argv if word != "--commands")]
+        for number, group in enumerate([*arms.groups(chosen), [last]], start=1):
+            print("\n".join([f"# group {number}", *map(arms.shell, group)]))
         return 0
 
     from calm_jax.experiment import decoding

@@ -258,16 +258,19 @@ def jobs(
         yield from (job(arm, seed) for arm in experiment.arms if arm.seeded)
 
 
-def levels(all_jobs: Sequence[Job]) -> list[list[Job]]:
-    """The jobs in groups, each of which needs only jobs of the groups before it."""
-    done: set[Job] = set()
-    left, found = list(all_jobs), []
-    while left:
-        group = [job for job in left if done.issuperset(job.needs)]
-        found.append(group)
-        done |= set(group)
-        left = [job for job in left if job not in done]
-    return found
+def groups(all_jobs: Sequence[Job]) -> list[list[tuple[str, ...]]]:
+    """The commands of jobs in groups, each of which needs only models of the groups before it.
+
+    The commands of a group may run at the same time. `all_jobs` hold what they need, before them.
+    """
+    made: dict[Job, int] = {}  # the group after which a job's model is there
+    found: dict[int, list[tuple[str, ...]]] = {}
+    for job in all_jobs:
+        made[job] = max((made[need] for need in job.needs), default=0) + bool(job.train)
+        if job.train:
+            found.setdefault(made[job], []).append(job.train)
+        found.setdefault(made[job] + 1, []).append(job.score)
+    return [found[number] for number in sorted(found)]
 
 
 def shell(command: Sequence[str]) -> str:

@@ -1,12 +1,13 @@
 """What an experiment may be, and the commands that make it."""
 
 import pathlib
+import re
 
 import pytest
 from etils import epath
 
 from calm_jax.errors import CalmError
-from calm_jax.experiment.arms import Arm, Experiment, jobs, levels, shell
+from calm_jax.experiment.arms import Arm, Experiment, groups, jobs, shell
 
 ARMS = (
     Arm("anchor", kind="part", seeded=False),
@@ -67,15 +68,19 @@ def test_the_commands_name_the_models_of_their_seed():
     assert "--hand_over_prompt={answer}" in found["mixed", 5].score
 
 
-def test_a_level_needs_only_earlier_ones():
-    found = list(by_name().values())
-    groups = levels(found)
-    assert sorted(map(len, groups)) == sorted([3, 6, 2])
-    seen = set()
-    for group in groups:
-        assert all(set(job.needs) <= seen for job in group)
-        seen |= set(group)
-    assert len(seen) == len(found)
+def test_a_group_needs_only_models_of_earlier_ones():
+    found = by_name()
+    told = [[shell(command) for command in group] for group in groups(list(found.values()))]
+    assert [len(group) for group in told] == [3, 9, 6]
+    made = set()
+    for group in told:
+        for line in group:
+            folders = set(re.findall(r"/w/\w+/\w+(?=/frozen|$)", line.split(" --output")[0]))
+            mine = re.search(r"--workdir=(/w/\w+/\w+)", line)
+            needed = folders | {mine[1]} if mine and "evaluate" in line else folders
+            assert needed - ({mine[1]} if "train" in line else set()) <= made
+        made |= {m[1] for line in group if (m := re.match(r".* train .*--workdir=(\S+)", line))}
+    assert sum(map(len, told)) == 1 + 2 * 3 + len(found)
 
 
 @pytest.mark.parametrize(
@@ -183,5 +188,5 @@ def test_a_model_that_exists_is_scored_and_joined_where_it_is():
     (score,) = found["anchor", 3].commands
     assert score[:2] == ("evaluate", "--model=/models/anchor")
     assert "--config.anchor=/models/anchor" in found["calm", 5].train
-    with pytest.raises(CalmError, match="is /models/anchor already, not made"):
+    with pytest.raises(CalmError, match="is /models/anchor already; it cannot be made of arms"):
         experiment(arms=(ARMS[0], Arm("b", frozen="/models/anchor", decoder="anchor")))

@@ -59,13 +59,12 @@ def test_the_commands_are_printed(config, tmp_path, capsys):
     arguments = ["experiment", f"--config={config}", f"--workdir={workdir}", "--commands"]
     assert main([*arguments, "--arms=zeroed", "--seeds=1"]) == 0
     said = capsys.readouterr().out.splitlines()
-    assert [line for line in said if line.startswith("#")] == [
-        "# group 1",
-        "# group 2",
-        "# group 3",
-    ]
-    assert f"calm evaluate --workdir={workdir}/seed_1/compose" in said[-1]
-    assert len(said) == 3 + 2 + 2 + 2 + 1
+    heads = [number for number, line in enumerate(said) if line.startswith("#")]
+    assert [said[number] for number in heads] == [f"# group {number}" for number in (1, 2, 3, 4)]
+    # Two trainings; one, and two evaluations; two evaluations; the whole.
+    assert [b - a - 1 for a, b in zip(heads, [*heads[1:], len(said)], strict=True)] == [2, 3, 2, 1]
+    assert f"calm evaluate --workdir={workdir}/seed_1/compose" in said[heads[3] - 1]
+    assert said[-1] == " ".join(["calm", *arguments[:-1], "--arms=zeroed", "--seeds=1"])
     assert not workdir.exists()
 
 

@@ -178,6 +178,41 @@ def test_train_applies_the_manifest(tmp_path):
     assert applied == manifest("--topology=v5e:4x8")
 
 
+def test_an_experiment_is_a_jobset_a_command_and_waits_for_each_group(tmp_path):
+    file = shell_scripts.write_commands(tmp_path / "commands.txt", "gs://bucket/runs")
+    said = shell_scripts.lines(
+        "gke.sh", "experiment", *FLAGS, "--topology=v5e:2x2", "--dry-run", "--", str(file)
+    )
+    calls = [line for line in said if line.startswith("kubectl")]
+    wait = "kubectl wait --for='jsonpath={.status.terminalState}' --timeout=-1s jobset/pair"
+    assert calls == [
+        "kubectl apply --filename=-",
+        f"{wait}-1-1",
+        *["kubectl apply --filename=-"] * 2,
+        f"{wait}-2-1 jobset/pair-2-2",
+        "kubectl apply --filename=-",
+        f"{wait}-3-1",
+    ]
+    manifests = "\n".join("---" if line in calls else line for line in said)
+    jobsets = [found for found in yaml.safe_load_all(manifests) if found]
+    for jobset in jobsets:
+        jsonschema.validate(jobset, SCHEMA)
+    assert [jobset["metadata"]["name"] for jobset in jobsets] == [
+        "pair-1-1", "pair-2-1", "pair-2-2", "pair-3-1",
+    ]  # fmt: skip
+    arguments = [parts(jobset)[3]["args"] for jobset in jobsets]
+    assert [words[0] for words in arguments] == ["train", "evaluate", "train", "evaluate"]
+    assert "--config.augments=('gs://bucket/runs/seed_0/anchor/frozen',)" in arguments[2]
+
+
+def test_an_experiment_needs_a_bucket_and_one_host(tmp_path):
+    file = shell_scripts.write_commands(tmp_path / "commands.txt", "/disk/runs")
+    for topology, message in (("v5e:2x2", "pods share no disk"), ("v5e:4x8", "on one host")):
+        flags = (*FLAGS, f"--topology={topology}", "--dry-run", "--", str(file))
+        result = shell_scripts.run("gke.sh", "experiment", *flags)
+        assert result.returncode == 2 and message in result.stderr
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -51,6 +51,62 @@ def test_a_job_queues_itself_again_after_75_alone(tmp_path, status, queued_again
     ]
 
 
+def test_each_group_of_an_experiment_is_an_array_after_the_one_before_it(tmp_path):
+    file = shell_scripts.write_commands(tmp_path / "commands.txt", "/disk/runs")
+    sbatch = f'#!/bin/sh\necho "$*" >>{tmp_path}/called\nwc -l <{tmp_path}/called\n'
+    shell_scripts.write_program(tmp_path / "bin", "sbatch", sbatch)
+    result = shell_scripts.run(
+        "slurm_array.sh", "--gpus=2", "--time=60", "--", str(file), programs=tmp_path / "bin"
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.splitlines() == [
+        "group 1: 1 commands, array 1",
+        "group 2: 2 commands, array 2",
+        "group 3: 1 commands, array 3",
+    ]
+    called = (tmp_path / "called").read_text().splitlines()
+    assert [re.findall("--(?:array|dependency)=([^ ]*)", line) for line in called] == [
+        ["1-1"], ["1-2", "afterany:1"], ["1-1", "afterany:2"],
+    ]  # fmt: skip
+    for number, line in enumerate(called, start=1):
+        assert "--parsable" in line and "--gpus-per-node=2" in line and "--time=60" in line
+        assert line.endswith(f"launch/slurm_array_job.sh {file} {number}")
+
+
+@pytest.mark.parametrize(
+    ("status", "queued_again", "ends_with"), [(0, 0, 0), (75, 1, 0), (143, 1, 0), (2, 0, 2)]
+)
+def test_a_job_of_an_array_runs_the_command_of_its_number(
+    tmp_path, status, queued_again, ends_with
+):
+    file = shell_scripts.write_commands(tmp_path / "commands.txt", "/disk/my runs")
+    log = tmp_path / "called"
+    shell_scripts.write_program(
+        tmp_path, "srun", f'#!/bin/sh\nprintf "%s\\n" "$@" >>{log}\nexit {status}\n'
+    )
+    shell_scripts.write_program(tmp_path, "scontrol", f'#!/bin/sh\necho "scontrol $*" >>{log}\n')
+    variables = {"SLURM_JOB_ID": "17", "SLURM_CPUS_PER_TASK": "6", "SLURM_ARRAY_TASK_ID": "2"}
+    job = subprocess.run(
+        ["bash", "launch/slurm_array_job.sh", str(file), "2"],
+        cwd=shell_scripts.ROOT, capture_output=True, text=True,
+        env=os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}"} | variables,
+    )  # fmt: skip
+    assert job.returncode == ends_with, job.stderr
+    # The second of group 2, and every word as it was.
+    assert log.read_text().splitlines() == [
+        "--cpus-per-task=6",
+        ".venv/bin/calm",
+        "train",
+        "--config=configs/x.py:calm",
+        "--workdir=/disk/my runs/seed_0/calm",
+        "--config.train.seed=0",
+        "--config.data.seed=0",
+        "--config.anchor=/disk/my runs/seed_0/anchor/frozen",
+        "--config.augments=('/disk/my runs/seed_0/anchor/frozen',)",
+        *["scontrol requeue 17"] * queued_again,
+    ]
+
+
 @pytest.fixture
 def checkout(tmp_path):
     """One that is not installed."""
@@ -115,6 +171,15 @@ def test_every_form_of_a_time_limit_is_taken(limit):
         ("slurm.sh", ("--nodes=2", "--gpus=8", "--config=c"), "unknown flag --config=c"),
         ("slurm.sh", ("--nodes=2", "--gpus=8", "--time=forever", *TRAIN), "--time=forever is nei"),
         ("slurm.sh", ("--nodes=2", "--gpus=8", "--time=1:2:3:4", *TRAIN), "--time=1:2:3:4 is nei"),
+        ("slurm_array.sh", ("--", "x"), "--gpus is missing"),
+        ("slurm_array.sh", ("--gpus=1", "--", "/nowhere"), "/nowhere: there is no such file"),
+        ("slurm_array.sh", ("--gpus=1",), "one file follows --"),
+        (
+            "slurm_array.sh",
+            ("--gpus=1", "--", str(shell_scripts.ROOT / "setup.py")),
+            f"{shell_scripts.ROOT / 'setup.py'} is not what",
+        ),
+        ("slurm_array_job.sh", (), "SLURM runs this; bash launch/slurm_array.sh submits it"),
         ("slurm_job.sh", TRAIN[1:], "SLURM runs this; bash launch/slurm.sh submits it"),
         ("gpu.sh", ("--", "--config=c"), "--workdir=DIR, a flag of `calm train`, is missing"),
         ("gpu.sh", ("--", "--config=c", "--workdir=d"), "--config=c: there is no such file in"),

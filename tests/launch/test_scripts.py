@@ -17,7 +17,7 @@ from calm_jax.planning import topologies
 
 SCRIPTS = sorted(shell_scripts.LAUNCH.glob("*.sh"))
 SOURCED = {"environment.sh", "shared.sh"}
-COMMANDS = ("gke.sh", "gpu.sh", "slurm.sh", "tpu.sh")
+COMMANDS = ("gke.sh", "gpu.sh", "slurm.sh", "slurm_array.sh", "tpu.sh")
 FLAGS = {  # with which a command of slices lacks its topology alone
     "tpu.sh": ("create", "--name=pair", "--zone=z", "--dry-run"),
     "gke.sh": ("pools", "--name=pair", "--cluster=c", "--location=l", "--dry-run"),
