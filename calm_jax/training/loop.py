@@ -121,9 +121,14 @@ def _check_resumed(run, checkpoints: TrainingCheckpoints, described: Described, 
             )
 
 
+def programs_folder() -> epath.Path:
+    """Where compiled programs are kept if the config does not say."""
+    return epath.Path("~/.cache/calm_jax/xla").expanduser()
+
+
 def cache_programs(folder: str = "") -> None:
     """Keeps compiled programs on disk for later processes."""
-    folder = folder or epath.Path("~/.cache/calm_jax/xla").expanduser()
+    folder = folder or programs_folder()
     jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 

@@ -7,7 +7,7 @@ import pytest
 from etils import epath
 
 from calm_jax.errors import CalmError
-from calm_jax.experiment.arms import Arm, Experiment, groups, jobs, shell
+from calm_jax.experiment.arms import KINDS, Arm, Experiment, groups, jobs, shell
 
 ARMS = (
     Arm("anchor", kind="part", seeded=False),
@@ -171,6 +171,24 @@ def test_a_share_changes_the_data_alone():
         assert config.data.train[0]["task"] == f"calm_jax/key_value/{world}/bridge"
         config.data.train = config.data.validation = configs["calm"].data.train
         assert config == configs["calm"]
+
+
+def test_the_small_version_has_every_table_and_is_short():
+    found, configs = configs_of("kv_small")
+    assert {arm.kind for arm in found.arms} == {*KINDS}
+    assert [arm.x for arm in found.arms if arm.x is not None] == [20, 5, 50]
+    assert all(task.startswith("calm_jax/key_value/small") for task in found.tasks)
+    for name, config in configs.items():
+        (entry,) = config.data.train
+        share = name if name.startswith("share") else ""
+        assert entry["task"].startswith(f"calm_jax/key_value/small{share and '_'}{share}/")
+    # About 0.07 s each on two cores: with what each of 37 processes takes besides, 20 minutes.
+    assert sum(config.train.num_steps for config in configs.values()) < 6_500
+    assert configs["anchor"].decoder.embed_dim == 48
+    bridge, lora = configs["calm"], configs["lora"]
+    # 10 ranks of 6 layers' matrices: q, k, v, o of 48 by 48, and three of 48 by 144.
+    assert lora.lora.rank * 6 * (4 * 96 + 3 * 192) == 57_600
+    assert len(bridge.composition.connections) * 5 * 48**2 == 57_600
 
 
 def test_table_5_s_baselines_are_trained_on_the_bridge_s_data():
