@@ -118,9 +118,9 @@ def _calm():
     config = composed_run(composition)
     config.anchor, config.augments = ANCHOR, (str(FOLDER / "augment"),)
     _set_training(config)
-    config.optimizer.learning_rate = 1e-3
+    config.optimizer.learning_rate = 2e-3
     config.optimizer.weight_decay = 0.3
-    config.train.noise = 0.5
+    config.train.noise = 0.7
     return config
 
 
@@ -155,10 +155,10 @@ def _set_training(config):
     config.data.train = ({"jsonl": _file("bridge")},)
     config.data.validation = ({"jsonl": _file("validation")},)
     config.data.length = 64
-    config.optimizer.warmup_steps = 20
+    config.optimizer.warmup_steps = 15
     config.optimizer.b2 = 0.99
-    config.train.num_steps = 300
+    config.train.num_steps = 150
     config.train.batch_size = 4
     config.train.log_every = 10
-    config.train.validate_every = 50
-    config.train.save_every = 100
+    config.train.validate_every = 25
+    config.train.save_every = 50
