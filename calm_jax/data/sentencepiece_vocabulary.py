@@ -9,7 +9,7 @@ from typing import Any, Self
 from etils import epath
 
 from calm_jax.data.tokenizer_files import NOTHING, TokenizerFiles, read_file
-from calm_jax.data.vocabulary import Vocabulary
+from calm_jax.data.vocabulary import UNKNOWN_TEXT, Vocabulary
 from calm_jax.errors import CalmError
 
 
@@ -101,32 +101,90 @@ class SentencePieceVocabulary(Vocabulary):
     def _inner_processor(self) -> Any:
         """The processor for text after another token: it adds no space at the beginning."""
         import sentencepiece
-        from sentencepiece import sentencepiece_model_pb2
 
-        model = sentencepiece_model_pb2.ModelProto.FromString(self._model)
+        model = type(self._proto)()
+        model.CopyFrom(self._proto)
         model.normalizer_spec.add_dummy_prefix = False
         return sentencepiece.SentencePieceProcessor(model_proto=model.SerializeToString())
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        rows = self._processor.encode(list(texts), out_type=int, num_threads=1)
+        return self._encode(self._processor, texts)
+
+    def encode_inside(self, texts: Sequence[str]) -> list[list[int]]:
+        if not self._proto.normalizer_spec.remove_extra_whitespaces:
+            return self._encode(self._inner_processor, texts)
+        # The model drops spaces at the beginning of a text, but may put one there itself.
+        return [
+            self._encode(self._processor if text[:1].isspace() else self._inner_processor, [text])[
+                0
+            ]
+            for text in texts
+        ]
+
+    def _encode(self, first: Any, texts: Sequence[str]) -> list[list[int]]:
+        """Ids of texts; the processor `first` encodes the beginning of each."""
+        rows = first.encode(list(texts), out_type=int, num_threads=1)
         pattern, _ = self._whole_tokens
         for row, text in enumerate(texts):
             if pattern.search(text):
-                rows[row] = self._encode_around_tokens(text)
+                rows[row] = self._encode_around_tokens(first, text)
         return rows
 
-    def _encode_around_tokens(self, text: str) -> list[int]:
+    def _encode_around_tokens(self, first: Any, text: str) -> list[int]:
         pattern, tokens = self._whole_tokens
         ids, end = [], 0
+
+        def encode_part(start: int, end: int) -> list[int]:
+            processor = self._inner_processor if start else first
+            return processor.encode(text[start:end]) if end > start else []
+
         for found in pattern.finditer(text):
-            ids += self._encode_part(text, end, found.start())
+            ids += encode_part(end, found.start())
             ids.append(self.token_id(tokens[found.lastindex - 1]))
             end = found.end()
-        return ids + self._encode_part(text, end, len(text))
+        return ids + encode_part(end, len(text))
 
-    def _encode_part(self, text: str, start: int, end: int) -> list[int]:
-        processor = self._inner_processor if start else self._processor
-        return processor.encode(text[start:end]) if end > start else []
+    @property
+    def unknown_id(self) -> int:
+        return self._processor.unk_id()
+
+    def lost_character(self, text: str) -> str | None:
+        unknown = self.unknown_id
+        if unknown not in self.encode_inside([text])[0]:
+            return None
+        return next((c for c in text if unknown in self.encode_inside([c])[0]), text)
+
+    def token_bytes(self) -> list[bytes]:
+        processor, hidden = self._processor, self._specials
+
+        def of_piece(index: int) -> bytes:
+            piece = processor.id_to_piece(index)
+            if processor.is_unknown(index):
+                return UNKNOWN_TEXT.encode()
+            if processor.is_byte(index):
+                return bytes([int(piece[1:-1], 16)])
+            return b"" if piece in hidden else piece.replace("▁", " ").encode()
+
+        behind = [b"" if token in hidden else token.encode() for token in self._added]
+        return [*map(of_piece, range(self._pieces)), *behind]
+
+    @functools.cached_property
+    def _proto(self) -> Any:
+        from sentencepiece import sentencepiece_model_pb2
+
+        return sentencepiece_model_pb2.ModelProto.FromString(self._model)
+
+    @property
+    def space_before_text(self) -> bool:
+        spec = self._proto.normalizer_spec
+        return spec.add_dummy_prefix or spec.remove_extra_whitespaces
+
+    @property
+    def whole_texts(self) -> tuple[str, ...]:
+        kind = self._proto.SentencePiece.USER_DEFINED
+        defined = [p.piece.replace("▁", " ") for p in self._proto.pieces if p.type == kind]
+        texts = dict.fromkeys([*self._whole_tokens[1], *defined])
+        return tuple(text for text in texts if len(text) > 1)
 
     def _decode(self, ids: list[int]) -> str:
         hidden = {self.token_id(token) for token in self._specials}

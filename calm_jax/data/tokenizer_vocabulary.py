@@ -1,12 +1,15 @@
 """Vocabularies from a `tokenizer.json`, read with the `tokenizers` library."""
 
+import functools
 import itertools
+import json
+import unicodedata
 from collections.abc import Iterable, Sequence
 from typing import Any, Self
 
 from etils import epath
 
-from calm_jax.data import byte_level
+from calm_jax.data import byte_level, token_texts
 from calm_jax.data.tokenizer_files import (
     ADDED_TOKEN_FLAGS,
     BYTE_LEVEL_FILE,
@@ -15,7 +18,7 @@ from calm_jax.data.tokenizer_files import (
     TokenizerFiles,
     read_file,
 )
-from calm_jax.data.vocabulary import Vocabulary
+from calm_jax.data.vocabulary import UNKNOWN_TEXT, Vocabulary
 from calm_jax.errors import CalmError
 
 
@@ -106,6 +109,63 @@ class TokenizerVocabulary(Vocabulary):
         encodings = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
         return [encoding.ids for encoding in encodings]
 
+    def encode_inside(self, texts: Sequence[str]) -> list[list[int]]:
+        encodings = self._inner.encode_batch_fast(list(texts), add_special_tokens=False)
+        return [encoding.ids for encoding in encodings]
+
+    @functools.cached_property
+    def _inner(self) -> Any:
+        """The tokenizer for text after other text: it adds no space at the beginning."""
+        import tokenizers
+
+        values = dict(self._json)
+        for key in ("normalizer", "pre_tokenizer"):
+            values[key] = token_texts.without_space_before(values[key])
+        return tokenizers.Tokenizer.from_str(json.dumps(values))
+
+    def lost_character(self, text: str) -> str | None:
+        encoding = self._inner.encode(text, add_special_tokens=False)
+        kept = {
+            index
+            for token, (start, end) in zip(encoding.ids, encoding.offsets, strict=True)
+            if token != self.unknown_id
+            for index in range(start, end)
+        }
+        lost = (
+            c for i, c in enumerate(text) if i not in kept and not (c.isspace() or _is_format(c))
+        )
+        return next(lost, None)
+
+    @functools.cached_property
+    def _json(self) -> dict[str, Any]:
+        return json.loads(self._tokenizer.to_str())
+
+    @property
+    def unknown_id(self) -> int | None:
+        model = self._json["model"]
+        token = model.get("unk_token")
+        return model.get("unk_id") if token is None else self.token_id(token)
+
+    def token_bytes(self) -> list[bytes]:
+        as_bytes = token_texts.reader(self._json["decoder"], str(self))
+        added = self._tokenizer.get_added_tokens_decoder()
+        found = [as_bytes(token) for token in self.tokens()]
+        for index, token in added.items():
+            found[index] = b"" if token.special else token.content.encode()
+        if self.unknown_id is not None:
+            found[self.unknown_id] = UNKNOWN_TEXT.encode()
+        return found
+
+    @property
+    def space_before_text(self) -> bool:
+        return token_texts.omits_first_space(self._json["decoder"])
+
+    @property
+    def whole_texts(self) -> tuple[str, ...]:
+        added = [token.content for token in self._tokenizer.get_added_tokens_decoder().values()]
+        words = self.tokens() if self._json["model"]["type"] == "WordLevel" else []
+        return tuple(text for text in dict.fromkeys([*added, *words]) if len(text) > 1)
+
     def _decode(self, ids: list[int]) -> str:
         return self._tokenizer.decode(ids, skip_special_tokens=True)
 
@@ -124,3 +184,8 @@ class TokenizerVocabulary(Vocabulary):
     ) -> Self:
         path = folder / cls.file_name
         return cls(read_file(path), index["bos_id"], index["eos_id"], str(path), published)
+
+
+def _is_format(character: str) -> bool:
+    """Whether normalisers may drop a character: it is a control or has no shape of its own."""
+    return unicodedata.category(character) in ("Cc", "Cf", "Mn")

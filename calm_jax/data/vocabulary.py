@@ -20,6 +20,7 @@ from calm_jax.data.tokenizer_files import NOTHING, TokenizerFiles
 from calm_jax.errors import CalmError
 
 INDEX_FILE = "vocabulary.json"
+UNKNOWN_TEXT = "\N{REPLACEMENT CHARACTER}"
 
 
 class Vocabulary:
@@ -33,6 +34,7 @@ class Vocabulary:
       eos_ids: every id that ends an answer, `eos_id` first; chat models have several.
       size: number of ids; every id is in [0, size). Any id, even 0, may be ordinary text.
       rows: number of rows of the smallest embedding that data is made for; None: unknown.
+      by_character: whether the ids of a character never depend on the characters beside it.
     """
 
     kind: str
@@ -43,6 +45,7 @@ class Vocabulary:
     other_eos_ids: tuple[int, ...] = ()
     size: int
     rows: int | None = None
+    by_character = False
     published: TokenizerFiles = NOTHING
 
     def encode(self, text: str) -> list[int]:
@@ -63,6 +66,14 @@ class Vocabulary:
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Ids of each text, without start or end tokens."""
+        raise NotImplementedError
+
+    def encode_inside(self, texts: Sequence[str]) -> list[list[int]]:
+        """As `encode_batch`, for texts that other text precedes: no space is put before them."""
+        return self.encode_batch(texts)
+
+    def lost_character(self, text: str) -> str | None:
+        """The first character of `text` that the ids of `encode_inside` lose; None if none is."""
         raise NotImplementedError
 
     def decode(self, ids: Iterable[int]) -> str:
@@ -94,6 +105,32 @@ class Vocabulary:
     def tokens(self) -> list[str]:
         """The name of every id, in id order; "" for an id without one."""
         raise NotImplementedError
+
+    def token_bytes(self) -> list[bytes]:
+        """The UTF-8 bytes that every id stands for inside a text, in id order.
+
+        They may be a part of a character. Special tokens stand for nothing, the token of unknown
+        text for the replacement character.
+
+        Raises:
+            CalmError: an id's text depends on the ids beside it.
+        """
+        raise NotImplementedError
+
+    @property
+    def unknown_id(self) -> int | None:
+        """The id of text that has no token; None if there is no such text."""
+        return None
+
+    @property
+    def space_before_text(self) -> bool:
+        """Whether the ids of a text begin with a space that `decode` omits."""
+        return False
+
+    @property
+    def whole_texts(self) -> tuple[str, ...]:
+        """Texts of several characters that become one token wherever they stand."""
+        return ()
 
     def token_id(self, token: str) -> int | None:
         """The id with this name; None if there is none."""
@@ -245,9 +282,16 @@ class ByteVocabulary(Vocabulary):
     bos_id = None
     eos_id = 1
     size = len(specials) + 256
+    by_character = True
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         return [[byte + len(self.specials) for byte in text.encode()] for text in texts]
+
+    def lost_character(self, text: str) -> str | None:
+        return None
+
+    def token_bytes(self) -> list[bytes]:
+        return [b""] * len(self.specials) + [bytes([byte]) for byte in range(256)]
 
     def _decode(self, ids: list[int]) -> str:
         first = len(self.specials)
