@@ -19,7 +19,7 @@ ARMS = {
     "kv_ablations": ("every_1", "init_paper", "no_norms"),
     "kv_share": ("share_5", "share_50"),
 }
-NUM_STEPS = {"anchor": 1_000, "augment": 500, "vanilla": 150, "random": 1}
+NUM_STEPS = {"anchor": 1_200, "augment": 600, "vanilla": 150, "random": 1}
 BRIDGE_STEPS = 400
 
 
