@@ -127,7 +127,9 @@ def check_later_tokens(vocabularies, data, pair, text):
 @given(pair=st.sampled_from(SPELLING), text=TEXTS, ids=st.lists(st.integers(0, 255), max_size=8))
 def test_what_is_visible_spells_the_text_so_far(vocabularies, pair, text, ids):
     anchor, augment = (vocabularies[name] for name in pair)
-    ids = anchor.encode_sequence(text) + [token % anchor.size for token in ids]
+    # Special tokens end a character that is not whole, which joining all bytes would complete.
+    ids = [token for token in ids if bytes_of(anchor)[token]]
+    ids = anchor.encode_sequence(text) + ids
     hypothesis.assume(ids)
     open_ended, closed = alignment(anchor, augment).align([ids, ids], [None, len(ids)])
     normal = augment._tokenizer.normalizer if pair[1] == "qwen" else None
@@ -136,11 +138,11 @@ def test_what_is_visible_spells_the_text_so_far(vocabularies, pair, text, ids):
         text = spelled(anchor, ids[:count])
         seen = spelled(augment, visible(open_ended, count - 1))
         if normal is None:
-            assert text.removeprefix(" ").startswith(seen.removeprefix(" "))
+            assert text.lstrip(" ").startswith(seen.lstrip(" "))
         left = text.rstrip("\N{REPLACEMENT CHARACTER}")
         if augment.by_character:
             assert seen.rstrip("\N{REPLACEMENT CHARACTER}") == left
-    text, closed = text.removeprefix(" "), spelled(augment, closed.ids).removeprefix(" ")
+    text, closed = text.lstrip(" "), spelled(augment, closed.ids).lstrip(" ")
     # All but the last bytes, if they are a part of a character.
     whole = [text[:end] for end in range(max(len(text) - 3, 0), len(text) + 1)]
     assert closed in [normal.normalize_str(x) if normal else x for x in whole]
