@@ -16,7 +16,7 @@ from calm_jax.decoding.blocks import in_blocks
 from calm_jax.errors import CalmError
 from calm_jax.models import Decoder, Inputs
 from calm_jax.models.cache import ComposedCache
-from calm_jax.models.composed import check_vocabularies
+from calm_jax.models.matching import check_vocabularies
 
 
 class Mixture(nnx.Module):

@@ -20,6 +20,7 @@ from calm_jax.decoding.steps import scores
 from calm_jax.errors import CalmError
 from calm_jax.models import ComposedDecoder, Inputs
 from calm_jax.models.calling import on_devices_of
+from calm_jax.models.matching import check_shared
 from calm_jax.models.origin import Origin
 from calm_jax.models.taps import Perturb
 
@@ -79,9 +80,13 @@ class Recomputed:
     Args:
         control: a name of `OF_TAPS`.
         slots: rows of a batch at most.
+
+    Raises:
+        CalmError: an augment has another tokenizer than the anchor.
     """
 
     def __init__(self, model: ComposedDecoder, control: str, *, slots: int):
+        check_shared(model, f"--control={control}")
         self.vocabulary, self.slots = model.vocabulary, slots
         self._model, self._control, self._perturb = model, control, OF_TAPS[control]
         self._known = known_ids(model)

@@ -74,7 +74,7 @@ def chosen(requested: str, need: Need, queries: Inputs, keys: Inputs) -> str:
     if requested != "auto":
         return requested
     T, S = queries.shape[1], keys.shape[1]
-    if queries.order_BT is not None or T != S:
+    if queries.order_BT is not None or keys.order_BT is not None or T != S:
         return "xla" if T * S <= SHORT * SHORT else "chunked"
     device = jax.config.jax_default_device
     if not isinstance(device, jax.Device):  # the name of a platform, or None

@@ -19,7 +19,7 @@ from calm_jax import sharding
 from calm_jax.errors import CalmError
 from calm_jax.models.bridge import Bridge, add_bridges, with_taps
 from calm_jax.models.cache import ComposedCache, DecoderCache, filled
-from calm_jax.models.calling import array_of, call
+from calm_jax.models.calling import call
 from calm_jax.models.config import CompositionConfig, DecoderConfig
 from calm_jax.models.connections import Connection, ConnectionPlan, plan_connections
 from calm_jax.models.cross_attention import BridgePass
@@ -28,6 +28,8 @@ from calm_jax.models.decoder import Decoder
 from calm_jax.models.execution import Execution, gradients_at_once
 from calm_jax.models.inputs import Inputs
 from calm_jax.models.layer import ForwardPass
+from calm_jax.models.matching import check_devices, check_shared, differ
+from calm_jax.models.own_inputs import as_keys, own_inputs
 from calm_jax.models.parameters import Structure, Tree, module_tree
 from calm_jax.models.stack import run_layers
 from calm_jax.models.taps import Augment, Perturb, TapNumbers, Taps
@@ -52,8 +54,8 @@ def compose(
         rngs: draws the bridge's initial values.
 
     Raises:
-        CalmError: a connection outside a model's layers, heads that do not divide the width,
-            vocabularies that differ, or models on different devices.
+        CalmError: a connection outside a model's layers, heads that do not divide the width, or
+            models on different devices.
 
     >>> import jax.numpy as jnp
     >>> from flax import nnx
@@ -90,6 +92,8 @@ class ComposedDecoder(nnx.Module):
         bridge: the bridge's parameters.
         configs: one `CompositionConfig` per augment.
         plan: the connections, numbered as in metrics, and the rounds that run them.
+        own_tokens: for each augment, whether its vocabulary is not the anchor's. It then reads
+            inputs of its own, `Inputs.augments`.
         execution: how the bridges are computed; each model has its own `execution`.
     """
 
@@ -104,10 +108,11 @@ class ComposedDecoder(nnx.Module):
             raise CalmError("compose needs at least one augment")
         self.configs = tuple(configs)
         self.plan = plan_connections(configs, anchor.depth, [augment.depth for augment in augments])
+        self.own_tokens = tuple(
+            differ(anchor.vocabulary, getattr(augment, "vocabulary", None)) for augment in augments
+        )
         for number, augment in enumerate(augments):
-            theirs = getattr(augment, "vocabulary", None)
-            check_vocabularies(anchor.vocabulary, "the anchor", theirs, f"augment {number}")
-            _check_devices(anchor, augment, f"augment {number}")
+            check_devices(anchor, augment, f"augment {number}")
         self.execution = Execution()
         self.anchor = anchor
         self.augments = nnx.List(augments)
@@ -141,13 +146,15 @@ class ComposedDecoder(nnx.Module):
         """Logits of the next token at every position.
 
         Args:
-            inputs: `Inputs`, or tokens, int32 [B, T], for the anchor and every augment.
+            inputs: `Inputs`, or tokens, int32 [B, T], for the anchor and every augment with its
+                vocabulary.
 
         Returns:
             float32 [B, T, V] with the anchor's V.
 
         Raises:
-            CalmError: `encoder_only` is set and the inputs have no prompt mask.
+            CalmError: `encoder_only` is set and the inputs have no prompt mask, or an augment with
+                a vocabulary of its own has no inputs of its own.
         """
         return call(self, "forward", inputs)
 
@@ -226,7 +233,11 @@ class ComposedDecoder(nnx.Module):
         Args:
             dtype: that of keys and values; default: that of each model's config.
             whole: numbers of augments that run all their layers, not only those up to a tap.
+
+        Raises:
+            CalmError: an augment has a vocabulary of its own.
         """
+        check_shared(self, "a cache")
         array, described = self.anchor.embedding.get_value(), (self.plan, self.configs, self.config)
         sizes = (batch, slots, dtype or self.config.dtype)
         return ComposedCache(
@@ -269,7 +280,8 @@ class ComposedDecoder(nnx.Module):
         An observation is the result of `observe(h, f_cross result, attention weights)`.
         """
         before = None if cache is None else cache.slots
-        inputs = filled(inputs, before)
+        own = own_inputs(inputs, self.own_tokens, cached=cache is not None)
+        inputs = filled(inputs.replace(augments=()), before)
         slots = None if before is None else before.write(inputs)
         taps, augment_caches = [], []
         # A cache orders its tokens itself.
@@ -281,7 +293,8 @@ class ComposedDecoder(nnx.Module):
             if known_taps and number in known_taps:
                 tap, after = known_taps[number], before
             else:
-                tap, after = augment.taps(given, tap_layers, before)
+                read = given if own[number] is None else own[number].replace(order_BT=None)
+                tap, after = augment.taps(read, tap_layers, before)
             taps.append(tap if perturb is None else tap.perturbed(perturb, number))
             augment_caches.append(after)
 
@@ -295,7 +308,8 @@ class ComposedDecoder(nnx.Module):
             if latents is not None:
                 latents = with_taps(latents, taps[number], tap_layers, config, slots, inputs)
                 taps[number] = TapNumbers(tap_layers)
-            passes.append(BridgePass(config, self.config, execution, inputs, None, slots, latents))
+            keys = own[number] and as_keys(own[number], inputs, config)
+            passes.append(BridgePass(config, self.config, execution, inputs, keys, slots, latents))
         forward = ForwardPass(self.config, self.anchor.execution, inputs, slots)
         layers, layer_cache = self.anchor.layers, None if cache is None else cache.anchor.layers
         bridge_caches = ((),) * len(self.plan.rounds) if cache is None else cache.bridge
@@ -356,31 +370,6 @@ class ComposedDecoder(nnx.Module):
                 tuple(forward.latents for forward in passes),
             )
         return h_BTD, cache, [observed[connection] for connection in self.connections]
-
-
-def check_vocabularies(ours: Any, our_name: str, theirs: Any, their_name: str) -> None:
-    """Raises `CalmError` naming the first token that differs; accepts a missing vocabulary."""
-    if ours is None or theirs is None:
-        return
-    difference = ours.first_difference(theirs)
-    if difference is not None:
-        index, our_token, their_token = difference
-        raise CalmError(
-            f"the vocabularies differ: token {index} is {our_token!r} for {our_name} and "
-            f"{their_token!r} for {their_name}"
-        )
-
-
-def _check_devices(anchor: Decoder, augment: Augment, name: str) -> None:
-    """Raises `CalmError` if both are committed to devices, but not to the same ones."""
-    arrays = [array_of(model) for model in (anchor, augment)]
-    if any(array is None or not array.committed for array in arrays):
-        return
-    ours, theirs = (sorted(device.id for device in x.sharding.device_set) for x in arrays)
-    if ours != theirs:
-        raise CalmError(
-            f"the anchor is on devices {ours}, {name} on devices {theirs}; load both on one mesh"
-        )
 
 
 @functools.cache

@@ -24,6 +24,9 @@ class Inputs:
             of the array, which lets attention kernels skip blocks at compile time.
         positions_BT: int32 [B, T], the position of each token in its segment, for rotary angles.
         prompt_mask_BT: int32 [B, T], 1 on the prompt; read only by `encoder_only` bridges.
+        augments: for each augment of a composed model its own inputs, or None if it reads the
+            tokens of the anchor; augments without an entry do too. Segments are those of the
+            anchor, and `order_BT` is the index in the anchor's row from which on a token is read.
         packed: whether a row may hold several segments, or padding before its tokens; some
             attention kernels support neither.
     """
@@ -34,6 +37,7 @@ class Inputs:
     order_BT: jax.Array | None = None
     positions_BT: jax.Array | None = None
     prompt_mask_BT: jax.Array | None = None
+    augments: tuple["Inputs | None", ...] = ()
     packed: bool = dataclasses.field(default=True, metadata={"static": True})
 
     @classmethod
@@ -45,13 +49,28 @@ class Inputs:
 
     @classmethod
     def of_batch(cls, batch: Mapping[str, jax.Array]) -> "Inputs":
-        """The inputs of a batch of arrays [B, T] with seqio's decoder keys."""
+        """The inputs of a batch of arrays [B, T] with seqio's decoder keys.
+
+        An augment k with tokens of its own has arrays [B, S] with the keys of `augment_keys(k)`.
+        """
+        numbers = [k for k in range(len(batch)) if augment_keys(k)[0] in batch]
+        own = {k: cls._of_augment(batch, k) for k in numbers}
         return cls(
             batch["decoder_input_tokens"],
             segments_BT=batch["decoder_segment_ids"],
             positions_BT=batch["decoder_positions"],
             prompt_mask_BT=batch["decoder_causal_attention"],
+            augments=tuple(own.get(k) for k in range(max(own, default=-1) + 1)),
         )
+
+    @classmethod
+    def _of_augment(cls, batch: Mapping[str, jax.Array], number: int) -> "Inputs":
+        tokens, segments, order, positions, prompt = map(batch.get, augment_keys(number))
+        return cls(tokens, None, segments, order, positions, prompt)
+
+    def of_augment(self, number: int) -> "Inputs | None":
+        """The own inputs of augment `number`; None if it reads the anchor's tokens."""
+        return self.augments[number] if number < len(self.augments) else None
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -87,3 +106,12 @@ class Inputs:
     def prompt(self) -> "Inputs":
         """A copy in which all tokens outside the prompt are padding. Needs `prompt_mask_BT`."""
         return self.replace(segments_BT=jnp.where(self.prompt_mask_BT == 1, self.segments_BT, 0))
+
+
+def augment_keys(number: int) -> tuple[str, ...]:
+    """The keys of an augment's own tokens, segments, order, positions and prompt mask in a batch.
+
+    All are int32 [B, S].
+    """
+    names = ("input_tokens", "segment_ids", "order", "positions", "causal_attention")
+    return tuple(f"augment_{number}_{name}" for name in names)

@@ -15,11 +15,11 @@ from calm_jax.data.vocabulary import Vocabulary
 from calm_jax.errors import CalmError
 from calm_jax.models import ComposedDecoder, CompositionConfig, Decoder, DecoderConfig, compose
 from calm_jax.models.attention_choice import Need, choose
-from calm_jax.models.composed import check_vocabularies
 from calm_jax.models.config import heads
 from calm_jax.models.connections import plan_connections
 from calm_jax.models.execution import Execution, check_remat
 from calm_jax.models.lora import add_lora, lora_of
+from calm_jax.models.matching import check_vocabularies
 from calm_jax.models.parameters import Tree, module_tree
 from calm_jax.models.parts import Parts
 from calm_jax.training import config_keys

@@ -202,6 +202,8 @@ class Tokens:
 
 
 def test_vocabularies():
+    """An augment with another vocabulary than the anchor's has tokens of its own."""
+
     def composed(*vocabularies):
         def make():
             models = [Decoder(palm(), nnx.Rngs(0)) for _ in vocabularies]
@@ -213,9 +215,9 @@ def test_vocabularies():
         return nnx.eval_shape(make)
 
     vocabulary = Tokens("a", "b")
-    assert composed(vocabulary, Tokens("a", "b"), None).vocabulary is vocabulary
-    with pytest.raises(CalmError, match="token 1 is 'b' for the anchor and 'c' for augment 1"):
-        composed(vocabulary, vocabulary, Tokens("a", "c"))
+    shared = composed(vocabulary, Tokens("a", "b"), None)
+    assert shared.vocabulary is vocabulary and shared.own_tokens == (False, False)
+    assert composed(vocabulary, vocabulary, Tokens("a", "c")).own_tokens == (False, True)
 
 
 def test_embedding_rows_may_differ_and_logits_have_the_anchors():

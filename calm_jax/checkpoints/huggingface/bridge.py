@@ -29,6 +29,7 @@ from calm_jax.checkpoints.sources.opening import open_source
 from calm_jax.errors import CalmError
 from calm_jax.models import ComposedDecoder, Decoder
 from calm_jax.models.config import heads
+from calm_jax.models.matching import check_shared
 from calm_jax.models.parameters import module_tree, path_name
 from calm_jax.sharding import on_host
 
@@ -74,7 +75,10 @@ def write_bridge(
         places: of the frozen models, as of `base_models`.
         identities: as of `calm_jax.checkpoints.composed.identities`.
         run, step: where the bridge was trained, for the model card; or None.
+
+    Raises `CalmError` if an augment has another tokenizer than the anchor.
     """
+    check_shared(composed, "the form of transformers")
     weights = safetensors.numpy.save(tensors_of(composed), metadata={"format": "pt"})
     (folder / "model.safetensors").write_bytes(weights)
     (folder / CODE.name).write_bytes(CODE.read_bytes())
