@@ -102,8 +102,8 @@ class Alignment:
             self._check(ids, pieces)
         encoded = iter(self.encode([piece for row in pieces for piece in row]))
         found = []
-        for row in pieces:
-            start = self.augment.start_ids
+        for row, of_row in zip(pieces, ids, strict=True):
+            start = self.augment.start_ids if of_row else ()
             aligned = Aligned(list(start), [0] * len(start))
             for piece in row:
                 piece_ids = next(encoded)

@@ -7,6 +7,8 @@ A cache is a folder, named by a hash of all that determines its content:
     0/targets.npy         int32 [N, T] the ids that they predict
     0/segment_ids.npy     int32 [N, T] 1, 2, … for the sequences of a row, 0 for padding
     0/prompt.npy          uint8 [N, T] 1 where the target belongs to the prompt
+    0/augment_…_….npy     int32 [N, S] the arrays of `dataset.own_keys` for each augment with tokens
+                          of its own
 
 The folder is written under another name and renamed when it is complete.
 """
@@ -23,7 +25,8 @@ from typing import Any
 
 import numpy as np
 
-from calm_jax.data.dataset import DTYPES
+from calm_jax.data.dataset import DTYPES, own_keys
+from calm_jax.data.own_tokens import OwnTokens
 from calm_jax.data.rows import RowWriter, Sequences
 from calm_jax.errors import CalmError
 
@@ -70,27 +73,41 @@ def ready_folder(
 
 
 def write_part(
-    folder: pathlib.Path, chunks: Iterable[Sequences], length: int, pack: bool
+    folder: pathlib.Path,
+    chunks: Iterable[Sequences],
+    length: int,
+    pack: bool,
+    augments: Sequence[OwnTokens] = (),
 ) -> dict[str, Any]:
     """Writes sequences as rows of `length` ids, packed or one in each row; returns statistics.
 
     Sequences longer than a row continue in further rows if they have no prompt; else they are cut.
     The statistics are the numbers of `examples`, of `rows`, of sequences that are `cut` and of
-    those whose prompt alone fills a row (`answers_lost`), the ids of the `longest` that is cut, and
-    `digest`, the SHA-256 of the rows.
+    those whose prompt alone fills a row (`answers_lost`), the ids of the `longest` that is cut,
+    `digest`, the SHA-256 of the rows, and for each of `augments` the `cut` and `longest` of its own
+    tokens. Raises `CalmError` as `OwnTokens.of`.
     """
-    counts = {"examples": 0, "rows": 0, "cut": 0, "answers_lost": 0, "longest": 0}
+    counts: dict[str, Any] = {"examples": 0, "rows": 0, "cut": 0, "answers_lost": 0, "longest": 0}
+    counts["augments"] = [{"cut": 0, "longest": 0} for _ in augments]
+    widths = {name: (length, dtype) for name, dtype in DTYPES.items()}
+    for augment in augments:
+        widths |= dict.fromkeys(own_keys(augment.number), (augment.length, np.int32))
     digest = hashlib.sha256()
     folder.mkdir()
     with contextlib.ExitStack() as stack:
         writers = {
-            name: stack.enter_context(RowWriter(folder / f"{name}.npy", length, dtype))
-            for name, dtype in DTYPES.items()
+            name: stack.enter_context(RowWriter(folder / f"{name}.npy", *width))
+            for name, width in widths.items()
         }
         for chunk in chunks:
             counts["examples"] += len(chunk)
             chunk = chunk.continued(length)
-            rows = chunk.cut(length).rows(length, pack)
+            kept = chunk.cut(length)
+            own = [
+                augment.of(kept, of)
+                for augment, of in zip(augments, counts["augments"], strict=True)
+            ]
+            rows = kept.rows(length, pack, own)
             for name, writer in writers.items():
                 digest.update(rows[name])
                 writer.append(rows[name])
@@ -102,5 +119,6 @@ def write_part(
 
 
 def read_part(folder: pathlib.Path) -> dict[str, np.ndarray]:
-    """The arrays that `write_part` wrote, memory-mapped: `DTYPES`, each [N, T]."""
-    return {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in DTYPES}
+    """The arrays that `write_part` wrote, memory-mapped."""
+    own = sorted(path.stem for path in folder.glob("*.npy") if path.stem not in DTYPES)
+    return {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in [*DTYPES, *own]}

@@ -9,6 +9,16 @@ import numpy as np
 # The stored arrays of a row [T]; all others follow from them.
 DTYPES = {"inputs": np.int32, "targets": np.int32, "segment_ids": np.int32, "prompt": np.uint8}
 
+_OWN = ("input_tokens", "segment_ids", "order", "positions", "causal_attention")
+
+
+def own_keys(number: int) -> tuple[str, ...]:
+    """The names of the arrays of an augment's own tokens, in files and in batches alike.
+
+    `calm_jax.models.Inputs` describes them: tokens, segments, order, positions, prompt mask.
+    """
+    return tuple(f"augment_{number}_{name}" for name in _OWN)
+
 
 @dataclasses.dataclass(frozen=True)
 class TaskRows:
@@ -18,7 +28,8 @@ class TaskRows:
       name: the Task's name.
       weight: share of the rows in a mixed stream, relative to the other parts' weights.
       loss_on_inputs: whether prompt tokens are also trained on.
-      arrays: `DTYPES`, each [N, T], memory-mapped.
+      arrays: `DTYPES`, each [N, T], memory-mapped; and those of `own_keys`, int32 [N, S], for each
+        augment with tokens of its own.
     """
 
     name: str
@@ -52,12 +63,18 @@ class Dataset:
         """The rows with these indices as the six `decoder_…` arrays [B, T]; −1: a row of padding.
 
         Indices count through the parts in order. All arrays are int32, except
-        `decoder_loss_weights`, which is float32.
+        `decoder_loss_weights`, which is float32. Augments with tokens of their own add those of
+        `own_keys` [B, S].
         """
         shape = len(rows), self.length
         inputs_BT, targets_BT = np.zeros(shape, np.int32), np.zeros(shape, np.int32)
         segments_BT, prompt_BT = np.zeros(shape, np.int32), np.zeros(shape, np.int32)
         weights_BT = np.zeros(shape, np.float32)
+        own = {
+            key: np.zeros((len(rows), array.shape[1]), np.int32)
+            for key, array in self.parts[0].arrays.items()
+            if key not in DTYPES
+        }
         for start, part in zip(self._starts, self.parts, strict=False):
             (mine,) = np.nonzero((rows >= start) & (rows < start + len(part)))
             inside = rows[mine] - start
@@ -67,6 +84,8 @@ class Dataset:
             prompt_BT[mine] = part.arrays["prompt"][inside]
             trained = (prompt_BT[mine] == 0) | part.loss_on_inputs
             weights_BT[mine] = trained & (segments_BT[mine] > 0)
+            for key, array_BS in own.items():
+                array_BS[mine] = part.arrays[key][inside]
         real_BT = segments_BT > 0
         starts_BT = real_BT & (segments_BT != _shift_right(segments_BT))
         index_BT = np.broadcast_to(np.arange(self.length, dtype=np.int32), shape)
@@ -79,6 +98,7 @@ class Dataset:
             "decoder_positions": (index_BT - first_BT) * real_BT,
             "decoder_segment_ids": segments_BT,
             "decoder_causal_attention": causal_BT * real_BT,
+            **own,
         }
 
 

@@ -1,5 +1,6 @@
 """Data by name: entries of `config.data`, opened as rows to train on or texts to score on."""
 
+import dataclasses
 import hashlib
 import importlib.util
 import itertools
@@ -17,6 +18,7 @@ from calm_jax import processes
 from calm_jax.data import built_in, cache
 from calm_jax.data.dataset import Dataset, TaskRows
 from calm_jax.data.example_files import KINDS, ExampleFiles, file_hash, kind_of
+from calm_jax.data.own_tokens import OwnTokens, alignments
 from calm_jax.data.rows import Sequences
 from calm_jax.data.vocabulary import Vocabulary, check_ids
 from calm_jax.errors import CalmError
@@ -24,30 +26,43 @@ from calm_jax.errors import CalmError
 ENTRY_KEYS = {"task", *KINDS, "columns", "import", "weight", "loss_on_inputs"}
 
 
-def open_splits(data: Mapping[str, Any], vocabulary: Vocabulary) -> dict[str, Dataset]:
+def open_splits(
+    data: Mapping[str, Any], vocabulary: Vocabulary, augments: Sequence[Vocabulary | None] = ()
+) -> dict[str, Dataset]:
     """The rows of "train" and, if the config has any, of "validation"; one process builds them.
 
     All processes must call this. Raises `CalmError` as `open_dataset`.
     """
     splits = ("train", "validation") if data["validation"] else ("train",)
     return processes.in_turns(
-        lambda: {split: open_dataset(data, split, vocabulary) for split in splits}
+        lambda: {split: open_dataset(data, split, vocabulary, augments) for split in splits}
     )
 
 
-def open_dataset(data: Mapping[str, Any], split: str, vocabulary: Vocabulary) -> Dataset:
+def open_dataset(
+    data: Mapping[str, Any],
+    split: str,
+    vocabulary: Vocabulary,
+    augments: Sequence[Vocabulary | None] = (),
+) -> Dataset:
     """The rows of `data[split]` ("train" or "validation"); builds what is not cached yet.
 
     `data` is `config.data`: entries `{"task": name, "import": module}` or those of `ExampleFiles`,
     each with `weight` and `loss_on_inputs`; and `length`, `pack`, `strict`, `limit`, `cache_dir`.
-    Texts are tokenised with `vocabulary`. TensorFlow is imported only if a task is not cached yet.
-    Raises `CalmError` for a bad entry or record, and with `strict` if an answer would be cut.
+    Texts are tokenised with `vocabulary`. Those of `augments`, by number, that differ from it add
+    rows of `augment_length` tokens of their own. TensorFlow is imported only if a task is not
+    cached yet. Raises `CalmError` for a bad entry or record, and with `strict` if an answer would
+    be cut.
     """
     parts, digests = [], []
+    own = [
+        OwnTokens(number, alignment, data["augment_length"] or data["length"])
+        for number, alignment in alignments(vocabulary, augments).items()
+    ]
     for entry in data[split]:
         check_entry(entry, split)
     for entry in map(dict, data[split]):
-        folder, index = _cached(entry, data, split, vocabulary)
+        folder, index = _cached(entry, data, split, vocabulary, own)
         for message in _cuts(index["parts"], data, entry):
             logging.warning("%s", message)
         for number, part in enumerate(index["parts"]):
@@ -117,9 +132,20 @@ def _cuts(
     """
     found = []
     for part in parts:
+        name = files_of(entry) or part["name"]
+        # Older caches have no entry for augments.
+        for own in part.get("augments", ()):
+            if own["cut"]:
+                message = (
+                    f"{name}: {own['cut']:,} of {part['examples']:,} examples are longer than "
+                    f"data.augment_length {data['augment_length'] or data['length']} in the own "
+                    f"tokens of an augment; the longest has {own['longest']:,} tokens"
+                )
+                if data["strict"]:
+                    raise CalmError(f"{message} (data.strict)")
+                found.append(f"{message}; the augment reads their beginning")
         if not part["cut"]:
             continue
-        name = files_of(entry) or part["name"]
         message = (
             f"{name}: {part['cut']:,} of {part['examples']:,} examples are longer than "
             f"data.length {data['length']}; the longest has {part['longest']:,} tokens"
@@ -162,7 +188,11 @@ def identity(entry: Mapping[str, Any]) -> list[str]:
 
 
 def _cached(
-    entry: Mapping[str, Any], data: Mapping[str, Any], split: str, vocabulary: Vocabulary
+    entry: Mapping[str, Any],
+    data: Mapping[str, Any],
+    split: str,
+    vocabulary: Vocabulary,
+    own: Sequence[OwnTokens],
 ) -> tuple[pathlib.Path, dict[str, Any]]:
     cache_dir = cache.cache_directory(data["cache_dir"])
     determines = [identity(entry), split, vocabulary.tokenization_fingerprint]
@@ -171,13 +201,19 @@ def _cached(
         determines.append(
             vocabulary.rows
         )  # rows that were checked for a larger embedding may not fit this one
+    for each in own:
+        augment = each.alignment.augment
+        determines.append([each.number, augment.tokenization_fingerprint, each.length])
+        determines.append(augment.rows)
 
     def build(folder: pathlib.Path) -> dict[str, Any]:
         parts = []
         opened = _open_parts(entry, split, vocabulary, cache_dir, data["limit"])
         for number, (name, rate, chunks) in enumerate(opened):
             chunks = _checked(chunks, name, vocabulary)
-            counts = cache.write_part(folder / str(number), chunks, data["length"], data["pack"])
+            named = [dataclasses.replace(each, where=name) for each in own]
+            path = folder / str(number)
+            counts = cache.write_part(path, chunks, data["length"], data["pack"], named)
             if not counts["rows"]:
                 if files := files_of(entry):
                     raise CalmError(f"{files}: the file is empty")

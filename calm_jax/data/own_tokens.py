@@ -3,12 +3,17 @@
 Axes: B row, T anchor position, S augment position.
 """
 
+import dataclasses
+import itertools
 from collections.abc import Mapping, Sequence
 
 import numpy as np
 
 from calm_jax.data.alignment import Aligned, Alignment
-from calm_jax.data.vocabulary import Vocabulary
+from calm_jax.data.dataset import own_keys
+from calm_jax.data.rows import OwnSequences, Sequences
+from calm_jax.data.vocabulary import Vocabulary, check_ids
+from calm_jax.errors import CalmError
 
 
 def alignments(
@@ -23,6 +28,56 @@ def alignments(
         for number, vocabulary in enumerate(augments)
         if None not in (anchor, vocabulary) and anchor.fingerprint != vocabulary.fingerprint
     }
+
+
+@dataclasses.dataclass(frozen=True)
+class OwnTokens:
+    """How an augment's own rows are made.
+
+    Attributes:
+        number: the augment's.
+        length: S, tokens in a row.
+        where: names the data in errors.
+    """
+
+    number: int
+    alignment: Alignment
+    length: int
+    where: str = ""
+
+    def of(self, sequences: Sequences, counts: dict[str, int]) -> OwnSequences:
+        """The tokens of the same sequences; each is cut after `length` of them.
+
+        Adds to the numbers of sequences `cut` and, of these, the tokens of the `longest`. Raises
+        `CalmError` for text that a tokenizer cannot spell, or an id outside the embedding.
+        """
+        ids, is_text_N = sequences.inputs(), sequences.is_text_N
+        # The first input and those whose target is in the prompt; of plain text only the first.
+        prompts_N = np.where(is_text_N, 1, sequences.prompts_N + 1)
+        ends = [
+            None if is_text else int(count)
+            for is_text, count in zip(is_text_N, prompts_N, strict=True)
+        ]
+        try:
+            rows = self.alignment.align(ids, ends, check=True)
+        except CalmError as error:
+            raise CalmError(f"{self.where}: {error}") from error
+        lengths_N = np.array([len(row.ids) for row in rows], np.int64)
+        counts["cut"] += int((lengths_N > self.length).sum())
+        if counts["cut"]:
+            counts["longest"] = max(counts["longest"], int(lengths_N.max(initial=0)))
+        kept_N = np.minimum(lengths_N, self.length)
+
+        def joined(column: int) -> np.ndarray:
+            parts = (row[column][: self.length] for row in rows)
+            return np.fromiter(itertools.chain.from_iterable(parts), np.int32, kept_N.sum())
+
+        ids_M, order_M = joined(0), joined(1)
+        vocabulary = self.alignment.augment
+        if vocabulary.rows is not None:
+            check_ids(ids_M, vocabulary.rows, f"{self.where}: {self.alignment.name}'s", vocabulary)
+        is_prompt_M = order_M < np.repeat(prompts_N, kept_N)
+        return OwnSequences(self.number, self.length, ids_M, order_M, is_prompt_M, kept_N)
 
 
 def batch(
@@ -70,17 +125,17 @@ def own_arrays(
     `length` is S; default: that of the longest sequence.
     """
     length = max((len(row.ids) for row in rows), default=0) if length is None else length
-    values = {
-        "input_tokens": [row.ids for row in rows],
-        "segment_ids": [[1] * len(row.ids) for row in rows],
-        "order": [row.order for row in rows],
-        "positions": [range(len(row.ids)) for row in rows],
-        "causal_attention": [
+    values = (
+        [row.ids for row in rows],
+        [[1] * len(row.ids) for row in rows],
+        [row.order for row in rows],
+        [range(len(row.ids)) for row in rows],
+        [
             [int(order < (count or 0)) for order in row.order]
             for row, count in zip(rows, prompts, strict=True)
         ],
-    }
-    return {f"augment_{number}_{name}": padded(lists, length) for name, lists in values.items()}
+    )
+    return {key: padded(lists, length) for key, lists in zip(own_keys(number), values, strict=True)}
 
 
 def padded(rows: Sequence[Sequence[int]], length: int) -> np.ndarray:

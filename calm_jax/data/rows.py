@@ -8,7 +8,7 @@ from typing import Self
 
 import numpy as np
 
-from calm_jax.data.dataset import DTYPES
+from calm_jax.data.dataset import DTYPES, own_keys
 
 # Sequences that are read, tokenised and packed together.
 CHUNK = 8192
@@ -99,16 +99,31 @@ class Sequences:
             prompts_N=np.minimum(self.prompts_N, length),
         )
 
-    def rows(self, length: int, pack: bool) -> dict[str, np.ndarray]:
+    def inputs(self) -> list[list[int]]:
+        """The input ids of each sequence."""
+        ends = np.cumsum(self.lengths_N)
+        ids = [part.tolist() for part in np.split(self.ids_M, ends[:-1])] if len(self) else []
+        before = self.before_N.tolist()
+        return [
+            [first, *part[:-1]] if part else [] for first, part in zip(before, ids, strict=True)
+        ]
+
+    def rows(
+        self, length: int, pack: bool, own: "Sequence[OwnSequences]" = ()
+    ) -> dict[str, np.ndarray]:
         """The sequences in rows [R, length] as `DTYPES`; none may be longer than a row.
 
         Packing gives the rows of grain's `FirstFitPackIterDataset`, which takes a hundred times as
-        long.
+        long. `own` are the same sequences for augments with tokens of their own, whose arrays are
+        added: a row has the same sequences for each of them.
         """
+        lengths_NK = np.stack([self.lengths_N, *(each.lengths_N for each in own)], axis=1)
         if pack:
-            row_N, start_N, segment_N = _first_fit(self.lengths_N, length)
+            row_N, start_NK, segment_N = _first_fit(lengths_NK, [length, *(x.length for x in own)])
         else:
-            row_N, start_N, segment_N = np.arange(len(self)), 0, np.ones(len(self), np.int64)
+            row_N, segment_N = np.arange(len(self)), np.ones(len(self), np.int64)
+            start_NK = np.zeros_like(lengths_NK)
+        start_N = start_NK[:, 0]
         within_M = _within(self.lengths_N)
         place_M = np.repeat(row_N * length + start_N, self.lengths_N) + within_M
         inputs_M = np.roll(self.ids_M, 1)
@@ -123,6 +138,53 @@ class Sequences:
         rows = {name: np.zeros((count, length), dtype) for name, dtype in DTYPES.items()}
         for name, values_M in values.items():
             rows[name].reshape(-1)[place_M] = values_M
+        for number, each in enumerate(own, 1):
+            rows |= each.rows(count, row_N, start_NK[:, number], segment_N, start_N)
+        return rows
+
+
+@dataclasses.dataclass(frozen=True)
+class OwnSequences:
+    """N sequences in the tokens of an augment, as `calm_jax.data.alignment` gives them.
+
+    Attributes:
+      number: the augment's.
+      length: the length of its rows.
+      ids_M, order_M: the tokens, one sequence after another, and their order in the sequence.
+      is_prompt_M: bool, whether a token is read from a token of the prompt on.
+      lengths_N: the number of tokens in each sequence.
+    """
+
+    number: int
+    length: int
+    ids_M: np.ndarray
+    order_M: np.ndarray
+    is_prompt_M: np.ndarray
+    lengths_N: np.ndarray
+
+    def rows(
+        self,
+        count: int,
+        row_N: np.ndarray,
+        start_N: np.ndarray,
+        segment_N: np.ndarray,
+        anchor_start_N: np.ndarray,
+    ) -> dict[str, np.ndarray]:
+        """The sequences in `count` rows, int32 [R, length], with the keys of `own_keys`.
+
+        Args:
+            row_N, start_N, segment_N: where each sequence is, and its segment.
+            anchor_start_N: where it begins in the anchor's row.
+        """
+        within_M = _within(self.lengths_N)
+        place_M = np.repeat(row_N * self.length + start_N, self.lengths_N) + within_M
+        order_M = self.order_M + np.repeat(anchor_start_N, self.lengths_N)
+        segments_M = np.repeat(segment_N, self.lengths_N)
+        values = (self.ids_M, segments_M, order_M, within_M, self.is_prompt_M)
+        rows = {}
+        for key, values_M in zip(own_keys(self.number), values, strict=True):
+            rows[key] = np.zeros((count, self.length), np.int32)
+            rows[key].reshape(-1)[place_M] = values_M
         return rows
 
 
@@ -131,24 +193,28 @@ def _within(lengths_N: np.ndarray) -> np.ndarray:
     return np.arange(lengths_N.sum()) - np.repeat(np.cumsum(lengths_N) - lengths_N, lengths_N)
 
 
-def _first_fit(lengths_N: np.ndarray, length: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """For each sequence its row, its first position there, and its number in the row, from 1.
+def _first_fit(
+    lengths_NK: np.ndarray, most: Sequence[int]
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """For each sequence its row, its first positions there, and its number in the row, from 1.
 
-    All are [N].
+    A sequence has K lengths, and a row room for `most` of each. The results are [N], [N, K], [N].
     """
-    free_R, numbers = np.full(OPEN_ROWS, length), [0] * OPEN_ROWS
-    closed, found = 0, []
-    for needed in lengths_N.tolist():
-        row = int(np.argmax(free_R >= needed))
-        free = int(free_R[row])
-        if free < needed:
+    room_K = np.array(most)
+    free_RK, numbers = np.tile(room_K, (OPEN_ROWS, 1)), [0] * OPEN_ROWS
+    closed, found, starts = 0, [], []
+    for needed_K in lengths_NK:
+        fits_R = (free_RK >= needed_K).all(axis=1)
+        row = int(np.argmax(fits_R))
+        if not fits_R[row]:
             closed += OPEN_ROWS
-            free_R[:], numbers, row, free = length, [0] * OPEN_ROWS, 0, length
+            free_RK[:], numbers, row = room_K, [0] * OPEN_ROWS, 0
         numbers[row] += 1
-        free_R[row] = free - needed
-        found.append((closed + row, length - free, numbers[row]))
-    row_N, start_N, segment_N = np.array(found, np.int64).reshape(-1, 3).T
-    return row_N, start_N, segment_N
+        starts.append(room_K - free_RK[row])
+        free_RK[row] -= needed_K
+        found.append((closed + row, numbers[row]))
+    row_N, segment_N = np.array(found, np.int64).reshape(-1, 2).T
+    return row_N, np.array(starts, np.int64).reshape(-1, len(room_K)), segment_N
 
 
 class RowWriter:

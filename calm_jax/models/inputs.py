@@ -9,6 +9,8 @@ from collections.abc import Mapping
 import jax
 import jax.numpy as jnp
 
+from calm_jax.data.dataset import own_keys
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -51,9 +53,9 @@ class Inputs:
     def of_batch(cls, batch: Mapping[str, jax.Array]) -> "Inputs":
         """The inputs of a batch of arrays [B, T] with seqio's decoder keys.
 
-        An augment k with tokens of its own has arrays [B, S] with the keys of `augment_keys(k)`.
+        An augment k with tokens of its own has arrays [B, S] with the keys `own_keys(k)`.
         """
-        numbers = [k for k in range(len(batch)) if augment_keys(k)[0] in batch]
+        numbers = [k for k in range(len(batch)) if own_keys(k)[0] in batch]
         own = {k: cls._of_augment(batch, k) for k in numbers}
         return cls(
             batch["decoder_input_tokens"],
@@ -65,7 +67,7 @@ class Inputs:
 
     @classmethod
     def _of_augment(cls, batch: Mapping[str, jax.Array], number: int) -> "Inputs":
-        tokens, segments, order, positions, prompt = map(batch.get, augment_keys(number))
+        tokens, segments, order, positions, prompt = map(batch.get, own_keys(number))
         return cls(tokens, None, segments, order, positions, prompt)
 
     def of_augment(self, number: int) -> "Inputs | None":
@@ -106,12 +108,3 @@ class Inputs:
     def prompt(self) -> "Inputs":
         """A copy in which all tokens outside the prompt are padding. Needs `prompt_mask_BT`."""
         return self.replace(segments_BT=jnp.where(self.prompt_mask_BT == 1, self.segments_BT, 0))
-
-
-def augment_keys(number: int) -> tuple[str, ...]:
-    """The keys of an augment's own tokens, segments, order, positions and prompt mask in a batch.
-
-    All are int32 [B, S].
-    """
-    names = ("input_tokens", "segment_ids", "order", "positions", "causal_attention")
-    return tuple(f"augment_{number}_{name}" for name in names)

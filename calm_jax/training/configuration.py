@@ -67,6 +67,8 @@ def _common(kind: str) -> ConfigDict:
     config.data.train = ()
     config.data.validation = ()  # entries as in `train`; they decide which checkpoint is the best
     config.data.length = 512  # tokens in a row
+    # tokens in a row of an augment whose tokenizer is not the anchor's; 0: data.length
+    config.data.augment_length = 0
     config.data.pack = True  # whether to pack several sequences into a row
     # True: a prompt and answer longer than a row are an error; False: they are cut. Plain text
     # continues in further rows.
@@ -167,6 +169,7 @@ _CHOICES = {
     "weight_sharding": tuple(WEIGHT_RULES),
 }
 _LEAST = {
+    "data.augment_length": 0,
     "data.length": 1,
     "data.limit": 0,
     "data.seed": 0,

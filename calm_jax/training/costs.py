@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from calm_jax.models import Inputs
+from calm_jax.models import ComposedDecoder, Inputs
 from calm_jax.models.parameters import Tree, count, size_in_bytes
 from calm_jax.models.parts import Parts
 from calm_jax.training.flops import matmul_flops
@@ -59,6 +59,10 @@ def _by_name(parts: Parts, trainable: Tree, opt_state: Any, frozen: Tree) -> dic
     return {**trees, "optimizer": opt_state}
 
 
+def _own_tokens(model: Any) -> tuple[bool, ...]:
+    return model.own_tokens if isinstance(model, ComposedDecoder) else ()
+
+
 def _forward_flops(parts: Parts, length: int = 32) -> dict[str, float]:
     """Forward FLOPs per token of each tree, for a row of `length` tokens; nothing is compiled."""
     tokens_BT = jax.ShapeDtypeStruct((1, length), jnp.int32)
@@ -66,8 +70,12 @@ def _forward_flops(parts: Parts, length: int = 32) -> dict[str, float]:
 
     def flops(run: Callable[[Any, Inputs], Any]) -> float:
         def traced(tree, tokens_BT):
+            model = parts.structure.merge(tree)
             inputs = Inputs(tokens_BT, prompt_mask_BT=tokens_BT)
-            return run(parts.structure.merge(tree), inputs)
+            # An augment with tokens of its own is taken to read one for each of the anchor's.
+            own = inputs.replace(order_BT=tokens_BT)
+            augments = tuple(own if needed else None for needed in _own_tokens(model))
+            return run(model, inputs.replace(augments=augments))
 
         # A single row cannot be split over a mesh.
         with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), ())):

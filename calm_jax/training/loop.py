@@ -78,7 +78,7 @@ def train(
         config, chosen = probed_connections.with_chosen(config, workdir, mesh, overwrite=overwrite)
     run = check_run(workdir, config, overwrite=overwrite)
     described = describe_models(config)
-    datasets = open_splits(config.data, described.vocabulary)
+    datasets = open_splits(config.data, described.vocabulary, described.augments)
     processes.agree(agreement.origins(described, datasets))
     device = mesh.devices.flat[0]
     abstract = abstract_run(config, mesh, device)

@@ -26,7 +26,7 @@ def loss_sums(
     """Weighted sums over one batch.
 
     Args:
-        batch: arrays [B, T] with seqio's decoder keys.
+        batch: arrays [B, T] with seqio's decoder keys, and those of augments with own tokens.
         key, noise: noise (see `noisy`) on a decoder's embeddings or a composed model's taps; 0:
             none.
         loss_chunk: positions of each row whose logits exist at once; 0: all.
@@ -42,7 +42,14 @@ def loss_sums(
     weights_BT = batch["decoder_loss_weights"] * (segments_BT != 0)
 
     def perturb(x, *numbers):
-        return noisy(x, segments_BT, functools.reduce(jax.random.fold_in, numbers, key), noise)
+        own = inputs.of_augment(numbers[0]) if numbers else None
+        return noisy(
+            x,
+            segments_BT if own is None else own.segments_BT,
+            functools.reduce(jax.random.fold_in, numbers, key),
+            noise,
+            most=segments_BT.shape[1],
+        )
 
     x_BTD, connections = model.perturbed(inputs, perturb if noise else None)
     loss, right_BT = head_loss(model, x_BTD, targets_BT, weights_BT, loss_chunk)
@@ -61,7 +68,9 @@ def loss_sums(
     return loss, jax.lax.stop_gradient(sums)
 
 
-def noisy(x: jax.Array, segments_BT: jax.Array, key: jax.Array, noise: float) -> jax.Array:
+def noisy(
+    x: jax.Array, segments_BT: jax.Array, key: jax.Array, noise: float, most: int | None = None
+) -> jax.Array:
     """Vectors [B, T, D] with Gaussian noise of up to `noise` times each vector's own rms.
 
     The strength is drawn for each sequence. Noise teaches an anchor to read vectors near its
@@ -69,12 +78,13 @@ def noisy(x: jax.Array, segments_BT: jax.Array, key: jax.Array, noise: float) ->
 
     Args:
         segments_BT: int32 [B, T].
+        most: the largest number of a segment; default: T.
     """
-    B, T = segments_BT.shape
+    most = segments_BT.shape[1] if most is None else most
     strength_key, normal_key = jax.random.split(key)
     x_f32 = jax.lax.stop_gradient(x).astype(jnp.float32)
     rms = jnp.sqrt(jnp.mean(jnp.square(x_f32), axis=-1, keepdims=True))
-    strength_BS = noise * jax.random.uniform(strength_key, (B, T + 1))
+    strength_BS = noise * jax.random.uniform(strength_key, (len(x), most + 1))
     strength_BT = jnp.take_along_axis(strength_BS, segments_BT, axis=1)
     normal = jax.random.normal(normal_key, x.shape)
     return x + (strength_BT[:, :, None] * rms * normal).astype(x.dtype)

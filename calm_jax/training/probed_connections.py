@@ -12,6 +12,7 @@ from calm_jax import processes, sharding
 from calm_jax.checkpoints.files import absolute, read_json, write_json
 from calm_jax.data.entries import open_splits
 from calm_jax.data.stream import Stream
+from calm_jax.errors import CalmError
 from calm_jax.models import CompositionConfig
 from calm_jax.models.config import PROBE
 from calm_jax.training.configuration import composed_run
@@ -58,7 +59,13 @@ def _probed(config: ConfigDict, mesh: jax.sharding.Mesh) -> dict[str, Any]:
     wanted = composition_configs(config)
     # Any connection will do: the bridge is not run.
     known = _with(config, [_connected(each, ((0, 0),)) for each in wanted])
-    dataset = open_splits(config.data, describe_models(known).vocabulary)["train"]
+    described = describe_models(known)
+    if any(described.augments):
+        raise CalmError(
+            "composition.connections='probe' does not support augments with another tokenizer "
+            "than the anchor; give connections or every"
+        )
+    dataset = open_splits(config.data, described.vocabulary)["train"]
     run = load_run_model(known, mesh)
     model = run.parts.merge(run.trainable, run.frozen)
     share, shares = sharding.batch_share(mesh)

@@ -19,7 +19,7 @@ from calm_jax.models.config import heads
 from calm_jax.models.connections import plan_connections
 from calm_jax.models.execution import Execution, check_remat
 from calm_jax.models.lora import add_lora, lora_of
-from calm_jax.models.matching import check_vocabularies
+from calm_jax.models.matching import check_vocabularies, differ
 from calm_jax.models.parameters import Tree, module_tree
 from calm_jax.models.parts import Parts
 from calm_jax.training import config_keys
@@ -32,11 +32,13 @@ class Described:
     Attributes:
         identities: role, folder, dtype and fingerprint of each frozen model, the anchor first.
         connections: names of the connections, in the order of metrics; empty for a decoder.
+        augments: the vocabulary of each augment; None where it is the anchor's or unknown.
     """
 
     vocabulary: Vocabulary
     identities: list[dict[str, Any]]
     connections: list[str]
+    augments: tuple[Vocabulary | None, ...] = ()
 
 
 @dataclasses.dataclass
@@ -52,8 +54,9 @@ def describe_models(config: ConfigDict) -> Described:
     """Checks the models that a config names, without loading any weights.
 
     Raises:
-        CalmError: a folder is missing or damaged, connections or heads do not fit, or vocabularies
-            differ or are larger than an embedding.
+        CalmError: a folder is missing or damaged, connections or heads do not fit, a vocabulary is
+            missing, contradicts `config.vocabulary` or is larger than an embedding, or an augment
+            with another vocabulary reads shorter texts than the rows.
     """
     if config.kind == "composed":
         folders = [frozen_folders.describe(path) for path in (config.anchor, *config.augments)]
@@ -69,27 +72,43 @@ def describe_models(config: ConfigDict) -> Described:
         path = config.decoder["from"]
         folders = [frozen_folders.describe(path)] if path else []
         roles = ["decoder"]
-    known = [(r, f.vocabulary) for r, f in zip(roles, folders, strict=False) if f.vocabulary]
+    first = folders[0].vocabulary if folders else None
+    vocabulary, name = first, f"the {roles[0]}"
     if config.vocabulary:
-        known.insert(0, (f"vocabulary {config.vocabulary!r}", load_vocabulary(config.vocabulary)))
-    elif config.kind == "composed" and folders[0].vocabulary is None:
+        vocabulary, name = load_vocabulary(config.vocabulary), f"vocabulary {config.vocabulary!r}"
+        check_vocabularies(vocabulary, name, first, f"the {roles[0]}")
+    elif config.kind == "composed" and first is None:
         raise CalmError(
             f"the anchor {config.anchor} has no vocabulary, so the trained model could not read "
             "text; convert it with its tokenizer files in the same folder, or set vocabulary"
         )
-    if not known:
+    if vocabulary is None:
         raise CalmError("vocabulary is empty, and the model has none; set it")
-    name, vocabulary = known[0]
-    for role, other in known[1:]:
-        check_vocabularies(vocabulary, name, other, f"the {role}")
+    own = tuple(
+        folder.vocabulary if differ(vocabulary, folder.vocabulary) else None
+        for folder in folders[1:]
+    )
+    if config.data.augment_length and not any(own):
+        raise CalmError(
+            f"data.augment_length is {config.data.augment_length}, but no augment has another "
+            "tokenizer than the anchor; leave it 0"
+        )
+    if any(own) and first is None:
+        raise CalmError(
+            f"the anchor {config.anchor} has no vocabulary, but augments have other ones; convert "
+            "it with its tokenizer files in the same folder"
+        )
     configs = [folder.config for folder in folders] or [decoder_config(config)]
-    for role, model_config in zip(roles, configs, strict=True):
-        if vocabulary.base_size > model_config.vocab_size:
-            raise CalmError(
-                f"the {role}'s vocab_size {model_config.vocab_size} is less than the "
-                f"{vocabulary.base_size} tokens of {name}"
-            )
-    vocabulary.rows = min(model_config.vocab_size for model_config in configs)
+    rows = []
+    for role, model_config, other in zip(roles, configs, (None, *own), strict=True):
+        if other is None:
+            _check_rows(vocabulary, name, role, model_config)
+            rows.append(model_config.vocab_size)
+        else:
+            _check_rows(other, "its tokenizer", role, model_config)
+            _check_length(other, role, config.data.augment_length or config.data.length)
+            other.rows = model_config.vocab_size
+    vocabulary.rows = min(rows)
     if config.kind != "composed" and not config.lora.rank:
         return Described(vocabulary, [], [])  # nothing is frozen
     identities = [
@@ -101,7 +120,27 @@ def describe_models(config: ConfigDict) -> Described:
         }
         for role, folder, dtype in zip(roles, folders, frozen_dtypes(config), strict=True)
     ]
-    return Described(vocabulary, identities, plan.names if config.kind == "composed" else [])
+    names = plan.names if config.kind == "composed" else []
+    return Described(vocabulary, identities, names, own)
+
+
+def _check_rows(vocabulary: Vocabulary, name: str, role: str, config: DecoderConfig) -> None:
+    """Raises `CalmError` if a model's embedding lacks rows for a vocabulary."""
+    if vocabulary.base_size > config.vocab_size:
+        raise CalmError(
+            f"the {role}'s vocab_size {config.vocab_size} is less than the "
+            f"{vocabulary.base_size} tokens of {name}"
+        )
+
+
+def _check_length(vocabulary: Vocabulary, role: str, length: int) -> None:
+    """Raises `CalmError` if a tokenizer says that its model reads less than rows of `length`."""
+    most = vocabulary.published.config.get("model_max_length")
+    if isinstance(most, int | float) and most < length:
+        raise CalmError(
+            f"{role} reads at most {most} tokens (model_max_length of its tokenizer), but its rows "
+            f"have {length}; set data.augment_length to {most}"
+        )
 
 
 def load_run_model(config: ConfigDict, mesh: jax.sharding.Mesh) -> RunModel:

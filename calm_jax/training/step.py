@@ -34,7 +34,7 @@ class Shardings:
     trainable: Tree
     opt_state: Any
     frozen: Tree
-    batch: dict[str, jax.sharding.NamedSharding]
+    batch: jax.sharding.NamedSharding  # of every array
     replicated: jax.sharding.NamedSharding
 
     @classmethod
@@ -57,8 +57,7 @@ class Shardings:
             trainable,
             transform_non_params=lambda _: replicated,
         )
-        batch = dict.fromkeys(BATCH_KEYS, sharding.batch_sharding(mesh))
-        return cls(trainable, opt_state, frozen, batch, replicated)
+        return cls(trainable, opt_state, frozen, sharding.batch_sharding(mesh), replicated)
 
 
 def make_train_step(
