@@ -20,6 +20,7 @@ from calm_jax import sharding
 from calm_jax.checkpoints import frozen, training
 from calm_jax.checkpoints.composed import load_composed
 from calm_jax.checkpoints.training import TrainingCheckpoints
+from calm_jax.data.entries import open_dataset
 from calm_jax.data.stream import Stream, batches_once
 from calm_jax.data.vocabularies import load_vocabulary
 from calm_jax.errors import CalmError
@@ -211,7 +212,7 @@ def test_composed_run_learns_and_leaves_what_it_should(composed_run, shared):
 def test_step_0_of_a_composed_run_is_the_anchor(composed_run, shared):
     """The first loss of the run is that of the anchor alone on the first batch."""
     data, vocabulary = composed_run.config.data, load_vocabulary("bytes")
-    batch = Stream(loop.open_dataset(data, "train", vocabulary), batch_size=8, seed=0)[0]
+    batch = Stream(open_dataset(data, "train", vocabulary), batch_size=8, seed=0)[0]
     anchor = frozen.load(shared / "anchor")
     logits = np.asarray(anchor(Inputs.of_batch(batch)), np.float64)
     log_total = np.log(np.sum(np.exp(logits), axis=-1, keepdims=True))
@@ -228,7 +229,7 @@ def test_training_leaves_frozen_folders_as_they_were(composed_run, shared):
 
 def validation_scores(decoder, config):
     """Loss, accuracy and number of tokens of a decoder over the validation rows, one by one."""
-    source = loop.open_dataset(config.data, "validation", load_vocabulary("bytes"))
+    source = open_dataset(config.data, "validation", load_vocabulary("bytes"))
     assert len(source) % 8  # so that the last batch of a run has rows of padding
     loss = weight = right = 0.0
     for batch in batches_once(source, 1):
@@ -390,7 +391,7 @@ def test_saved_on_8_devices_and_restored_on_2(composed_run, killed_run, tmp_path
         assert found[number] == pytest.approx(expected[number], rel=1e-4, abs=1e-6), number
     # The batches of steps 9 to 12, after the one that was compiled for.
     stream = Stream(
-        loop.open_dataset(config.data, "train", load_vocabulary("bytes")), batch_size=8, seed=0
+        open_dataset(config.data, "train", load_vocabulary("bytes")), batch_size=8, seed=0
     )
     for number, batch in enumerate(resumed.batches[1:5], start=8):
         jax.tree.map(np.testing.assert_array_equal, batch, stream[number])
