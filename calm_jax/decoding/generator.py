@@ -8,12 +8,14 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from calm_jax.decoding.draft_length import Drafting
+from calm_jax.decoding.recomputing import Recomputing
 from calm_jax.decoding.requests import News, Request
 from calm_jax.decoding.sampling import Sampling, TokenLogprob
 from calm_jax.decoding.scheduler import MOST_STEPS, Scheduler
 from calm_jax.decoding.text_stream import TextStream
 from calm_jax.errors import CalmError
 from calm_jax.models import ComposedDecoder, Decoder
+from calm_jax.models.matching import check_shared
 
 STREAMED_STEPS = 4  # tokens that are made before their text is shown
 MOST_ROWS = 64  # most rows that `generate` decodes at once
@@ -67,6 +69,10 @@ class Generator:
         CalmError: a size below 1, caches that do not fit the devices, or a draft of a model without
             an augment that writes.
 
+    A pair whose augment has another tokenizer than the anchor has no caches: every token runs the
+    whole model over all tokens before it. `draft` and `cache_dtype` are refused then, and
+    `prefill_chunk` has no effect.
+
     >>> from flax import nnx
     >>> from calm_jax import Decoder, DecoderConfig, Generator, Sampling
     >>> config = DecoderConfig.palm(vocab_size=32, embed_dim=16, num_layers=2, num_heads=2,
@@ -89,6 +95,13 @@ class Generator:
         eos_ids: Sequence[int] | None = None,
     ):
         self.vocabulary = model.vocabulary
+        if True in getattr(model, "own_tokens", ()):
+            if draft:
+                check_shared(model, f"draft={draft}")
+            if cache_dtype is not None:
+                check_shared(model, f"cache_dtype={cache_dtype}")
+            self.scheduler = Recomputing(model, max_length=max_length, slots=slots, eos_ids=eos_ids)
+            return
         self.scheduler = Scheduler(
             model,
             max_length=max_length,

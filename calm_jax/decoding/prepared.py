@@ -10,6 +10,7 @@ are views of the stack, without a copy. Accelerators read a layer in place in th
 
 import dataclasses
 import functools
+import itertools
 from typing import Any
 
 import jax
@@ -40,7 +41,7 @@ def prepared(model: Decoder | ComposedDecoder) -> Decoder | ComposedDecoder:
 
 
 def rows_of_tables(model: Decoder | ComposedDecoder) -> int:
-    """The number of ids, from 0, that all parts of a model embed.
+    """The number of ids, from 0, that all parts of a model embed which read the same tokens.
 
     Raises `CalmError` for an augment that is no decoder: it has no table, nor a cache of rows.
     """
@@ -48,7 +49,12 @@ def rows_of_tables(model: Decoder | ComposedDecoder) -> int:
         if not isinstance(augment, Decoder):
             kind = type(augment).__name__
             raise CalmError(f"augment {number} is a {kind}; only decoders can be decoded")
-    return min(part.config.vocab_size for part in model.models)
+    own_tokens = (False, *getattr(model, "own_tokens", ()))
+    return min(
+        part.config.vocab_size
+        for part, own in itertools.zip_longest(model.models, own_tokens, fillvalue=False)
+        if not own
+    )
 
 
 def known_ids(model: Decoder | ComposedDecoder) -> int:

@@ -6,7 +6,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from calm_jax.data.vocabulary import check_ids
 from calm_jax.decoding.sampling import Sampling, TokenLogprob
+from calm_jax.errors import CalmError
 
 SHARED = 16  # least tokens of a shared beginning that is worth copying
 TOPS = (0, 1, 5, 20)  # numbers of most probable tokens for which programs are compiled
@@ -124,6 +126,37 @@ class Row:
     pending: list[int] = dataclasses.field(default_factory=list)  # made, but not yet in the cache
     answer: Answer | None = None
     last_used: int = 0
+
+
+def check_request(
+    request: Request, vocabulary: Any, rows: int, known: int, max_length: int
+) -> None:
+    """Refuses what cannot be answered.
+
+    Args:
+        rows: number of ids, from 0, that the model embeds.
+        known: number of ids, from 0, that may be chosen.
+
+    Raises:
+        CalmError: an empty prompt, an id outside an embedding, or more tokens than `max_length`.
+    """
+    prompt, sampling = request.prompt, request.sampling
+    if not prompt:
+        raise CalmError("an empty prompt has no next token; give at least one id")
+    check_ids(prompt, rows, "prompt", vocabulary)
+    new = 0 if sampling is None else sampling.max_new_tokens
+    if len(prompt) + new > max_length:
+        raise CalmError(
+            f"the prompt has {len(prompt)} tokens and max_new_tokens is {new}, together more "
+            f"than max_length {max_length}"
+        )
+    if request.score_from is not None:
+        if not 1 <= request.score_from <= len(prompt):
+            raise CalmError(
+                f"score_from is {request.score_from}; it must be from 1 to the prompt's "
+                f"length, {len(prompt)}"
+            )
+        check_ids(prompt[request.score_from :], known, "scored", vocabulary)
 
 
 def common(ours: list[int], theirs: list[int], most: int) -> int:

@@ -17,7 +17,6 @@ import numpy as np
 from flax import nnx
 
 from calm_jax import sharding
-from calm_jax.data.vocabulary import check_ids
 from calm_jax.decoding import steps
 from calm_jax.decoding.chunks import bucket, buckets, chunk_of
 from calm_jax.decoding.draft_length import Drafting, DraftLength
@@ -29,6 +28,7 @@ from calm_jax.decoding.requests import (
     News,
     Request,
     Row,
+    check_request,
     longest_beginning,
     token_logprobs,
 )
@@ -137,26 +137,9 @@ class Scheduler:
         """Refuses what cannot be answered.
 
         Raises:
-            CalmError: an empty prompt, an id outside an embedding, or more tokens than
-                `max_length`.
+            CalmError: as `requests.check_request`.
         """
-        prompt, sampling = request.prompt, request.sampling
-        if not prompt:
-            raise CalmError("an empty prompt has no next token; give at least one id")
-        check_ids(prompt, self.rows_of_tables, "prompt", self.vocabulary)
-        new = 0 if sampling is None else sampling.max_new_tokens
-        if len(prompt) + new > self.max_length:
-            raise CalmError(
-                f"the prompt has {len(prompt)} tokens and max_new_tokens is {new}, together more "
-                f"than max_length {self.max_length}"
-            )
-        if request.score_from is not None:
-            if not 1 <= request.score_from <= len(prompt):
-                raise CalmError(
-                    f"score_from is {request.score_from}; it must be from 1 to the prompt's "
-                    f"length, {len(prompt)}"
-                )
-            check_ids(prompt[request.score_from :], self.known, "scored", self.vocabulary)
+        check_request(request, self.vocabulary, self.rows_of_tables, self.known, self.max_length)
 
     def cancel(self, request: Request, sample: int | None = None) -> None:
         """Drops a request, or one of its answers, and frees its rows; ignores unknown ones."""

@@ -15,10 +15,11 @@ Records = list[dict[str, Any]]
 def attention(model: ComposedDecoder, answers: Mapping[str, Records]) -> dict[str, Any] | None:
     """What each connection attends to in one prompt, as a mean over heads; None without prompts.
 
+    None too where an augment's tokens are not the anchor's: one row of labels could not name both.
     The prompt is the first that was answered right, of MATH where there is such a set.
     """
     records = [one for of_task in answers.values() for one in of_task if one.get("inputs")]
-    if not records:
+    if not records or any(model.own_tokens):
         return None
     example = min(
         records, key=lambda one: (not one.get("correct", False), one.get("set") != "math")

@@ -17,6 +17,7 @@ from calm_jax.data.tokenizer_files import TokenizerFiles
 from calm_jax.data.tokenizer_vocabulary import TokenizerVocabulary
 from calm_jax.data.vocabularies import load_vocabulary
 from calm_jax.errors import CalmError
+from calm_jax.evaluation.runner import evaluate
 from calm_jax.models import CompositionConfig, Inputs
 from calm_jax.planning import planner
 from calm_jax.training import configuration, loop
@@ -126,6 +127,17 @@ def test_a_trained_pair_is_restored(shared, trained):
     asked = [json.loads(line) for line in (shared / "data.jsonl").read_text().splitlines()]
     answer = next(one["targets"] for one in asked if name in one["inputs"])
     assert pair.vocabulary.decode([int(logits[0, -1].argmax())]) == answer
+
+
+def test_a_trained_pair_and_its_parts_are_evaluated(trained, tmp_path):
+    """Each part is asked in its own tokens; the pair alone knows the answers. On a mesh too."""
+    mesh = {"data": 2, "tensor": 2, "fsdp": 2}
+    summary = evaluate(trained, parts=True, limit=8, batch_size=4, mesh=mesh, output=tmp_path)
+    (scores,) = (of for name, of in summary.items() if not name.startswith("_"))
+    assert scores["exact_match"] > 90
+    parts = summary["_parts"]
+    assert set(parts) == {"anchor", "augment 0"}
+    assert all(one["exact_match"] < 30 for of in parts.values() for one in of.values())
 
 
 @pytest.mark.parametrize("pack", [True, False])
