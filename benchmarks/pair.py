@@ -17,6 +17,7 @@ from measuring import Clock
 from ml_collections import ConfigDict
 
 from calm_jax import sharding
+from calm_jax.data.dataset import own_keys
 from calm_jax.models import CompositionConfig, Decoder, DecoderConfig, compose
 from calm_jax.models.attention_choice import Need, choose
 from calm_jax.models.execution import REMAT as POLICIES
@@ -141,6 +142,7 @@ class RandomStep:
         parts: how the composed model's arrays fall into a trainable and a frozen tree.
         step: `calm_jax.training.step.make_train_step`'s.
         backend: of the anchor's attention.
+        own_tokens: whether the augment's tokens are given apart from the anchor's.
         mesh: what it is compiled for; set it (`jax.set_mesh`) around lowering and calls.
     """
 
@@ -154,8 +156,9 @@ class RandomStep:
         packed: bool = False,
         loss_chunk: int = 0,
         accumulate: int = 1,
+        own_tokens: bool = False,
     ):
-        self.pair, self.mesh, self.packed = pair, mesh, packed
+        self.pair, self.mesh, self.packed, self.own_tokens = pair, mesh, packed, own_tokens
 
         def execution(need: Need, remat: str) -> Execution:
             device = mesh.devices.flat[0]
@@ -191,7 +194,7 @@ class RandomStep:
                 shardings.trainable,
                 shardings.opt_state,
                 shardings.frozen,
-                shardings.batch,
+                dict.fromkeys(self._batch(), shardings.batch),
                 shardings.replicated,
             ),
         )
@@ -211,12 +214,14 @@ class RandomStep:
         anchor, augment = Decoder(pair.anchor, nnx.Rngs(0)), Decoder(pair.augment, nnx.Rngs(1))
         return compose(anchor, augment, pair.composition, rngs=nnx.Rngs(2))
 
+    def _batch(self) -> dict[str, np.ndarray]:
+        batch = random_batch(self.pair, self.packed)
+        return batch | own_tokens_of(batch) if self.own_tokens else batch
+
     def _arguments(self):
         trainable, frozen = self.parts.split(module_tree(self._model()))
         frozen = jax.tree.map(lambda x: x.astype(self.pair.anchor.dtype), frozen)
-        batch = {
-            key: jnp.asarray(value) for key, value in random_batch(self.pair, self.packed).items()
-        }
+        batch = jax.tree.map(jnp.asarray, self._batch())
         return trainable, self.optimizer.init(trainable), frozen, batch, jnp.int32(0)
 
 
@@ -257,3 +262,11 @@ def random_batch(pair: Pair, packed: bool = False) -> dict[str, np.ndarray]:
         "decoder_segment_ids": np.broadcast_to(1 + positions // first, shape),
         "decoder_causal_attention": np.zeros(shape, np.int32),
     }
+
+
+def own_tokens_of(batch: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The same tokens as an augment's own."""
+    tokens, segments = batch["decoder_input_tokens"], batch["decoder_segment_ids"]
+    order = np.broadcast_to(np.arange(tokens.shape[1], dtype=np.int32), tokens.shape)
+    rest = (batch["decoder_positions"], batch["decoder_causal_attention"])
+    return dict(zip(own_keys(0), (tokens, segments, order, *rest), strict=True))

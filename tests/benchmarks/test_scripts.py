@@ -27,6 +27,12 @@ def test_step(run_benchmark):
     assert 1 <= rows["FLOPs traced / ideal"] <= 1.03
 
 
+def test_own_tokens(run_benchmark):
+    rows = run_benchmark("own_tokens", "--steps=1")
+    assert [row["tokenizers"] for row in rows] == ["one", "two"]
+    assert_positive(rows, "seconds a step", "/ one")
+
+
 @pytest.mark.slow
 def test_remat(run_benchmark):
     rows = {row["policy"]: row for row in run_benchmark("remat", "--steps=1")}
