@@ -58,7 +58,7 @@ def _table(*sources: Iterator[tuple[str, str, str]]) -> str:
 
 
 def _of_function(function: Callable) -> Iterator[tuple[str, str, str]]:
-    """Key, default and meaning of every key that a function sets to a constant."""
+    """Key, default and meaning of every key that a function sets to a constant or leaves open."""
     for lines, node in _statements(function):
         if not isinstance(node, ast.Assign):
             continue
@@ -67,6 +67,8 @@ def _of_function(function: Callable) -> Iterator[tuple[str, str, str]]:
         if ast.unparse(node.value) == "ConfigDict()":
             if meaning:
                 yield key, "", meaning
+        elif ast.unparse(node.value).startswith("placeholder("):
+            yield key, "None", meaning
         elif _is_constant(node.value):
             yield key, ast.get_source_segment("\n".join(lines), node.value), meaning
 

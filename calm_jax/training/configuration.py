@@ -67,8 +67,8 @@ def _common(kind: str) -> ConfigDict:
     config.data.train = ()
     config.data.validation = ()  # entries as in `train`; they decide which checkpoint is the best
     config.data.length = 512  # tokens in a row
-    # tokens in a row of an augment whose tokenizer is not the anchor's; 0: data.length
-    config.data.augment_length = 0
+    # tokens in a row of an augment whose tokenizer is not the anchor's; None: data.length
+    config.data.augment_length = placeholder(int)
     config.data.pack = True  # whether to pack several sequences into a row
     # True: a prompt and answer longer than a row are an error; False: they are cut. Plain text
     # continues in further rows.
@@ -169,7 +169,7 @@ _CHOICES = {
     "weight_sharding": tuple(WEIGHT_RULES),
 }
 _LEAST = {
-    "data.augment_length": 0,
+    "data.augment_length": 1,
     "data.length": 1,
     "data.limit": 0,
     "data.seed": 0,
@@ -341,6 +341,8 @@ def _check_ranges(values: Mapping[str, Any]) -> None:
             raise CalmError(f"{key} is {value}; it must be a number")
         if key in _CHOICES and value not in _CHOICES[key]:
             raise CalmError(f"{key} is {value!r}; known are {', '.join(map(repr, _CHOICES[key]))}")
+        if value is None:  # a key that may be left open
+            continue
         if key in _LEAST and value < _LEAST[key]:
             raise CalmError(f"{key} is {value}; it must be at least {_LEAST[key]}")
         if key in _MOST and value > _MOST[key]:

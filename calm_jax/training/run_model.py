@@ -91,7 +91,7 @@ def describe_models(config: ConfigDict) -> Described:
     if config.data.augment_length and not any(own):
         raise CalmError(
             f"data.augment_length is {config.data.augment_length}, but no augment has another "
-            "tokenizer than the anchor; leave it 0"
+            "tokenizer than the anchor; leave it out"
         )
     if any(own) and first is None:
         raise CalmError(

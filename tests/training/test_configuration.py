@@ -1,3 +1,4 @@
+import copy
 import json
 
 import pytest
@@ -237,3 +238,15 @@ def test_a_config_does_not_differ_from_itself_and_flattens_to_its_leaves(values)
         for part in key.split("."):
             found = found[part]
         assert found == leaf
+
+
+def test_a_key_without_a_value_is_as_if_it_were_absent():
+    """Runs from before `data.augment_length` existed can be continued."""
+    new = to_dict(composed_run())
+    old = copy.deepcopy(new)
+    del old["data"]["augment_length"]
+    assert not differences(old, new)
+    config = composed_run()
+    config.data.augment_length = 0
+    with pytest.raises(CalmError, match=r"data\.augment_length is 0; it must be at least 1"):
+        configuration.validate(config)
