@@ -314,7 +314,9 @@ def test_another_kind_of_folder(damaged, values, message):
 )
 def test_a_composed_model_is_not_exported(damaged, tmp_path, values, kind):
     (damaged / "config.json").write_text(json.dumps(values))
-    with pytest.raises(CalmError, match=rf"is {kind}, not a frozen folder; .* again or exported"):
+    with pytest.raises(
+        CalmError, match=rf"is {kind}, not a frozen folder; .* cannot be composed again"
+    ):
         export(damaged, tmp_path / "exported")
     assert not (tmp_path / "exported").exists()
 

@@ -150,7 +150,13 @@ def test_seeded_samples_are_the_same_in_any_batch(options):
     assert [a.tokens for (a, _) in other] != [a.tokens for (a, _) in together]
 
 
-@pytest.mark.parametrize("name", FORMS)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=pytest.mark.slow if "several" in name or "only" in name else ())
+        for name in FORMS
+    ],
+)
 def test_scores_are_recomputed(name):
     model = FORMS[name]()
     prompts = [*random_prompts(3, 1, 40), [7] * 30, [7] * 30]

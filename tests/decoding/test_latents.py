@@ -134,6 +134,7 @@ def test_both_forms_give_the_same_answers(name, monkeypatch):
         )
 
 
+@pytest.mark.slow
 def test_int8_latents_differ_by_rounding_alone(monkeypatch):
     """Both forms move scores a little; neither by nothing, and not by the same."""
     model, random = random_composed(*LATENT["a loop"]), np.random.default_rng(0)

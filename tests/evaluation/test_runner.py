@@ -298,6 +298,7 @@ def test_done_once_for_the_same_settings(decoder_run, ask, monkeypatch):
     assert SUBS not in runner.evaluate(folder, limit=3, tasks=[MATH])
 
 
+@pytest.mark.slow
 def test_same_predictions_on_a_mesh(composed_run, ask):
     if jax.device_count() < 8:
         pytest.skip("needs 8 devices")
