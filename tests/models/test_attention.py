@@ -125,6 +125,8 @@ def test_chunked_equals_xla(shape):
 )
 def test_queries_that_are_not_the_keys(backend, queries, keys, orders, window, logit_cap, seed):
     """Any number of either, in any order, by every backend: weights and values by numpy."""
+    # In the order of the array a query has a key of its own.
+    hypothesis.assume(orders != "none" or queries <= keys)
     random = np.random.default_rng(seed)
     q, k, v = (random.normal(size=(2, n, 2, 4)).astype(np.float32) for n in (queries, keys, keys))
     segments = [random.integers(0, 3, (2, n), dtype=np.int32) for n in (queries, keys)]

@@ -20,7 +20,6 @@ from calm_jax import sharding
 from calm_jax.checkpoints.composed import export_bridge
 from calm_jax.data import own_tokens
 from calm_jax.data.vocabularies import load_vocabulary
-from calm_jax.decoding import Generator
 from calm_jax.errors import CalmError
 from calm_jax.models import CompositionConfig, Inputs, compose
 from calm_jax.models.execution import Execution
@@ -156,8 +155,6 @@ def test_what_needs_one_tokenizer_says_so(tmp_path):
     composed = pair()
     with pytest.raises(CalmError, match="augment 0 has another tokenizer than the anchor, so it"):
         composed(np.ones((1, 3), np.int32))
-    with pytest.raises(CalmError, match="than the anchor, which a cache does not support"):
-        Generator(composed, max_length=16)
     with pytest.raises(CalmError, match="which the form of transformers does not support"):
         export_bridge(composed, tmp_path / "exported", to="huggingface", anchor="a", augments=["b"])
     assert not list(tmp_path.iterdir())
