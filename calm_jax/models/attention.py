@@ -62,7 +62,7 @@ class Attention:
         # A window as long as the rows hides nothing, so local layers are global ones.
         if queries.order_BT is None and keys.order_BT is None:
             self.orders = ()
-            if window is not None and window >= length:
+            if window is not None and window >= max(queries.shape[1], length):
                 window = None
         else:
             self.orders = (_order(queries), _order(keys))

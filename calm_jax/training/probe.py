@@ -80,7 +80,7 @@ class _Moments:
 def gains(
     anchor: Decoder,
     augment: Decoder,
-    batches: Sequence[dict[str, jax.Array]] | Iterable[dict[str, jax.Array]],
+    batches: Iterable[dict[str, jax.Array]],
     *,
     chunk: int = 0,
 ) -> Gains:
@@ -144,9 +144,7 @@ def _tap_moments(graphdefs, chunk, states, projections, fitted_JFR, batch) -> _M
     anchor, augment = map(nnx.merge, graphdefs, states)
     own = _gradients(anchor, batch, chunk, projections)
     layers = tuple(range(augment.depth))
-    taps_IBTE = augment.taps(own.inputs, layers)[0].of(layers, stacked=len(layers) > 1)
-    if len(layers) == 1:
-        taps_IBTE = taps_IBTE[None]
+    taps_IBTE = augment.taps(own.inputs, layers)[0].of(layers, stacked=True)
     features_IBTE = _features(taps_IBTE, own.inputs)
     with jax.default_matmul_precision("highest"):
         left_JBTR = own.gradient_JBTR - jnp.einsum("jbtf,jfr->jbtr", own.features_JBTF, fitted_JFR)
