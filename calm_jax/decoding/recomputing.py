@@ -6,7 +6,6 @@ whole model, without caches, over all tokens of all rows, and adds a token to ea
 Axes: B row, T position, D model width, V vocabulary.
 """
 
-import collections
 import functools
 from collections.abc import Sequence
 from typing import Any
@@ -21,17 +20,24 @@ from calm_jax.data.alignment import Aligned, Reader
 from calm_jax.data.own_tokens import alignments, own_arrays, padded
 from calm_jax.decoding.chunks import bucket, buckets
 from calm_jax.decoding.prepared import known_ids, rows_of_tables
-from calm_jax.decoding.requests import Answer, News, Request, check_request, token_logprob
+from calm_jax.decoding.requests import (
+    Answer,
+    News,
+    Queue,
+    Request,
+    check_request,
+    check_size,
+    token_logprob,
+)
 from calm_jax.decoding.sampling import Choice, Sampling, choose, log_probabilities, penalised
 from calm_jax.decoding.steps import SCORED, scores
-from calm_jax.errors import CalmError
 from calm_jax.models import ComposedDecoder, Inputs
 from calm_jax.models.calling import on_devices_of
 
 SHORTEST = 16  # positions of the shortest rows; longer ones are rounded up to few lengths
 
 
-class Recomputing:
+class Recomputing(Queue):
     """What `Scheduler` is for other models, with the same calls.
 
     Args:
@@ -53,9 +59,9 @@ class Recomputing:
         slots: int,
         eos_ids: Sequence[int] | None = None,
     ):
-        for name, value in (("max_length", max_length), ("slots", slots)):
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise CalmError(f"{name} is {value!r}; it must be an integer of at least 1")
+        super().__init__()
+        check_size("max_length", max_length)
+        check_size("slots", slots)
         self.vocabulary, self.max_length, self.slots = model.vocabulary, max_length, slots
         self.known, self._rows_of_tables = known_ids(model), rows_of_tables(model)
         self._ends = set(self.vocabulary.eos_ids if eos_ids is None else eos_ids)
@@ -63,26 +69,12 @@ class Recomputing:
         self._alignments = alignments(self.vocabulary, vocabularies)
         self._model = model
         self._lengths = buckets(-(-max_length // SCORED) * SCORED, SHORTEST)
-        self._waiting = collections.OrderedDict[tuple[Request, int], Answer]()
         self._rows: list[_Row] = []
-
-    @property
-    def waiting(self) -> int:
-        """Number of answers that have no row yet."""
-        return len(self._waiting)
 
     @property
     def running(self) -> int:
         """Number of rows in use."""
         return len(self._rows)
-
-    def submit(self, *requests: Request) -> None:
-        """Adds requests to the queue, or none if `check` refuses one."""
-        for request in requests:
-            self.check(request)
-        for request in requests:
-            for sample in request.samples:
-                self._waiting[request, sample] = Answer(request, sample)
 
     def check(self, request: Request) -> None:
         """Refuses what cannot be answered.
@@ -96,9 +88,7 @@ class Recomputing:
 
     def cancel(self, request: Request, sample: int | None = None) -> None:
         """Drops a request, or one of its answers; ignores unknown ones."""
-        samples = request.samples if sample is None else [sample]
-        for number in samples:
-            self._waiting.pop((request, number), None)
+        samples = self.withdraw(request, sample)
         self._rows = [
             row
             for row in self._rows

@@ -1,5 +1,6 @@
 """Requests to a scheduler, its news, and its records of each answer and row."""
 
+import collections
 import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -117,6 +118,40 @@ class Answer:
         return sampling is not None and sampling.repetition_penalty != 1.0
 
 
+class Queue:
+    """Answers that wait for a row, in the order of their requests."""
+
+    def __init__(self):
+        self._waiting = collections.OrderedDict[tuple[Request, int], Answer]()
+
+    @property
+    def waiting(self) -> int:
+        """Number of answers that have no row yet."""
+        return len(self._waiting)
+
+    def submit(self, *requests: Request) -> None:
+        """Adds requests to the queue, or none if `check` refuses one."""
+        for request in requests:
+            self.check(request)
+        for request in requests:
+            for sample in request.samples:
+                self._waiting[request, sample] = Answer(request, sample)
+
+    def check(self, request: Request) -> None:
+        """Raises `CalmError` for what cannot be answered."""
+        raise NotImplementedError
+
+    def withdraw(self, request: Request, sample: int | None) -> Sequence[int]:
+        """Drops a waiting request, or one of its answers; returns the numbers of what is dropped.
+
+        Ignores unknown ones.
+        """
+        samples = request.samples if sample is None else [sample]
+        for number in samples:
+            self._waiting.pop((request, number), None)
+        return samples
+
+
 @dataclasses.dataclass(eq=False)
 class Row:
     """A row of the state: the tokens in its cache, and the answer that it generates."""
@@ -126,6 +161,12 @@ class Row:
     pending: list[int] = dataclasses.field(default_factory=list)  # made, but not yet in the cache
     answer: Answer | None = None
     last_used: int = 0
+
+
+def check_size(name: str, value: Any, least: int = 1) -> None:
+    """Raises `CalmError` unless `value` is an integer of at least `least`."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise CalmError(f"{name} is {value!r}; it must be an integer of at least {least}")
 
 
 def check_request(

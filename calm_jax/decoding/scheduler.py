@@ -6,7 +6,6 @@ prompt that begins with the tokens of a row copies them from there instead of co
 Every process of a run makes the same calls, so all decide the same.
 """
 
-import collections
 import dataclasses
 import itertools
 from collections.abc import Sequence
@@ -26,9 +25,11 @@ from calm_jax.decoding.requests import (
     SHARED,
     Answer,
     News,
+    Queue,
     Request,
     Row,
     check_request,
+    check_size,
     longest_beginning,
     token_logprobs,
 )
@@ -44,7 +45,7 @@ MOST_STEPS = 64  # most tokens that one dispatch makes for each row
 SHORTEST = 2  # tokens of the shortest prefill, since many prompts differ only in their last ones
 
 
-class Scheduler:
+class Scheduler(Queue):
     """Answers requests to one model. Not thread-safe: one thread must make all calls.
 
     Args:
@@ -71,14 +72,11 @@ class Scheduler:
         draft: int = 0,
         eos_ids: Sequence[int] | None = None,
     ):
-        for name, value, least in (
-            ("max_length", max_length, 1),
-            ("slots", slots, 1),
-            ("prefill_chunk", prefill_chunk, 1),
-            ("draft", draft, 0),
-        ):
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise CalmError(f"{name} is {value!r}; it must be an integer of at least {least}")
+        super().__init__()
+        check_size("max_length", max_length)
+        check_size("slots", slots)
+        check_size("prefill_chunk", prefill_chunk)
+        check_size("draft", draft, least=0)
         if draft and not isinstance(model, ComposedDecoder):
             raise CalmError(f"draft is {draft}, but the model has no augment that could draft")
         self._drafting = DraftLength(draft) if draft else None
@@ -107,13 +105,7 @@ class Scheduler:
         configs = getattr(model, "configs", ())
         self._prompt_alone = any(config.encoder_only for config in configs)
         self.rows = [Row() for _ in range(slots)]
-        self._waiting = collections.OrderedDict[tuple[Request, int], Answer]()
         self._time = 0
-
-    @property
-    def waiting(self) -> int:
-        """Number of answers that have no row yet."""
-        return len(self._waiting)
 
     @property
     def running(self) -> int:
@@ -125,14 +117,6 @@ class Scheduler:
         """The state of drafting; None without `draft`."""
         return None if self._drafting is None else self._drafting.report
 
-    def submit(self, *requests: Request) -> None:
-        """Adds requests to the queue, or none if `check` refuses one."""
-        for request in requests:
-            self.check(request)
-        for request in requests:
-            for sample in request.samples:
-                self._waiting[request, sample] = Answer(request, sample)
-
     def check(self, request: Request) -> None:
         """Refuses what cannot be answered.
 
@@ -143,9 +127,7 @@ class Scheduler:
 
     def cancel(self, request: Request, sample: int | None = None) -> None:
         """Drops a request, or one of its answers, and frees its rows; ignores unknown ones."""
-        samples = request.samples if sample is None else [sample]
-        for number in samples:
-            self._waiting.pop((request, number), None)
+        samples = self.withdraw(request, sample)
         ended = [
             row.answer is not None
             and row.answer.request is request
