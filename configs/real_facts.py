@@ -10,10 +10,12 @@ scored are names that D_C never had, and names of countries that D_C never had.
 import os
 import pathlib
 
-from calm_jax.experiment.arms import Arm, Experiment
-from calm_jax.experiment.matching import matched_rank
+from calm_jax.checkpoints import frozen
+from calm_jax.experiment.arms import Arm, Experiment, control
+from calm_jax.experiment.matching import matched_rank, untrained
 from calm_jax.models import CompositionConfig, DecoderConfig
 from calm_jax.training.configuration import composed_run, decoder_run
+from calm_jax.training.run_model import composition_configs, decoder_config
 
 # The folder of launch/real_pair.sh.
 FOLDER = pathlib.Path(os.environ.get("REAL_PAIR", "runs/real_pair")).resolve()
@@ -43,10 +45,10 @@ def get_experiment():
                 ),
             ),
             Arm("mixed", "logits mixed", scored_from="anchor", flags=("--mix={augment}",)),
-            Arm("shuffled", "taps of other rows", **_control("shuffled")),
-            Arm("zeroed", "taps zeroed", **_control("zeroed")),
-            Arm("noise", "taps replaced by noise", **_control("noise")),
-            Arm("permuted", "augment's weights permuted", **_control("permuted")),
+            control("shuffled", "taps of other rows"),
+            control("zeroed", "taps zeroed"),
+            control("noise", "taps replaced by noise"),
+            control("permuted", "augment's weights permuted"),
         ),
         tasks=tuple(_file(name) for name in ("names", "countries", "asked", "ceiling")),
         reference="calm",
@@ -57,7 +59,7 @@ def get_experiment():
 def get_config(arm: str = "calm"):
     return {
         "augment": _augment,
-        "random": _random,
+        "random": lambda: untrained(_augment()),
         "calm": _calm,
         "calm_random": _calm,
         "encoder_only": _encoder_only,
@@ -68,10 +70,6 @@ def get_config(arm: str = "calm"):
 
 def _file(name):
     return str(FOLDER / "facts" / f"{name}.jsonl")
-
-
-def _control(name):
-    return {"scored_from": "calm", "kind": "control", "flags": (f"--control={name}",)}
 
 
 def _augment():
@@ -98,16 +96,6 @@ def _augment():
     config.train.num_steps = 500
     config.train.batch_size = 16
     config.train.log_every = 20
-    return config
-
-
-def _random():
-    """The augment's form with random weights: one step at a rate of nothing."""
-    config = _augment()
-    config.optimizer.learning_rate = 1e-30
-    config.optimizer.weight_decay = 0.0
-    config.optimizer.warmup_steps = 0
-    config.train.num_steps = 1
     return config
 
 
@@ -139,9 +127,6 @@ def _finetuned():
 
 
 def _lora():
-    from calm_jax.checkpoints import frozen
-    from calm_jax.training.run_model import composition_configs, decoder_config
-
     config = _finetuned()
     anchor = frozen.describe(ANCHOR).config
     augment = decoder_config(_augment())

@@ -9,10 +9,12 @@ their paragraphs with the English ones. What is scored are paragraphs of pages t
 import os
 import pathlib
 
-from calm_jax.experiment.arms import Arm, Experiment
-from calm_jax.experiment.matching import matched_rank
+from calm_jax.checkpoints import frozen
+from calm_jax.experiment.arms import Arm, Experiment, control
+from calm_jax.experiment.matching import matched_rank, untrained
 from calm_jax.models import CompositionConfig, DecoderConfig
 from calm_jax.training.configuration import composed_run, decoder_run
+from calm_jax.training.run_model import composition_configs, decoder_config
 
 # The folder of launch/real_pair.sh.
 FOLDER = pathlib.Path(os.environ.get("REAL_PAIR", "runs/real_pair")).resolve()
@@ -30,8 +32,8 @@ def get_experiment():
             Arm("calm", "CALM", kind="calm", **PAIR),
             Arm("lora", "anchor with LoRA", decoder="anchor"),
             Arm("calm_random", "CALM, random augment", anchor="anchor", augments=("random",)),
-            Arm("shuffled", "taps of other rows", **_control("shuffled")),
-            Arm("zeroed", "taps zeroed", **_control("zeroed")),
+            control("shuffled", "taps of other rows"),
+            control("zeroed", "taps zeroed"),
         ),
         tasks=(_file("test"),),
         reference="calm",
@@ -42,7 +44,7 @@ def get_experiment():
 def get_config(arm: str = "calm"):
     return {
         "augment": _augment,
-        "random": _random,
+        "random": lambda: untrained(_augment()),
         "calm": _calm,
         "calm_random": _calm,
         "lora": _lora,
@@ -51,10 +53,6 @@ def get_config(arm: str = "calm"):
 
 def _file(name):
     return str(FOLDER / "translation" / f"{name}.jsonl")
-
-
-def _control(name):
-    return {"scored_from": "calm", "kind": "control", "flags": (f"--control={name}",)}
 
 
 def _augment():
@@ -85,16 +83,6 @@ def _augment():
     return config
 
 
-def _random():
-    """The augment's form with random weights: one step at a rate of nothing."""
-    config = _augment()
-    config.optimizer.learning_rate = 1e-30
-    config.optimizer.weight_decay = 0.0
-    config.optimizer.warmup_steps = 0
-    config.train.num_steps = 1
-    return config
-
-
 def _calm():
     connections = ((2, 4), (3, 9), (4, 14), (5, 19), (5, 24))
     composition = CompositionConfig(connections=connections, num_heads=8, head_dim=64, rotary=True)
@@ -106,9 +94,6 @@ def _calm():
 
 
 def _lora():
-    from calm_jax.checkpoints import frozen
-    from calm_jax.training.run_model import composition_configs, decoder_config
-
     config = decoder_run()
     config.decoder["from"] = ANCHOR
     _set_training(config)

@@ -10,8 +10,8 @@ that gives it as many parameters as the bridge.
 import pathlib
 
 from calm_jax.cli.config import load_file
-from calm_jax.experiment.arms import Arm, Experiment, PaperTable
-from calm_jax.experiment.matching import matched_rank
+from calm_jax.experiment.arms import Arm, Experiment, PaperTable, control
+from calm_jax.experiment.matching import matched_rank, untrained
 from calm_jax.training.configuration import decoder_run
 from calm_jax.training.run_model import composition_configs, decoder_config
 
@@ -72,10 +72,10 @@ def get_experiment():
             ),
             Arm("mixed", "logits mixed", scored_from="anchor", flags=("--mix={augment}",)),
             Arm("encoder_only", "augment reads the prompt alone", kind="ablation", **PAIR),
-            Arm("shuffled", "taps of other rows", **_control("shuffled")),
-            Arm("zeroed", "taps zeroed", **_control("zeroed")),
-            Arm("noise", "taps replaced by noise", **_control("noise")),
-            Arm("permuted", "augment's weights permuted", **_control("permuted")),
+            control("shuffled", "taps of other rows"),
+            control("zeroed", "taps zeroed"),
+            control("noise", "taps replaced by noise"),
+            control("permuted", "augment's weights permuted"),
         ),
         tasks=tuple(f"{TASK}/{name}" for name in ("math", "subs", "num", "math_seen")),
         reference="calm",
@@ -91,7 +91,7 @@ def get_config(arm: str = "calm"):
         "anchor": lambda: _file("kv_anchor"),
         "augment": lambda: _file("kv_augment"),
         "vanilla": _vanilla,
-        "random": _random,
+        "random": lambda: untrained(_file("kv_augment")),
         "calm": lambda: _file("kv_compose"),
         "calm_vanilla": lambda: _file("kv_compose"),
         "calm_random": lambda: _file("kv_compose"),
@@ -101,24 +101,11 @@ def get_config(arm: str = "calm"):
     }[arm]()
 
 
-def _control(name):
-    return {"scored_from": "calm", "kind": "control", "flags": (f"--control={name}",)}
-
-
 def _vanilla():
     """The augment's form, trained on what the anchor is trained on: numbers, and no key."""
     config = _file("kv_augment")
     config.data.train = ({"task": f"{TASK}/anchor"},)
     config.data.validation = ({"task": f"{TASK}/anchor"},)
-    return config
-
-
-def _random():
-    """The augment's form with random weights: one step at a rate of nothing."""
-    config = _file("kv_augment")
-    config.optimizer.learning_rate = 1e-30
-    config.optimizer.weight_decay = 0.0
-    config.train.num_steps = 1
     return config
 
 

@@ -68,6 +68,11 @@ class Arm:
         return tuple(dict.fromkeys(filter(None, named)))
 
 
+def control(name: str, label: str, of: str = "calm") -> Arm:
+    """The arm `of` scored under a control of `calm evaluate`."""
+    return Arm(name, label, scored_from=of, kind="control", flags=(f"--control={name}",))
+
+
 KINDS = {
     "part": "Parts alone",
     "calm": "Composed",

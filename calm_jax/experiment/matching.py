@@ -1,8 +1,9 @@
-"""The rank of a low-rank update that has as many parameters as a bridge."""
+"""Baselines that are like the pair but for one thing: size for size, or the same form untrained."""
 
 from collections.abc import Sequence
 
 from flax import nnx
+from ml_collections import ConfigDict
 
 from calm_jax.errors import CalmError
 from calm_jax.models import CompositionConfig, Decoder, DecoderConfig, compose
@@ -34,6 +35,15 @@ def matched_rank(
             f"has {rank * of_rank_1:,} at rank {rank}, the nearest; choose other targets"
         )
     return rank
+
+
+def untrained(config: ConfigDict) -> ConfigDict:
+    """A decoder's run, changed in place to leave random weights: one step at a rate of nothing."""
+    config.optimizer.learning_rate = 1e-30
+    config.optimizer.weight_decay = 0.0
+    config.optimizer.warmup_steps = 0
+    config.train.num_steps = 1
+    return config
 
 
 def _size(module: nnx.Module, kind: type = nnx.Param) -> int:

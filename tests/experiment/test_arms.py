@@ -145,6 +145,18 @@ def test_the_experiments_share_the_demo_s_models(name):
         assert configs[arm] == load_file(str(CONFIGS / f"kv_{file}.py"))
 
 
+@pytest.mark.parametrize("name", ["table5_kv", "kv_ablations", "kv_share", "kv_small"])
+def test_every_arm_can_be_trained(name):
+    from calm_jax.training import configuration
+
+    found, configs = configs_of(name)
+    for arm in found.arms:
+        if arm.name in configs:
+            if arm.decoder:
+                configs[arm.name].decoder["from"] = "frozen"
+            configuration.validate(configs[arm.name])
+
+
 def test_an_ablation_changes_the_bridge_alone():
     from calm_jax.models import CompositionConfig
 
