@@ -22,9 +22,11 @@ def files(tmp_path_factory):
         for relation, answer in zip(data.RELATIONS, answers, strict=True)
         if relation != "currency"
     }
-    data.calm_jax.load, data.known_facts = lambda folder: None, lambda anchor: facts
     folder = tmp_path_factory.mktemp("facts")
-    data.main("anchor", str(folder))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(data.calm_jax, "load", lambda folder: None)
+        patch.setattr(data, "known_facts", lambda anchor: facts)
+        data.main("anchor", str(folder))
     return {
         path.stem: [json.loads(line) for line in path.read_text().splitlines()]
         for path in folder.iterdir()
