@@ -246,8 +246,9 @@ def _attend(
     mask_B11TS = mask_BTS[:, None, None]
     weights_BKGTS = jax.nn.softmax(jnp.where(mask_B11TS, logits_BKGTS, MASKED_LOGIT), axis=-1)
     weights_BKGTS = jnp.where(mask_B11TS, weights_BKGTS, 0.0)
-    x_BTKGH = jnp.einsum("BKGTS,BSKH->BTKGH", weights_BKGTS.astype(v_BSKH.dtype), v_BSKH)
-    return x_BTKGH, weights_BKGTS
+    # In this order of axes XLA's CPU backend needs no transposed copy of the values.
+    x_BKGTH = jnp.einsum("BKGTS,BSKH->BKGTH", weights_BKGTS.astype(v_BSKH.dtype), v_BSKH)
+    return jnp.einsum("BKGTH->BTKGH", x_BKGTH), weights_BKGTS
 
 
 def _one_by_one(attend, q_BTKGH, k_BSKH, v_BSKH, mask_BTS) -> tuple[jax.Array, jax.Array]:

@@ -13,6 +13,8 @@ Axes: B batch, T anchor position (query), S augment position (key), D anchor wid
 N heads, H head width.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -27,6 +29,7 @@ from calm_jax.models.inputs import Inputs
 from calm_jax.models.layer import rms_norm
 from calm_jax.models.layouts import residual_layout, split_by_heads, split_by_width, whole_length
 from calm_jax.models.parameters import constant, matrix, weight
+from calm_jax.models.products import contract
 from calm_jax.models.rotary import apply_rope, rope_angles
 
 NORM_EPS = 1e-6
@@ -90,6 +93,7 @@ class CrossAttention(nnx.Module):
         N, H = heads(config, anchor)
         into_heads = ("embed", "heads", "head_dim")
         self.config = config
+        self.heads_first = False  # whether keys' and values' matrices are [N, E, H]; see `absorbed`
         self.projection = matrix(rngs, (E, D), ("augment_embed", "embed"), inputs=1)
         self.query = matrix(rngs, (D, N, H), into_heads, inputs=1)
         self.key = matrix(rngs, (D, N, H), into_heads, inputs=1)
@@ -130,23 +134,24 @@ class CrossAttention(nnx.Module):
         are new arrays; all others are shared.
         """
         config, copy = self.config, nnx.merge(*nnx.split(self))
+        # Queries meet latents head by head: with heads elsewhere, every step copies the weights.
+        copy.heads_first = not config.rotary
         projection = self.projection[...]
         if config.norms:
             projection = self.tap_norm[...][..., None] * projection
             copy.tap_norm = None
 
-        def through(x, matrix):
-            return jnp.einsum(
-                "...ED,...DNH->...ENH", x, matrix, precision=jax.lax.Precision.HIGHEST
-            )
-
-        axes = ("augment_embed", "heads", "head_dim")
+        through = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
+        order = "NEH" if copy.heads_first else "ENH"
+        axes = {"E": "augment_embed", "N": "heads", "H": "head_dim"}
         for name in ("key", "value"):
             matrix = getattr(self, name)[...]
-            setattr(copy, name, weight(through(projection, matrix), axes, summed=(-3,)))
+            product = through(f"...ED,...DNH->...{order}", projection, matrix)
+            named = tuple(axes[axis] for axis in order)
+            setattr(copy, name, weight(product, named, summed=(order.index("E") - 3,)))
             # Adding one vector to every key does not change the softmax, unless keys are rotated.
             if config.bias and (name == "value" or config.rotary):
-                bias = through(self.projection_bias[...][..., None, :], matrix)[..., 0, :, :]
+                bias = through("...D,...DNH->...NH", self.projection_bias[...], matrix)
                 if name == "value":
                     bias += self.value_bias[...]
                 setattr(copy, f"{name}_bias", nnx.Param(bias, axes=("heads", "head_dim")))
@@ -181,14 +186,17 @@ class CrossAttention(nnx.Module):
         """As `attend`, for the latents [B, S, E] of the tap in the dtype of `h_BTD`."""
         if self.projection is not None:
             return self.absorbed().attend_to_latents(h_BTD, latent_BSE, forward)
-        dtype, (E, _, H) = h_BTD.dtype, self.key.shape
+        dtype, (_, E, H) = h_BTD.dtype, self.key.shape
         if expands(h_BTD.shape[1], latent_BSE.shape[1], E, H):
             return self.attend(h_BTD, *self._projected(latent_BSE, forward), forward)[0]
         q_BTNH = self._queries(h_BTD, forward)
-        q_BTNE = jnp.einsum("BTNH,ENH->BTNE", q_BTNH, self.key[...].astype(dtype))
+        # Results in the order of `einsum` itself: else it swaps the factors, and XLA copies more.
+        q_NBTE = jnp.einsum("BTNH,NEH->NBTE", q_BTNH, self.key[...].astype(dtype))
+        q_BTNE = jnp.einsum("NBTE->BTNE", q_NBTE)
         latent_BS1E = latent_BSE[:, :, None]
         x_BTNE = forward.attend(split_by_width(q_BTNE), latent_BS1E, latent_BS1E)
-        x_BTNH = jnp.einsum("BTNE,ENH->BTNH", split_by_width(x_BTNE), self.value[...].astype(dtype))
+        x_BTNE, value_NEH = split_by_width(x_BTNE), self.value[...].astype(dtype)
+        x_BTNH = jnp.einsum("NBTH->BTNH", jnp.einsum("BTNE,NEH->NBTH", x_BTNE, value_NEH))
         if self.config.bias:
             # Weights add up to 1.
             x_BTNH += self.value_bias[...].astype(dtype)
@@ -203,8 +211,9 @@ class CrossAttention(nnx.Module):
                 x_BSD += self.projection_bias[...].astype(dtype)
         # Each device projects its part of the length, then the full length is gathered.
         x_BSD = whole_length(residual_layout(x_BSD))
-        k_BSNH = jnp.einsum("BSD,DNH->BSNH", x_BSD, self.key[...].astype(dtype))
-        v_BSNH = jnp.einsum("BSD,DNH->BSNH", x_BSD, self.value[...].astype(dtype))
+        equation = "BSD,NDH->BSNH" if self.heads_first else "BSD,DNH->BSNH"
+        k_BSNH = jnp.einsum(equation, x_BSD, self.key[...].astype(dtype))
+        v_BSNH = jnp.einsum(equation, x_BSD, self.value[...].astype(dtype))
         if config.bias:
             v_BSNH += self.value_bias[...].astype(dtype)
             if self.projection is None and config.rotary:
@@ -227,7 +236,7 @@ class CrossAttention(nnx.Module):
         """The result of `attend`, given each head's sum of values."""
         config, dtype = self.config, h_BTD.dtype
         if config.output_projection:
-            y_BTD = jnp.einsum("BTNH,NHD->BTD", x_BTNH, self.output[...].astype(dtype))
+            y_BTD = contract("BTNH,NHD->BTD", x_BTNH, self.output[...].astype(dtype))
             if config.bias:
                 y_BTD += self.output_bias[...].astype(dtype)
         else:

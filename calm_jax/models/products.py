@@ -4,6 +4,7 @@ Axes: B batch, T position, D model width, V vocabulary.
 """
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -28,7 +29,7 @@ def product(
     def multiply(x, weight):
         weight = weight.astype(x.dtype)
         if dtype is None or dtype == x.dtype:
-            return jnp.einsum(equation, x, weight)
+            return contract(equation, x, weight)
         return _wide_product(equation, dtype, x, weight)
 
     # Recomputed in the backward pass: a scan over layers would store all weights cast to float.
@@ -40,6 +41,22 @@ def product(
     y = multiply(x, weight) if scale is None else scaled(x, weight, scale[...])
     update = lora_product(equation, x, module, name)
     return y if update is None else y + update.astype(y.dtype)
+
+
+def contract(equation: str, x: jax.Array, weight: jax.Array, dtype: Any = None) -> jax.Array:
+    """`einsum(equation, x, weight)`, summed over axes in the order in which the weight has them.
+
+    `einsum` sorts them by their letters: H, N for a weight [N, H, D], which XLA then transposes, in
+    decoding at every step.
+
+    Args:
+        equation: must end with the axes of the weight that are not summed over.
+        dtype: of the result; default: that of the factors.
+    """
+    of_x, of_weight = equation.split("->")[0].split(",")
+    summed = [axis for axis in of_weight if axis in of_x]
+    axes = tuple([names.index(axis) for axis in summed] for names in (of_x, of_weight))
+    return jnp.tensordot(x, weight, axes, preferred_element_type=dtype)
 
 
 def look_up(
@@ -54,7 +71,7 @@ def look_up(
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _wide_product(equation: str, dtype: jnp.dtype, x: jax.Array, weight: jax.Array) -> jax.Array:
     """A product in `dtype` of narrower factors; its gradients are computed in the narrow dtype."""
-    return jnp.einsum(equation, x, weight, preferred_element_type=dtype)
+    return contract(equation, x, weight, dtype)
 
 
 def _wide_product_forward(equation, dtype, x, weight):
@@ -62,7 +79,7 @@ def _wide_product_forward(equation, dtype, x, weight):
 
 
 def _wide_product_backward(equation, dtype, factors, gradient):
-    _, backward = jax.vjp(functools.partial(jnp.einsum, equation), *factors)
+    _, backward = jax.vjp(functools.partial(contract, equation), *factors)
     return backward(gradient.astype(factors[0].dtype))
 
 

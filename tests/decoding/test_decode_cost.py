@@ -1,5 +1,6 @@
 """A step of decoding as it is compiled, against the arithmetic that it cannot do without."""
 
+import math
 import re
 
 import jax
@@ -89,3 +90,14 @@ def test_no_cache_is_copied():
     whole = {kind for shape, kind in made if tuple(sorted(map(int, shape.split(",")))) in kept}
     assert {"scatter", "dynamic-update-slice"} & whole
     assert not {"copy", "transpose", "all-gather", "dynamic-slice"} & whole
+
+
+def test_no_weight_is_transposed():
+    """A product that sums over axes in another order than the weight's copies it at every step."""
+    scheduler, _, compiled = decoding_step(random_composed(*MODELS))
+    sizes = {x.size for x in jax.tree.leaves(scheduler._weights)}
+    # Those with heads; none of them is as large as the part of a cache that a layer reads.
+    with_heads = {D * N * H, E * N * H, D * K * H}
+    assert with_heads <= sizes
+    made = re.findall(r"= f32\[([\d,]+)\]\S* (?:copy|transpose)\(", compiled.as_text())
+    assert not with_heads & {math.prod(map(int, shape.split(","))) for shape in made}
