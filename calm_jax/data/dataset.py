@@ -20,6 +20,11 @@ def own_keys(number: int) -> tuple[str, ...]:
     return tuple(f"augment_{number}_{name}" for name in _OWN)
 
 
+def features_key(number: int) -> str:
+    """The name of the array of an augment's features in batches, in place of its own tokens."""
+    return f"augment_{number}_features"
+
+
 @dataclasses.dataclass(frozen=True)
 class TaskRows:
     """The rows of one Task.

@@ -2,11 +2,12 @@
 
 import collections
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from calm_jax.data.own_features import Placed
 from calm_jax.decoding.draft_length import Drafting
 from calm_jax.decoding.recomputing import Recomputing
 from calm_jax.decoding.requests import News, Request
@@ -69,9 +70,9 @@ class Generator:
         CalmError: a size below 1, caches that do not fit the devices, or a draft of a model without
             an augment that writes.
 
-    A pair whose augment has another tokenizer than the anchor has no caches: every token runs the
-    whole model over all tokens before it. `draft` and `cache_dtype` are refused then, and
-    `prefill_chunk` has no effect.
+    A pair whose augment has another tokenizer than the anchor, or reads features, has no caches:
+    every token runs the whole model over all tokens before it. `draft` and `cache_dtype` are
+    refused then, and `prefill_chunk` has no effect.
 
     >>> from flax import nnx
     >>> from calm_jax import Decoder, DecoderConfig, Generator, Sampling
@@ -123,28 +124,37 @@ class Generator:
         return self.scheduler.drafting
 
     def generate(
-        self, prompts: Sequence[Prompt], sampling: Sampling | Sequence[Sampling] | None = None
+        self,
+        prompts: Sequence[Prompt],
+        sampling: Sampling | Sequence[Sampling] | None = None,
+        items: Sequence[Mapping[int, Placed]] | None = None,
     ) -> list[list[Completion]]:
         """The answers to each prompt, `sampling.n` of them.
 
         Args:
             prompts: texts, which the vocabulary encodes; or token ids, used as they are.
             sampling: for all prompts, or one for each; default: `Sampling()`.
+            items: for each prompt, what augments that read features find in it, by their numbers
+                (`calm_jax.data.own_features.placed`); default: nothing.
 
         Raises:
             CalmError: one text instead of a list; text without a vocabulary; a prompt that is
-                empty, too long, or has an unknown id. No prompt is answered then.
+                empty, too long, or has an unknown id; items that do not fit. No prompt is answered
+                then.
         """
         ids = [encode(self.vocabulary, prompt) for prompt in _listed(prompts)]
         sampling = sampling or Sampling()
         each = [sampling] * len(ids) if isinstance(sampling, Sampling) else list(sampling)
         if len(each) != len(ids):
             raise CalmError(f"{len(each)} samplings were given for {len(ids)} prompts")
+        items = [{}] * len(ids) if items is None else list(items)
+        if len(items) != len(ids):
+            raise CalmError(f"items of {len(items)} prompts were given for {len(ids)} prompts")
         answers = [
             [_Answer(self.vocabulary, prompt, one.stop) for _ in range(one.n)]
             for prompt, one in zip(ids, each, strict=True)
         ]
-        self._run([self._request(*asked) for asked in zip(ids, each, answers, strict=True)])
+        self._run([self._request(*asked) for asked in zip(ids, each, answers, items, strict=True)])
         return [
             [answer.completion(one.logprobs is not None) for answer in of_prompt]
             for of_prompt, one in zip(answers, each, strict=True)
@@ -230,14 +240,20 @@ class Generator:
             raise CalmError(f"{'a prompt' if not before else 'a continuation'} has no tokens")
         return before, after
 
-    def _request(self, prompt: list[int], sampling: Sampling, answers: list["_Answer"]) -> Request:
+    def _request(
+        self,
+        prompt: list[int],
+        sampling: Sampling,
+        answers: list["_Answer"],
+        items: Mapping[int, Placed],
+    ) -> Request:
         def on_news(news: News) -> None:
             answer = answers[news.sample]
             answer.add(news)
             if answer.must_end:
                 self.scheduler.cancel(request, news.sample)
 
-        request = Request(prompt, sampling, on_news)
+        request = Request(prompt, sampling, on_news, items=items)
         return request
 
     def _run(self, requests: list[Request]) -> None:

@@ -22,6 +22,7 @@ from calm_jax.errors import CalmError
 from calm_jax.models import ComposedDecoder, Decoder
 from calm_jax.models.connections import plan_connections
 from calm_jax.models.stack import are_stacked
+from calm_jax.models.taps import item_shape
 
 
 def prepared(model: Decoder | ComposedDecoder) -> Decoder | ComposedDecoder:
@@ -43,10 +44,11 @@ def prepared(model: Decoder | ComposedDecoder) -> Decoder | ComposedDecoder:
 def rows_of_tables(model: Decoder | ComposedDecoder) -> int:
     """The number of ids, from 0, that all parts of a model embed which read the same tokens.
 
-    Raises `CalmError` for an augment that is no decoder: it has no table, nor a cache of rows.
+    Raises `CalmError` for an augment that reads tokens and is no decoder: it has no table, nor a
+    cache of rows.
     """
     for number, augment in enumerate(model.models[1:]):
-        if not isinstance(augment, Decoder):
+        if not isinstance(augment, Decoder) and item_shape(augment) is None:
             kind = type(augment).__name__
             raise CalmError(f"augment {number} is a {kind}; only decoders can be decoded")
     own_tokens = (False, *getattr(model, "own_tokens", ()))

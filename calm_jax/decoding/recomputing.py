@@ -1,7 +1,8 @@
-"""Answers of models whose augments have tokenizers of their own: computed anew for each token.
+"""Answers of models whose augments read what the anchor cannot: computed anew for each token.
 
-What an augment reads follows from the text so far, which only the host knows. So each step runs the
-whole model, without caches, over all tokens of all rows, and adds a token to each.
+Such an augment has a tokenizer of its own, or reads features that stand in the prompt. What it
+reads follows from the text so far, which only the host knows. So each step runs the whole model,
+without caches, over all tokens of all rows, and adds a token to each.
 
 Axes: B row, T position, D model width, V vocabulary.
 """
@@ -16,7 +17,9 @@ import numpy as np
 from flax import nnx
 
 from calm_jax import sharding
+from calm_jax.data import own_features
 from calm_jax.data.alignment import Aligned, Reader
+from calm_jax.data.own_features import Placed
 from calm_jax.data.own_tokens import alignments, own_arrays, padded
 from calm_jax.decoding.chunks import bucket, buckets
 from calm_jax.decoding.prepared import known_ids, rows_of_tables
@@ -33,6 +36,7 @@ from calm_jax.decoding.sampling import Choice, Sampling, choose, log_probabiliti
 from calm_jax.decoding.steps import SCORED, scores
 from calm_jax.models import ComposedDecoder, Inputs
 from calm_jax.models.calling import on_devices_of
+from calm_jax.models.taps import item_shape
 
 SHORTEST = 16  # positions of the shortest rows; longer ones are rounded up to few lengths
 
@@ -46,7 +50,7 @@ class Recomputing(Queue):
         eos_ids: ids that end an answer; default: the vocabulary's.
 
     Raises:
-        CalmError: a size below 1, or an augment that is no decoder.
+        CalmError: a size below 1, or an augment that reads tokens and is no decoder.
     """
 
     drafting = None
@@ -64,9 +68,13 @@ class Recomputing(Queue):
         check_size("slots", slots)
         self.vocabulary, self.max_length, self.slots = model.vocabulary, max_length, slots
         self.known, self._rows_of_tables = known_ids(model), rows_of_tables(model)
-        self._ends = set(self.vocabulary.eos_ids if eos_ids is None else eos_ids)
-        vocabularies = [augment.vocabulary for augment in model.augments]
+        if eos_ids is None:
+            eos_ids = () if self.vocabulary is None else self.vocabulary.eos_ids
+        self._ends = set(eos_ids)
+        vocabularies = [getattr(augment, "vocabulary", None) for augment in model.augments]
         self._alignments = alignments(self.vocabulary, vocabularies)
+        shapes = {number: item_shape(augment) for number, augment in enumerate(model.augments)}
+        self._shapes = {number: shape for number, shape in shapes.items() if shape is not None}
         self._model = model
         self._lengths = buckets(-(-max_length // SCORED) * SCORED, SHORTEST)
         self._rows: list[_Row] = []
@@ -82,7 +90,8 @@ class Recomputing(Queue):
         Raises:
             CalmError: as `requests.check_request`, or a character that a tokenizer cannot spell.
         """
-        check_request(request, self.vocabulary, self._rows_of_tables, self.known, self.max_length)
+        sizes = (self._rows_of_tables, self.known, self.max_length)
+        check_request(request, self.vocabulary, *sizes, self._shapes)
         for alignment in self._alignments.values():
             alignment.align([request.prompt], [request.asked], check=True)
 
@@ -130,6 +139,10 @@ class Recomputing(Queue):
             own = [row.own[number] for row in rows] + [Aligned([], [])] * (B - len(rows))
             S = bucket(buckets(1 << 30, SHORTEST), max(len(each.ids) for each in own))
             batch |= own_arrays(number, own, asked, S)
+        for number, shape in self._shapes.items():
+            placed = [row.answer.request.items.get(number, Placed()) for row in rows]
+            placed += [Placed()] * (B - len(rows))
+            batch |= own_features.own_arrays(number, shape, placed, batch)
         answers = [row.answer for row in rows]
         choices = [(a.request.sampling or Sampling(), a.sample) for a in answers]
         choice = Choice.of(choices + [(Sampling(), 0)] * (B - len(rows)))

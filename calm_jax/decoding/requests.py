@@ -2,11 +2,13 @@
 
 import collections
 import dataclasses
-from collections.abc import Callable, Sequence
+import types
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from calm_jax.data.own_features import Placed, check_items
 from calm_jax.data.vocabulary import check_ids
 from calm_jax.decoding.sampling import Sampling, TokenLogprob
 from calm_jax.errors import CalmError
@@ -43,6 +45,7 @@ class Request:
         on_news: called with `News`, inside `Scheduler.step`.
         score_from: index, from 1, of the first prompt token whose log-probability is returned.
         asked: number of tokens visible to a bridge that sees only the prompt; default: all.
+        items: what augments that read features find in the prompt, by their numbers.
     """
 
     prompt: list[int]
@@ -50,6 +53,7 @@ class Request:
     on_news: Callable[[News], None]
     score_from: int | None = None
     asked: int | None = None
+    items: Mapping[int, Placed] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self):
         if self.asked is None:
@@ -170,21 +174,37 @@ def check_size(name: str, value: Any, least: int = 1) -> None:
 
 
 def check_request(
-    request: Request, vocabulary: Any, rows: int, known: int, max_length: int
+    request: Request,
+    vocabulary: Any,
+    rows: int,
+    known: int,
+    max_length: int,
+    shapes: Mapping[int, tuple[int, int]] = types.MappingProxyType({}),
 ) -> None:
     """Refuses what cannot be answered.
 
     Args:
         rows: number of ids, from 0, that the model embeds.
         known: number of ids, from 0, that may be chosen.
+        shapes: the `item_shape` of each augment that reads features, by its number.
 
     Raises:
-        CalmError: an empty prompt, an id outside an embedding, or more tokens than `max_length`.
+        CalmError: an empty prompt, an id outside an embedding, more tokens than `max_length`, or
+            items that no augment reads.
     """
     prompt, sampling = request.prompt, request.sampling
     if not prompt:
         raise CalmError("an empty prompt has no next token; give at least one id")
     check_ids(prompt, rows, "prompt", vocabulary)
+    for number, placed in request.items.items():
+        if number not in shapes:
+            raise CalmError(f"items are given for augment {number}, which reads no features")
+        check_items(number, shapes[number], placed.items)
+        if max(placed.order, default=0) >= len(prompt):
+            raise CalmError(
+                f"an item for augment {number} stands at index {max(placed.order)}, but the prompt "
+                f"has {len(prompt)} tokens"
+            )
     new = 0 if sampling is None else sampling.max_new_tokens
     if len(prompt) + new > max_length:
         raise CalmError(

@@ -32,7 +32,7 @@ from calm_jax.models.matching import check_devices, check_shared, differ
 from calm_jax.models.own_inputs import as_keys, own_inputs
 from calm_jax.models.parameters import Structure, Tree, module_tree
 from calm_jax.models.stack import run_layers
-from calm_jax.models.taps import Augment, Perturb, TapNumbers, Taps
+from calm_jax.models.taps import Augment, Perturb, TapNumbers, Taps, item_shape
 
 
 def compose(
@@ -92,8 +92,8 @@ class ComposedDecoder(nnx.Module):
         bridge: the bridge's parameters.
         configs: one `CompositionConfig` per augment.
         plan: the connections, numbered as in metrics, and the rounds that run them.
-        own_tokens: for each augment, whether its vocabulary is not the anchor's. It then reads
-            inputs of its own, `Inputs.augments`.
+        own_tokens: for each augment, whether it cannot read the anchor's tokens: its vocabulary
+            is another, or it reads features. It then reads inputs of its own, `Inputs.augments`.
         execution: how the bridges are computed; each model has its own `execution`.
     """
 
@@ -109,7 +109,9 @@ class ComposedDecoder(nnx.Module):
         self.configs = tuple(configs)
         self.plan = plan_connections(configs, anchor.depth, [augment.depth for augment in augments])
         self.own_tokens = tuple(
-            differ(anchor.vocabulary, getattr(augment, "vocabulary", None)) for augment in augments
+            item_shape(augment) is not None
+            or differ(anchor.vocabulary, getattr(augment, "vocabulary", None))
+            for augment in augments
         )
         for number, augment in enumerate(augments):
             check_devices(anchor, augment, f"augment {number}")
@@ -154,7 +156,7 @@ class ComposedDecoder(nnx.Module):
 
         Raises:
             CalmError: `encoder_only` is set and the inputs have no prompt mask, or an augment with
-                a vocabulary of its own has no inputs of its own.
+                a vocabulary of its own, or that reads features, has no inputs of its own.
         """
         return call(self, "forward", inputs)
 
@@ -223,7 +225,9 @@ class ComposedDecoder(nnx.Module):
         if name == "anchor":
             return self.anchor.forward(inputs)
         number = int(self.part_paths[name][-1])
-        return self.augments[number].taps(inputs, self.plan.tap_layers[number])[0]
+        own = inputs.of_augment(number)
+        read = inputs if own is None else own.replace(order_BT=None)
+        return self.augments[number].taps(read, self.plan.tap_layers[number])[0]
 
     def init_cache(
         self, batch: int, slots: int, dtype: Any = None, whole: Sequence[int] = ()
@@ -235,7 +239,7 @@ class ComposedDecoder(nnx.Module):
             whole: numbers of augments that run all their layers, not only those up to a tap.
 
         Raises:
-            CalmError: an augment has a vocabulary of its own.
+            CalmError: an augment does not read the anchor's tokens.
         """
         check_shared(self, "a cache")
         array, described = self.anchor.embedding.get_value(), (self.plan, self.configs, self.config)
@@ -280,7 +284,7 @@ class ComposedDecoder(nnx.Module):
         An observation is the result of `observe(h, f_cross result, attention weights)`.
         """
         before = None if cache is None else cache.slots
-        own = own_inputs(inputs, self.own_tokens, cached=cache is not None)
+        own = own_inputs(inputs, self.augments, self.own_tokens, cached=cache is not None)
         inputs = filled(inputs.replace(augments=()), before)
         slots = None if before is None else before.write(inputs)
         taps, augment_caches = [], []

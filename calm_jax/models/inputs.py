@@ -9,7 +9,7 @@ from collections.abc import Mapping
 import jax
 import jax.numpy as jnp
 
-from calm_jax.data.dataset import own_keys
+from calm_jax.data.dataset import features_key, own_keys
 
 
 @jax.tree_util.register_dataclass
@@ -28,7 +28,8 @@ class Inputs:
         prompt_mask_BT: int32 [B, T], 1 on the prompt; read only by `encoder_only` bridges.
         augments: for each augment of a composed model its own inputs, or None if it reads the
             tokens of the anchor; augments without an entry do too. Segments are those of the
-            anchor, and `order_BT` is the index in the anchor's row from which on a token is read.
+            anchor, and `order_BT` is the index in the anchor's row from which on a token, or a
+            feature vector, is read.
         packed: whether a row may hold several segments, or padding before its tokens; some
             attention kernels support neither.
     """
@@ -53,9 +54,10 @@ class Inputs:
     def of_batch(cls, batch: Mapping[str, jax.Array]) -> "Inputs":
         """The inputs of a batch of arrays [B, T] with seqio's decoder keys.
 
-        An augment k with tokens of its own has arrays [B, S] with the keys `own_keys(k)`.
+        An augment k with tokens of its own has arrays [B, S] with the keys `own_keys(k)`; with
+        features, floats [B, S, F] with the key `features_key(k)` in place of the tokens.
         """
-        numbers = [k for k in range(len(batch)) if own_keys(k)[0] in batch]
+        numbers = [k for k in range(len(batch)) if {own_keys(k)[0], features_key(k)} & set(batch)]
         own = {k: cls._of_augment(batch, k) for k in numbers}
         return cls(
             batch["decoder_input_tokens"],
@@ -68,7 +70,8 @@ class Inputs:
     @classmethod
     def _of_augment(cls, batch: Mapping[str, jax.Array], number: int) -> "Inputs":
         tokens, segments, order, positions, prompt = map(batch.get, own_keys(number))
-        return cls(tokens, None, segments, order, positions, prompt)
+        features = batch.get(features_key(number))
+        return cls(tokens, features, segments, order, positions, prompt)
 
     def of_augment(self, number: int) -> "Inputs | None":
         """The own inputs of augment `number`; None if it reads the anchor's tokens."""

@@ -4,6 +4,7 @@ from typing import Any
 
 from calm_jax.errors import CalmError
 from calm_jax.models.calling import array_of
+from calm_jax.models.own_inputs import why_own
 
 
 def check_vocabularies(ours: Any, our_name: str, theirs: Any, their_name: str) -> None:
@@ -37,13 +38,12 @@ def check_devices(anchor: Any, augment: Any, name: str) -> None:
 
 
 def check_shared(model: Any, what: str) -> None:
-    """Raises `CalmError`, naming `what`, if an augment of a composed model has another vocabulary.
+    """Raises `CalmError`, naming `what`, if an augment cannot read the tokens of its anchor.
 
     Other models pass.
     """
     own_tokens = getattr(model, "own_tokens", ())
     if True in own_tokens:
-        raise CalmError(
-            f"augment {own_tokens.index(True)} has another tokenizer than the anchor, which {what} "
-            "does not support"
-        )
+        number = own_tokens.index(True)
+        why, _ = why_own(model.augments[number])
+        raise CalmError(f"augment {number} {why}, which {what} does not support")

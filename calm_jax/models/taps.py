@@ -19,7 +19,9 @@ Perturb = Callable[[jax.Array, int, int], jax.Array]
 class Augment(Protocol):
     """The interface that a composed model needs of an augment, which need not be a decoder.
 
-    `calm_jax.Generator` alone takes decoders only.
+    `calm_jax.Generator` alone takes decoders only, and augments that read features.
+
+    An augment that reads features, not tokens, also has `item_shape`; see `item_shape` below.
 
     Attributes:
         width: E, the width of its hidden states.
@@ -39,6 +41,15 @@ class Augment(Protocol):
 
         `dtype` is that of keys and values; default: the augment's own.
         """
+
+
+def item_shape(augment: Augment) -> tuple[int, int] | None:
+    """(P, F) of an augment that reads items of features, such as images; None: it reads tokens.
+
+    An item is P positions in a row, of F features each. The augment finds the items of a row in
+    `Inputs.features_BTD` [B, n · P, F], one after another, and has a state for each position.
+    """
+    return getattr(augment, "item_shape", None)
 
 
 @jax.tree_util.register_dataclass

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from calm_jax.models import ComposedDecoder, Inputs
 from calm_jax.models.parameters import Tree, count, size_in_bytes
 from calm_jax.models.parts import Parts
+from calm_jax.models.taps import item_shape
 from calm_jax.training.flops import matmul_flops
 from calm_jax.training.step import Shardings
 
@@ -59,8 +60,20 @@ def _by_name(parts: Parts, trainable: Tree, opt_state: Any, frozen: Tree) -> dic
     return {**trees, "optimizer": opt_state}
 
 
-def _own_tokens(model: Any) -> tuple[bool, ...]:
-    return model.own_tokens if isinstance(model, ComposedDecoder) else ()
+def _own_inputs(model: Any, inputs: Inputs) -> tuple[Inputs | None, ...]:
+    """What augments read that cannot read the anchor's tokens: one token for each of them, or one
+    item of features in a row."""
+    if not isinstance(model, ComposedDecoder):
+        return ()
+    found = []
+    for augment, needed in zip(model.augments, model.own_tokens, strict=True):
+        shape, own = item_shape(augment), inputs.replace(order_BT=inputs.tokens_BT)
+        if shape is not None:
+            order_BS = jnp.zeros((1, shape[0]), jnp.int32)
+            features_BSF = jnp.zeros((1, *shape))
+            own = Inputs(None, features_BSF, order_BT=order_BS, prompt_mask_BT=order_BS)
+        found.append(own if needed else None)
+    return tuple(found)
 
 
 def _forward_flops(parts: Parts, length: int = 32) -> dict[str, float]:
@@ -72,10 +85,7 @@ def _forward_flops(parts: Parts, length: int = 32) -> dict[str, float]:
         def traced(tree, tokens_BT):
             model = parts.structure.merge(tree)
             inputs = Inputs(tokens_BT, prompt_mask_BT=tokens_BT)
-            # An augment with tokens of its own is taken to read one for each of the anchor's.
-            own = inputs.replace(order_BT=tokens_BT)
-            augments = tuple(own if needed else None for needed in _own_tokens(model))
-            return run(model, inputs.replace(augments=augments))
+            return run(model, inputs.replace(augments=_own_inputs(model, inputs)))
 
         # A single row cannot be split over a mesh.
         with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), ())):

@@ -150,7 +150,7 @@ def _accumulated(sums_and_gradients, batch, key, accumulate: int):
     def micro_batches(x):
         # Rows r, r + accumulate, ... form a micro-batch, so that no row changes its device.
         x = x.reshape(x.shape[0] // accumulate, accumulate, *x.shape[1:]).swapaxes(0, 1)
-        return sharding.constrain(x, None, "batch", "length")
+        return sharding.constrain(x, None, "batch", *[None] * (x.ndim - 2))
 
     def step(totals, inputs):
         index, micro = inputs
