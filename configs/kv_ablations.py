@@ -1,9 +1,9 @@
-"""The key-value task's bridge, one choice changed at a time, with the demo's anchor and augment.
+"""The key-value task's bridge, one choice changed at a time, with the models of table5_kv.py.
 
   calm experiment --config=configs/kv_ablations.py --workdir=runs/ablations
 
-Every arm is trained on the same examples, for as many steps, as the demo's bridge, `calm`. It has 5
-connections, all from the augment's last layer, to the first anchor layers.
+Every arm is trained on the same examples, for as many steps, as `calm`, the bridge of table5_kv.py.
+It has 5 connections, all from the augment's last layer, to the first anchor layers.
 """
 
 import pathlib
@@ -42,7 +42,7 @@ def get_experiment():
         arms=(
             Arm("anchor", kind="part"),
             Arm("augment", kind="part"),
-            Arm("calm", "as in the demo", kind="calm", **PAIR),
+            Arm("calm", "as in table5_kv.py", kind="calm", **PAIR),
             *(Arm(name, label, kind="ablation", **PAIR) for name, (label, _) in ABLATIONS.items()),
         ),
         tasks=tuple(f"{TASK}/{name}" for name in ("math", "subs", "num")),
@@ -54,8 +54,8 @@ def get_experiment():
 
 def get_config(arm: str = "calm"):
     if arm in ("anchor", "augment"):
-        return _file(f"kv_{arm}")
-    config = _file("kv_compose")
+        return _of_table5(arm)
+    config = _of_table5("calm")
     if arm != "calm":
         _, changes = ABLATIONS[arm]
         fields = config.composition.to_dict() | changes
@@ -63,5 +63,5 @@ def get_config(arm: str = "calm"):
     return config
 
 
-def _file(name):
-    return load_file(str(pathlib.Path(__file__).with_name(f"{name}.py")))
+def _of_table5(arm):
+    return load_file(f"{pathlib.Path(__file__).with_name('table5_kv.py')}:{arm}")

@@ -2,7 +2,7 @@
 
   calm experiment --config=configs/kv_share.py --workdir=runs/share
 
-With the demo's anchor and augment. All arms train for as many steps, and are scored on the same
+With the models of table5_kv.py. All arms train for as many steps, and are scored on the same
 expressions, over keys that none of them has met: the keys of a share are among those of every
 larger one, so what the largest share leaves out is unseen at all.
 """
@@ -49,8 +49,8 @@ def get_experiment():
 
 def get_config(arm: str = "calm"):
     if arm in ("anchor", "augment"):
-        return _file(f"kv_{arm}")
-    config = _file("kv_compose")
+        return _of_table5(arm)
+    config = _of_table5("calm")
     if arm != _name(OWN):
         task = {"task": f"{TASK}_{arm}/bridge"}
         config.data.train = (task,)
@@ -62,5 +62,5 @@ def _name(share):
     return "calm" if share == OWN else f"share_{share}"
 
 
-def _file(name):
-    return load_file(str(pathlib.Path(__file__).with_name(f"{name}.py")))
+def _of_table5(arm):
+    return load_file(f"{pathlib.Path(__file__).with_name('table5_kv.py')}:{arm}")
