@@ -12,6 +12,7 @@ os.environ["XLA_FLAGS"] = (
     "--xla_backend_optimization_level=0"
 )
 
+import browsers
 import hypothesis
 import pytest
 
@@ -21,6 +22,16 @@ hypothesis.settings.load_profile("calm_jax")
 
 # Tracing makes many objects and few circles: looking for them takes a tenth of the time.
 gc.set_threshold(50_000, 20, 20)
+
+
+@pytest.fixture(scope="session")
+def browser(tmp_path_factory):
+    """Chromium, which must be installed: pip has none."""
+    if browsers.PROGRAM is None:
+        pytest.skip("there is no chromium, chromium-browser or google-chrome on the PATH")
+    browser = browsers.Browser(tmp_path_factory.mktemp("browser"))
+    yield browser
+    browser.close()
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -3,15 +3,19 @@
 import json
 
 import numpy as np
+from etils import epath
 
 from calm_jax.evaluation import metric_table
 from calm_jax.evaluation.results import predictions_file
+from calm_jax.experiment.arms import jobs
+from calm_jax.experiment.page import write_page
 
 
 def scored(job, rights, metric="exact_match", texts=None, group=""):
     """Predictions and scores of a job by task, right where `rights[task]` [N] says.
 
-    With `texts`, by whether they are right, these are the predictions.
+    With `texts`, by whether they are right, these are the predictions. Tasks "GROUP/…" are rows of
+    that group.
     """
     job.results.mkdir(parents=True, exist_ok=True)
     summary = {"_run": {"step": 1, "fingerprint": None, "date": "today"}}
@@ -30,8 +34,19 @@ def scored(job, rights, metric="exact_match", texts=None, group=""):
         lines = "".join(json.dumps(record) + "\n" for record in records)
         predictions_file(job.results, task).write_text(lines)
         summary[task] = metric_table.score(records, (metric,))
-        summary[task] |= {"group": group} if group else {}
+        summary[task] |= {"group": group} if group and task.startswith(f"{group}/") else {}
     (job.results / "summary.json").write_text(json.dumps(summary))
+
+
+def page_of(folder, experiment, rights, group="", also=lambda job: None):
+    """The page's path; `rights` are those of each arm by task."""
+    found = list(jobs(experiment, "f.py", epath.Path(folder), {}))
+    for job in found:
+        scored(job, rights[job.arm.name], group=group)
+        (job.folder / "config.json").write_text("{}")
+        also(job)
+    path, _ = write_page(experiment, found, epath.Path(folder), "calm experiment")
+    return path
 
 
 def trained(job, *, steps, tokens_per_step, flops_per_step, speed, trees):

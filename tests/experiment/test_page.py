@@ -6,25 +6,16 @@ import re
 
 import numpy as np
 import pytest
-from etils import epath
-from made_runs import random_rights, scored
+from made_runs import page_of, random_rights
 
 from calm_jax.errors import CalmError
-from calm_jax.experiment.arms import Arm, Experiment, PaperTable, jobs
-from calm_jax.experiment.page import write_page
+from calm_jax.experiment.arms import Arm, Experiment, PaperTable
 
 PAIR = {"anchor": "anchor", "augments": ("anchor",)}
 
 
-def page(folder, experiment, rights, group="", also=lambda job: None):
-    """The page's text; `rights` are those of each arm by task."""
-    found = list(jobs(experiment, "f.py", epath.Path(folder), {}))
-    for job in found:
-        scored(job, rights[job.arm.name], group=group)
-        (job.folder / "config.json").write_text("{}")
-        also(job)
-    path, _ = write_page(experiment, found, epath.Path(folder), "calm experiment")
-    return path.read_text()
+def page(*arguments, **options):
+    return page_of(*arguments, **options).read_text()
 
 
 def test_a_curve_has_a_line_a_task_in_its_interval(tmp_path):
