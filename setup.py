@@ -54,15 +54,20 @@ INSTALL = [
 # `calm serve`: routes, HTTP, and the text format of its metrics. Nothing else needs them.
 SERVE = ["prometheus_client", "starlette", "uvicorn"]
 
+# Bundles the images that examples/digits.py reads; nothing else needs it.
+EXAMPLES = ["scikit-learn"]
+
 EXTRAS = {
     "tpu": ["jax[tpu]"],
     "cuda": ["jax[cuda12]"],
     # The TPU's compiler, which needs no TPU; the version that plans were made with.
     "plan": ["libtpu>=0.0.51"],
     "serve": SERVE,
+    "examples": EXAMPLES,
     # Tasks of lm-evaluation-harness; the version that scores were compared with.
     "harness": ["lm_eval>=0.4.13"],
     "test": [
+        *EXAMPLES,
         *SERVE,
         # Drives the server as a client; the next one as its users do.
         "httpx",
