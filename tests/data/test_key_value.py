@@ -58,14 +58,16 @@ def operands(expression: str) -> list[str]:
     return re.split(r"[+*-]", expression)
 
 
-@functools.cache
+@functools.cache  # the paper's world has so many keys that to copy them takes longer than all else
 def values_of(world: World) -> dict[str, int]:
-    return dict(zip(world.keys, world.values.tolist(), strict=True))
+    """The number that each key and word stands for."""
+    values = dict(zip(world.keys, world.values.tolist(), strict=True))
+    return values | {word: n for n, word in enumerate(WORDS)}
 
 
 def substituted(world: World, expression: str) -> str:
     """The expression with a number for each operand: a key's value, a word's, or what stands."""
-    values = values_of(world) | {word: n for n, word in enumerate(WORDS)}
+    values = values_of(world)
 
     def number(operand: re.Match) -> str:
         digits = re.sub("[a-z]", "", operand[0])
