@@ -5,11 +5,12 @@ import os
 import sys
 
 os.environ["JAX_PLATFORMS"] = "cpu"
-# The tests' programs run once: the newer emitters compile two to three times as long, and LLVM's
-# optimisations take a tenth of the processor time of all tests.
+# The tests' programs run once: the newer emitters compile two to three times as long, LLVM's
+# optimisations take a tenth of the processor time of all tests, and to split a program into parts
+# that are compiled at once takes a fifth.
 os.environ["XLA_FLAGS"] = (
     "--xla_force_host_platform_device_count=8 --xla_cpu_use_fusion_emitters=false "
-    "--xla_backend_optimization_level=0"
+    "--xla_backend_optimization_level=0 --xla_cpu_parallel_codegen_split_count=1"
 )
 
 import browsers
