@@ -170,7 +170,9 @@ def _decode(add, state, rounds, until_idle, most, places, top):
     return _laid_out(state), kept, counts
 
 
-@jax.jit
+# The weights are kept, which bind the state to their devices as every step does: to an unbound
+# state the first step would be compiled twice.
+@functools.partial(jax.jit, keep_unused=True)
 def begin(weights: nnx.State, cache: Any, choice: Choice) -> State:
     """The state in which all rows are idle, on the devices of the weights."""
     with _mesh_of(weights):
