@@ -22,7 +22,7 @@ from calm_jax.checkpoints.training import TrainingCheckpoints
 from calm_jax.cli import evaluate as command
 from calm_jax.data import key_value
 from calm_jax.data.vocabularies import load_vocabulary, vocabulary_of_folder
-from calm_jax.decoding import Completion, generate
+from calm_jax.decoding import Completion, Generator, Sampling
 from calm_jax.errors import CalmError
 from calm_jax.evaluation import answering, attention, metric_table, runner, variants
 from calm_jax.evaluation.answering import Options
@@ -36,8 +36,11 @@ MATH, SUBS = "calm_jax/key_value/tiny/math", "calm_jax/key_value/tiny/subs"
 ANSWER = 6  # tokens
 VOCABULARY = load_vocabulary("key_value/tiny")
 (VOCABULARY.eos_id,) = VOCABULARY.encode("e")  # a token that random models do write: answers end
-# Of unlike lengths, so that batches mix rows of one length and another.
-PROMPTS = ["ab+c=", "a=", "abc-de+fgh-abcdefgh-abcd+ef=", "b=", "cc+dd=", "z-y="]
+# Of unlike lengths, so that batches mix rows of one length and another. The longest is the first,
+# and there are two lengths of prefills: however many are asked, the same programs answer.
+PROMPTS = ["abc-de+fgh-abcdefgh-abcd+ef=", "ab+c=", "aa=", "b-cd=", "cc+dd=", "z-y="]
+LONGEST = len(VOCABULARY.encode_sequence("<math>" + PROMPTS[0])) + ANSWER
+BATCH = 2  # prompts at once, in every test that is not about it
 
 
 def frozen_decoder(folder, width: int, seed: int) -> Decoder:
@@ -105,14 +108,11 @@ def composed_run(tmp_path_factory, decoder_run):
 
 @functools.cache  # a model loaded anew would be compiled anew
 def said_by(model) -> tuple[str, ...]:
-    """What the model answers to each prompt: a lone decoder asked one by one."""
-    prompts = ["<math>" + text for text in PROMPTS]
-    batches = [[prompt] for prompt in prompts] if isinstance(model, Decoder) else [prompts]
-    return tuple(
-        VOCABULARY.decode(row)
-        for batch in batches
-        for row in generate(model, batch, max_new_tokens=ANSWER)
-    )
+    """What the model answers to each prompt, asked one by one."""
+    generator = Generator(model, max_length=LONGEST, slots=1)
+    sampling = Sampling(max_new_tokens=ANSWER)
+    answers = [generator.generate(["<math>" + text], sampling) for text in PROMPTS]
+    return tuple(VOCABULARY.decode(answer.tokens) for ((answer,),) in answers)
 
 
 def examples_for(model) -> list[dict]:
@@ -147,7 +147,7 @@ def lines(folder, task: str) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-@pytest.mark.parametrize("batch_size", [4, 16])
+@pytest.mark.parametrize("batch_size", [BATCH, 16])
 def test_every_prediction_is_the_models_own(decoder_run, ask, batch_size):
     folder, decoder = decoder_run
     (folder / "evaluation" / "summary.json").unlink(missing_ok=True)
@@ -171,7 +171,7 @@ def test_every_prediction_is_the_models_own(decoder_run, ask, batch_size):
 def test_composed_run_is_scored_with_its_bridge(composed_run, ask):
     folder, composed = composed_run
     ask(composed)
-    summary = runner.evaluate(folder, batch_size=6)
+    summary = runner.evaluate(folder, batch_size=BATCH)
     assert summary["_run"]["step"] == 5
     assert tuple(line["prediction"] for line in lines(folder, MATH)) == said_by(composed)
     assert said_by(composed) != said_by(composed.anchor)
@@ -191,7 +191,7 @@ def test_registered_task_is_asked_whole(decoder_run):
 def test_attention_of_one_expression(composed_run, ask):
     folder, composed = composed_run
     ask(composed)
-    runner.evaluate(folder, batch_size=6)
+    runner.evaluate(folder, batch_size=BATCH)
     kept = json.loads((folder / "evaluation" / "attention.json").read_text())
     ids = VOCABULARY.encode_sequence(kept["inputs"])
     assert kept["tokens"] == [VOCABULARY.tokens()[token] for token in ids]  # each is its own text
@@ -222,7 +222,8 @@ def test_tokens_of_an_attention_map_are_text(tmp_path):
 def test_parts_are_scored_on_what_the_pair_is_scored_on(composed_run, ask, capsys):
     folder, composed = composed_run
     examples = ask(composed.anchor)
-    assert command.main([f"--workdir={folder}", "--parts", f"--tasks={MATH}"]) == 0
+    flags = [f"--workdir={folder}", f"--tasks={MATH}", f"--batch_size={BATCH}"]
+    assert command.main([*flags, "--parts"]) == 0
     printed = capsys.readouterr().out.splitlines()
     parts = {"": composed, "anchor": composed.anchor, "augment 0": composed.augments[0]}
     scores = {}
@@ -240,8 +241,9 @@ def test_parts_are_scored_on_what_the_pair_is_scored_on(composed_run, ask, capsy
         assert part.scores[MATH]["exact_match"] == pytest.approx(scores[name])
         assert tuple(e["prediction"] for e in part.predictions[MATH]) == said_by(parts[name])
     # Scored without its parts it stays as it is; with other settings they go.
-    assert runner.evaluate(folder, tasks=[MATH])["_parts"].keys() == {"anchor", "augment 0"}
-    assert "_parts" not in runner.evaluate(folder, tasks=[MATH], limit=2)
+    evaluate = functools.partial(runner.evaluate, folder, tasks=[MATH], batch_size=BATCH)
+    assert evaluate()["_parts"].keys() == {"anchor", "augment 0"}
+    assert "_parts" not in evaluate(limit=2)
     assert not read_run(folder).parts
 
 
@@ -250,6 +252,7 @@ def test_frozen_folder_is_scored(decoder_run, ask, tmp_path, capsys):
     examples = ask(decoder)
     frozen = folder / "frozen"
     flags = [f"--model={frozen}", f"--tasks={MATH}", f"--max_new_tokens={ANSWER}"]
+    flags += [f"--batch_size={BATCH}"]
     assert command.main([*flags, "--limit=4", f"--output={tmp_path / 'scores'}"]) == 0
     printed = capsys.readouterr().out.splitlines()
     right = sum(x == e["targets"] for x, e in zip(said_by(decoder)[:4], examples, strict=False))
@@ -289,13 +292,14 @@ def test_flags_that_do_not_fit(decoder_run, flags, message):
 def test_done_once_for_the_same_settings(decoder_run, ask, monkeypatch):
     folder, decoder = decoder_run
     ask(decoder)
-    first = runner.evaluate(folder, limit=2)
+    evaluate = functools.partial(runner.evaluate, folder, batch_size=BATCH)
+    first = evaluate(limit=2)
     assert first[MATH]["count"] == 2
     with monkeypatch.context() as patch:
         patch.setattr(variants, "Generator", None)  # would fail if called
-        assert runner.evaluate(folder, limit=2) == first
-    assert runner.evaluate(folder, limit=3)[MATH]["count"] == 3
-    assert SUBS not in runner.evaluate(folder, limit=3, tasks=[MATH])
+        assert evaluate(limit=2) == first
+    assert evaluate(limit=3)[MATH]["count"] == 3
+    assert SUBS not in evaluate(limit=3, tasks=[MATH])
 
 
 @pytest.mark.slow
@@ -320,7 +324,8 @@ def test_a_file_of_json_lines_is_asked(decoder_run, tmp_path, capsys, caplog):
         file.write_text("".join(json.dumps(record) + "\n" for record in records))
 
     write(*({key: example[key] for key in ("inputs", "targets")} for example in examples))
-    assert command.main([f"--workdir={folder}", f"--config.evaluate.tasks=('{file}',)"]) == 0
+    flags = [f"--workdir={folder}", f"--batch_size={BATCH}"]
+    assert command.main([*flags, f"--config.evaluate.tasks=('{file}',)"]) == 0
     right = sum(said == e["targets"] for said, e in zip(said_by(decoder), examples, strict=True))
     assert 0 < right < len(examples)
     assert f" of {len(examples)} " in capsys.readouterr().out
@@ -332,10 +337,12 @@ def test_a_file_of_json_lines_is_asked(decoder_run, tmp_path, capsys, caplog):
         runner.evaluate(folder, tasks=[str(file)], limit=1)
     answered = [{key: example[key] for key in ("inputs", "targets")} for example in examples[:3]]
     write(answered[0], {"text": "a whole text"}, *answered[1:])
-    assert runner.evaluate(folder, tasks=[str(file)])[str(file)]["count"] == 3
+    found = runner.evaluate(folder, tasks=[str(file)], batch_size=BATCH)
+    assert found[str(file)]["count"] == 3
     assert "held out.jsonl: 1 of 4 have no prompt to answer" in caplog.text
     write(*({"question": e["inputs"], "label": e["targets"], "text": "other"} for e in answered))
     flags = [f"--model={folder / 'frozen'}", f"--tasks={file}", f"--output={tmp_path}"]
+    flags += [f"--batch_size={BATCH}"]
     assert command.main([*flags, "--columns=inputs:question,targets:label"]) == 0
     asked = predictions_file(tmp_path, str(file)).read_text().splitlines()
     assert [json.loads(line)["inputs"] for line in asked] == [e["inputs"] for e in answered]
@@ -370,7 +377,7 @@ def test_predictions_are_not_mixed(decoder_run):
 def test_command(decoder_run, ask, capsys):
     folder, decoder = decoder_run
     ask(decoder)
-    arguments = [f"--workdir={folder}", "--config.evaluate.limit=4"]
+    arguments = [f"--workdir={folder}", "--config.evaluate.limit=4", f"--batch_size={BATCH}"]
     assert command.main(arguments) == 0
     printed = capsys.readouterr().out
     assert f"{MATH}: " in printed and " of 4 " in printed
@@ -383,7 +390,7 @@ def test_command(decoder_run, ask, capsys):
 def test_nothing_is_left_behind_by_an_error(decoder_run, ask, monkeypatch):
     folder, decoder = decoder_run
     ask(decoder)
-    before = runner.evaluate(folder)
+    before = runner.evaluate(folder, batch_size=BATCH)
 
     def fail(*_, **__):
         raise RuntimeError("out of memory")
