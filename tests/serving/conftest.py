@@ -25,11 +25,11 @@ def vocabulary(tmp_path_factory):
 def pair(vocabulary):
     """A composed model of random weights that are large enough to say different things."""
     size = vocabulary.size
-    anchor = tiny_models.decoder(1, "llama", vocab_size=size)
-    augment = tiny_models.decoder(2, embed_dim=16, vocab_size=size)
+    anchor = tiny_models.decoder(1, "llama", num_layers=2, vocab_size=size)
+    augment = tiny_models.decoder(2, num_layers=2, embed_dim=16, vocab_size=size)
     anchor.vocabulary = augment.vocabulary = vocabulary
     composed = calm_jax.compose(
-        anchor, augment, calm_jax.CompositionConfig(every=2), rngs=nnx.Rngs(3)
+        anchor, augment, calm_jax.CompositionConfig(every=1), rngs=nnx.Rngs(3)
     )
     return tiny_models.randomised(composed)
 
