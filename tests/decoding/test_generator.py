@@ -1,6 +1,7 @@
 """Answers of a Generator against full recomputation, whatever rows, chunks and slots they take."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -21,31 +22,39 @@ from calm_jax.models import CompositionConfig, Inputs
 from calm_jax.models.parameters import Structure, module_tree
 
 FORMS = {
-    "palm": lambda: random_decoder(palm()),
-    "xpos, l2 norms": lambda: random_decoder(palm(qk_norm="l2", xpos_scale_base=8.0)),
+    "palm": lambda: random_decoder(palm(num_layers=2)),
+    "xpos, l2 norms": lambda: random_decoder(palm(num_layers=2, qk_norm="l2", xpos_scale_base=8.0)),
     "window": lambda: random_decoder(
         gemma(num_layers=4, window=7, window_pattern=(True, False), local_rope_base=100.0)
     ),
     "regular": lambda: random_composed(
-        llama(num_layers=7), (palm(num_layers=6),), CompositionConfig(every=2)
+        llama(num_layers=5), (palm(num_layers=4),), CompositionConfig(every=2)
     ),
     "several, rotary": lambda: random_composed(
-        gemma(num_layers=4, window=5),
-        (palm(num_layers=4), llama(num_layers=4)),
-        (CompositionConfig(every=1), CompositionConfig(((0, 3), (3, 1)), rotary=True, bias=True)),
+        gemma(num_layers=2, window=5),
+        (palm(num_layers=2), llama(num_layers=2)),
+        (CompositionConfig(every=1), CompositionConfig(((0, 1), (1, 0)), rotary=True, bias=True)),
     ),
     "only the prompt": lambda: random_composed(
-        palm(), (palm(),), CompositionConfig(every=1, encoder_only=True)
+        palm(num_layers=2), (palm(num_layers=2),), CompositionConfig(every=1, encoder_only=True)
     ),
 }
 
 
 LONGEST = 80
+# Generators of equal sizes share their programs, which take most of the time of these tests.
+SIZES = {"max_length": LONGEST, "slots": 3, "prefill_chunk": 16}
 
 
-def random_prompts(count, low, high, seed=0):
+@functools.cache
+def model_of(name):
+    return FORMS[name]()
+
+
+def prompts_of(*sizes, seed=0):
+    """Random prompts; those of sizes that differ by multiples of a chunk need the same programs."""
     random = np.random.default_rng(seed)
-    return [random.integers(1, 24, random.integers(low, high)).tolist() for _ in range(count)]
+    return [random.integers(1, 24, size).tolist() for size in sizes]
 
 
 def logprobs_of(model, prompt, tokens):
@@ -69,10 +78,11 @@ def assert_greedy(model, prompt, completion):
 @pytest.mark.parametrize("name", FORMS)
 def test_cached_is_recomputed(name):
     """More prompts than rows, longer than windows and chunks, some with a shared beginning."""
-    model = FORMS[name]()
-    beginning = random_prompts(1, 40, 41)[0]
-    prompts = [*random_prompts(4, 1, 60), [*beginning, 1, 2], [*beginning, 3], beginning[:30]]
-    generator = Generator(model, max_length=80, slots=3, prefill_chunk=16)
+    model = model_of(name)
+    (beginning,) = prompts_of(40, seed=1)
+    prompts = prompts_of(1, 2, 50, 17, 34)
+    prompts += [[*beginning, 1, 2], [*beginning, 3], beginning[:30]]
+    generator = Generator(model, **SIZES)
     sampling = Sampling(max_new_tokens=9, logprobs=0)
     answers = generator.generate(prompts, sampling)
     for prompt, (completion,) in zip(prompts, answers, strict=True):
@@ -87,9 +97,9 @@ def test_cached_is_recomputed(name):
     "chunk", [32, *(pytest.param(n, marks=pytest.mark.slow) for n in (16, 48))]
 )
 def test_every_boundary_of_chunks(chunk):
-    model = FORMS["regular"]()
-    generator = Generator(model, max_length=70, slots=2, prefill_chunk=chunk)
-    prompts = [random_prompts(1, size, size + 1)[0] for size in (15, 16, 17, 32, 33, 48, 49, 64)]
+    model = model_of("regular")
+    generator = Generator(model, **SIZES | {"prefill_chunk": chunk})
+    prompts = prompts_of(15, 16, 17, 32, 33, 48, 49, 64)
     for prompt, (completion,) in zip(
         prompts,
         generator.generate(prompts, Sampling(max_new_tokens=3, logprobs=0)),
@@ -115,9 +125,9 @@ def test_a_shared_beginning_is_read_once(monkeypatch):
     monkeypatch.setattr(
         steps, "copy_row", lambda *given, **sizes: copies.append(1) or copy_row(*given, **sizes)
     )
-    beginning = random_prompts(1, 100, 101)[0]
+    (beginning,) = prompts_of(100)
     prompts = [[*beginning, 1 + i % 20, 1 + i // 20] for i in range(40)]
-    generator = Generator(FORMS["regular"](), max_length=128, slots=4)
+    generator = Generator(model_of("palm"), max_length=128, slots=4)
     generator.generate(prompts, Sampling(max_new_tokens=2))
     assert sum(counts) <= 102 + 39 * 2
     assert len(copies) <= 3  # once for each other row
@@ -136,12 +146,10 @@ def test_a_shared_beginning_is_read_once(monkeypatch):
     ids=str,
 )
 def test_seeded_samples_are_the_same_in_any_batch(options):
-    model = FORMS["regular"]()
-    prompts = random_prompts(5, 1, 30)
+    model, prompts = model_of("palm"), prompts_of(2, 18, 1, 17, 2)
     sampling = Sampling(max_new_tokens=6, seed=11, n=2, **options)
-    sizes = {"max_length": 64, "prefill_chunk": 16}
-    together = Generator(model, **sizes, slots=5).generate(prompts, sampling)
-    alone = Generator(model, **sizes, slots=2)
+    together = Generator(model, **SIZES).generate(prompts, sampling)
+    alone = Generator(model, **SIZES | {"slots": 2})
     for prompt, answers in zip(prompts, together, strict=True):
         (found,) = alone.generate([prompt], sampling)
         assert [answer.tokens for answer in found] == [answer.tokens for answer in answers]
@@ -153,17 +161,16 @@ def test_seeded_samples_are_the_same_in_any_batch(options):
 @pytest.mark.parametrize(
     "name",
     [
-        pytest.param(name, marks=pytest.mark.slow if "several" in name or "only" in name else ())
+        pytest.param(name, marks=() if name in ("window", "regular") else pytest.mark.slow)
         for name in FORMS
     ],
 )
 def test_scores_are_recomputed(name):
-    model = FORMS[name]()
-    prompts = [*random_prompts(3, 1, 40), [7] * 30, [7] * 30]
-    continuations = random_prompts(5, 1, 20, seed=1)
-    scores = Generator(model, max_length=64, slots=2, prefill_chunk=32).score(
-        prompts, continuations
-    )
+    """Two prompts at once, a continuation on both sides of a chunk's end, a shared beginning."""
+    model = model_of(name)
+    prompts = [*prompts_of(1, 3, 25), [7] * 30, [7] * 30]
+    continuations = prompts_of(9, 9, 17, 18, 18, seed=1)
+    scores = Generator(model, **SIZES | {"prefill_chunk": 32}).score(prompts, continuations)
     for prompt, continuation, score in zip(prompts, continuations, scores, strict=True):
         expected_NV = logprobs_of(model, prompt, continuation)
         expected_N = expected_NV[np.arange(len(continuation)), continuation]
@@ -173,7 +180,7 @@ def test_scores_are_recomputed(name):
 
 
 def test_a_greedy_answer_is_a_greedy_continuation():
-    generator = Generator(FORMS["regular"](), max_length=64, slots=2)
+    generator = Generator(model_of("palm"), **SIZES)
     ((answer,),) = generator.generate([[3, 4]], Sampling(max_new_tokens=4))
     (score,) = generator.score([[3, 4]], [answer.tokens])
     assert score.is_greedy
@@ -195,7 +202,7 @@ def test_eight_devices_answer_as_one(mesh):
     spread = structure.merge(
         jax.device_put(module_tree(model), structure.shardings(sharding.make_mesh(mesh)))
     )
-    prompts = random_prompts(6, 1, 40)
+    prompts = prompts_of(3, 4, 20, 36, 4, 3)
     sampling = Sampling(max_new_tokens=6, logprobs=0)
     options = {"max_length": 64, "slots": 4, "prefill_chunk": 16}
     alone = Generator(model, **options).generate(prompts, sampling)
@@ -209,8 +216,8 @@ def test_eight_devices_answer_as_one(mesh):
 
 def test_int8_caches_differ_by_rounding_alone():
     """A vector's largest value is 127 steps, so scores move a little, and not by nothing."""
-    model = FORMS["regular"]()
-    prompts, continuations = random_prompts(3, 20, 40), random_prompts(3, 10, 20, seed=1)
+    model = model_of("regular")
+    prompts, continuations = prompts_of(28, 32), prompts_of(15, 12, seed=1)
     options = {"max_length": 64, "slots": 2}
     exact, rounded = (
         Generator(model, cache_dtype=dtype, **options).score(prompts, continuations)
@@ -224,20 +231,29 @@ def test_int8_caches_differ_by_rounding_alone():
 @pytest.mark.parametrize("dtype", [None, "bfloat16", "int8"])
 @pytest.mark.parametrize("name", FORMS)
 def test_bytes_of_the_state_equal_the_formula(name, dtype):
-    model = FORMS[name]()
+    model = model_of(name)
     cache = model.init_cache(2, 48, dtype=dtype)
     held = sum(x.nbytes for x in jax.tree.leaves(cache) if x.ndim > 2)
     assert held == 2 * 48 * bytes_per_token(model, dtype)
 
 
 def test_few_programs_answer_many_lengths():
-    model = FORMS["palm"]()
-    generator = Generator(model, max_length=128, slots=8, prefill_chunk=32)
+    model = model_of("palm")
+    generator = Generator(model, max_length=144, slots=4, prefill_chunk=8)
     before = steps.prefill._cache_size() + steps.decode._cache_size()
-    generator.generate(random_prompts(1000, 1, 120), Sampling(max_new_tokens=3))
-    chunks, reads = len(buckets(32, 2)), len(buckets(128, 64))
+    sizes = np.random.default_rng(1).integers(1, 140, 200)
+    generator.generate(prompts_of(*sizes), Sampling(max_new_tokens=3))
+    chunks, reads = len(buckets(16, 2)), 2
     programs = steps.prefill._cache_size() + steps.decode._cache_size() - before
     assert programs <= 2 * chunks * reads + reads
+
+
+def test_the_first_prefill_is_compiled_once():
+    generator = Generator(model_of("palm"), max_length=32, slots=1)
+    before = steps.prefill._cache_size()
+    for _ in range(2):
+        generator.generate([[1, 2, 3]], Sampling(max_new_tokens=2))
+    assert steps.prefill._cache_size() == before + 1
 
 
 # Text.
@@ -248,14 +264,14 @@ def writer(tmp_path_factory):
     """A model whose vocabulary writes bytes, so that characters take several tokens."""
     path = tmp_path_factory.mktemp("tokenizer")
     vocabulary = vocabulary_of_folder(str(tiny_tokenizers.qwen(path)))
-    model = tiny_models.decoder(vocab_size=vocabulary.size)
+    model = tiny_models.decoder(num_layers=2, vocab_size=vocabulary.size)
     model.vocabulary = vocabulary
     return model
 
 
 def test_a_stream_gives_the_text_of_generate(writer):
     generator = Generator(writer, max_length=64, slots=2)
-    for seed in range(5):
+    for seed in range(3):
         sampling = Sampling(max_new_tokens=30, temperature=2.0, seed=seed)
         pieces = list(generator.stream("Grüße", sampling))
         ((answer,),) = generator.generate(["Grüße"], sampling)
@@ -303,7 +319,7 @@ def test_sampling_that_is_refused(options, message):
 
 
 def test_prompts_that_are_refused():
-    generator = Generator(FORMS["palm"](), max_length=32, slots=2)
+    generator = Generator(model_of("palm"), max_length=32, slots=2)
     for prompts, message in (
         ([[1], []], "empty prompt"),
         ([[1], [1] * 30], "the prompt has 30 tokens and max_new_tokens is 5, together more than"),
@@ -316,7 +332,7 @@ def test_prompts_that_are_refused():
 
 
 def test_logits_that_are_not_finite_end_one_row_alone():
-    model = tiny_models.decoder(tied_head=False)
+    model = tiny_models.decoder(num_layers=2, tied_head=False)
     table = model.embedding.get_value()
     model.embedding.set_value(table.at[13].set(jnp.nan))
     generator = Generator(model, max_length=32, slots=2)
@@ -336,10 +352,10 @@ def test_logits_that_are_not_finite_end_one_row_alone():
 
 
 def test_what_fails_before_a_prefill_leaves_no_trace(monkeypatch):
-    model, (prompt,) = FORMS["palm"](), random_prompts(1, 30, 31)
+    model, (prompt,) = model_of("palm"), prompts_of(50)
     sampling = Sampling(max_new_tokens=8)
-    generator = Generator(model, max_length=64, slots=1)
-    (expected,) = Generator(model, max_length=64, slots=1).generate([prompt], sampling)
+    generator = Generator(model, **SIZES)
+    (expected,) = Generator(model, **SIZES).generate([prompt], sampling)
 
     def fails(*arguments, **options):
         raise KeyboardInterrupt
@@ -351,7 +367,7 @@ def test_what_fails_before_a_prefill_leaves_no_trace(monkeypatch):
 
 
 def test_a_request_may_be_cancelled_by_its_own_news():
-    generator = Generator(FORMS["palm"](), max_length=64, slots=4)
+    generator = Generator(model_of("palm"), **SIZES)
     seen = []
 
     def on_news(news):
@@ -370,7 +386,7 @@ def test_a_request_may_be_cancelled_by_its_own_news():
 
 def test_caches_that_do_not_fit(monkeypatch):
     monkeypatch.setattr("calm_jax.decoding.memory.free_bytes", lambda array: 100_000)
-    model = FORMS["palm"]()
+    model = model_of("palm")
     fit = 100_000 // (bytes_per_token(model) * 64)
     with pytest.raises(CalmError, match=f"; {fit} rows would fit"):
         Generator(model, max_length=64, slots=fit + 1)
