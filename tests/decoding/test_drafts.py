@@ -18,15 +18,15 @@ from calm_jax.models import CompositionConfig, compose
 
 FORMS = {
     "taps below the last layer": lambda: random_composed(
-        llama(num_layers=4), (palm(num_layers=6),), CompositionConfig(((1, 0), (3, 2)))
+        llama(num_layers=2), (palm(num_layers=3),), CompositionConfig(((0, 0), (1, 1)))
     ),
     "regular": lambda: random_composed(
-        llama(num_layers=7), (palm(num_layers=6),), CompositionConfig(every=2)
+        llama(num_layers=5), (palm(num_layers=4),), CompositionConfig(every=2)
     ),
     "several": lambda: random_composed(
-        palm(num_layers=4),
-        (llama(num_layers=4), palm(num_layers=4)),
-        (CompositionConfig(every=1), CompositionConfig(((0, 3), (3, 1)), rotary=True)),
+        palm(num_layers=2),
+        (llama(num_layers=2), palm(num_layers=2)),
+        (CompositionConfig(every=1), CompositionConfig(((0, 1), (1, 0)), rotary=True)),
     ),
     "only the prompt": lambda: random_composed(
         palm(), (palm(),), CompositionConfig(every=1, encoder_only=True)
@@ -35,7 +35,7 @@ FORMS = {
 DEFAULT = ("taps below the last layer", "several")  # the others are slow tests
 ASKED = [  # greedy, sampled and penalised answers, of several lengths, in one batch
     ([9], Sampling(max_new_tokens=17, temperature=0.7, top_k=9, repetition_penalty=1.4)),
-    ([3, 4, 5], Sampling(max_new_tokens=21, logprobs=0)),
+    ([3, 4], Sampling(max_new_tokens=21, logprobs=0)),
     (list(range(1, 13)), Sampling(max_new_tokens=9, logprobs=0)),
     ([7, 8], Sampling(max_new_tokens=21, temperature=1.0, seed=3, n=2)),
 ]
@@ -67,7 +67,7 @@ def test_a_draft_changes_no_token(form, monkeypatch):
 
 def test_the_same_model_twice_accepts_every_token(monkeypatch):
     monkeypatch.setattr(draft_length, "COMPARED", np.inf)
-    anchor = random_decoder(palm())
+    anchor = random_decoder(palm(num_layers=2))
     model = compose(anchor, anchor, CompositionConfig(every=1, init="zero"), rngs=nnx.Rngs(0))
     generator = Generator(model, max_length=64, slots=2, draft=4)
     sampling = Sampling(max_new_tokens=40, temperature=1.0)
@@ -85,7 +85,7 @@ def test_the_distribution_is_that_of_the_model(monkeypatch):
         (palm(vocab_size=6, num_layers=2),),
         CompositionConfig(every=1),
     )
-    generator = Generator(model, max_length=16, slots=64, draft=2)
+    generator = Generator(model, max_length=16, slots=256, draft=2)
     sampling = Sampling(max_new_tokens=3, temperature=0.8, n=20_000, seed=1)
     (answers,) = generator.generate([[1, 4]], sampling)
     counts = collections.Counter(tuple(answer.tokens) for answer in answers)

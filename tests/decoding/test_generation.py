@@ -15,27 +15,30 @@ from calm_jax.models import CompositionConfig, Inputs, compose
 
 PROMPTS = [[3, 1, 4, 1, 5], [9], list(range(20, 41))]  # the last is longer than one bucket
 NEW = 5
+LONGEST = len(PROMPTS[-1]) + NEW
 
 
 def models():
-    yield "decoder", tiny_models.decoder(family="gemma", num_kv_heads=1)
+    yield "decoder", tiny_models.decoder(family="gemma", num_layers=2, num_kv_heads=1)
     for name, config in {
         "composed": CompositionConfig(every=2, rotary=True),
         "encoder only": CompositionConfig(every=2, encoder_only=True),
     }.items():
-        yield name, tiny_models.randomised(tiny_models.composed(config))
+        yield name, tiny_models.randomised(tiny_models.composed(config, num_layers=2))
 
 
 MODELS = dict(models())
 
 
 def greedy_choices(model, tokens, prompt_length):
-    """The most probable token after each prefix of one row, without padding or batch."""
-    prompt_mask = np.arange(len(tokens))[None] < prompt_length
+    """The most probable token after each prefix of one row, which is no batch."""
+    # Nothing looks at the zeros behind it: with them one program takes rows of all lengths.
+    row = [*tokens, *[0] * (LONGEST - len(tokens))]
+    prompt_mask = np.arange(LONGEST)[None] < prompt_length
     inputs = Inputs(
-        jnp.asarray([tokens], jnp.int32), prompt_mask_BT=jnp.asarray(prompt_mask, jnp.int32)
+        jnp.asarray([row], jnp.int32), prompt_mask_BT=jnp.asarray(prompt_mask, jnp.int32)
     )
-    return np.argmax(model(inputs)[0], axis=-1)
+    return np.argmax(model(inputs)[0, : len(tokens)], axis=-1)
 
 
 @functools.cache
@@ -76,9 +79,9 @@ def test_what_is_generated_is_not_part_of_the_prompt():
 def test_ids_without_meaning_are_never_answered():
     """Rows beyond the vocabulary, and rows of the anchor that the augment lacks."""
     vocabulary = load_vocabulary("key_value/tiny")
-    anchor = tiny_models.decoder(vocab_size=vocabulary.size + 5, head_bias=True)
+    anchor = tiny_models.decoder(num_layers=2, vocab_size=vocabulary.size + 5, head_bias=True)
     anchor.head_bias.set_value(jnp.zeros(vocabulary.size + 5).at[-9:].set(1e3))
-    augment = tiny_models.decoder(vocab_size=vocabulary.size - 3)
+    augment = tiny_models.decoder(num_layers=2, vocab_size=vocabulary.size - 3)
     assert generate(anchor, PROMPTS, max_new_tokens=2).max() == vocabulary.size + 4
     anchor.vocabulary = vocabulary
     assert generate(anchor, PROMPTS, max_new_tokens=2).max() < vocabulary.size
@@ -109,7 +112,7 @@ def test_all_rows_ended_early_are_filled():
 
 def test_text_is_encoded_behind_the_start_token():
     vocabulary = load_vocabulary("key_value/tiny")
-    model = tiny_models.decoder(vocab_size=vocabulary.size)
+    model = tiny_models.decoder(num_layers=2, vocab_size=vocabulary.size)
     model.vocabulary = vocabulary
     texts = ["<math>ab+cd=", "a"]
     ids = [[vocabulary.bos_id, *vocabulary.encode(text)] for text in texts]
@@ -123,7 +126,7 @@ def test_text_is_encoded_behind_the_start_token():
 
 
 def test_where_the_tokenizer_puts_nothing_before_a_text_nothing_is():
-    model = tiny_models.decoder(vocab_size=264)
+    model = tiny_models.decoder(num_layers=2, vocab_size=264)
     model.vocabulary = load_vocabulary("bytes")
     assert model.vocabulary.bos_id is None
     ids = [model.vocabulary.encode("héllo")]
@@ -140,8 +143,11 @@ def test_a_token_that_the_tokenizer_adds_and_the_model_does_not_know(tmp_path):
     values["added_tokens"].append(values["added_tokens"][0] | {"id": size, "content": "<image>"})
     (folder / "tokenizer.json").write_text(json.dumps(values))
     vocabulary = vocabulary_of_folder(folder)
-    anchor, augment = (tiny_models.decoder(vocab_size=rows) for rows in (size + 1, size))
-    for model in (augment, compose(anchor, augment, rngs=nnx.Rngs(0))):
+    anchor, augment = (
+        tiny_models.decoder(num_layers=2, vocab_size=rows) for rows in (size + 1, size)
+    )
+    pair = compose(anchor, augment, CompositionConfig(every=2), rngs=nnx.Rngs(0))
+    for model in (augment, pair):
         (model.anchor if model is not augment else model).vocabulary = vocabulary
         generate(model, ["seen"], max_new_tokens=1)
         message = rf"prompt token {size} \('<image>'\) is outside the {size} rows"
@@ -169,7 +175,7 @@ def test_bad_prompts(prompts, new, message):
 
 
 def test_one_text_alone_is_not_a_list_of_letters():
-    model = tiny_models.decoder(vocab_size=264)
+    model = tiny_models.decoder(num_layers=2, vocab_size=264)
     model.vocabulary = load_vocabulary("bytes")
     with pytest.raises(CalmError, match=r"a list of prompts"):
         generate(model, "hello", max_new_tokens=2)
