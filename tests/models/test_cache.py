@@ -13,29 +13,31 @@ from calm_jax.models.calling import call, make_on_mesh_of
 from calm_jax.models.parameters import Structure, module_tree
 
 DECODERS = {
-    "palm": palm(),
-    "xpos, l2 norms": palm(qk_norm="l2", xpos_scale_base=8.0),
+    "palm": palm(num_layers=2),
+    "xpos, l2 norms": palm(num_layers=2, qk_norm="l2", xpos_scale_base=8.0),
     "llama, window": llama(num_layers=4, window=3, window_pattern=(True, False)),
     "gemma 2": gemma(window=3, window_pattern=(True, False), attention_logit_cap=5.0),
-    "gemma 3": gemma(window=2, local_rope_base=100.0, qk_norm="rms", post_norms=True),
-    "gpt-j": palm(rope="interleaved", rope_dim=4, norm="layer", norm_bias=True, mlp_bias=True),
-    "no rotary": llama(rope=None, attention_bias=True),
+    "gemma 3": gemma(num_layers=2, window=2, local_rope_base=100.0, qk_norm="rms", post_norms=True),
+    "gpt-j": palm(
+        num_layers=2, rope="interleaved", rope_dim=4, norm="layer", norm_bias=True, mlp_bias=True
+    ),
+    "no rotary": llama(num_layers=2, rope=None, attention_bias=True),
 }
 COMPOSED = {
-    "regular": (llama(num_layers=7), (palm(num_layers=6),), CompositionConfig(every=2)),
+    "regular": (llama(num_layers=5), (palm(num_layers=4),), CompositionConfig(every=2)),
     "irregular, rotary": (
-        palm(num_layers=4),
-        (llama(num_layers=4, window=2),),
-        CompositionConfig(((0, 3), (3, 1), (3, 3)), rotary=True, bias=True),
+        palm(num_layers=2),
+        (llama(num_layers=2, window=2),),
+        CompositionConfig(((0, 1), (1, 0), (1, 1)), rotary=True, bias=True),
     ),
     "several augments": (
-        gemma(num_layers=4, window=3),
-        (palm(num_layers=4), llama(num_layers=4)),
+        gemma(num_layers=2, window=3),
+        (palm(num_layers=2), llama(num_layers=2)),
         (CompositionConfig(every=1), CompositionConfig(every=2, rotary=True)),
     ),
     "only the prompt": (
-        palm(),
-        (palm(),),
+        palm(num_layers=2),
+        (palm(num_layers=2),),
         CompositionConfig(every=1, encoder_only=True, rotary=True),
     ),
 }
