@@ -24,7 +24,7 @@ NEW = 3
 
 @pytest.fixture(scope="module")
 def pair():
-    model = tiny_models.randomised(tiny_models.composed())
+    model = tiny_models.randomised(tiny_models.composed(num_layers=2))
     # Strong enough to change what is chosen.
     nnx.update(model.bridge, jax.tree.map(lambda x: 3 * x, nnx.state(model.bridge)))
     return model

@@ -92,7 +92,12 @@ def trainer_of(name):
     return trainer_of_option(name)
 
 
-@pytest.mark.parametrize("name", OPTIONS)
+def some_slow(names, slow):
+    """The names; those whose parts another name has too are slow tests."""
+    return [pytest.param(x, marks=pytest.mark.slow) if x in slow else x for x in names]
+
+
+@pytest.mark.parametrize("name", some_slow(OPTIONS, ("gate", "no output projection")))
 def test_five_steps_trace_once_and_move_every_leaf_of_the_bridge_alone(name, monkeypatch):
     traces = []
 
@@ -207,7 +212,7 @@ MESHES = {
 }
 
 
-@pytest.mark.parametrize("name", MESHES)
+@pytest.mark.parametrize("name", some_slow(MESHES, ("data",)))
 def test_eight_devices_do_what_one_does(name):
     expected = trainer_of("stacked rounds")
     expected_metrics = [expected.step(tiny_models.batch(k, rows=16)) for k in range(4)]
