@@ -11,6 +11,7 @@ from calm_jax.checkpoints.files import absolute, read_json
 from calm_jax.checkpoints.kinds import BRIDGE, COMPOSED_RUN, DECODER_RUN, FROZEN, kind_of
 from calm_jax.cli import config, models
 from calm_jax.errors import CalmError
+from calm_jax.programs import cache_programs
 from calm_jax.quiet import quiet_libtpu
 
 USAGE = """Scores a model on tasks and writes every prediction.
@@ -181,6 +182,7 @@ def main(argv: list[str]) -> int:
     from calm_jax.membership import refuse_several
 
     quiet_libtpu()
+    cache_programs()
     refuse_several("calm evaluate")
     folder = absolute(values.workdir or values.model)
     variant = _variant(values)

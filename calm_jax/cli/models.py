@@ -8,6 +8,7 @@ from absl import flags
 from ml_collections import ConfigDict
 
 from calm_jax.cli import config
+from calm_jax.programs import cache_programs
 
 CACHE_DTYPES = ["float32", "bfloat16", "float16", "int8"]
 DRAFT = "most tokens that an augment drafts at a time; fewer or none where drafts do not pay"
@@ -61,6 +62,7 @@ def load(values: flags.FlagValues, mesh: dict[str, int] | None) -> Any:
     from calm_jax.checkpoints.any_model import load_model
     from calm_jax.sharding import make_mesh
 
+    cache_programs()
     return load_model(
         values.workdir,
         step=values.step,

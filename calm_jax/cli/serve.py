@@ -1,5 +1,6 @@
 """`calm serve`: an OpenAI-compatible server of a model."""
 
+import contextlib
 import importlib.util
 import os
 import pathlib
@@ -63,16 +64,18 @@ def main(argv: list[str]) -> int:
 
     from calm_jax.serving.app import Limits, Server
     from calm_jax.serving.parts import served_models
-    from calm_jax.serving.running import run
+    from calm_jax.serving.running import bind, run
 
     quiet_libtpu()
-    model = models.load(values, mesh)
-    name = values.name or pathlib.Path(values.workdir).resolve().name
-    served = served_models(model, name, _options(values))
-    limits = Limits(values.max_queue, values.max_tokens, values.request_seconds)
-    server = Server(served, limits, os.environ.get(KEY))
-    server.engine.build(name)
-    run(server, values.host, values.port)
+    # Loading takes long; a taken address is told before.
+    with contextlib.closing(bind(values.host, values.port)) as bound:
+        model = models.load(values, mesh)
+        name = values.name or pathlib.Path(values.workdir).resolve().name
+        served = served_models(model, name, _options(values))
+        limits = Limits(values.max_queue, values.max_tokens, values.request_seconds)
+        server = Server(served, limits, os.environ.get(KEY))
+        server.engine.build(name)
+        run(server, bound)
     return 0
 
 

@@ -2,6 +2,7 @@
 
 import collections
 import math
+import operator
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -376,9 +377,15 @@ def generate(
 
 
 def encode(vocabulary: Any, prompt: Prompt) -> list[int]:
-    """The token ids of a prompt. Raises `CalmError` for text without a vocabulary."""
+    """The token ids of a prompt.
+
+    Raises `CalmError` for text without a vocabulary, and for what is neither text nor ids.
+    """
     if not isinstance(prompt, str):
-        return [int(token) for token in prompt]
+        try:
+            return [operator.index(token) for token in prompt]
+        except TypeError:
+            raise CalmError(f"a prompt is a text or a list of token ids, not {prompt!r}") from None
     if vocabulary is None:
         raise CalmError(f"the model has no vocabulary to encode {prompt!r}; give token ids")
     return vocabulary.encode_sequence(prompt)

@@ -1,10 +1,12 @@
 """The memory that the caches of decoding take on a device."""
 
 import dataclasses
+import os
 from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
 from calm_jax import sharding
@@ -106,9 +108,26 @@ def check_fits(model: Any, slots: int, length: int, dtype: Any, whole: Sequence[
         )
 
 
+def check_cache_dtype(dtype: Any) -> None:
+    """Raises `CalmError` unless caches can have the dtype; None is the models' own."""
+    try:
+        known = dtype is None or jnp.dtype(dtype).name in ("float32", "bfloat16", "float16", "int8")
+    except TypeError:
+        known = False
+    if not known:
+        raise CalmError(f"cache_dtype is {dtype!r}; known are float32, bfloat16, float16 and int8")
+
+
 def free_bytes(array: jax.Array) -> int | None:
-    """Free memory of a device that holds `array`; None if the device does not report it."""
-    statistics = next(iter(array.sharding.addressable_devices)).memory_stats()
+    """Free memory of a device that holds `array`; None if the device does not report it.
+
+    A CPU reports nothing: its devices share the machine's memory, of which all counts as free.
+    """
+    device = next(iter(array.sharding.addressable_devices))
+    if device.platform == "cpu":
+        total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        return total // device.client.local_device_count()
+    statistics = device.memory_stats()
     if not statistics or "bytes_limit" not in statistics:
         return None
     return statistics["bytes_limit"] - statistics["bytes_in_use"]

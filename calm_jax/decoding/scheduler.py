@@ -19,7 +19,7 @@ from calm_jax import sharding
 from calm_jax.decoding import steps
 from calm_jax.decoding.chunks import bucket, buckets, chunk_of
 from calm_jax.decoding.draft_length import Drafting, DraftLength
-from calm_jax.decoding.memory import check_fits
+from calm_jax.decoding.memory import check_cache_dtype, check_fits
 from calm_jax.decoding.prepared import known_ids, prepared, rows_of_tables
 from calm_jax.decoding.requests import (
     SHARED,
@@ -77,6 +77,7 @@ class Scheduler(Queue):
         check_size("slots", slots)
         check_size("prefill_chunk", prefill_chunk)
         check_size("draft", draft, least=0)
+        check_cache_dtype(cache_dtype)
         if draft and not isinstance(model, ComposedDecoder):
             raise CalmError(f"draft is {draft}, but the model has no augment that could draft")
         self._drafting = DraftLength(draft) if draft else None

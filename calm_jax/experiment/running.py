@@ -1,7 +1,6 @@
 """Runs the jobs of an experiment one after another, each in processes of its own."""
 
 import contextlib
-import os
 import signal
 import subprocess
 import sys
@@ -12,7 +11,6 @@ from typing import Any
 from calm_jax.checkpoints.files import read_json, write_json
 from calm_jax.errors import Preempted
 from calm_jax.experiment.arms import Job, shell
-from calm_jax.training.loop import programs_folder
 from calm_jax.training.preemption import STATUS
 from calm_jax.units import seconds as in_words
 
@@ -72,15 +70,6 @@ def _described(job: Job) -> dict[str, Any]:
     return {"commands": commands, "config": job.config, "needs": needs}
 
 
-def _environment() -> dict[str, str]:
-    """That of this process; evaluations keep their compiled programs too, which many arms share."""
-    kept = {
-        "JAX_COMPILATION_CACHE_DIR": str(programs_folder()),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
-    }
-    return kept | os.environ
-
-
 def _run(job: Job) -> str:
     """Runs the commands of a job; returns what went wrong, "" if nothing did."""
     job.folder.parent.mkdir(parents=True, exist_ok=True)
@@ -92,9 +81,7 @@ def _run(job: Job) -> str:
             log.flush()
             process = [sys.executable, "-m", "calm_jax", *command]
             with (
-                subprocess.Popen(
-                    process, stdout=log, stderr=log, process_group=0, env=_environment()
-                ) as child,
+                subprocess.Popen(process, stdout=log, stderr=log, process_group=0) as child,
                 _signals_to(child),
             ):
                 status = child.wait()

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 import uvicorn
 
-from calm_jax.errors import RunFailed
+from calm_jax.errors import CalmError
 from calm_jax.serving.app import Server
 
 _SECONDS = 0.1  # between two checks whether answers are left
@@ -55,25 +55,31 @@ class _Uvicorn(uvicorn.Server):
         self.should_exit = True
 
 
-def run(server: Server, host: str, port: int) -> None:
-    """Listens until SIGTERM or SIGINT, and returns when all answers have ended.
+def bind(host: str, port: int) -> socket.socket:
+    """The socket of an address, which does not listen yet.
 
-    Raises:
-        RunFailed: the address is not available.
+    Raises `CalmError` if the address is not available.
     """
+    bound = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        bound.bind((host, port))
+    except OSError as error:
+        bound.close()
+        raise CalmError(
+            f"--host={host} --port={port}: the address is not available: {error.strerror}"
+        ) from None
+    return bound
+
+
+def run(server: Server, bound: socket.socket) -> None:
+    """Listens until SIGTERM or SIGINT, and returns when all answers have ended."""
     config = uvicorn.Config(
         server,
-        host=host,
-        port=port,
         log_level="warning",
         access_log=False,
         lifespan="on",
         # A client that hangs up while its request is read must not keep the process.
         timeout_graceful_shutdown=5,
     )
-    try:
-        listener = config.bind_socket()
-    except SystemExit:  # uvicorn raises this, after printing a line of its own
-        raise RunFailed(f"--host={host} --port={port}: the address is not available") from None
-    with contextlib.closing(listener):
-        _Uvicorn(server, config).run(sockets=[listener])
+    _Uvicorn(server, config).run(sockets=[bound])

@@ -22,6 +22,7 @@ from calm_jax.data.stream import Stream, batches_once
 from calm_jax.errors import CalmError
 from calm_jax.models.lora import merge_lora
 from calm_jax.models.parameters import Tree
+from calm_jax.programs import cache_programs
 from calm_jax.training import agreement, config_keys, configuration, probed_connections
 from calm_jax.training.abstract_run import AbstractRun, abstract_run
 from calm_jax.training.clock import EveryMinutes
@@ -119,18 +120,6 @@ def _check_resumed(run, checkpoints: TrainingCheckpoints, described: Described, 
                 f"{run} started with other data.{split}: its fingerprint was {was[:16]}, now it is "
                 f"{now[:16]}; {remedy}"
             )
-
-
-def programs_folder() -> epath.Path:
-    """Where compiled programs are kept if the config does not say."""
-    return epath.Path("~/.cache/calm_jax/xla").expanduser()
-
-
-def cache_programs(folder: str = "") -> None:
-    """Keeps compiled programs on disk for later processes."""
-    folder = folder or programs_folder()
-    jax.config.update("jax_compilation_cache_dir", str(folder))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 
 class _Session:

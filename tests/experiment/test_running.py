@@ -45,20 +45,6 @@ def test_what_is_done_is_skipped_and_a_failure_stops_only_its_own(tmp_path):
     assert (tmp_path / "good" / DONE).stat().st_mtime_ns == before
 
 
-def test_evaluations_keep_their_programs_where_trainings_do_unless_told(tmp_path, monkeypatch):
-    python = tmp_path / "python"
-    python.write_text('#!/bin/sh\necho "$3: $JAX_COMPILATION_CACHE_DIR"\n')
-    python.chmod(0o755)
-    monkeypatch.setattr(sys, "executable", str(python))
-    monkeypatch.setenv("HOME", "/home/someone")
-    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
-    run([job(tmp_path, "one")], say=lambda line: None)
-    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "/elsewhere")
-    run([job(tmp_path, "two")], say=lambda line: None)
-    said = [(tmp_path / f"{name}.log").read_text().splitlines()[-1] for name in ("one", "two")]
-    assert said == ["--version: /home/someone/.cache/calm_jax/xla", "--version: /elsewhere"]
-
-
 def test_a_job_of_other_commands_is_not_done(tmp_path):
     run([job(tmp_path, "one")], say=lambda line: None)
     assert is_done(job(tmp_path, "one"))

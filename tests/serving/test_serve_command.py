@@ -89,8 +89,9 @@ def test_two_servers_cannot_have_one_port(frozen):
         run = subprocess.run(
             [*again, f"--port={url.rpartition(':')[2]}"], capture_output=True, text=True
         )
-        assert run.returncode == 1
-        assert "the address is not available" in run.stderr.splitlines()[-1]
+        assert run.returncode == 2
+        assert "the address is not available" in run.stderr
+        assert len(run.stderr.splitlines()) == 1
         process.send_signal(signal.SIGTERM)
         assert process.wait(30) == 0
 
