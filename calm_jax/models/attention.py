@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from calm_jax import sharding
+from calm_jax.models.attention_choice import is_one_of_many
 from calm_jax.models.attention_kernels import cudnn_attention, splash_attention
 from calm_jax.models.chunked_attention import MASKED_LOGIT, chunked_attention
 from calm_jax.models.inputs import Inputs
@@ -39,7 +40,8 @@ class Attention:
 
     Args:
         backend: one of `calm_jax.models.attention_choice.BACKENDS`. "splash" and "cudnn" support
-            only the order of the array and T = S; "chunked" replaces them for other inputs.
+            only the order of the array and T = S, "cudnn" also one query of a row that is not
+            packed; "chunked" replaces them for other inputs.
         queries: `filled` inputs [B, T].
         keys: inputs [B, S] with segments; default: the queries.
         scale: factor on the logits, before `logit_cap` * tanh(logits / `logit_cap`).
@@ -66,7 +68,8 @@ class Attention:
                 window = None
         else:
             self.orders = (_order(queries), _order(keys))
-        if backend in _KERNELS and (self.orders or queries.shape[1] != length):
+        decodes = backend == "cudnn" and window is None and is_one_of_many(queries, keys)
+        if backend in _KERNELS and not decodes and (self.orders or queries.shape[1] != length):
             backend = "chunked"
         self.backend, self.scale, self.logit_cap, self.window = backend, scale, logit_cap, window
         self.segments = (queries.segments_BT, keys.segments_BT)
@@ -76,7 +79,7 @@ class Attention:
             if window is not None:
                 near = window_mask(queries.shape[1], length, window, *self.orders)
                 self.local_mask_BTS = self.mask_BTS & near
-        elif own_keys:
+        elif own_keys or decodes:
             self.sees_any_BT = queries.segments_BT != 0
         else:
             # Attention over values of 1 is 1 where a query sees a key, and 0 where it sees none.

@@ -27,6 +27,7 @@ class Need:
         whose: the name of the model in messages.
         whole_rows: whether a query sees all earlier keys of its segment. False for `encoder_only`
             bridges, which see only the prompt.
+        local_layers: whether some layers see only a window.
     """
 
     whose: str
@@ -34,14 +35,25 @@ class Need:
     dtype: str
     logit_cap: float | None = None
     whole_rows: bool = True
+    local_layers: bool = False
 
     @classmethod
     def of_decoder(cls, whose: str, config: DecoderConfig) -> "Need":
-        return cls(whose, config.head_dim, config.dtype, config.attention_logit_cap)
+        return cls(
+            whose,
+            config.head_dim,
+            config.dtype,
+            config.attention_logit_cap,
+            local_layers=any(config.local_layers),
+        )
 
     @classmethod
-    def of_bridge(cls, config: CompositionConfig, anchor: DecoderConfig) -> "Need":
-        return cls("f_cross", heads(config, anchor)[1], anchor.dtype, None, not config.encoder_only)
+    def of_bridge(
+        cls, config: CompositionConfig, anchor: DecoderConfig, latent_dim: int | None = None
+    ) -> "Need":
+        """`latent_dim`: the width of keys that are latents, which takes the place of a head's."""
+        head_dim = latent_dim or heads(config, anchor)[1]
+        return cls("f_cross", head_dim, anchor.dtype, None, not config.encoder_only)
 
 
 def choose(requested: str, device: jax.Device, need: Need, *, length: int, packed: bool) -> str:
@@ -74,12 +86,21 @@ def chosen(requested: str, need: Need, queries: Inputs, keys: Inputs) -> str:
     if requested != "auto":
         return requested
     T, S = queries.shape[1], keys.shape[1]
-    if queries.order_BT is not None or keys.order_BT is not None or T != S:
-        return "xla" if T * S <= SHORT * SHORT else "chunked"
     device = jax.config.jax_default_device
     if not isinstance(device, jax.Device):  # the name of a platform, or None
         device = jax.local_devices(backend=device)[0]
-    return choose("auto", device, need, length=T, packed=queries.packed)
+    if queries.order_BT is None and keys.order_BT is None and T == S:
+        return choose("auto", device, need, length=T, packed=queries.packed)
+    decodes = is_one_of_many(queries, keys) and not need.local_layers
+    if decodes and _refusal("cudnn", device, need, T, packed=False) is None:
+        return "cudnn"
+    return "xla" if T * S <= SHORT * SHORT else "chunked"
+
+
+def is_one_of_many(queries: Inputs, keys: Inputs) -> bool:
+    """Whether each row has one query, and its segment alone in keys in the order of the array."""
+    ordered = queries.order_BT is not None and keys.order_BT is None
+    return queries.shape[1] == 1 and ordered and not queries.packed
 
 
 def _refusal(backend: str, device: jax.Device, need: Need, length: int, packed: bool) -> str | None:

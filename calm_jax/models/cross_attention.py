@@ -72,8 +72,10 @@ class BridgePass:
         self.slots, self.slots_BS = slots, None if slots is None else slots.slots_of(taps)
         self.latents = latents
         head_dim = heads(config, anchor)[1]
+        latent_dim = None if latents is None else latents.values_LBKSH.shape[-1]
+        need = Need.of_bridge(config, anchor, latent_dim)
         self.attend = Attention(
-            chosen(execution.attention, Need.of_bridge(config, anchor), queries, keys),
+            chosen(execution.attention, need, queries, keys),
             queries,
             None if keys is queries else keys,
             scale=head_dim**-0.5,

@@ -196,6 +196,27 @@ def test_cudnn_is_asked_for_the_same(window, monkeypatch):
     compare("cudnn", inputs, (segments_BT,), window=window)
 
 
+@pytest.mark.parametrize("heads", [(4, 2), (3, 3), (4, 1)])
+def test_cudnn_decodes_the_same(heads, monkeypatch):
+    """One query a row, and slots after it that hold what is left of a longer row."""
+    own = jax.nn.dot_product_attention
+
+    def standing_in(q, k, v, *, implementation, **fields):
+        assert implementation == "cudnn" and k.shape[2] == 1
+        return own(q, k, v, implementation="xla", **fields)
+
+    monkeypatch.setattr(jax.nn, "dot_product_attention", standing_in)
+    q, k, v, _ = arrays(11, heads, 8, batch=4)
+    order_B1 = jnp.array([[0], [6], [10], [3]], jnp.int32)
+    query = Inputs(segments_BT=jnp.array([[1], [1], [1], [0]]), order_BT=order_B1, packed=False)
+    keys = Inputs(segments_BT=jnp.ones((4, 11), jnp.int32))
+    ours, theirs = (
+        Attention(backend, query, keys, scale=0.3)(q[:, :1], k, v) for backend in ("cudnn", "xla")
+    )
+    np.testing.assert_allclose(ours, theirs, atol=5e-6)
+    assert np.all(ours[3] == 0) and np.any(ours[2] != 0)
+
+
 @pytest.mark.parametrize("window", [None, 6])
 def test_gradients_reach_what_is_visible_and_nothing_else(window):
     q, k, v, _ = arrays(21, (1, 1), 4)

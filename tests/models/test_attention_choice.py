@@ -3,12 +3,13 @@
 import types
 
 import jax
+import jax.numpy as jnp
 import pytest
 from random_models import gemma, llama
 
 from calm_jax.errors import CalmError
-from calm_jax.models import CompositionConfig
-from calm_jax.models.attention_choice import Need, choose
+from calm_jax.models import CompositionConfig, Inputs
+from calm_jax.models.attention_choice import Need, choose, chosen
 
 CPU = jax.devices()[0]
 TPU = types.SimpleNamespace(platform="tpu", device_kind="TPU v5 lite")
@@ -77,3 +78,31 @@ def test_an_impossible_choice_says_why(requested, device, need, length, packed, 
         choose(requested, device, need, length=length, packed=packed)
     assert message in str(error.value)
     assert "\n" not in str(error.value)
+
+
+LOCAL = Need.of_decoder(
+    "the anchor", gemma(dtype="bfloat16", window=4, window_pattern=(True, False))
+)
+WIDE_LATENT = Need.of_bridge(CompositionConfig(), llama(dtype="bfloat16", embed_dim=32), 2048)
+QUERY = Inputs(jnp.ones((2, 1), jnp.int32), packed=False).filled(jnp.array([4, 6]))
+KEYS = Inputs(segments_BT=jnp.ones((2, 9), jnp.int32))
+
+
+@pytest.mark.parametrize(
+    ("device", "need", "query", "expected"),
+    [
+        (H200, PLAIN, QUERY, "cudnn"),
+        (H200, BRIDGE, QUERY, "cudnn"),
+        (H200, LOCAL, QUERY, "xla"),
+        (H200, WIDE_LATENT, QUERY, "xla"),
+        (H200, PROMPT, QUERY, "xla"),
+        (H200, FLOAT32, QUERY, "xla"),
+        (H200, PLAIN, QUERY.replace(packed=True), "xla"),
+        (T4, PLAIN, QUERY, "xla"),
+        (TPU, PLAIN, QUERY, "xla"),
+        (CPU, PLAIN, QUERY, "xla"),
+    ],
+)
+def test_auto_of_one_query_to_a_cache(device, need, query, expected, monkeypatch):
+    monkeypatch.setattr(jax, "local_devices", lambda **_: [device])
+    assert chosen("auto", need, query, KEYS) == expected
