@@ -1,13 +1,20 @@
 """A file of JSON lines that collects answers, which a command that was killed continues."""
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, BinaryIO
 
 from etils import epath
 from tqdm import tqdm
 
-from calm_jax.checkpoints.files import absolute, check_writable, is_bucket, storage
+from calm_jax.checkpoints.files import (
+    absolute,
+    check_writable,
+    is_bucket,
+    read_json,
+    storage,
+    write_json,
+)
 from calm_jax.errors import CalmError
 from calm_jax.text_files import parse_json
 
@@ -17,20 +24,27 @@ BEGINNING = b'{"index": '  # of every line
 class AnswerFile:
     """Answers to prompts, in their order: line i is the answer to prompt i.
 
+    What was asked stands beside it, in PATH.flags.json, so that no file has answers of two kinds.
+
     Args:
         path: the file, which need not exist.
         prompts: all prompts.
         n: answers to each.
+        flags: the flags that answers depend on, by name, with values that JSON can hold.
 
     Attributes:
         done: number of prompts whose answers are in the file.
 
     Raises:
-        CalmError: the file holds something else, is in a bucket, or cannot be read or written.
+        CalmError: the file holds something else, was begun with other flags, is in a bucket, or
+            cannot be read or written.
     """
 
-    def __init__(self, path: epath.PathLike, prompts: Sequence[str], n: int):
-        self.path, self._prompts, self._n = absolute(path), prompts, n
+    def __init__(
+        self, path: epath.PathLike, prompts: Sequence[str], n: int, flags: Mapping[str, Any]
+    ):
+        self.path, self._prompts, self._n, self._flags = absolute(path), prompts, n, flags
+        self._flags_path = self.path.with_name(f"{self.path.name}.flags.json")
         if is_bucket(self.path):
             raise CalmError(f"--output={path}: answers are written to disk, not to a bucket")
         self.done = self._length = 0
@@ -45,6 +59,19 @@ class AnswerFile:
             if not rest.startswith(BEGINNING[: len(rest)]):
                 raise CalmError(
                     f"{self.path}: its last line is not an answer; give another --output"
+                )
+        if self.done and self._flags_path.exists():
+            self._check_flags(read_json(self._flags_path, "the flags of a file of answers"))
+
+    def _check_flags(self, before: Mapping[str, Any]) -> None:
+        for name in sorted({*before, *self._flags}):
+            old, new = (
+                f"--{name}={values[name]}" if name in values else f"no --{name}"
+                for values in (before, self._flags)
+            )
+            if old != new:
+                raise CalmError(
+                    f"{self.path} was begun with {old}, now there is {new}; give another --output"
                 )
 
     def _check(self, line: bytes) -> None:
@@ -85,6 +112,7 @@ class AnswerFile:
             storage("write", self.path),
             self._opened() as file,
         ):
+            write_json(self._flags_path, self._flags)
             file.truncate(self._length)  # a kill may leave part of a line
             for of_prompt in answers:
                 record = {"index": self.done, "prompt": self._prompts[self.done]}

@@ -27,7 +27,8 @@ message, formatted by the model's chat template. The model runs on the first dev
 which changes no answer and saves time if the two often agree.
 
 --output writes each answer as it comes, as one JSON line: index, prompt, answer and finish_reason;
-with --n above 1, answers and finish_reasons. After a stop the same command continues the file.
+with --n above 1, answers and finish_reasons. After a stop the same command continues the file;
+FILE.flags.json beside it says what was asked.
 Several processes can share the work: start the same command on each machine, and if the processes
 do not find each other, add --coordinator, --process_count and --process_index.
 
@@ -36,6 +37,8 @@ chat template remembers the conversation (not with --nochat); any other continue
 
 SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "stop", "n", "seed")
 SIZES = ("max_length", "slots", "cache_dtype", "prefill_chunk", "draft")
+# What answers depend on, besides the model and the prompts.
+ASKED = ("step", "chat", "system", "max_new_tokens", *SAMPLING, "cache_dtype")
 NEW_TOKENS, NEW_TOKENS_OF_A_TURN = 32, 512
 
 
@@ -126,12 +129,14 @@ def _answer(values: flags.FlagValues, mesh: dict[str, int] | None, prompts: list
     import jax
 
     from calm_jax import processes
+    from calm_jax.checkpoints.files import absolute
     from calm_jax.cli.answer_file import AnswerFile
 
     sampling = _sampling(values, NEW_TOKENS)
     output = None
     if values.output and processes.is_first():
-        output = AnswerFile(values.output, prompts, sampling.n)
+        asked = {"workdir": str(absolute(values.workdir)), **_given(values, ASKED)}
+        output = AnswerFile(values.output, prompts, sampling.n, asked)
     done = processes.gather(output.done if output else 0)[0]
     if values.output and done == len(prompts):
         processes.say(f"{values.output} has all {done} answers")

@@ -379,7 +379,8 @@ def generate(
 def encode(vocabulary: Any, prompt: Prompt) -> list[int]:
     """The token ids of a prompt.
 
-    Raises `CalmError` for text without a vocabulary, and for what is neither text nor ids.
+    Raises `CalmError` for text without a vocabulary, text that its vocabulary cannot write, and for
+    what is neither text nor ids.
     """
     if not isinstance(prompt, str):
         try:
@@ -388,6 +389,9 @@ def encode(vocabulary: Any, prompt: Prompt) -> list[int]:
             raise CalmError(f"a prompt is a text or a list of token ids, not {prompt!r}") from None
     if vocabulary is None:
         raise CalmError(f"the model has no vocabulary to encode {prompt!r}; give token ids")
+    lost = vocabulary.lost_character(prompt)
+    if lost is not None:
+        raise CalmError(f"the vocabulary has no token for {lost!r} in {prompt[:40]!r}")
     return vocabulary.encode_sequence(prompt)
 
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from calm_jax.decoding import Sampling
+from calm_jax.decoding.generator import encode
 from calm_jax.errors import CalmError
 from calm_jax.serving.engine_thread import ServedModel
 from calm_jax.serving.errors import Refused
@@ -285,7 +286,10 @@ def _messages(messages: Any) -> list[dict[str, Any]]:
 
 
 def _encoded(model: ServedModel, text: str) -> list[int]:
-    ids = model.vocabulary.encode_sequence(text)
+    try:
+        ids = encode(model.vocabulary, text)
+    except CalmError as error:
+        raise Refused(400, str(error), param="prompt") from None
     if not ids:
         raise Refused(400, "an empty prompt has no next token", param="prompt")
     return ids

@@ -155,6 +155,14 @@ def test_files_of_other_prompts_are_refused(ask, output, capsys):
         ask(prompts, *flags, status=2)
         assert capsys.readouterr().err == f"error: {output}: {message}\n"
         assert output.read_bytes() == before
+    for flags, message in (
+        (["--temperature=0.5"], "no --temperature, now there is --temperature=0.5"),
+        (["--stop=x", "--stop=y"], "no --stop, now there is --stop=['x', 'y']"),
+    ):
+        ask(["a", "b", "c"], *flags, status=2)
+        assert capsys.readouterr().err == (
+            f"error: {output} was begun with {message}; give another --output\n"
+        )
     output.write_text('{"index": 1, "prompt": "a"}\n')
     ask(["a"], status=2)
     assert "index 0 is not in line 1; give another --output" in capsys.readouterr().err

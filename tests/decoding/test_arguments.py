@@ -34,6 +34,23 @@ def test_a_prompt_that_is_neither_text_nor_ids(decoder, prompt):
         Generator(decoder, max_length=32).generate([prompt])
 
 
+class Ascii(ByteVocabulary):
+    """Bytes, of which none is for other characters than those of ASCII."""
+
+    def lost_character(self, text):
+        return next((c for c in text if not c.isascii()), None)
+
+
+def test_text_without_a_token_is_refused(decoder):
+    generator = Generator(decoder, max_length=32)
+    generator.vocabulary = Ascii()
+    line = "the vocabulary has no token for '€' in '5 €'"
+    with pytest.raises(CalmError, match=line):
+        generator.generate(["5", "5 €"])
+    with pytest.raises(CalmError, match=line):
+        generator.score(["5 "], ["€"])
+
+
 def test_programs_are_kept_on_disk(tmp_path, monkeypatch, capsys):
     vocabulary = ByteVocabulary()
     folder = tmp_path / "frozen"

@@ -99,6 +99,13 @@ def test_a_bad_chat_is_named(served, body, message):
     assert message in error_of(served.post("/v1/chat/completions", json=body), 400)["message"]
 
 
+def test_text_without_a_token_is_named(served, vocabulary, monkeypatch):
+    monkeypatch.setattr(type(vocabulary), "lost_character", lambda self, text: "€")
+    error = error_of(served.post("/v1/completions", json={"prompt": "5 €"}), 400)
+    assert error["message"] == "the vocabulary has no token for '€' in '5 €'"
+    assert error["param"] == "prompt"
+
+
 def test_neutral_fields_are_taken(served):
     neutral = {"frequency_penalty": 0.0, "logit_bias": {}, "user": "me", "best_of": 1}
     assert served.completion(suffix=None, **neutral)["choices"]
