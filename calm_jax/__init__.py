@@ -17,6 +17,7 @@ _MODULES = {
     "RopeScaling": "calm_jax.models",
     "compose": "calm_jax.models",
     "load": "calm_jax.checkpoints.frozen",
+    "load_encoder": "calm_jax.checkpoints.encoder",
     "save_frozen": "calm_jax.checkpoints.frozen",
     "convert": "calm_jax.checkpoints.convert.conversion",
     "export": "calm_jax.checkpoints.convert.export",

@@ -70,3 +70,38 @@ def logits_of(model: torch.nn.Module, tokens: np.ndarray) -> np.ndarray:
     """Logits, float32 [B, T, V], of token ids [B, T]."""
     with torch.no_grad():
         return model.eval()(torch.from_numpy(tokens.astype(np.int64))).logits.float().numpy()
+
+
+def save_random_encoder(
+    model: torch.nn.Module,
+    folder: pathlib.Path,
+    *,
+    images: int = 2,
+    dtype: torch.dtype = torch.float32,
+    **save_options,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Draws an image encoder of transformers anew and saves it with its weights in `dtype`.
+
+    Returns:
+        pixel values, float32 [N, C, H, W], and the states of the saved weights after each layer,
+        float32 [L, N, P, D], computed by eager attention in float32.
+    """
+    model.set_attn_implementation("eager")
+    randomise(model)
+    model.to(dtype).float()
+    config = model.config
+    sides = config.image_size
+    height, width = sides if isinstance(sides, list | tuple) else (sides, sides)
+    shape = (images, config.num_channels, height, width)
+    x_NCHW = np.random.default_rng(0).normal(size=shape).astype(np.float32)
+    states = encoder_states(model, x_NCHW)
+    model.to(dtype).save_pretrained(folder, **save_options)
+    return x_NCHW, states
+
+
+def encoder_states(model: torch.nn.Module, x_NCHW: np.ndarray) -> np.ndarray:
+    """The states after each layer, float32 [L, N, P, D], of pixel values [N, C, H, W]."""
+    with torch.no_grad():
+        found = model.eval()(torch.from_numpy(x_NCHW), output_hidden_states=True).hidden_states
+    assert len(found) == 1 + model.config.num_hidden_layers  # the first is before all layers
+    return np.stack([x.numpy() for x in found[1:]])

@@ -5,6 +5,7 @@ import importlib
 from collections.abc import Mapping
 from typing import Any
 
+from calm_jax.checkpoints.convert import vit
 from calm_jax.checkpoints.convert.family import Family
 from calm_jax.checkpoints.convert.huggingface_config import refuse, refuse_experts
 from calm_jax.checkpoints.sources.source import Source
@@ -63,6 +64,8 @@ def find_family(source: Source, name: str = "auto") -> Family:
         return families()[name]
     if source.config is not None:
         where = f"{source.config_path} of {_name_in(source.config)}"
+        if config.get("model_type") == vit.MODEL_TYPE:
+            raise CalmError(f"{where} is an image encoder; calm_jax.load_encoder reads it as it is")
         refuse_experts(source.config, where)
         refuse(source.config, where, "is_encoder_decoder", False)
     raise CalmError(f"{source.path}: {_description(source)}; supported are {', '.join(families())}")

@@ -2,9 +2,10 @@
 
 A rule names one source tensor and our arrays that are slices of it, each with an einops pattern
 from its layout in the source to ours; the export reverses the patterns. The sizes of the axes come
-from the `DecoderConfig`, so every shape is known before any weight is read.
+from the model's config, so every shape is known before any weight is read.
 
-Axes: V vocabulary, D model width, N heads, K key heads, H head width, F MLP width, f = F / N.
+Axes: V vocabulary, D model width, N heads, K key heads, H head width, F MLP width, f = F / N; of
+image encoders, C channels, h and w height and width of a patch, P positions of an image.
 """
 
 import dataclasses
@@ -18,6 +19,7 @@ import numpy as np
 
 from calm_jax.errors import CalmError
 from calm_jax.models import DecoderConfig
+from calm_jax.models.image_config import ImageEncoderConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,8 +131,11 @@ def rule(source: str, target: str, pattern: str, **fields) -> Rule:
     return Rule(source, (Slice(target, pattern),), **fields)
 
 
-def sizes(config: DecoderConfig) -> dict[str, int]:
+def sizes(config: DecoderConfig | ImageEncoderConfig) -> dict[str, int]:
     """The size of every axis that patterns may name."""
+    if isinstance(config, ImageEncoderConfig):
+        (h, w), (P, _) = config.patch_size, config.item_shape
+        return {**sizes(config.of_layers), "C": config.channels, "h": h, "w": w, "P": P}
     found = {
         "V": config.vocab_size,
         "D": config.embed_dim,
@@ -167,7 +172,10 @@ def check_names(
 
 
 def check_shapes(
-    rules: Sequence[Rule], config: DecoderConfig, tensors: Mapping[str, object], where: str
+    rules: Sequence[Rule],
+    config: DecoderConfig | ImageEncoderConfig,
+    tensors: Mapping[str, object],
+    where: str,
 ) -> None:
     """Raises `CalmError` naming the first tensor whose shape does not fit the config."""
     for line in rules:
