@@ -178,14 +178,7 @@ def as_batch(questions: Sequence[Question], *, with_images: bool) -> dict[str, n
     """A row of each question and its answer, on which alone the loss is taken."""
     prompts = [VOCABULARY.encode_sequence(asked.prompt) for asked in questions]
     answers = [[*VOCABULARY.encode(asked.answer), VOCABULARY.eos_id] for asked in questions]
-    rows = [prompt + answer for prompt, answer in zip(prompts, answers, strict=True)]
-    counts = list(map(len, prompts))
-    batch = own_tokens.batch({}, [row[:-1] for row in rows], counts)
-    batch["decoder_target_tokens"] = own_tokens.padded([row[1:] for row in rows], LENGTH)
-    weights = [[0] * (count - 1) + [1] * len(a) for count, a in zip(counts, answers, strict=True)]
-    batch["decoder_loss_weights"] = own_tokens.padded(weights, LENGTH).astype(np.float32)
-    for key, array in batch.items():
-        batch[key] = np.pad(array, ((0, 0), (0, LENGTH - array.shape[1])))
+    batch = own_tokens.training_batch({}, prompts, answers, LENGTH)
     if with_images:
         batch |= own_features.own_arrays(0, Encoder.item_shape, places(questions), batch)
     return batch

@@ -114,6 +114,47 @@ def batch(
     return arrays
 
 
+def training_batch(
+    found: Mapping[int, Alignment],
+    prompts: Sequence[Sequence[int]],
+    answers: Sequence[Sequence[int]],
+    length: int | None = None,
+) -> dict[str, np.ndarray]:
+    """One prompt and its answer in each row, with the loss on the answer alone.
+
+    Args:
+        found: as of `alignments`.
+        prompts: the anchor's ids of each prompt, at least one.
+        answers: those of its answer, the end token included.
+        length: T; default: that of the longest row.
+
+    Returns:
+        as `batch`, with int32 [B, T] `decoder_target_tokens`, the next ids, and float32 [B, T]
+        `decoder_loss_weights`.
+
+    Raises:
+        CalmError: a prompt is empty, a row does not fit into `length`, or a tokenizer cannot spell
+            it.
+    """
+    pairs = list(zip(prompts, answers, strict=True))
+    for row, prompt in enumerate(prompts):
+        if not len(prompt):
+            raise CalmError(f"the prompt of row {row} is empty; it must have a token at least")
+    rows, counts = [[*prompt, *answer] for prompt, answer in pairs], list(map(len, prompts))
+    longest = max(map(len, rows)) - 1  # nothing follows the last id
+    length = longest if length is None else length
+    if longest > length:
+        raise CalmError(f"a prompt with its answer takes {longest} tokens, but length is {length}")
+    arrays = batch(found, [row[:-1] for row in rows], counts)
+    for key in [key for key in arrays if key.startswith("decoder_")]:
+        arrays[key] = np.pad(arrays[key], ((0, 0), (0, length - arrays[key].shape[1])))
+    weights = [[0] * (len(prompt) - 1) + [1] * len(answer) for prompt, answer in pairs]
+    return arrays | {
+        "decoder_target_tokens": padded([row[1:] for row in rows], length),
+        "decoder_loss_weights": padded(weights, length).astype(np.float32),
+    }
+
+
 def own_arrays(
     number: int,
     rows: Sequence[Aligned],
