@@ -9,8 +9,14 @@ import shutil
 import subprocess
 import sys
 
+import feature_encoders
+import numpy as np
 import pytest
+import tiny_models
+from flax import nnx
 
+import calm_jax
+from calm_jax.data.vocabularies import load_vocabulary
 from calm_jax.evaluation.metric_table import METRICS
 from calm_jax.evaluation.tasks.prompts import TEMPLATES
 from calm_jax.evaluation.tasks.registry import FAMILIES
@@ -68,6 +74,36 @@ def test_the_page_of_tasks_has_every_task_prompt_and_metric():
         assert template.question.replace("\n", "⏎") in page
         assert all(f"`{text}`".replace("\n", "⏎") in page for text in template.stop)
     assert all(f"`{name}`" in page for name in METRICS)
+
+
+def test_the_code_of_senses_runs(tmp_path, monkeypatch):
+    """With tiny models in the place of those that it names."""
+    image = pytest.importorskip("PIL.Image")
+    page = (ROOT / "docs/senses.md").read_text()
+    blocks = re.findall(r"^```python\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
+    assert len(blocks) == 5
+    anchor = tiny_models.decoder(vocab_size=264)
+    anchor.vocabulary = load_vocabulary("bytes")
+    encoder = feature_encoders.Encoder(nnx.Rngs(1))
+    encoder.depth = 4  # all of its layers are alike
+    known = {
+        "anchor": anchor,
+        "calm_jax": calm_jax,
+        "encoder": encoder,
+        "images": feature_encoders.random_items(0, 2),
+        "rngs": nnx.Rngs(2),
+    }
+    monkeypatch.chdir(tmp_path)
+    exec(blocks[0], known)
+    assert len(known["answers"]) == 2
+    calm_jax.save_frozen(anchor, "models/anchor")
+    shutil.copytree(ROOT / "tests/checkpoints/convert/golden/vit", "vit")
+    for seed, name in enumerate(("cat.png", "dog.png")):
+        pixels = np.random.default_rng(seed).integers(256, size=(20, 30, 3)).astype(np.uint8)
+        image.fromarray(pixels).save(name)
+    exec("".join(blocks[1:]), known)
+    assert known["metrics"]["loss"] < 0.9 * np.log(264)
+    assert all(len(answer.tokens) > 0 for (answer,) in known["found"])
 
 
 @pytest.mark.slow

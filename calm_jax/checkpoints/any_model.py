@@ -10,6 +10,7 @@ from calm_jax.checkpoints.files import absolute, read_json
 from calm_jax.checkpoints.kinds import BRIDGE, COMPOSED_RUN, DECODER_RUN, kind_of
 from calm_jax.errors import CalmError
 from calm_jax.models import ComposedDecoder, Decoder
+from calm_jax.models.taps import item_shape
 
 
 def load_model(
@@ -31,15 +32,22 @@ def load_model(
     Raises:
         CalmError: the folder does not exist or is damaged; a decoder's run has not finished; `step`
             is given for anything but a composed run; frozen models are not those of the training,
-            or are given for a single decoder.
+            or are given for a single decoder; an augment reads features.
     """
     folder = absolute(path)
     config = read_json(folder / "config.json", "a run, a frozen folder or an exported bridge")
     kind = kind_of(config)
     if kind in (COMPOSED_RUN, BRIDGE):
-        return composed.load_composed(
+        model = composed.load_composed(
             folder, step=step, mesh=mesh, anchor=anchor, augments=augments
         )
+        for number, augment in enumerate(model.augments):
+            if item_shape(augment) is not None:
+                raise CalmError(
+                    f"{folder}: augment {number} reads items, such as images, which no command "
+                    "gives it; load the pair with calm_jax.load_composed"
+                )
+        return model
     if anchor is not None or augments is not None:
         raise CalmError(f"{folder} is {kind}, which has no anchor and no augments")
     if step is not None:

@@ -7,6 +7,7 @@ An exported bridge holds only the bridge, and records which frozen models it was
       weights/       an Orbax checkpoint of `ComposedDecoder.bridge`
 """
 
+import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -16,6 +17,7 @@ from flax import nnx
 
 from calm_jax.checkpoints import frozen
 from calm_jax.checkpoints.convert.export import FORMATS
+from calm_jax.checkpoints.encoder import encoder_fingerprint, holds_encoder, load_encoder
 from calm_jax.checkpoints.files import absolute, read_field, read_json, whole_folder, write_json
 from calm_jax.checkpoints.huggingface.bridge import base_models, write_bridge
 from calm_jax.checkpoints.kinds import BRIDGE, COMPOSED_RUN, PYTORCH_BRIDGE, kind_of
@@ -24,6 +26,7 @@ from calm_jax.checkpoints.trees import restore_tree, save_tree
 from calm_jax.errors import CalmError
 from calm_jax.models import ComposedDecoder, CompositionConfig, Decoder, compose
 from calm_jax.models.connections import plan_connections
+from calm_jax.models.image_encoder import ImageEncoder
 from calm_jax.models.lora import add_lora, lora_in, lora_of
 from calm_jax.models.parameters import Tree
 from calm_jax.models.parts import Parts
@@ -38,7 +41,7 @@ def load_composed(
     step: int | None = None,
     mesh: jax.sharding.Mesh | None = None,
     anchor: Decoder | epath.PathLike | None = None,
-    augments: Sequence[Decoder | epath.PathLike] | None = None,
+    augments: Sequence[Decoder | ImageEncoder | epath.PathLike] | None = None,
 ) -> ComposedDecoder:
     """Restores a composed model from a run's directory or an exported bridge.
 
@@ -47,7 +50,8 @@ def load_composed(
         step: which checkpoint of a run; default: the best by validation. A bridge has only one.
         mesh: where all arrays go; default: the mesh of `anchor` if that is a model, else the first
             device.
-        anchor, augments: the frozen models or their folders; default: the recorded folders.
+        anchor, augments: the frozen models or their folders; default: the recorded folders. The
+            folder of an image encoder is that of `calm_jax.load_encoder`.
 
     Raises:
         CalmError: the folder or step does not exist or is damaged, or the frozen models are not
@@ -114,9 +118,10 @@ def export_bridge(
 
     Raises:
         CalmError: `target` exists or cannot be written, the run cannot be read, the anchor has a
-            low-rank update but no frozen folder, or an augment is not a decoder. For PyTorch also:
-            the anchor has a low-rank update; it is not known where a frozen model is; or a folder
-            does not hold the model that the bridge was trained with.
+            low-rank update but no frozen folder, or an augment is neither a decoder nor an image
+            encoder. For PyTorch also: the anchor has a low-rank update; an augment does not read
+            the anchor's tokens; it is not known where a frozen model is; or a folder does not hold
+            the model that the bridge was trained with.
 
     See `load_composed` for an example.
     """
@@ -166,12 +171,12 @@ def export_bridge(
 
 
 def load_frozen_models(
-    sources: Sequence[Decoder | frozen.Description | epath.PathLike],
+    sources: Sequence[Decoder | ImageEncoder | frozen.Description | epath.PathLike],
     dtypes: Sequence[str | None],
     configs: Sequence[CompositionConfig],
     mesh: jax.sharding.Mesh | None,
     rules: Rules = RULES,
-) -> list[Decoder]:
+) -> list[Decoder | ImageEncoder]:
     """The anchor and the augments for `compose`.
 
     Args:
@@ -189,7 +194,7 @@ def load_frozen_models(
     plan_connections(configs, depths[0], depths[1:])
     return [
         model
-        if isinstance(model, Decoder)
+        if isinstance(model, nnx.Module)
         else frozen.load_described(model, mesh=mesh, dtype=dtype, rules=rules)
         for model, dtype in zip(found, dtypes, strict=True)
     ]
@@ -199,17 +204,17 @@ def identities(composed: ComposedDecoder) -> list[dict[str, Any]]:
     """Role, folder, fingerprint and dtype after loading of each frozen model, the anchor first.
 
     The folder's key is "place", as in all runs and exported bridges. Raises `CalmError` for an
-    augment that is not a decoder.
+    augment that is neither a decoder nor an image encoder.
     """
     roles = ["anchor", *(f"augment {k}" for k in range(len(composed.augments)))]
     for role, model in zip(roles, composed.models, strict=True):
-        _check_decoder(role, model)
+        _check_kind(role, model)
     return [
         {
             "role": role,
             "place": model.source,
             "dtype": model.loaded_dtype,
-            "fingerprint": frozen.model_fingerprint(model),
+            "fingerprint": _fingerprint(model),
         }
         for role, model in zip(roles, composed.models, strict=True)
     ]
@@ -252,17 +257,21 @@ def _untrained(values, anchor, augments, mesh, where: str) -> ComposedDecoder:
     if len(given) - 1 != count:
         raise CalmError(f"{where} was trained with {count} augments, not {len(given) - 1}")
     for entry, model in zip(values["frozen"], given, strict=True):
-        _check_decoder(entry["role"], model)
+        _check_kind(entry["role"], model)
         if isinstance(model, Decoder) and lora_in(model):
             raise CalmError(
                 f"the {entry['role']} that is given has a low-rank update, but {where} was trained "
                 "with a frozen model; give that one"
             )
-    found = [
-        _recorded(entry, where) if model is None else _described(model)
-        for entry, model in zip(values["frozen"], given, strict=True)
-    ]
     dtypes = [entry.get("dtype") for entry in values["frozen"]]
+    found = []
+    for entry, model, dtype in zip(values["frozen"], given, dtypes, strict=True):
+        place = entry["place"] if model is None else model
+        # An encoder is small, and says what it is only when it is read.
+        if isinstance(place, str | os.PathLike) and holds_encoder(place):
+            model = load_encoder(place, mesh=mesh, dtype=dtype)
+            _check_kind(entry["role"], model)
+        found.append(_recorded(entry, where) if model is None else _described(model))
     # Checked first: if a model is not the recorded one, an error about connections misleads.
     check_identities(values["frozen"], list(map(_found_identity, found, dtypes)), where)
     configs = [CompositionConfig.from_dict(config) for config in values["composition"]]
@@ -275,12 +284,17 @@ def _untrained(values, anchor, augments, mesh, where: str) -> ComposedDecoder:
     return compose(models[0], models[1:], configs, rngs=nnx.Rngs(0))
 
 
-def _check_decoder(role: str, model: Any) -> None:
-    """Raises `CalmError` for a model that is not a decoder; `model` may be a folder or None."""
-    if isinstance(model, nnx.Module) and not isinstance(model, Decoder):
+def _check_kind(role: str, model: Any) -> None:
+    """Raises `CalmError` for a model that no folder identifies; `model` may be a folder or None."""
+    if not isinstance(model, nnx.Module) or isinstance(model, Decoder):
+        return
+    kind = type(model).__name__
+    if role == "anchor":
+        raise CalmError(f"{role} is a {kind}; it must be a Decoder")
+    if not isinstance(model, ImageEncoder):
         raise CalmError(
-            f"{role} is a {type(model).__name__}, not a Decoder; only decoders have a frozen "
-            "folder, which identifies them"
+            f"{role} is a {kind}; only decoders and image encoders have a folder that identifies "
+            "them"
         )
 
 
@@ -303,17 +317,26 @@ def _short(fingerprint: str) -> str:
 
 
 def _described(
-    model: Decoder | frozen.Description | epath.PathLike,
-) -> Decoder | frozen.Description:
-    return model if isinstance(model, Decoder | frozen.Description) else frozen.describe(model)
+    model: Decoder | ImageEncoder | frozen.Description | epath.PathLike,
+) -> Decoder | ImageEncoder | frozen.Description:
+    known = isinstance(model, nnx.Module | frozen.Description)
+    return model if known else frozen.describe(model)
 
 
-def _found_identity(found: Decoder | frozen.Description, dtype: str | None) -> dict[str, Any]:
+def _found_identity(
+    found: Decoder | ImageEncoder | frozen.Description, dtype: str | None
+) -> dict[str, Any]:
     """Folder and fingerprint of a loaded model, or of a folder to load with `dtype`."""
-    if isinstance(found, Decoder):
-        return {"place": found.source, "fingerprint": frozen.model_fingerprint(found)}
+    if isinstance(found, nnx.Module):
+        return {"place": found.source, "fingerprint": _fingerprint(found)}
     fingerprint = frozen.loaded_fingerprint(found, dtype)
     return {"place": str(found.folder), "fingerprint": fingerprint}
+
+
+def _fingerprint(model: Decoder | ImageEncoder) -> str:
+    if isinstance(model, ImageEncoder):
+        return encoder_fingerprint(model)
+    return frozen.model_fingerprint(model)
 
 
 def _abstract_trained(composed: ComposedDecoder) -> Tree:

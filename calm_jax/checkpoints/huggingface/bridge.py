@@ -44,9 +44,10 @@ def base_models(
     """Folders or names on the hub of the anchor and the augments; by default what they came from.
 
     Raises:
-        CalmError: a place is not known; a folder does not hold the model of the bridge's training;
-            the number of augments is another one.
+        CalmError: an augment does not read the anchor's tokens; a place is not known; a folder does
+            not hold the model of the bridge's training; the number of augments is another one.
     """
+    check_shared(composed, "the form of transformers")
     count = len(composed.augments)
     if augments is not None and len(augments) != count:
         raise CalmError(f"{len(augments)} augments are given, but the bridge reads {count}")
@@ -75,10 +76,7 @@ def write_bridge(
         places: of the frozen models, as of `base_models`.
         identities: as of `calm_jax.checkpoints.composed.identities`.
         run, step: where the bridge was trained, for the model card; or None.
-
-    Raises `CalmError` if an augment has another tokenizer than the anchor.
     """
-    check_shared(composed, "the form of transformers")
     weights = safetensors.numpy.save(tensors_of(composed), metadata={"format": "pt"})
     (folder / "model.safetensors").write_bytes(weights)
     (folder / CODE.name).write_bytes(CODE.read_bytes())
