@@ -17,7 +17,7 @@ from calm_jax.checkpoints.convert import vit
 from calm_jax.checkpoints.convert.table import Rule, check_names, check_shapes, sizes
 from calm_jax.checkpoints.files import absolute, read_json
 from calm_jax.checkpoints.frozen import STORED_DTYPES
-from calm_jax.checkpoints.host_arrays import all_finite
+from calm_jax.checkpoints.host_arrays import all_finite, contiguous
 from calm_jax.checkpoints.sources.opening import open_source
 from calm_jax.checkpoints.sources.source import Tensor
 from calm_jax.errors import CalmError
@@ -98,7 +98,7 @@ def _arrays(
     rules: tuple[Rule, ...], config: ImageEncoderConfig, tensors: Mapping[str, Tensor], where: str
 ) -> Iterator[tuple[str, np.ndarray]]:
     """(path, array) for every array of an encoder, in the config's dtype; layers are stacked."""
-    axes = sizes(config)
+    axes, dtype = sizes(config), jnp.dtype(config.dtype)
     for line in rules:
         parts = []
         for name in line.names(config.num_layers):
@@ -106,8 +106,9 @@ def _arrays(
             if not all_finite(tensor):
                 raise CalmError(f"{where}: tensor {name} has entries that are not finite")
             ((path, array),) = line.split(tensor, axes)
-            parts.append(array.astype(jnp.dtype(config.dtype)))
-        yield path, np.stack(parts) if line.per_layer else np.ascontiguousarray(parts[0])
+            parts.append(contiguous(array, dtype))
+        # Never a view of the mapped file, which may change later.
+        yield path, np.stack(parts) if line.per_layer else parts[0].copy()
 
 
 def _dtype(
