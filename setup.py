@@ -57,16 +57,33 @@ SERVE = ["prometheus_client", "starlette", "uvicorn"]
 # Bundles the images that examples/digits.py reads; nothing else needs it.
 EXAMPLES = ["scikit-learn"]
 
+# The site of the documentation (launch/docs.sh), and what its notebook runs with.
+DOCS = [
+    "furo",
+    "ipykernel",
+    "matplotlib",
+    # Makes pages of Markdown and notebooks; the oldest that the tests have run with.
+    "myst-nb>=1.4.0",
+    "nbclient",
+    # The oldest that the tests have run with.
+    "sphinx>=9.0.4",
+    "sphinx-copybutton",
+    # Keeps the navigation in one file, so that pages are plain Markdown.
+    "sphinx-external-toc",
+]
+
 EXTRAS = {
     "tpu": ["jax[tpu]"],
     "cuda": ["jax[cuda12]"],
     # The TPU's compiler, which needs no TPU; the version that plans were made with.
     "plan": ["libtpu>=0.0.51"],
     "serve": SERVE,
+    "docs": DOCS,
     "examples": EXAMPLES,
     # Tasks of lm-evaluation-harness; the version that scores were compared with.
     "harness": ["lm_eval>=0.4.13"],
     "test": [
+        *DOCS,
         *EXAMPLES,
         *SERVE,
         # Drives the server as a client; the next one as its users do.

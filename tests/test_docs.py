@@ -2,8 +2,10 @@
 
 import ast
 import importlib.util
+import json
 import os
 import pathlib
+import pkgutil
 import re
 import shutil
 import subprocess
@@ -13,9 +15,13 @@ import feature_encoders
 import numpy as np
 import pytest
 import tiny_models
+import yaml
 from flax import nnx
 
 import calm_jax
+import calm_jax.data
+import calm_jax.decoding
+import calm_jax.models
 from calm_jax.data.vocabularies import load_vocabulary
 from calm_jax.evaluation.metric_table import METRICS
 from calm_jax.evaluation.tasks.prompts import TEMPLATES
@@ -42,13 +48,66 @@ def test_the_page_of_config_keys_has_every_key_with_its_meaning():
     assert not [key for key, meaning in rows.items() if len(meaning) < 3]
 
 
+def pages() -> list[pathlib.Path]:
+    """The files that are pages of the site, and of the documentation on GitHub."""
+    found = [*ROOT.glob("*.md"), ROOT / "benchmarks/README.md"]
+    return found + [p for end in ("md", "ipynb") for p in sorted(ROOT.glob(f"docs/**/*.{end}"))]
+
+
+def prose(page: pathlib.Path) -> str:
+    """The Markdown of a page or notebook, without its code blocks."""
+    text = page.read_text()
+    if page.suffix == ".ipynb":
+        cells = json.loads(text)["cells"]
+        text = "\n\n".join("".join(c["source"]) for c in cells if c["cell_type"] == "markdown")
+    return re.sub(r"^```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL)
+
+
+def anchors(page: pathlib.Path) -> set[str]:
+    """What GitHub calls the headings of a page."""
+    titles = re.findall(r"^#+ (.*)$", prose(page), re.MULTILINE)
+    plain = [re.sub(r"\[(.*?)\]\(.*?\)", r"\1", title).lower() for title in titles]
+    return {re.sub(r"[^\w\- ]", "", title).replace(" ", "-") for title in plain}
+
+
 def test_links_between_pages_lead_somewhere():
-    pages = [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *(ROOT / "benchmarks").glob("*.md")]
     links = [
-        (page, link) for page in pages for link in re.findall(r"\]\(([^)#:]+)\)", page.read_text())
+        (page, *link)
+        for page in pages()
+        for link in re.findall(r"\]\(([^)#:\s]*)(?:#([^)\s]*))?\)", prose(page))
     ]
-    assert links
-    assert not [f"{page}: {link}" for page, link in links if not (page.parent / link).exists()]
+    assert len(links) > 80
+    for page, link, anchor in links:
+        target = (page.parent / link).resolve() if link else page
+        assert target.exists(), f"{page}: {link}"
+        assert not anchor or anchor in anchors(target), f"{page}: {link}#{anchor}"
+
+
+def test_every_page_is_in_the_navigation_once():
+    def listed(entries):
+        for entry in entries:
+            yield entry["file"]
+            yield from listed(entry.get("entries", ()))
+
+    toc = yaml.safe_load((ROOT / "docs/_toc.yml").read_text())
+    found = [toc["root"], *listed(each for tree in toc["subtrees"] for each in tree["entries"])]
+    assert sorted(found) == sorted(str(p.relative_to(ROOT).with_suffix("")) for p in pages())
+
+
+def test_the_map_in_the_readme_has_every_page():
+    inside = [page for page in pages() if page.parent == ROOT / "docs"]
+    readme = (ROOT / "README.md").read_text()
+    assert not [page for page in inside if f"](docs/{page.name})" not in readme]
+
+
+def test_the_reference_has_every_public_name():
+    page = (ROOT / "docs/reference.md").read_text()
+    listed = re.findall(r"^\.\. auto\w+:: ([\w.]+)", page, re.MULTILINE)
+    assert len(listed) == len(set(listed))
+    described = list(map(pkgutil.resolve_name, listed))
+    for module in (calm_jax, calm_jax.data, calm_jax.decoding, calm_jax.models):
+        missing = [name for name in module.__all__ if getattr(module, name) not in described]
+        assert not missing, module.__name__
 
 
 def test_the_messages_of_the_troubleshooting_page_are_those_of_the_code():

@@ -208,8 +208,8 @@ class ComposedDecoder(nnx.Module):
             perturb: applied to the taps before the bridge reads them.
 
         Returns:
-            the stream [B, T, D]; and for each connection two squared norms, float32 [2]: that of
-            f_cross' result and that of the stream it is added to, over all tokens except padding.
+            the stream [B, T, D]; and for each connection float32 [2], the squared norms of f_cross'
+            result and of the stream it is added to, over all tokens except padding.
         """
         real_BT1 = (inputs.filled().segments_BT != 0)[:, :, None]
 

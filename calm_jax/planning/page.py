@@ -19,6 +19,11 @@ _BY_FORMULA = (
 )
 
 
+def document(plan: Plan) -> str:
+    """A plan as a page of its own: a title, the command that made it, and `text`."""
+    return f"# {_subject(plan)}\n\n    {plan['command']}\n\n{text(plan)}"
+
+
 def text(plan: Plan) -> str:
     """All tables and sentences of one plan."""
     sections = [_head(plan), _memory(plan)]
@@ -50,6 +55,10 @@ def table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
     return "\n".join(f"| {' | '.join(row)} |" for row in padded)
 
 
+def _subject(plan: Plan) -> str:
+    return f"{' + '.join(plan['models'])} on {plan['topology']}"
+
+
 def _head(plan: Plan) -> str:
     mesh = " × ".join(f"{axis} {ways}" for axis, ways in plan["mesh"].items() if ways > 1)
     micro = f" in {plan['accumulate']} micro-batches" if plan["accumulate"] > 1 else ""
@@ -57,7 +66,7 @@ def _head(plan: Plan) -> str:
     if "compile_seconds" in plan:
         how += f" in {plan['compile_seconds']:.0f} s"
     return (
-        f"**{' + '.join(plan['models'])} on {plan['topology']}** ({plan['chips']:,} chips; {how})\n"
+        f"**{_subject(plan)}** ({plan['chips']:,} chips; {how})\n"
         f"mesh {mesh or 'of one chip'}; {plan['batch_size']:,} rows of {plan['length']:,} tokens a "
         f"step{micro}; attention {plan['attention']}; remat {plan['remat']}; "
         f"weight sharding {plan['weight_sharding']}"

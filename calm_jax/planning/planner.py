@@ -43,12 +43,11 @@ def run(
         plan["training"] = compiled_plan.training_cost(plan, tokens, dollars_per_chip_hour)
     plan["decoding"] = decoding.of_plan(config, plan)
     plan["command"] = command
-    shown = page.text(plan)
-    print(shown, end="", flush=True)
+    print(page.text(plan), end="", flush=True)
     if output is not None:
         folder = absolute(output)
         write_json(folder / "plan.json", plan)
-        write_text(folder / "plan.md", f"    {command}\n\n{shown}")
+        write_text(folder / "plan.md", page.document(plan))
     return plan
 
 

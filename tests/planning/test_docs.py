@@ -22,7 +22,9 @@ def test_there_are_plans():
 def test_a_page_is_made_of_its_numbers(path):
     plan = json.loads(path.read_text())
     written = path.with_name("plan.md").read_text()
-    assert written == f"    {plan['command']}\n\n{page.text(plan)}"
+    assert written == page.document(plan)
+    title = f"# {' + '.join(plan['models'])} on {plan['topology']}"
+    assert written.startswith(f"{title}\n\n    {plan['command']}\n")
     assert plan["compiled"] and plan["memory"]["fits"]
 
 
