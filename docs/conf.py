@@ -31,6 +31,7 @@ release = calm_jax.__version__
 # Markdown: the anchors of headings are those of GitHub. Notebooks show what is stored in them.
 myst_heading_anchors = 4
 nb_execution_mode = "off"
+nb_merge_streams = True
 highlight_language = "none"
 smartquotes_action = "D"  # quotes stay as they are: many are of values
 
