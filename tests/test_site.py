@@ -48,3 +48,22 @@ def test_every_public_name_has_its_docstring(site):
 def test_the_tutorial_shows_its_picture(site):
     page = (site / "docs/tutorial.html").read_text()
     assert re.search(r'<img [^>]*src="\.\./_images/\w+\.png"', page)
+
+
+def test_every_page_fits_the_screen_and_needs_no_network(site, browser):
+    with browser.page() as page:
+        for path in [*site.glob("*.html"), *site.glob("docs/**/*.html")]:
+            page.open(path.as_uri())
+            for width in (1280, 400):
+                page.resize(width)
+                sizes = "[document.documentElement.scrollWidth, window.innerWidth]"
+                needed, there = page.value(sizes)
+                assert needed <= there, f"{path} at {width}"
+        assert not page.errors()
+        assert not [url for url in page.requests() if not url.startswith(("file:", "data:"))]
+
+
+def test_the_search_finds_a_function(site, browser):
+    with browser.page() as page:
+        page.open((site / "search.html").as_uri() + "?q=export_bridge")
+        page.wait("document.querySelector('#search-results a[href*=\"reference.html\"]')")
