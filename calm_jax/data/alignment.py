@@ -8,6 +8,7 @@ changes them. docs/tokenizers.md has the rules and their reasons.
 """
 
 import codecs
+import copy
 import functools
 import unicodedata
 from collections.abc import Iterable, Sequence
@@ -21,6 +22,9 @@ LONGEST_PIECE = 32
 
 # Encoded pieces that are kept, since words come again.
 MOST_KEPT = 100_000
+
+# Tokens of the anchor by which the length of the augment's texts is estimated.
+MEASURED = 2_000
 
 # Pairs of kinds of characters (see `_kind`) between which tokenizers split a text.
 _CUTS = {
@@ -99,7 +103,7 @@ class Alignment:
             return [Aligned(list(row), list(range(len(row)))) for row in ids]
         pieces = [self._pieces(row, prompt) for row, prompt in zip(ids, prompts, strict=True)]
         if check:
-            self._check(ids, pieces)
+            self.check(ids, pieces)
         encoded = iter(self.encode([piece for row in pieces for piece in row]))
         found = []
         for row, of_row in zip(pieces, ids, strict=True):
@@ -127,15 +131,23 @@ class Alignment:
             self._encoded.clear()
         return found
 
-    def _pieces(self, ids: Sequence[int], prompt: int | None) -> list[Piece]:
-        reader = Reader(self)
-        return [
-            piece
-            for index, token in enumerate(ids)
-            for piece in reader.read(token, closes=index + 1 == prompt)
-        ]
+    def tokens_per_token(self) -> float:
+        """About how many tokens the augment needs for one of the anchor's, at least 1.
 
-    def _check(self, ids: Sequence[Sequence[int]], pieces: list[list[Piece]]) -> None:
+        Of tokens from all of the anchor's vocabulary, which are longer than those of a text.
+        """
+        sample = self.bytes_of_ids[:: -(-len(self.bytes_of_ids) // MEASURED)]
+        texts = [text.decode(errors="ignore") for text in sample]
+        return max(1.0, sum(map(len, self.augment.encode_inside(texts))) / len(texts))
+
+    def _pieces(self, ids: Sequence[int], prompt: int | None) -> list[Piece]:
+        return Reader(self).read_all(ids, prompt)
+
+    def check(self, ids: Sequence[Sequence[int]], pieces: Sequence[Sequence[Piece]]) -> None:
+        """Raises `CalmError` for a character that either tokenizer cannot spell.
+
+        `pieces` are those of each sequence of the anchor's `ids`.
+        """
         for row in ids:
             if self.anchor.unknown_id is not None and self.anchor.unknown_id in row:
                 index = list(row).index(self.anchor.unknown_id)
@@ -160,7 +172,17 @@ class Reader:
         self._bytes_of_ids, self._cuts = alignment.bytes_of_ids, alignment.cuts
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self._strips = alignment.anchor.space_before_text
-        self._open, self._last, self._begins, self._index = "", "", True, 0
+        self._open, self._begins, self._index = "", True, 0
+
+    def copy(self) -> "Reader":
+        """A reader that goes on from here by itself."""
+        new = copy.copy(self)
+        new._decoder = copy.copy(self._decoder)
+        return new
+
+    def read_all(self, ids: Sequence[int], prompt: int | None) -> list[Piece]:
+        """The pieces that the next ids close; `prompt` is the number of ids of the prompt."""
+        return [piece for token in ids for piece in self.read(token, self._index + 1 == prompt)]
 
     def read(self, token: int, closes: bool = False) -> list[Piece]:
         """The pieces that the next id closes.

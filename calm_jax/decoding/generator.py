@@ -9,38 +9,18 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from calm_jax.data.own_features import Placed
+from calm_jax.decoding.completion import Completion, WrittenAnswer
 from calm_jax.decoding.draft_length import Drafting
-from calm_jax.decoding.recomputing import Recomputing
 from calm_jax.decoding.requests import News, Request
 from calm_jax.decoding.sampling import Sampling, TokenLogprob
 from calm_jax.decoding.scheduler import MOST_STEPS, Scheduler
-from calm_jax.decoding.text_stream import TextStream
 from calm_jax.errors import CalmError
 from calm_jax.models import ComposedDecoder, Decoder
-from calm_jax.models.matching import check_shared
 
 STREAMED_STEPS = 4  # tokens that are made before their text is shown
 MOST_ROWS = 64  # most rows that `generate` decodes at once
 
 Prompt = str | Sequence[int]
-
-
-class Completion(NamedTuple):
-    """One answer to a prompt.
-
-    Attributes:
-        tokens: ids, including the end token.
-        text: the tokens as text, without the text that stopped them; "" without a vocabulary.
-        finish_reason: "stop": an end token or a stop text; "length"; "error".
-        logprobs: one for each token, if asked for.
-        error: with "error", what went wrong.
-    """
-
-    tokens: list[int]
-    text: str
-    finish_reason: str
-    logprobs: list[TokenLogprob] | None = None
-    error: str | None = None
 
 
 class Score(NamedTuple):
@@ -69,11 +49,7 @@ class Generator:
 
     Raises:
         CalmError: a size below 1, caches that do not fit the devices, or a draft of a model without
-            an augment that writes.
-
-    A pair whose augment has another tokenizer than the anchor, or reads features, has no caches:
-    every token runs the whole model over all tokens before it. `draft` and `cache_dtype` are
-    refused then, and `prefill_chunk` has no effect.
+            an augment that writes, or with one that does not read the anchor's tokens.
 
     >>> from flax import nnx
     >>> from calm_jax import Decoder, DecoderConfig, Generator, Sampling
@@ -97,13 +73,6 @@ class Generator:
         eos_ids: Sequence[int] | None = None,
     ):
         self.vocabulary = model.vocabulary
-        if True in getattr(model, "own_tokens", ()):
-            if draft:
-                check_shared(model, f"draft={draft}")
-            if cache_dtype is not None:
-                check_shared(model, f"cache_dtype={cache_dtype}")
-            self.scheduler = Recomputing(model, max_length=max_length, slots=slots, eos_ids=eos_ids)
-            return
         self.scheduler = Scheduler(
             model,
             max_length=max_length,
@@ -148,11 +117,9 @@ class Generator:
         each = [sampling] * len(ids) if isinstance(sampling, Sampling) else list(sampling)
         if len(each) != len(ids):
             raise CalmError(f"{len(each)} samplings were given for {len(ids)} prompts")
-        items = [{}] * len(ids) if items is None else list(items)
-        if len(items) != len(ids):
-            raise CalmError(f"items of {len(items)} prompts were given for {len(ids)} prompts")
+        items = _of_each(items, len(ids))
         answers = [
-            [_Answer(self.vocabulary, prompt, one.stop) for _ in range(one.n)]
+            [WrittenAnswer(self.vocabulary, prompt, one.stop) for _ in range(one.n)]
             for prompt, one in zip(ids, each, strict=True)
         ]
         self._run([self._request(*asked) for asked in zip(ids, each, answers, items, strict=True)])
@@ -161,8 +128,15 @@ class Generator:
             for of_prompt, one in zip(answers, each, strict=True)
         ]
 
-    def stream(self, prompt: Prompt, sampling: Sampling | None = None) -> Iterator[str]:
+    def stream(
+        self,
+        prompt: Prompt,
+        sampling: Sampling | None = None,
+        items: Mapping[int, Placed] | None = None,
+    ) -> Iterator[str]:
         """The text of one answer as it is generated, never half a character.
+
+        `items` are those of the prompt, as for `generate`.
 
         Raises:
             CalmError: as `generate`; no vocabulary; `n` above 1; logits that are not finite.
@@ -173,8 +147,10 @@ class Generator:
         if sampling.n != 1:
             raise CalmError(f"n is {sampling.n}; a stream has one answer")
         ids, come = encode(self.vocabulary, prompt), collections.deque()
-        answer = _Answer(self.vocabulary, ids, sampling.stop)
-        request = Request(ids, sampling, lambda news: come.append(answer.add(news)))
+        answer = WrittenAnswer(self.vocabulary, ids, sampling.stop)
+        request = Request(
+            ids, sampling, lambda news: come.append(answer.add(news)), items=items or {}
+        )
         self.scheduler.submit(request)
         try:
             while come or not answer.ended:
@@ -188,10 +164,16 @@ class Generator:
         finally:
             self.scheduler.cancel(request)
 
-    def score(self, prompts: Sequence[Prompt], continuations: Sequence[Prompt]) -> list[Score]:
+    def score(
+        self,
+        prompts: Sequence[Prompt],
+        continuations: Sequence[Prompt],
+        items: Sequence[Mapping[int, Placed]] | None = None,
+    ) -> list[Score]:
         """How probable each continuation is after its prompt.
 
-        Texts are encoded as one: the continuation's tokens are those after the prompt's.
+        Texts are encoded as one: the continuation's tokens are those after the prompt's. `items`
+        are those of each prompt, as for `generate`.
 
         Raises:
             CalmError: as `generate`; lists of different lengths; an empty continuation; NaN logits.
@@ -202,8 +184,9 @@ class Generator:
                 f"{len(continuations)} continuations were given for {len(prompts)} prompts"
             )
         found: list[list[TokenLogprob]] = [[] for _ in prompts]
-        requests, tokens = [], []
-        for prompt, continuation, scores in zip(prompts, continuations, found, strict=True):
+        requests, tokens, items = [], [], _of_each(items, len(prompts))
+        asked = zip(prompts, continuations, found, items, strict=True)
+        for prompt, continuation, scores, of_prompt in asked:
             before, after = self._split(prompt, continuation)
             tokens.append(after)
             requests.append(
@@ -213,6 +196,7 @@ class Generator:
                     lambda news, scores=scores: scores.extend(news.logprobs),
                     score_from=len(before),
                     asked=len(before),
+                    items=of_prompt,
                 )
             )
         self._run(requests)
@@ -245,7 +229,7 @@ class Generator:
         self,
         prompt: list[int],
         sampling: Sampling,
-        answers: list["_Answer"],
+        answers: list["WrittenAnswer"],
         items: Mapping[int, Placed],
     ) -> Request:
         def on_news(news: News) -> None:
@@ -270,56 +254,6 @@ class Generator:
             for request in requests:
                 self.scheduler.cancel(request)
             raise
-
-
-class _Answer:
-    """An answer while it is generated."""
-
-    def __init__(self, vocabulary: Any, prompt: list[int], stop: tuple[str, ...]):
-        if stop and vocabulary is None:
-            raise CalmError(f"stop is {stop}, but the model has no vocabulary")
-        self._stream = None if vocabulary is None else TextStream(vocabulary, prompt, stop)
-        self._looks = bool(stop)
-        self.tokens: list[int] = []
-        self.logprobs: list[TokenLogprob] = []
-        self.reason: str | None = None
-        self.error: str | None = None
-        self.must_end = False
-
-    @property
-    def ended(self) -> bool:
-        return self.reason is not None
-
-    def add(self, news: News) -> str:
-        """Takes news; returns the text that is now certain."""
-        if self.ended or news.sample < 0:
-            return ""
-        pieces = []
-        # Token by token only if the token that completes a stop text must be found.
-        parts = [[token] for token in news.tokens] if self._looks else [news.tokens]
-        for part in parts:
-            self.tokens += part
-            if self._stream is not None:
-                pieces.append(self._stream.push(part))
-                if self._stream.stopped:
-                    self.reason, self.must_end = "stop", news.finish_reason is None
-                    break
-        self.logprobs += news.logprobs
-        del self.logprobs[len(self.tokens) :]
-        if self.reason is None and news.finish_reason is not None:
-            self.reason, self.error = news.finish_reason, news.error
-            if self._stream is not None:
-                pieces.append(self._stream.finish())
-        return "".join(pieces)
-
-    def completion(self, with_logprobs: bool) -> Completion:
-        return Completion(
-            self.tokens,
-            "" if self._stream is None else self._stream.text,
-            self.reason,
-            self.logprobs if with_logprobs else None,
-            self.error,
-        )
 
 
 def generate(
@@ -399,3 +333,10 @@ def _listed(prompts: Sequence[Prompt]) -> list[Prompt]:
     if isinstance(prompts, str):
         raise CalmError(f"prompts is the text {prompts!r}; give a list of prompts")
     return list(prompts)
+
+
+def _of_each(items: Sequence[Mapping[int, Placed]] | None, count: int) -> list[Mapping]:
+    items = [{}] * count if items is None else list(items)
+    if len(items) != count:
+        raise CalmError(f"items of {len(items)} prompts were given for {count} prompts")
+    return items

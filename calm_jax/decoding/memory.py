@@ -2,7 +2,8 @@
 
 import dataclasses
 import os
-from collections.abc import Sequence
+import types
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -14,7 +15,10 @@ from calm_jax.errors import CalmError
 from calm_jax.models import ComposedDecoder, CompositionConfig, Decoder, DecoderConfig
 from calm_jax.models.connections import plan_connections
 from calm_jax.models.cross_cache import CrossBytes, Mesh, cross_bytes, vector_bytes
+from calm_jax.models.taps import Augment
 from calm_jax.units import size
+
+NONE: Mapping[int, int] = types.MappingProxyType({})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,8 +27,8 @@ class TokenBytes:
 
     Attributes:
         anchor: the anchor's keys and values.
-        augments: keys and values of each augment.
-        cross: f_cross' cache, for each augment.
+        augments: keys and values of each augment, for a token that it reads.
+        cross: f_cross' cache, for each augment, for a token that it reads.
     """
 
     anchor: int
@@ -33,13 +37,26 @@ class TokenBytes:
 
     @property
     def total(self) -> int:
-        """Bytes in all caches, f_cross' in the form that is kept."""
-        return self.anchor + sum(self.augments) + sum(each.kept for each in self.cross)
+        """Bytes in all caches, f_cross' in the form that is kept, if all read the same tokens."""
+        return self.of_row(1)
+
+    def of_row(self, length: int, own: Mapping[int, int] = NONE) -> int:
+        """Bytes of a row of `length` tokens.
+
+        Args:
+            own: the number of inputs of each augment with inputs of its own, by its number.
+        """
+        each = zip(self.augments, self.cross, strict=True)
+        augments = (
+            own.get(number, length) * (layers + cross.kept)
+            for number, (layers, cross) in enumerate(each)
+        )
+        return length * self.anchor + sum(augments)
 
 
 def token_bytes(
     anchor: DecoderConfig,
-    augments: Sequence[DecoderConfig] = (),
+    augments: Sequence[DecoderConfig | Augment] = (),
     compositions: Sequence[CompositionConfig] = (),
     dtype: Any = None,
     mesh: Mesh | None = None,
@@ -52,24 +69,28 @@ def token_bytes(
     scale to each vector.
 
     Args:
+        augments: their configs; of one that reads features the augment, which has no keys and
+            values of its own.
         compositions: one for each of `augments`.
         dtype: dtype of the caches; default: that of each model, for f_cross the anchor's.
         mesh: splits key heads over devices if it divides them.
         whole: numbers of augments whose layers are all cached, such as one that drafts.
     """
 
-    def of_layers(config: DecoderConfig, layers: int) -> int:
+    def of_layers(config: DecoderConfig | Augment, layers: int) -> int:
+        if not isinstance(config, DecoderConfig):
+            return 0
         heads, width = config.num_kv_heads, config.head_dim
         return 2 * layers * vector_bytes(heads, width, dtype or config.dtype, mesh)
 
     own = of_layers(anchor, anchor.num_layers)
     if not augments:
         return TokenBytes(own, (), ())
-    plan = plan_connections(compositions, anchor.num_layers, [each.num_layers for each in augments])
-    widths = [each.embed_dim for each in augments]
+    widths, all_layers = zip(*map(_width_and_depth, augments), strict=True)
+    plan = plan_connections(compositions, anchor.num_layers, all_layers)
     depths = [
-        augment.num_layers if number in whole else layers[-1] + 1
-        for number, (augment, layers) in enumerate(zip(augments, plan.tap_layers, strict=True))
+        all_layers[number] if number in whole else layers[-1] + 1
+        for number, layers in enumerate(plan.tap_layers)
     ]
     return TokenBytes(
         own,
@@ -78,32 +99,76 @@ def token_bytes(
     )
 
 
+def _width_and_depth(augment: DecoderConfig | Augment) -> tuple[int, int]:
+    if isinstance(augment, DecoderConfig):
+        return augment.embed_dim, augment.num_layers
+    return augment.width, augment.depth
+
+
 def bytes_per_token(
     model: Decoder | ComposedDecoder, dtype: Any = None, whole: Sequence[int] = ()
 ) -> int:
     """A model's `token_bytes` in all caches, on each device that holds the token's row."""
+    return bytes_per_row(model, 1, dtype, whole)
+
+
+def bytes_per_row(
+    model: Decoder | ComposedDecoder,
+    length: int,
+    dtype: Any = None,
+    whole: Sequence[int] = (),
+    own: Mapping[int, int] = NONE,
+) -> int:
+    """The bytes of `length` tokens of a row in all caches, on each device that holds the row.
+
+    Args:
+        own: the number of inputs of each augment with inputs of its own, by its number; default:
+            `length`.
+    """
     mesh = sharding.current_mesh(jax.tree.leaves(nnx.state(model))[0])
-    if isinstance(model, Decoder):
-        return token_bytes(model.config, dtype=dtype, mesh=mesh).total
-    if not isinstance(model, ComposedDecoder):  # decoders beside each other
-        return sum(token_bytes(x.config, dtype=dtype, mesh=mesh).total for x in model.models)
-    augments = [augment.config for augment in model.augments]
-    return token_bytes(model.config, augments, model.configs, dtype, mesh, whole).total
+    if not isinstance(model, ComposedDecoder):  # a decoder, or several beside each other
+        each = [token_bytes(x.config, dtype=dtype, mesh=mesh).total for x in model.models]
+        return length * sum(each)
+    augments = [x.config if isinstance(x, Decoder) else x for x in model.augments]
+    sizes = token_bytes(model.config, augments, model.configs, dtype, mesh, whole)
+    return sizes.of_row(length, own)
 
 
-def check_fits(model: Any, slots: int, length: int, dtype: Any, whole: Sequence[int] = ()) -> None:
-    """Raises `CalmError` if the caches do not fit, naming the number of rows that would."""
+def check_fits(
+    model: Any,
+    slots: int,
+    length: int,
+    dtype: Any,
+    whole: Sequence[int] = (),
+    own: Mapping[int, int] = NONE,
+) -> None:
+    """Raises `CalmError` if the caches do not fit, naming the number of rows that would.
+
+    `own` is as for `bytes_per_row`.
+    """
+    row = bytes_per_row(model, length, dtype, whole, own)
+    inputs = "".join(f" and {count} inputs of augment {number}" for number, count in own.items())
+    _check(model, slots, row, f"{length} tokens{inputs}")
+
+
+def check_grows(model: Any, slots: int, dtype: Any, number: int, inputs: int) -> None:
+    """Raises `CalmError` if larger caches of augment `number`, beside the old ones, do not fit."""
+    row = bytes_per_row(model, 0, dtype, own={number: inputs})
+    _check(model, slots, row, f"{inputs} inputs of augment {number}")
+
+
+def _check(model: Any, slots: int, row: int, what: str) -> None:
+    """Raises `CalmError` if so many rows of `row` bytes do not fit; `what` a row has."""
     array = jax.tree.leaves(nnx.state(model))[0]
     free, mesh = free_bytes(array), sharding.current_mesh(array)
     if free is None:
         return
-    row = bytes_per_token(model, dtype, whole) * length
     held = row * (slots // sharding.ways("batch", slots, mesh))
     if held > free:
         # A batch of `mesh.size` rows can always be split.
         fit = free // row * sharding.ways("batch", mesh.size, mesh)
         raise CalmError(
-            f"the caches of {slots} rows of {length} tokens take {size(held)} on each device, "
+            f"the caches of {slots} rows of {what} take {size(held)} on each device, "
             f"but {size(free)} are free; {fit} rows would fit"
         )
 

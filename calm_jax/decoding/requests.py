@@ -14,6 +14,7 @@ from calm_jax.decoding.sampling import Sampling, TokenLogprob
 from calm_jax.errors import CalmError
 
 SHARED = 16  # least tokens of a shared beginning that is worth copying
+ENDLESS = 2**31 - 1  # more tokens than any row has
 TOPS = (0, 1, 5, 20)  # numbers of most probable tokens for which programs are compiled
 
 
@@ -46,6 +47,8 @@ class Request:
         score_from: index, from 1, of the first prompt token whose log-probability is returned.
         asked: number of tokens visible to a bridge that sees only the prompt; default: all.
         items: what augments that read features find in the prompt, by their numbers.
+        own: the inputs of augments with inputs of their own, by their numbers, of which the
+            scheduler makes copies (`calm_jax.decoding.own_rows`).
     """
 
     prompt: list[int]
@@ -54,6 +57,7 @@ class Request:
     score_from: int | None = None
     asked: int | None = None
     items: Mapping[int, Placed] = dataclasses.field(default_factory=dict)
+    own: Mapping[int, Any] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self):
         if self.asked is None:
@@ -158,9 +162,13 @@ class Queue:
 
 @dataclasses.dataclass(eq=False)
 class Row:
-    """A row of the state: the tokens in its cache, and the answer that it generates."""
+    """A row of the state: the tokens in its cache, and the answer that it generates.
+
+    `own` are the inputs of augments with inputs of their own, as of the answer's request.
+    """
 
     tokens: list[int] = dataclasses.field(default_factory=list)
+    own: dict[int, Any] = dataclasses.field(default_factory=dict)
     prompt_length: int = 0  # how many of `tokens` were read as a prompt
     pending: list[int] = dataclasses.field(default_factory=list)  # made, but not yet in the cache
     answer: Answer | None = None
@@ -242,9 +250,17 @@ def longest_beginning(
         # Most rows differ where they would have to be the same to be longer.
         if most > shared and row.tokens[shared] == answer.prompt[shared]:
             length = common(row.tokens, answer.prompt, most)
+            for number, ours in answer.request.own.items():
+                length = min(length, seen_alike(ours, row.own[number]))
             if length > shared:
                 found, shared = row, length
     return found, 0 if found is None else shared
+
+
+def seen_alike(ours: Any, theirs: Any) -> int:
+    """How many of the first tokens of two rows see the same inputs of an augment's own."""
+    same = ours.same(theirs)
+    return min([*ours.order[same:], *theirs.order[same:]], default=ENDLESS)
 
 
 def token_logprob(logprob: Any, ids: Any, logprobs: Any) -> TokenLogprob:
@@ -260,3 +276,9 @@ def token_logprobs(news: Any, most: int | None) -> list[TokenLogprob]:
         return []
     rows = zip(news.logprobs, news.top_ids, news.top_logprobs, strict=True)
     return [token_logprob(logprob, ids[:most], top[:most]) for logprob, ids, top in rows]
+
+
+def tell(told: list[tuple[Request, News]]) -> None:
+    """Hands news to their requests, once all is recorded, since a request may then cancel."""
+    for request, news in told:
+        request.on_news(news)

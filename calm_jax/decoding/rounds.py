@@ -22,14 +22,14 @@ DRAFTER = 0  # number of the augment that drafts
 
 
 def token_round(
-    model: Any, state: State, ends_E: jax.Array, known: int, read: int, top: int
+    model: Any, state: State, ends_E: jax.Array, known: int, reads: tuple, top: int
 ) -> tuple[State, News, jax.Array]:
     """Adds a token to each row that is not idle.
 
     Args:
         ends_E: the ids that end an answer, int32 [E].
         known: only ids below it may be chosen.
-        read: number of slots that are read.
+        reads: number of slots that are read: the last arguments of the cache's `using`.
         top: number of most probable tokens to return.
 
     Returns:
@@ -37,7 +37,7 @@ def token_round(
     """
     active_B = state.left_B > 0
     inputs = _inputs(state.token_B[:, None], active_B)
-    h_B1D, cache = model.residual(inputs, state.cache.using(None, read))
+    h_B1D, cache = model.residual(inputs, state.cache.using(None, *reads))
     logits_B1V = model.logits(h_B1D)[:, :, :known]
     drafted_B0 = jnp.zeros((len(active_B), 0), jnp.int32)
     return _answered(state, cache, logits_B1V, active_B, ends_E, top, drafted_B0)
@@ -49,13 +49,13 @@ def drafted_round(
     state: State,
     ends_E: jax.Array,
     known: int,
-    read: int,
+    reads: tuple,
     top: int,
 ) -> tuple[State, News, jax.Array]:
     """Adds 1 to `draft` + 1 tokens to each row that is not idle.
 
     Args:
-        read: as in `token_round`; at least `draft` + 1 more than the tokens of a row.
+        reads: as in `token_round`; at least `draft` + 1 more than the tokens of a row.
 
     Returns:
         the state; the tokens, [`draft` + 1, B]; and int32 [2], the numbers of drafted tokens that
@@ -77,7 +77,7 @@ def drafted_round(
         next_B = jax.lax.cond(place < draft, next_token, lambda: token_B)
         return (next_B, cache, _with(seen_BV, next_B)), (token_B, taps)
 
-    cache = state.cache.using(None, read)
+    cache = state.cache.using(None, *reads)
     carry = (state.token_B, cache.augments[DRAFTER], state.seen_BV)
     (_, of_augment, _), (tokens_TB, taps) = jax.lax.scan(draft_token, carry, jnp.arange(draft + 1))
     augments = list(cache.augments)

@@ -3,6 +3,9 @@
 When its answer has ended, a row keeps its tokens in the cache until another prompt needs the row. A
 prompt that begins with the tokens of a row copies them from there instead of computing them.
 
+If an augment reads answers in tokens of its own, the host makes them of each token of the anchor
+(`calm_jax.decoding.own_reading`).
+
 Every process of a run makes the same calls, so all decide the same.
 """
 
@@ -20,6 +23,7 @@ from calm_jax.decoding import steps
 from calm_jax.decoding.chunks import bucket, buckets, chunk_of
 from calm_jax.decoding.draft_length import Drafting, DraftLength
 from calm_jax.decoding.memory import check_cache_dtype, check_fits
+from calm_jax.decoding.own_reading import OwnReading
 from calm_jax.decoding.prepared import known_ids, prepared, rows_of_tables
 from calm_jax.decoding.requests import (
     SHARED,
@@ -31,6 +35,7 @@ from calm_jax.decoding.requests import (
     check_request,
     check_size,
     longest_beginning,
+    tell,
     token_logprobs,
 )
 from calm_jax.decoding.rounds import DRAFTER
@@ -40,8 +45,10 @@ from calm_jax.decoding.state import State
 from calm_jax.errors import CalmError
 from calm_jax.models import ComposedDecoder
 from calm_jax.models.calling import array_of, on_devices_of
+from calm_jax.models.matching import check_shared
 
 MOST_STEPS = 64  # most tokens that one dispatch makes for each row
+MOST_FOLLOWED = 1  # that, if augments read the answers in tokens of their own
 SHORTEST = 2  # tokens of the shortest prefill, since many prompts differ only in their last ones
 
 
@@ -58,7 +65,7 @@ class Scheduler(Queue):
 
     Raises:
         CalmError: a size below 1, a cache that does not fit the devices, or a draft of a model
-            without an augment that writes.
+            without an augment that writes, or with one that does not read the anchor's tokens.
     """
 
     def __init__(
@@ -80,6 +87,8 @@ class Scheduler(Queue):
         check_cache_dtype(cache_dtype)
         if draft and not isinstance(model, ComposedDecoder):
             raise CalmError(f"draft is {draft}, but the model has no augment that could draft")
+        if draft:
+            check_shared(model, f"draft={draft}")
         self._drafting = DraftLength(draft) if draft else None
         self.vocabulary = model.vocabulary
         self.max_length, self.slots = max_length, slots
@@ -97,8 +106,11 @@ class Scheduler(Queue):
         self._reads = [size for size in buckets(length, 64) if 2 * size < length] + [length]
         self._model = prepared(model)
         whole = (DRAFTER,) if draft else ()
-        check_fits(self._model, slots, length, cache_dtype, whole)
-        self._graphdef, self._weights = nnx.split(self._model)
+        sizes = (slots, self._reads, self._chunks, self._at_once, cache_dtype)
+        self._own = OwnReading(self._model, *sizes)
+        check_fits(self._model, slots, length, cache_dtype, whole, self._own.slots)
+        graphdef, self._weights = nnx.split(self._model)
+        self._static = steps.Static(graphdef)
         self._array = array_of(self._model)
         self._sizes = (length, cache_dtype, whole)
         self._state: State | None = self._empty_state()
@@ -122,9 +134,12 @@ class Scheduler(Queue):
         """Refuses what cannot be answered.
 
         Raises:
-            CalmError: as `requests.check_request`.
+            CalmError: as `requests.check_request`; a character that a tokenizer cannot spell; or
+                more inputs of an augment's own than fit the devices.
         """
-        check_request(request, self.vocabulary, self.rows_of_tables, self.known, self.max_length)
+        rows, most, shapes = self.rows_of_tables, self.max_length, self._own.shapes
+        check_request(request, self.vocabulary, rows, self.known, most, shapes)
+        request.own = self._own.of(request)
 
     def cancel(self, request: Request, sample: int | None = None) -> None:
         """Drops a request, or one of its answers, and frees its rows; ignores unknown ones."""
@@ -190,8 +205,7 @@ class Scheduler(Queue):
             if group and (waits or chunk != size or len(group) == self._together(size)):
                 break
             self._waiting.popitem(last=False)
-            if source is not None and source is not row:
-                self._copy(source, row, shared)
+            self._keep(row, source, answer, shared)
             row.tokens, row.pending = answer.prompt[:shared], []
             row.answer, answer.read, size = answer, shared, chunk
             group.append(row)
@@ -216,39 +230,56 @@ class Scheduler(Queue):
             return own, own, held
         return min(free, key=lambda row: (len(row.tokens) > 0, row.last_used)), source, shared
 
-    def _copy(self, source: Row, target: Row, count: int) -> None:
-        index = self.rows.index
-        # A few more are copied, so that few lengths are compiled; these are overwritten later.
-        count = bucket(self._reads, count)
-        self._state = steps.copy_row(
-            self._state, np.int32(index(source)), np.int32(index(target)), count=count
-        )
+    def _keep(self, row: Row, source: Row | None, answer: Answer, count: int) -> None:
+        """Keeps `count` tokens of the row `source`, in it or as a copy, for an answer in `row`."""
+        number, own = self.rows.index(row), answer.request.own
+        row.own = {k: reading.copy(reading.kept(count)) for k, reading in own.items()}
+        if source is not None and source is not row:
+            # A few more are copied, so that few lengths are compiled; these are overwritten later.
+            level = self._own.level([row], count)
+            self._state = steps.copy_row(
+                self._state,
+                np.int32(self.rows.index(source)),
+                np.int32(number),
+                count=self._reads[level],
+                own=self._own.reads(level),
+            )
+        self._state = self._own.keep(self._state, number, row)
+
+    def _read_own(self, rows: list[Row], ends: list[int]) -> None:
+        """Makes augments read their own inputs that tokens before `ends` of each row may see."""
+        rows = {self.rows.index(row): row for row in rows}
+        self._state = self._own.read(self._static, self._weights, self._state, rows, ends)
 
     def _read(self, group: list[Row]) -> None:
         answers = [row.answer for row in group]
         sizes = [len(answer.prompt) - answer.read for answer in answers]
         T = bucket(self._chunks, max(sizes))
+        ends = [answer.read + min(size, T) for answer, size in zip(answers, sizes, strict=True)]
+        self._read_own(group, ends)
         P = 1 if len(group) == 1 else self._together(T)
         if self._state.seen_BV is None and any(answer.penalty for answer in answers):
             shape = (self.slots, self.known)
             self._state = dataclasses.replace(self._state, seen_BV=np.zeros(shape, bool))
         known = None if self._state.seen_BV is None else self.known
-        numbers = [self.rows.index(row) for row in group]
+        numbers = list(map(self.rows.index, group))
         places = numbers if self.slots == P else range(len(group))
         chunk = chunk_of(
             answers, numbers, places, count=P, tokens=T, no_row=self.slots, known=known
         )
         scored = any(answer.request.score_from is not None for answer in answers)
+        level = self._own.level(group, max(answer.read for answer in answers) + T)
         self._state, news, scores = steps.prefill(
-            self._graphdef,
+            self._static,
             self._weights,
             self._state,
             chunk,
             self._ends_E,
             known=self.known,
-            read=bucket(self._reads, max(answer.read for answer in answers) + T),
+            read=self._reads[level],
             scored=scored,
             top=min(max(answer.top for answer in answers), self.known),
+            own_reads=self._own.reads(level),
         )
         news, scores = jax.tree.map(sharding.on_host, (news, scores))
         start_P, length_P = chunk.start_P, chunk.length_P
@@ -279,18 +310,25 @@ class Scheduler(Queue):
                     self._clear(row)
             else:
                 told.append(self._news(row, made))
-        _tell(told)
+        tell(told)
 
     # Answers.
 
     def _decode(self, most: int) -> None:
-        longest = max(len(row.tokens) for row in self.rows if row.answer is not None)
+        running = [row for row in self.rows if row.answer is not None]
+        longest = max(len(row.tokens) for row in running)
+        if self._own.follow:
+            most = MOST_FOLLOWED
+            for row, number in itertools.product(running, self._own.follow):
+                row.own[number].add(*row.pending)
+            self._read_own(running, [len(row.tokens) + 1 for row in running])
         draft = self._drafting.begin() if self._drafting else 0
         places = draft + 1  # most tokens that a round makes
-        read = bucket(self._reads, longest + places)
-        top = max(row.answer.top for row in self.rows if row.answer is not None)
+        level = self._own.level(running, longest + places)
+        read, own_reads = self._reads[level], self._own.reads(level)
+        top = max(row.answer.top for row in running)
         self._state, news, counts = steps.decode(
-            self._graphdef,
+            self._static,
             self._weights,
             self._state,
             self._ends_E,
@@ -298,9 +336,10 @@ class Scheduler(Queue):
             np.bool_(len(self._waiting) > 0),
             known=self.known,
             read=read,
-            most=-(-MOST_STEPS // places),
+            most=-(-(MOST_FOLLOWED if self._own.follow else MOST_STEPS) // places),
             top=min(top, self.known),
             draft=draft,
+            own_reads=own_reads,
         )
         news, counts = jax.tree.map(sharding.on_host, (news, counts))
         if self._drafting:
@@ -314,7 +353,7 @@ class Scheduler(Queue):
                 told.append(
                     self._news(row, jax.tree.map(lambda x, n=number, m=made: x[m, n], news))
                 )
-        _tell(told)
+        tell(told)
 
     def _news(self, row: Row, news: Made) -> tuple[Request, News]:
         """The request's news of new tokens [N]; frees the row if the answer has ended."""
@@ -345,18 +384,13 @@ class Scheduler(Queue):
 
     def _clear(self, row: Row) -> None:
         """Clears a row with NaN, which would spread even to queries that do not see it."""
-        row.tokens = []
+        row.tokens, row.own = [], {}
         self._state = steps.clear_row(self._state, np.int32(self.rows.index(row)))
 
     def _empty_state(self) -> State:
         length, cache_dtype, whole = self._sizes
-        arguments = {"whole": whole} if whole else {}  # which a decoder does not take
+        # A decoder takes neither.
+        options = {k: x for k, x in (("whole", whole), ("own", self._own.slots)) if x}
         with on_devices_of(self._array):
-            cache = self._model.init_cache(self.slots, length, dtype=cache_dtype, **arguments)
+            cache = self._model.init_cache(self.slots, length, dtype=cache_dtype, **options)
             return steps.begin(self._weights, cache, Choice.of([(Sampling(), 0)] * self.slots))
-
-
-def _tell(told: list[tuple[Request, News]]) -> None:
-    """Hands news to their requests, once all is recorded, since a request may then cancel."""
-    for request, news in told:
-        request.on_news(news)

@@ -1,7 +1,7 @@
 """The state of decoding on the devices, the input of a step, and its news.
 
-Axes: B row of the state, P row of a prefill, T position in a chunk, V vocabulary, N decoding step,
-k most probable tokens.
+Axes: B row of the state, P row of a prefill, T position in a chunk, S and F position and feature of
+an augment's own inputs, V vocabulary, N decoding step, k most probable tokens.
 """
 
 import dataclasses
@@ -60,6 +60,28 @@ class Chunk:
     prompt_P: Any
     choice: Choice
     seen_PV: Any = None
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class OwnChunk:
+    """Inputs of an augment's own, which follow those that rows hold.
+
+    Attributes:
+        tokens_PS: int32 [P, S]; None for features.
+        features_PSF: float32 [P, S, F]; None for tokens.
+        order_PS: int32 [P, S], the index of the first of the row's tokens that may see each.
+        length_P: int32 [P], number of inputs that are not padding.
+        rows_P: int32 [P], rows of the state; B or more: no row.
+        prompt_P: int32 [P], number of the row's tokens that are a prompt.
+    """
+
+    tokens_PS: Any
+    features_PSF: Any
+    order_PS: Any
+    length_P: Any
+    rows_P: Any
+    prompt_P: Any
 
 
 @jax.tree_util.register_dataclass

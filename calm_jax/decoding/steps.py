@@ -1,9 +1,9 @@
 """The compiled steps of decoding: one prefill of a chunk, or many tokens for each row.
 
-Both take the whole state and return it; its arrays are donated, so there is only one copy.
+They take the whole state and return it; its arrays are donated, so there is only one copy.
 
-Axes: B row of the state, P row of a prefill, T position in a chunk, R slot that is read, D model
-width, V vocabulary, N decoding step, k most probable tokens.
+Axes: B row of the state, P row of a prefill, T position in a chunk, S position of an augment's own
+inputs, R slot that is read, D model width, V vocabulary, N decoding step, k most probable tokens.
 """
 
 import dataclasses
@@ -17,19 +17,32 @@ from flax import nnx
 from calm_jax import sharding
 from calm_jax.decoding.rounds import chosen_tokens, drafted_round, token_round
 from calm_jax.decoding.sampling import Choice, log_probabilities
-from calm_jax.decoding.state import Chunk, News, State
+from calm_jax.decoding.state import Chunk, News, OwnChunk, State
 from calm_jax.models import Inputs
 
 SCORED = 16  # most positions whose logits are held at once; a longer chunk is a multiple of it
 
 
+class Static:
+    """A model's structure. Its hash, which takes milliseconds, is computed once for all steps."""
+
+    def __init__(self, graphdef: nnx.GraphDef):
+        self.graphdef, self._hash = graphdef, hash(graphdef)
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    def __eq__(self, other: Any) -> bool:
+        return isinstance(other, Static) and self.graphdef == other.graphdef
+
+
 @functools.partial(
     jax.jit,
-    static_argnames=("graphdef", "known", "read", "scored", "top"),
+    static_argnames=("static", "known", "read", "own_reads", "scored", "top"),
     donate_argnames=("state",),
 )
 def prefill(
-    graphdef: nnx.GraphDef,
+    static: Static,
     weights: nnx.State,
     state: State,
     chunk: Chunk,
@@ -39,6 +52,7 @@ def prefill(
     read: int,
     scored: bool,
     top: int,
+    own_reads: tuple[int | None, ...] = (),
 ) -> tuple[State, News, tuple[jax.Array, ...] | None]:
     """Reads a chunk; if it ends a prompt, chooses the first token of the answer.
 
@@ -48,18 +62,21 @@ def prefill(
         read: number of slots that are read, at least start + T.
         scored: whether log-probabilities of `next_PT` are needed.
         top: number of most probable tokens to return.
+        own_reads: number of slots that are read of each augment with inputs of its own, which all
+            hold what these tokens may see; None for others, () if all are others.
 
     Returns:
         the state; the first tokens; and the log-probabilities of `next_PT`, [P, T], with ids and
         log-probabilities of the most probable tokens, [P, T, k].
     """
     with _mesh_of(weights):
+        reads = (read, own_reads) if own_reads else (read,)
         return _prefill(
-            nnx.merge(graphdef, weights), state, chunk, ends_E, known, read, scored, top
+            nnx.merge(static.graphdef, weights), state, chunk, ends_E, known, reads, scored, top
         )
 
 
-def _prefill(model, state, chunk, ends_E, known, read, scored, top):
+def _prefill(model, state, chunk, ends_E, known, reads, scored, top):
     rows_P, T = chunk.rows_P, chunk.tokens_PT.shape[1]
     length_B = state.cache.slots.length_B.at[rows_P].set(chunk.start_P, mode="drop")
     real_PT = (jnp.arange(T) < chunk.length_P[:, None]).astype(jnp.int32)
@@ -68,7 +85,7 @@ def _prefill(model, state, chunk, ends_E, known, read, scored, top):
     inputs = Inputs(chunk.tokens_PT, segments_BT=real_PT, prompt_mask_BT=prompt_PT, packed=False)
     # Where there is a place for every row, each is at its own: nothing needs to be gathered.
     rows = None if len(rows_P) == len(length_B) else rows_P
-    cache = state.cache.with_length(length_B).using(rows, read)
+    cache = state.cache.with_length(length_B).using(rows, *reads)
     h_PTD, cache = model.residual(inputs, cache)
     last_P11 = jnp.maximum(chunk.length_P - 1, 0)[:, None, None]
     h_P1D = jnp.take_along_axis(h_PTD, last_P11, axis=1)
@@ -98,11 +115,11 @@ def _prefill(model, state, chunk, ends_E, known, read, scored, top):
 
 @functools.partial(
     jax.jit,
-    static_argnames=("graphdef", "known", "read", "most", "top", "draft"),
+    static_argnames=("static", "known", "read", "most", "top", "draft", "own_reads"),
     donate_argnames=("state",),
 )
 def decode(
-    graphdef: nnx.GraphDef,
+    static: Static,
     weights: nnx.State,
     state: State,
     ends_E: jax.Array,
@@ -114,6 +131,7 @@ def decode(
     most: int,
     top: int,
     draft: int = 0,
+    own_reads: tuple[int | None, ...] = (),
 ) -> tuple[State, News, jax.Array]:
     """Runs up to `rounds` rounds; each adds one token or more to each row that is not idle.
 
@@ -122,19 +140,21 @@ def decode(
             rounds can make.
         until_idle: bool, whether to stop as soon as another row is idle.
         draft: number of tokens that the augment drafts in each round.
+        own_reads: as for `prefill`. An augment that reads the answer needs one round a dispatch.
 
     Returns:
         the state; the tokens [N, B] of each step, N = `most` · (`draft` + 1); and int32 [2], the
         numbers of drafted tokens that were compared and that were accepted.
     """
     with _mesh_of(weights):
-        model = nnx.merge(graphdef, weights)
+        model = nnx.merge(static.graphdef, weights)
         add = (
             functools.partial(drafted_round, model, draft)
             if draft
             else functools.partial(token_round, model)
         )
-        add = functools.partial(add, ends_E=ends_E, known=known, read=read, top=top)
+        reads = (read, own_reads) if own_reads else (read,)
+        add = functools.partial(add, ends_E=ends_E, known=known, reads=reads, top=top)
         return _decode(add, state, rounds, until_idle, most, draft + 1, top)
 
 
@@ -191,10 +211,65 @@ def _laid_out(state: State) -> State:
     return dataclasses.replace(small, cache=state.cache)
 
 
-@functools.partial(jax.jit, static_argnames=("count",), donate_argnames=("state",))
-def copy_row(state: State, source: jax.Array, target: jax.Array, *, count: int) -> State:
-    """Row `target` gets the first `count` cached tokens of row `source`."""
-    return dataclasses.replace(state, cache=state.cache.with_copy(source, target, count))
+@functools.partial(
+    jax.jit, static_argnames=("static", "number", "read"), donate_argnames=("state",)
+)
+def read_own(
+    static: Static,
+    weights: nnx.State,
+    state: State,
+    chunk: OwnChunk,
+    *,
+    number: int,
+    read: int,
+) -> State:
+    """Augment `number` reads inputs of its own; `read` slots cover these."""
+    with _mesh_of(weights):
+        model, cache = nnx.merge(static.graphdef, weights), state.cache
+        real_PS = jnp.arange(chunk.order_PS.shape[1]) < chunk.length_P[:, None]
+        prompt_PS = real_PS & (chunk.order_PS < chunk.prompt_P[:, None])
+        own = Inputs(
+            chunk.tokens_PS,
+            chunk.features_PSF,
+            segments_BT=real_PS.astype(jnp.int32),
+            order_BT=chunk.order_PS,
+            prompt_mask_BT=prompt_PS.astype(jnp.int32),
+            packed=False,
+        )
+        rows = None if len(chunk.rows_P) == len(cache.slots.length_B) else chunk.rows_P
+        cache = model.read_own(number, own, cache.own_using(number, rows, read))
+        return _laid_out(dataclasses.replace(state, cache=cache.own_using(number)))
+
+
+@functools.partial(jax.jit, donate_argnames=("state",))
+def keep_own(state: State, row: jax.Array, kept: tuple[jax.Array | None, ...]) -> State:
+    """A row keeps the first `kept` inputs of each augment with inputs of its own."""
+    return dataclasses.replace(state, cache=state.cache.own_kept(row, kept))
+
+
+def grow_own(state: State, number: int, slots: int) -> State:
+    """The state with `slots` slots for the inputs of its own of augment `number`.
+
+    Only what grows is compiled: a donated array cannot become a larger one.
+    """
+    return dataclasses.replace(state, cache=state.cache.own_grown(number, slots))
+
+
+@functools.partial(jax.jit, static_argnames=("count", "own"), donate_argnames=("state",))
+def copy_row(
+    state: State,
+    source: jax.Array,
+    target: jax.Array,
+    *,
+    count: int,
+    own: tuple[int | None, ...] = (),
+) -> State:
+    """Row `target` gets the first `count` cached tokens of row `source`.
+
+    `own` is the number of slots of each augment with inputs of its own, as for `prefill`.
+    """
+    counts = (count, own) if own else (count,)
+    return dataclasses.replace(state, cache=state.cache.with_copy(source, target, *counts))
 
 
 @functools.partial(jax.jit, donate_argnames=("state",))

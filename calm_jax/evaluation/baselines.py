@@ -15,7 +15,7 @@ from calm_jax.decoding import Generator, Sampling
 from calm_jax.decoding.blocks import in_blocks
 from calm_jax.errors import CalmError
 from calm_jax.models import Decoder, Inputs
-from calm_jax.models.cache import ComposedCache
+from calm_jax.models.composed_cache import ComposedCache
 from calm_jax.models.matching import check_vocabularies
 
 

@@ -14,9 +14,9 @@ from flax import nnx
 from calm_jax.models.cache import KeysValues, Slots, Vectors
 from calm_jax.models.config import CompositionConfig, DecoderConfig
 from calm_jax.models.connections import Connection, ConnectionPlan, Round
-from calm_jax.models.cross_attention import BridgePass, CrossAttention, latent
+from calm_jax.models.cross_attention import BridgePass, CrossAttention, KeyPass, latent
 from calm_jax.models.inputs import Inputs
-from calm_jax.models.parameters import stacked
+from calm_jax.models.parameters import Structure, Tree, module_tree, stacked
 from calm_jax.models.taps import Taps
 
 
@@ -56,6 +56,22 @@ class Bridge(nnx.Module):
         )
 
 
+@functools.cache
+def initialiser(
+    plan: ConnectionPlan,
+    configs: tuple[CompositionConfig, ...],
+    anchor: DecoderConfig,
+    widths: tuple[int, ...],
+    mesh: jax.sharding.Mesh | None,
+) -> tuple[Structure, Callable[[jax.Array], Tree]]:
+    """A bridge's structure, and its arrays as a function of a key, which compiles once."""
+    make = functools.partial(Bridge, plan, configs, anchor, widths)
+    structure = Structure(nnx.eval_shape(lambda: make(nnx.Rngs(0))))
+    shardings = None if mesh is None else structure.shardings(mesh)
+    init = jax.jit(lambda key: module_tree(make(nnx.Rngs(params=key))), out_shardings=shardings)
+    return structure, init
+
+
 def with_taps(
     latents: Vectors,
     taps: Taps,
@@ -70,6 +86,30 @@ def with_taps(
         latent_PTE = latent(taps.layer(layer), config)
         latents = latents.write(number, slots, slots_PT, latent_PTE[:, :, None])
     return latents
+
+
+def with_keys_and_values(
+    cross_attention: CrossAttention,
+    tap: jax.Array,
+    cache: KeysValues,
+    forward: KeyPass,
+    dtype: Any,
+    stacked: bool,
+) -> KeysValues:
+    """The `cache` of an entry of a round, with keys and values of its tap added.
+
+    `tap` is [G, B, S, E] for the G connections of a `stacked` round, else [B, S, E].
+    """
+    graphdef, state = nnx.split(cross_attention)
+
+    def add(cache, inputs):
+        state, tap_BSE, number = inputs
+        k_BSNH, v_BSNH = nnx.merge(graphdef, state).keys_and_values(tap_BSE, dtype, forward)
+        return cache.write(number, forward.slots, forward.slots_BS, k_BSNH, v_BSNH), None
+
+    if not stacked:
+        return add(cache, (state, tap, 0))[0]
+    return jax.lax.scan(add, cache, (state, tap, jnp.arange(len(tap))))[0]
 
 
 def add_bridges(
@@ -89,7 +129,8 @@ def add_bridges(
         passes: what the connections of each augment share.
         observe: called with h, the result of f_cross and its attention weights.
         graphdef, state: the round's cross-attentions; in a stacked round those of one step.
-        taps: the tap of each entry; if latents are cached, the index of its layer among them.
+        taps: the tap of each entry; if latents are cached, the index of its layer among them. Not
+            used if keys and values are all cached.
         caches: the cache of each entry, None if latents are cached; empty without a cache.
         number: the step of a stacked round, else 0.
 
@@ -104,10 +145,12 @@ def add_bridges(
                 latent_BSE = forward.latents.read(taps[k], forward.slots, h_BTD.dtype)[:, :, 0]
                 y_BTD, weights = cross_attention.attend_to_latents(h_BTD, latent_BSE, forward), None
             else:
-                k_BSNH, v_BSNH = cross_attention.keys_and_values(taps[k], h_BTD.dtype, forward)
+                if not forward.written:
+                    k_BSNH, v_BSNH = cross_attention.keys_and_values(taps[k], h_BTD.dtype, forward)
+                    if caches:
+                        new = (forward.slots, forward.slots_BS, k_BSNH, v_BSNH)
+                        caches[k] = caches[k].write(number, *new)
                 if caches:
-                    written = (forward.slots, forward.slots_BS, k_BSNH, v_BSNH)
-                    caches[k] = caches[k].write(number, *written)
                     k_BSNH, v_BSNH = caches[k].read(number, forward.slots, h_BTD.dtype)
                 y_BTD, weights = cross_attention.attend(h_BTD, k_BSNH, v_BSNH, forward)
         sum_BTD += y_BTD

@@ -34,6 +34,8 @@ class Slots:
         segments_BS: int32 [B, S], the segment of the token in each slot; 0: empty.
         prompt_mask_BS: int32 [B, S], 1 where the token belongs to the prompt.
         length_B: int32 [B], number of tokens in each row.
+        order_BS: int32 [B, S], the order from which on queries see each slot, of those below the
+            length; None: the slot's number.
         rows_P: int32 [P], the cache's row of each row of the inputs; B or more: it is dropped.
             None: all rows, in order.
         read: number of slots R that are read, from the first; None: all. It must cover the new
@@ -43,14 +45,16 @@ class Slots:
     segments_BS: jax.Array
     prompt_mask_BS: jax.Array
     length_B: jax.Array
+    order_BS: jax.Array | None = None
     rows_P: jax.Array | None = None
     read: int | None = dataclasses.field(default=None, metadata={"static": True})
 
     @classmethod
-    def empty(cls, batch: int, slots: int) -> "Slots":
-        """All slots empty."""
+    def empty(cls, batch: int, slots: int, *, ordered: bool = False) -> "Slots":
+        """All slots empty; `ordered`: they have orders."""
         zeros_BS = sharding.constrain(jnp.zeros((batch, slots), jnp.int32), "batch", "cache_length")
-        return cls(zeros_BS, zeros_BS, sharding.constrain(jnp.zeros(batch, jnp.int32), "batch"))
+        length_B = sharding.constrain(jnp.zeros(batch, jnp.int32), "batch")
+        return cls(zeros_BS, zeros_BS, length_B, zeros_BS if ordered else None)
 
     @property
     def length_P(self) -> jax.Array:
@@ -61,8 +65,8 @@ class Slots:
         """The slots of new `filled` inputs, int32 [P, T]; S for padding."""
         return jnp.where(inputs.segments_BT != 0, inputs.order_BT, self.segments_BS.shape[1])
 
-    def write(self, inputs: Inputs) -> "Slots":
-        """A copy with the tokens of `filled` inputs [P, T]."""
+    def write(self, inputs: Inputs, order_PT: jax.Array | None = None) -> "Slots":
+        """A copy with the tokens of `filled` inputs [P, T], and their orders if slots have them."""
         slots_PT = self.slots_of(inputs)
 
         def put(x_BS, new_PT):
@@ -86,26 +90,24 @@ class Slots:
             segments_BS=put(self.segments_BS, inputs.segments_BT),
             prompt_mask_BS=prompt_mask_BS,
             length_B=length_B,
+            order_BS=None if self.order_BS is None else put(self.order_BS, order_PT),
         )
-
-    def with_copy(self, source: jax.Array, target: jax.Array, count: int) -> "Slots":
-        """A copy whose row `target` has the first `count` slots of row `source`.
-
-        Lengths do not change.
-        """
-        segments_BS, prompt_mask_BS = (
-            x_BS.at[target, :count].set(x_BS[source, :count])
-            for x_BS in (self.segments_BS, self.prompt_mask_BS)
-        )
-        return dataclasses.replace(self, segments_BS=segments_BS, prompt_mask_BS=prompt_mask_BS)
 
     def keys(self) -> Inputs:
-        """The slots that are read, as keys [P, R] ordered by slot number."""
+        """The slots that are read, as keys [P, R] in their order."""
         rows_P = slice(None) if self.rows_P is None else self.rows_P
         segments_PR, mask_PR = (
             x_BS[:, : self.read][rows_P] for x_BS in (self.segments_BS, self.prompt_mask_BS)
         )
-        return Inputs(segments_BT=segments_PR, prompt_mask_BT=mask_PR)
+        if self.order_BS is None:
+            return Inputs(segments_BT=segments_PR, prompt_mask_BT=mask_PR)
+        # What stands behind the length may have any order.
+        held_PR = jnp.arange(segments_PR.shape[1]) < self.length_P[:, None]
+        return Inputs(
+            segments_BT=jnp.where(held_PR, segments_PR, 0),
+            order_BT=self.order_BS[:, : self.read][rows_P],
+            prompt_mask_BT=mask_PR,
+        )
 
 
 @jax.tree_util.register_dataclass
@@ -270,52 +272,11 @@ class DecoderCache:
         return dataclasses.replace(self, slots=dataclasses.replace(self.slots, length_B=length_B))
 
     def with_copy(self, source: jax.Array, target: jax.Array, count: int) -> "DecoderCache":
-        """As `Slots.with_copy`."""
-        layers = _with_copy(self.layers, source, target, count)
-        return DecoderCache(layers, self.slots.with_copy(source, target, count))
+        """A copy whose row `target` has the first `count` slots of row `source`.
 
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class ComposedCache:
-    """The cache of a composed model.
-
-    Attributes:
-        anchor: the anchor's.
-        augments: the cache of each augment, of whatever type the augment uses.
-        bridge: keys and values of f_cross, for each round and each entry of its plan; L is the
-            number of connections in the entry. None where `latents` replace them.
-        latents: for each augment the latents of its taps, one head as wide as the augment; L is the
-            number of its tapped layers. None where `bridge` holds keys and values.
-    """
-
-    anchor: DecoderCache
-    augments: tuple[Any, ...]
-    bridge: tuple[tuple[KeysValues | None, ...], ...]
-    latents: tuple[Vectors | None, ...]
-
-    @property
-    def slots(self) -> Slots:
-        return self.anchor.slots
-
-    def using(self, rows_P: jax.Array | None = None, read: int | None = None) -> "ComposedCache":
-        """As `DecoderCache.using`."""
-        return self._mapped(lambda cache: cache.using(rows_P, read))
-
-    def with_length(self, length_B: jax.Array) -> "ComposedCache":
-        """As `DecoderCache.with_length`."""
-        return self._mapped(lambda cache: cache.with_length(length_B))
-
-    def with_copy(self, source: jax.Array, target: jax.Array, count: int) -> "ComposedCache":
-        """As `DecoderCache.with_copy`."""
-        cache = self._mapped(lambda cache: cache.with_copy(source, target, count))
-        bridge, latents = _with_copy((self.bridge, self.latents), source, target, count)
-        return dataclasses.replace(cache, bridge=bridge, latents=latents)
-
-    def _mapped(self, function) -> "ComposedCache":
-        return dataclasses.replace(
-            self, anchor=function(self.anchor), augments=tuple(map(function, self.augments))
-        )
+        Lengths do not change.
+        """
+        return with_copy(self, source, target, count)
 
 
 def filled(inputs: Inputs, slots: Slots | None) -> Inputs:
@@ -331,6 +292,14 @@ def filled(inputs: Inputs, slots: Slots | None) -> Inputs:
     return inputs.filled(slots.length_P)
 
 
-def _with_copy(vectors: Any, source: jax.Array, target: jax.Array, count: int) -> Any:
-    """`Slots.with_copy` for the `Vectors` of any tree."""
-    return jax.tree.map(lambda x: x.at[:, target, :, :count].set(x[:, source, :, :count]), vectors)
+def with_copy(tree: Any, source: jax.Array, target: jax.Array, count: int) -> Any:
+    """`DecoderCache.with_copy` for any tree of caches."""
+
+    def copied(x):
+        if x.ndim == 1:
+            return x
+        if x.ndim == 2:
+            return x.at[target, :count].set(x[source, :count])
+        return x.at[:, target, :, :count].set(x[:, source, :, :count])
+
+    return jax.tree.map(copied, tree)

@@ -17,20 +17,21 @@ from flax import nnx
 
 from calm_jax import sharding
 from calm_jax.errors import CalmError
-from calm_jax.models.bridge import Bridge, add_bridges, with_taps
-from calm_jax.models.cache import ComposedCache, DecoderCache, filled
+from calm_jax.models.bridge import Bridge, add_bridges, initialiser, with_taps
+from calm_jax.models.cache import DecoderCache, filled
 from calm_jax.models.calling import call
-from calm_jax.models.config import CompositionConfig, DecoderConfig
-from calm_jax.models.connections import Connection, ConnectionPlan, plan_connections
+from calm_jax.models.composed_cache import ComposedCache
+from calm_jax.models.config import CompositionConfig
+from calm_jax.models.connections import Connection, plan_connections
 from calm_jax.models.cross_attention import BridgePass
 from calm_jax.models.cross_cache import empty_cross_cache
 from calm_jax.models.decoder import Decoder
 from calm_jax.models.execution import Execution, gradients_at_once
 from calm_jax.models.inputs import Inputs
 from calm_jax.models.layer import ForwardPass
-from calm_jax.models.matching import check_devices, check_shared, differ
+from calm_jax.models.matching import check_devices, differ
+from calm_jax.models.own_cache import cached
 from calm_jax.models.own_inputs import as_keys, own_inputs
-from calm_jax.models.parameters import Structure, Tree, module_tree
 from calm_jax.models.stack import run_layers
 from calm_jax.models.taps import Augment, Perturb, TapNumbers, Taps, item_shape
 
@@ -184,10 +185,20 @@ class ComposedDecoder(nnx.Module):
     ) -> tuple[jax.Array, ComposedCache | None]:
         """The bridged residual stream of the anchor [B, T, D], and the updated cache.
 
-        `taps` are those of augments, by number, whose caches already hold the inputs.
+        `taps` are those of augments, by number, whose caches already hold the inputs. Into a cache
+        augments with inputs of their own read them before, by `read_own`.
         """
         x_BTD, cache, _ = self._run(inputs, cache, known_taps=taps)
         return x_BTD, cache
+
+    def read_own(self, number: int, own: Inputs, cache: ComposedCache) -> ComposedCache:
+        """The cache after augment `number` has read further inputs of its own.
+
+        Args:
+            own: [P, S], after those that the cache holds; `order_BT` are indices in the anchor's
+                rows, which are one sequence each. Features of a row come all at once.
+        """
+        return cached(self, number, own, cache)
 
     def logits(self, x_BTD: jax.Array) -> jax.Array:
         """The anchor's final norm and head: float32 [B, T, V] for a residual stream [B, T, D]."""
@@ -230,31 +241,40 @@ class ComposedDecoder(nnx.Module):
         return self.augments[number].taps(read, self.plan.tap_layers[number])[0]
 
     def init_cache(
-        self, batch: int, slots: int, dtype: Any = None, whole: Sequence[int] = ()
+        self,
+        batch: int,
+        slots: int,
+        dtype: Any = None,
+        whole: Sequence[int] = (),
+        own: Mapping[int, int] | None = None,
     ) -> ComposedCache:
         """An empty cache for `batch` rows of up to `slots` tokens.
 
         Args:
             dtype: that of keys and values; default: that of each model's config.
             whole: numbers of augments that run all their layers, not only those up to a tap.
-
-        Raises:
-            CalmError: an augment does not read the anchor's tokens.
+            own: for augments with inputs of their own, by number, how many of these a row has at
+                most; default: `slots`.
         """
-        check_shared(self, "a cache")
         array, described = self.anchor.embedding.get_value(), (self.plan, self.configs, self.config)
-        sizes = (batch, slots, dtype or self.config.dtype)
+        own_slots = tuple(
+            (own or {}).get(number, slots) if needed else None
+            for number, needed in enumerate(self.own_tokens)
+        )
+
+        def of_augment(number: int) -> Any:
+            augment, layers = self.augments[number], self.plan.tap_layers[number][-1] + 1
+            if item_shape(augment) is not None:
+                return None
+            layers = augment.depth if number in whole else layers
+            return augment.init_cache(batch, own_slots[number] or slots, layers, dtype)
+
+        sizes = (self._widths, batch, slots, own_slots, dtype or self.config.dtype)
         return ComposedCache(
             self.anchor.init_cache(batch, slots, dtype=dtype),
-            tuple(
-                augment.init_cache(
-                    batch, slots, augment.depth if number in whole else layers[-1] + 1, dtype
-                )
-                for number, (augment, layers) in enumerate(
-                    zip(self.augments, self.plan.tap_layers, strict=True)
-                )
-            ),
-            *empty_cross_cache(array, *described, self._widths, *sizes),
+            tuple(map(of_augment, range(len(self.augments)))),
+            *empty_cross_cache(array, *described, *sizes),
+            tuple(tuple(entry[0].augment for entry in x.entries) for x in self.plan.rounds),
         )
 
     @property
@@ -264,9 +284,7 @@ class ComposedDecoder(nnx.Module):
     def _init_bridge(self, rngs: nnx.Rngs) -> Bridge:
         """A new bridge, sharded on the anchor's mesh: it may be too large for one device."""
         mesh = sharding.mesh_holding(self.anchor.embedding.get_value())
-        structure, init = _bridge_initialiser(
-            self.plan, self.configs, self.anchor.config, self._widths, mesh
-        )
+        structure, init = initialiser(self.plan, self.configs, self.config, self._widths, mesh)
         return structure.merge(init(rngs.params()))
 
     def _run(
@@ -287,6 +305,7 @@ class ComposedDecoder(nnx.Module):
         own = own_inputs(inputs, self.augments, self.own_tokens, cached=cache is not None)
         inputs = filled(inputs.replace(augments=()), before)
         slots = None if before is None else before.write(inputs)
+        own_slots = [cache and cache.own_slots(number) for number in range(len(self.augments))]
         taps, augment_caches = [], []
         # A cache orders its tokens itself.
         given = inputs if cache is None else inputs.replace(order_BT=None)
@@ -294,7 +313,9 @@ class ComposedDecoder(nnx.Module):
             zip(self.augments, self.plan.tap_layers, strict=True)
         ):
             before = None if cache is None else cache.augments[number]
-            if known_taps and number in known_taps:
+            if own_slots[number] is not None:
+                tap, after = TapNumbers(tap_layers), before
+            elif known_taps and number in known_taps:
                 tap, after = known_taps[number], before
             else:
                 read = given if own[number] is None else own[number].replace(order_BT=None)
@@ -308,12 +329,13 @@ class ComposedDecoder(nnx.Module):
         passes = []
         for number, config in enumerate(self.configs):
             latents = None if cache is None else cache.latents[number]
-            tap_layers = self.plan.tap_layers[number]
-            if latents is not None:
+            tap_layers, held = self.plan.tap_layers[number], own_slots[number]
+            if latents is not None and held is None:
                 latents = with_taps(latents, taps[number], tap_layers, config, slots, inputs)
                 taps[number] = TapNumbers(tap_layers)
             keys = own[number] and as_keys(own[number], inputs, config)
-            passes.append(BridgePass(config, self.config, execution, inputs, keys, slots, latents))
+            kept = (slots, latents) if held is None else (held, latents, True)
+            passes.append(BridgePass(config, self.config, execution, inputs, keys, *kept))
         forward = ForwardPass(self.config, self.anchor.execution, inputs, slots)
         layers, layer_cache = self.anchor.layers, None if cache is None else cache.anchor.layers
         bridge_caches = ((),) * len(self.plan.rounds) if cache is None else cache.bridge
@@ -367,26 +389,11 @@ class ComposedDecoder(nnx.Module):
                 each = [None] * len(entry) if values is None else values
                 observed.update(zip(entry, each, strict=True))
         if cache is not None:
-            cache = ComposedCache(
-                DecoderCache(layer_cache, slots),
-                tuple(augment_caches),
-                tuple(next_bridge_caches),
-                tuple(forward.latents for forward in passes),
+            cache = dataclasses.replace(
+                cache,
+                anchor=DecoderCache(layer_cache, slots),
+                augments=tuple(augment_caches),
+                bridge=tuple(next_bridge_caches),
+                latents=tuple(forward.latents for forward in passes),
             )
         return h_BTD, cache, [observed[connection] for connection in self.connections]
-
-
-@functools.cache
-def _bridge_initialiser(
-    plan: ConnectionPlan,
-    configs: tuple[CompositionConfig, ...],
-    anchor: DecoderConfig,
-    widths: tuple[int, ...],
-    mesh: jax.sharding.Mesh | None,
-) -> tuple[Structure, Callable[[jax.Array], Tree]]:
-    """A bridge's structure, and its arrays as a function of a key, which compiles once."""
-    make = functools.partial(Bridge, plan, configs, anchor, widths)
-    structure = Structure(nnx.eval_shape(lambda: make(nnx.Rngs(0))))
-    shardings = None if mesh is None else structure.shardings(mesh)
-    init = jax.jit(lambda key: module_tree(make(nnx.Rngs(params=key))), out_shardings=shardings)
-    return structure, init

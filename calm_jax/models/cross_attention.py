@@ -36,7 +36,24 @@ NORM_EPS = 1e-6
 ROPE_BASE = 10_000.0
 
 
-class BridgePass:
+class KeyPass:
+    """What the keys and values of the connections of one augment share in one forward pass.
+
+    Args:
+        taps: the augment's `filled` inputs [B, S].
+        slots: the slots of a cache that already holds `taps`; None: there is no cache.
+    """
+
+    def __init__(
+        self, config: CompositionConfig, anchor: DecoderConfig, taps: Inputs, slots: Slots | None
+    ):
+        self.slots, self.slots_BS = slots, None if slots is None else slots.slots_of(taps)
+        if config.rotary:
+            head_dim = heads(config, anchor)[1]
+            self.key_angles = rope_angles(taps.positions_BT, head_dim, ROPE_BASE)
+
+
+class BridgePass(KeyPass):
     """What the connections of one augment share in one forward pass.
 
     Args:
@@ -45,6 +62,7 @@ class BridgePass:
         slots: the slots of a cache that already holds `taps`; default: queries see only `taps`.
         latents: the cache of the augment's latents, which already holds those of `taps`; default:
             connections compute keys and values of `taps`, and cache them if there is a cache.
+        written: whether the caches already hold all keys and values too: `taps` are not used.
 
     Raises:
         CalmError: `encoder_only` is set and the inputs have no prompt mask.
@@ -59,8 +77,10 @@ class BridgePass:
         taps: Inputs | None = None,
         slots: Slots | None = None,
         latents: Vectors | None = None,
+        written: bool = False,
     ):
         taps = queries if taps is None else taps
+        super().__init__(config, anchor, taps, slots)
         keys = taps if slots is None else slots.keys()
         if config.encoder_only:
             if taps.prompt_mask_BT is None:
@@ -69,8 +89,7 @@ class BridgePass:
                     "'decoder_causal_attention'"
                 )
             keys = keys.prompt()
-        self.slots, self.slots_BS = slots, None if slots is None else slots.slots_of(taps)
-        self.latents = latents
+        self.latents, self.written = latents, written
         head_dim = heads(config, anchor)[1]
         latent_dim = None if latents is None else latents.values_LBKSH.shape[-1]
         need = Need.of_bridge(config, anchor, latent_dim)
@@ -82,7 +101,6 @@ class BridgePass:
         )
         if config.rotary:
             self.query_angles = rope_angles(queries.positions_BT, head_dim, ROPE_BASE)
-            self.key_angles = rope_angles(taps.positions_BT, head_dim, ROPE_BASE)
 
 
 class CrossAttention(nnx.Module):
@@ -120,7 +138,7 @@ class CrossAttention(nnx.Module):
             last.set_value(jnp.zeros_like(last.get_value()))
 
     def keys_and_values(
-        self, tap_BSE: jax.Array, dtype: jnp.dtype, forward: BridgePass
+        self, tap_BSE: jax.Array, dtype: jnp.dtype, forward: KeyPass
     ) -> tuple[jax.Array, jax.Array]:
         """Keys and values [B, S, N, H] of a tap [B, S, E], in the compute dtype `dtype`."""
         config = self.config
@@ -204,7 +222,7 @@ class CrossAttention(nnx.Module):
             x_BTNH += self.value_bias[...].astype(dtype)
         return self._result(h_BTD, split_by_heads(x_BTNH), forward)
 
-    def _projected(self, x_BSE: jax.Array, forward: BridgePass) -> tuple[jax.Array, jax.Array]:
+    def _projected(self, x_BSE: jax.Array, forward: KeyPass) -> tuple[jax.Array, jax.Array]:
         """Keys and values [B, S, N, H] of a normed tap [B, S, E], in its dtype."""
         config, x_BSD, dtype = self.config, x_BSE, x_BSE.dtype
         if self.projection is not None:

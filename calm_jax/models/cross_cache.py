@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from calm_jax import sharding
-from calm_jax.models.cache import KEY_AXES, LATENT_AXES, KeysValues, Vectors
+from calm_jax.models.cache import KEY_AXES, LATENT_AXES, KeysValues, Slots, Vectors
 from calm_jax.models.calling import make_on_mesh_of
 from calm_jax.models.config import CompositionConfig, DecoderConfig, heads
 from calm_jax.models.connections import Connection, ConnectionPlan
@@ -101,32 +101,42 @@ def empty_cross_cache(
     widths: tuple[int, ...],
     batch: int,
     slots: int,
+    own: tuple[int | None, ...],
     dtype: Any,
-) -> tuple[BridgeCaches, tuple[Vectors | None, ...]]:
-    """`bridge` and `latents` of a `ComposedCache`, empty, on the mesh of `array`."""
+) -> tuple[BridgeCaches, tuple[Vectors | None, ...], tuple[Slots | None, ...]]:
+    """`bridge`, `latents` and `own` of a `ComposedCache`, empty, on the mesh of `array`.
+
+    `own` is the number of slots of each augment with inputs of its own; None for others.
+    """
     sizes = cross_bytes(plan, configs, anchor, widths, dtype, sharding.current_mesh(array))
     are_latent = tuple(size.is_latent for size in sizes)
-    arguments = (plan, configs, anchor, widths, are_latent, batch, slots, dtype)
+    arguments = (plan, configs, anchor, widths, are_latent, batch, slots, own, dtype)
     return make_on_mesh_of(array, _empty, arguments)
 
 
 def _empty(
-    plan, configs, anchor, widths, are_latent, batch, slots, dtype
-) -> tuple[BridgeCaches, tuple[Vectors | None, ...]]:
+    plan, configs, anchor, widths, are_latent, batch, slots, own, dtype
+) -> tuple[BridgeCaches, tuple[Vectors | None, ...], tuple[Slots | None, ...]]:
+    slots_of = [slots if of_augment is None else of_augment for of_augment in own]
+
     def projected(entry: tuple[Connection, ...]) -> KeysValues | None:
         augment = entry[0].augment
         if are_latent[augment]:
             return None
         N, H = heads(configs[augment], anchor)
-        return KeysValues.empty(len(entry), batch, N, slots, H, dtype)
+        return KeysValues.empty(len(entry), batch, N, slots_of[augment], H, dtype)
 
-    def latent(layers: int, width: int) -> Vectors:
-        return Vectors.empty(layers, batch, 1, slots, width, dtype, LATENT_AXES, _groups(width))
+    def latent(augment: int) -> Vectors | None:
+        if not are_latent[augment]:
+            return None
+        layers, width = len(plan.tap_layers[augment]), widths[augment]
+        sizes = (layers, batch, 1, slots_of[augment], width)
+        return Vectors.empty(*sizes, dtype, LATENT_AXES, _groups(width))
 
-    bridge = tuple(tuple(map(projected, round_.entries)) for round_ in plan.rounds)
-    return bridge, tuple(
-        latent(len(layers), width) if is_latent else None
-        for layers, width, is_latent in zip(plan.tap_layers, widths, are_latent, strict=True)
+    return (
+        tuple(tuple(map(projected, round_.entries)) for round_ in plan.rounds),
+        tuple(map(latent, range(len(widths)))),
+        tuple(None if x is None else Slots.empty(batch, x, ordered=True) for x in own),
     )
 
 

@@ -22,7 +22,7 @@ def own_inputs(
     Args:
         inputs: the anchor's, before they are filled.
         needed: for each augment, whether it cannot read the anchor's tokens.
-        cached: whether there is a cache.
+        cached: whether there is a cache, in which `read_own` puts own inputs.
 
     Raises:
         CalmError: inputs are missing, too many, without an order, with a cache, or of features
@@ -36,7 +36,7 @@ def own_inputs(
     for number, (augment, is_needed) in enumerate(zip(augments, needed, strict=True)):
         own, shape = inputs.of_augment(number), item_shape(augment)
         if own is None:
-            if is_needed:
+            if is_needed and not cached:
                 why, maker = why_own(augment)
                 raise CalmError(
                     f"augment {number} {why}, so it needs inputs of its own (Inputs.augments, "
@@ -47,7 +47,7 @@ def own_inputs(
         elif cached or inputs.order_BT is not None:
             raise CalmError(
                 f"augment {number} has inputs of its own, which need the order of the anchor's "
-                "array and no cache"
+                "array and no cache; read_own puts them into one"
             )
         if own is not None:
             if shape is not None:

@@ -47,7 +47,8 @@ def item_shape(augment: Augment) -> tuple[int, int] | None:
     """(P, F) of an augment that reads items of features, such as images; None: it reads tokens.
 
     An item is P positions in a row, of F features each. The augment finds the items of a row in
-    `Inputs.features_BTD` [B, n · P, F], one after another, and has a state for each position.
+    `Inputs.features_BTD` [B, n · P, F], one after another, and has a state for each position. An
+    item's states must not depend on later items. Such an augment needs no `init_cache`.
     """
     return getattr(augment, "item_shape", None)
 

@@ -6,7 +6,6 @@ from typing import Any
 from calm_jax.decoding.scheduler import Scheduler
 from calm_jax.errors import CalmError
 from calm_jax.models import ComposedDecoder, Decoder
-from calm_jax.models.matching import check_shared
 from calm_jax.serving.engine_thread import ServedModel
 
 
@@ -22,9 +21,8 @@ def served_models(
         options: arguments of every `Scheduler`; but parts do not draft.
 
     Raises:
-        CalmError: the model has no vocabulary, or an augment another one than the anchor.
+        CalmError: the model has no vocabulary.
     """
-    check_shared(model, "calm serve")
     if model.vocabulary is None:
         raise CalmError(f"{name} has no vocabulary, so its answers have no text")
     parts = {name: model}

@@ -52,7 +52,7 @@ def ideal(latent: bool) -> int:
 def decoding_step(model):
     """A generator's scheduler, and a step of its program: as a function of arrays, and compiled."""
     scheduler = Generator(model, max_length=SLOTS, slots=ROWS).scheduler
-    graphdef, weights, state = scheduler._graphdef, scheduler._weights, scheduler._state
+    graphdef, weights, state = scheduler._static, scheduler._weights, scheduler._state
     arrays = (weights, state, scheduler._ends_E, np.int32(1), np.bool_(False))
     options = {"known": V, "read": SLOTS, "most": 1, "top": 0}
     flops = matmul_flops(lambda *arrays: steps.decode(graphdef, *arrays, **options), *arrays)
