@@ -148,7 +148,7 @@ def main(_) -> None:
         rows.append((f"{name}: rate of convert / cp", round(cp / ours, 2), ">= 0.5"))
     bound = 2.5 * largest + 1e9
     rows.append(("convert: peak memory, GB", round(max(peaks) / 1e9, 2), f"<= {bound / 1e9:.2f}"))
-    for dtype in (None, "int8"):
+    for dtype in (None, "int8", "int4"):
         seconds, peak, before, whole, most = in_process(load, str(target), dtype)
         name = f"load as {dtype or 'stored'}, 8 devices"
         rows.append((f"{name}: GB/s", round(whole / seconds / 1e9, 2), ""))

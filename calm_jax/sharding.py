@@ -40,15 +40,24 @@ RULES: Rules = {
     "vocab": ("tensor",),
     "layers": (),
     "lora_rank": (),
+    # Groups of weights along an axis, which share a scale, are split as the axis.
+    "embed_groups": ("fsdp",),
+    "head_dim_groups": (),
+    "mlp_groups": ("tensor",),
 }
 
 # Rules of weights by the config's `weight_sharding`: "all" splits them over all devices of a slice.
 # Each layer is gathered when it runs.
-WEIGHT_RULES: dict[str, Rules] = {"fsdp": RULES, "all": {**RULES, "embed": ("data", "fsdp")}}
+_ALL = ("data", "fsdp")
+WEIGHT_RULES: dict[str, Rules] = {
+    "fsdp": RULES,
+    "all": {**RULES, "embed": _ALL, "embed_groups": _ALL},
+}
 
 # Logical axes of weights that are not split if the mesh does not divide them: there may be fewer
-# key heads than devices along `tensor`, and an augment may have any width.
-REPLICATED_WHEN_INDIVISIBLE = frozenset({"kv_heads", "augment_embed"})
+# key heads than devices along `tensor`, an augment may have any width, and a device's share of a
+# weight may end within a group.
+REPLICATED_WHEN_INDIVISIBLE = frozenset({"kv_heads", "augment_embed", "embed_groups", "mlp_groups"})
 
 
 def make_mesh(shape: Mapping[str, int], devices: list[jax.Device] | None = None) -> Mesh:
@@ -261,7 +270,7 @@ def look_up(
     width with it, and sends the results back to them. The table is never gathered.
 
     Args:
-        table_VD: float or int8 [V, D].
+        table_VD: float or integers [V, D].
         ids_BT: int32 [B, T].
 
     Returns:
@@ -281,7 +290,7 @@ def look_up(
             ids_BT = jax.lax.all_gather(ids_BT, exchanged, tiled=True)
         first = jax.lax.axis_index(vocab) * len(table_VD) if vocab else 0
         here_BT1 = ((ids_BT >= first) & (ids_BT < first + len(table_VD)))[:, :, None]
-        x_BTD = jnp.where(here_BT1, table_VD[ids_BT - first], 0).astype(dtype)
+        x_BTD = jnp.where(here_BT1, table_VD[ids_BT - first].astype(dtype), 0)
         if vocab and length:
             x_BTD = jax.lax.psum_scatter(x_BTD, vocab, scatter_dimension=1, tiled=True)
         elif vocab:

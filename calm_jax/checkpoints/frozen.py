@@ -37,13 +37,13 @@ from calm_jax.errors import CalmError
 from calm_jax.models import Decoder, DecoderConfig
 from calm_jax.models.lora import lora_in
 from calm_jax.models.parameters import Structure, Tree, insert, module_tree, path_name
-from calm_jax.models.quantized import quantized_leaves
+from calm_jax.models.quantized import QUANTIZERS, quantized_leaves
 from calm_jax.presets import is_preset
 from calm_jax.sharding import RULES, Rules, on_host
 
 FORMAT = "calm_jax frozen folder, version 3"
 STORED_DTYPES = ("float32", "bfloat16")
-DTYPES = (*STORED_DTYPES, "int8")
+DTYPES = (*STORED_DTYPES, *QUANTIZERS)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,12 +149,13 @@ def load(
         target: a folder made by `convert` or `save_frozen`.
         mesh: where the weights go; default: the first device.
         dtype: "float32" or "bfloat16", for weights and computation; "int8": matrices in int8 with a
-            float32 scale per output channel, everything else in the stored dtype; default: the
-            stored dtype.
+            float32 scale per output channel, or "int4": with a float16 scale for each 32 weights of
+            one, everything else in the stored dtype; default: the stored dtype.
 
     Raises:
         CalmError: the folder is not a frozen folder, is damaged in any bit that matters, or holds
-            arrays that its config does not describe.
+            arrays that its config does not describe; the dtype is unknown, or a matrix has a size
+            that groups of int4 weights do not divide.
 
     >>> import tempfile
     >>> from flax import nnx
@@ -269,7 +270,7 @@ def load_described(
     config = described.config
     if dtype is not None and dtype not in DTYPES:
         raise CalmError(f"dtype {dtype!r} is unknown; known are {', '.join(DTYPES)}")
-    if dtype == "int8":
+    if dtype in QUANTIZERS:
         config = dataclasses.replace(config, weights=dtype)
     elif dtype is not None:
         config = dataclasses.replace(config, dtype=dtype)
@@ -277,12 +278,13 @@ def load_described(
     on_disk = _structure(dataclasses.replace(config, weights=None))
     tree: dict[str, Any] = {}
     with Reader(described.folder, layout_of(described.config), described.chunks) as reader:
-        # Quantised layer by layer: a stack of floats would be twice its int8 bytes.
-        by_layer = on_disk.summed() if config.weights == "int8" else ()
+        # Quantised layer by layer: a stack of floats would be at least twice the bytes.
+        by_layer = on_disk.summed() if config.weights else ()
         shardings = _shardings(on_disk, mesh, rules)
         leaves = read_leaves(reader, on_disk, shardings, config.dtype, by_layer)
-        if config.weights == "int8":
-            leaves = quantized_leaves(leaves, on_disk, _shardings(structure, mesh, rules))
+        if config.weights:
+            places = _shardings(structure, mesh, rules)
+            leaves = quantized_leaves(leaves, on_disk, places, config.weights)
         for path, array in leaves:
             insert(tree, path, array)
     decoder = structure.merge(tree)

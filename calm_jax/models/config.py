@@ -93,8 +93,9 @@ class DecoderConfig:
     tied_head: bool = True  # the embedding is also the output matrix
 
     dtype: Literal["float32", "bfloat16"] = "float32"  # dtype of matmuls and the residual stream
-    # "int8": frozen matrices with a scale per output channel; None: floats
-    weights: Literal["int8"] | None = None
+    # Frozen matrices in int8 with a scale per output channel, or in int4 with one for each 32
+    # weights; None: floats.
+    weights: Literal["int8", "int4"] | None = None
 
     def __post_init__(self):
         for name in _SIZES:
@@ -192,7 +193,7 @@ _CHOICES = {
     "qk_norm": (None, "rms", "l2"),
     "rope": (None, "half", "interleaved"),
     "dtype": ("float32", "bfloat16"),
-    "weights": (None, "int8"),
+    "weights": (None, "int8", "int4"),
 }
 
 

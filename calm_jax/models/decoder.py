@@ -27,8 +27,8 @@ from calm_jax.models.taps import Taps
 class Decoder(nnx.Module):
     """A decoder with random parameters; `calm_jax.load` returns one with trained parameters.
 
-    Parameters are float32; with `config.weights="int8"` matrices are int8
-    (`calm_jax.models.quantized`).
+    Parameters are float32; with `config.weights` "int8" or "int4" matrices are integers with
+    scales (`calm_jax.models.quantized`).
 
     Attributes:
         layers: a `Layer` whose arrays have a leading axis of layers.
@@ -58,8 +58,8 @@ class Decoder(nnx.Module):
         self.head_bias = constant(0.0, (V,), ("vocab",)) if config.head_bias else None
         self.origin = Origin()
         self.execution = Execution()
-        if config.weights == "int8":
-            quantize_module(self)
+        if config.weights is not None:
+            quantize_module(self, config.weights)
 
     def __call__(self, inputs: Inputs | jax.Array) -> jax.Array:
         """Logits of the next token at every position.

@@ -15,7 +15,7 @@ from flax import nnx
 
 from calm_jax.errors import CalmError
 from calm_jax.models.origin import Origin
-from calm_jax.models.quantized import SCALE
+from calm_jax.models.quantized import kind_of, shape_of
 
 A, B = "_lora_a", "_lora_b"
 
@@ -83,7 +83,7 @@ def add_lora(decoder: nnx.Module, config: LoRAConfig, rngs: nnx.Rngs) -> None:
     for name in config.targets or sorted(matrices):
         module, param = matrices[name]
         axes, summed = param.get_metadata("axes"), param.get_metadata("summed")
-        shape = param.get_value().shape
+        shape = shape_of(param)
         stacked, size = shape[: len(shape) - len(axes)], shape[len(shape) - len(axes) :]
         inputs = [i for i in range(len(axes)) if i - len(axes) in summed]
         outputs = [i for i in range(len(axes)) if i - len(axes) not in summed]
@@ -132,17 +132,17 @@ def merge_lora(decoder: nnx.Module) -> None:
     It is then no longer the model it was loaded from: of its origin, only the vocabulary remains.
 
     Raises:
-        CalmError: a matrix is int8 and cannot hold the sum.
+        CalmError: a matrix is int8 or int4 and cannot hold the sum.
     """
     if lora_in(decoder) is None:
         return
     for _, module in list(nnx.iter_modules(decoder.layers)):
         for attribute in [name for name in vars(module) if name.endswith(A)]:
             name = attribute.removesuffix(A)
-            if hasattr(module, name + SCALE):
-                raise CalmError(f"{name} is int8; a LoRA update can only be merged into floats")
             matrix = getattr(module, name)
             weight = matrix.get_value()
+            if kind := kind_of(matrix):
+                raise CalmError(f"{name} is {kind}; a LoRA update can only be merged into floats")
             axes = weight.ndim - len(matrix.get_metadata("axes"))
             a, b = getattr(module, name + A).get_value(), getattr(module, name + B).get_value()
             product = jnp.tensordot

@@ -17,6 +17,8 @@ from calm_jax.errors import CalmError
 
 Tree = dict[str, Any]
 
+SCALE = "_scale"  # ends the name of the scales of a quantized matrix
+
 
 def matrix(rngs: nnx.Rngs, shape, axes, *, inputs: int, scale: float = 1.0) -> nnx.Param:
     """A float32 matrix, N(0, 1/fan_in) times `scale`, whose first `inputs` axes are summed over."""
@@ -146,8 +148,12 @@ def check_same_tree(expected: Tree, found: Tree, where: str) -> None:
 
 
 def count(tree: Tree) -> int:
-    """Number of parameters."""
-    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))
+    """Number of parameters: two to a byte in uint8, as int4 has them; scales are none."""
+    return sum(
+        math.prod(leaf.shape) * (2 if leaf.dtype == jnp.uint8 else 1)
+        for path, leaf in jax.tree.leaves_with_path(tree)
+        if not path_name(path).endswith(SCALE)
+    )
 
 
 def size_in_bytes(tree: Any) -> int:

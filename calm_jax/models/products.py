@@ -1,4 +1,4 @@
-"""Products with weights that are float or int8, with or without a LoRA update.
+"""Products with weights that are float, int8 or int4, with or without a LoRA update.
 
 Axes: B batch, T position, D model width, V vocabulary.
 """
@@ -12,7 +12,8 @@ from flax import nnx
 
 from calm_jax import sharding
 from calm_jax.models.lora import lora_product
-from calm_jax.models.quantized import SCALE
+from calm_jax.models.parameters import SCALE
+from calm_jax.models.quantized import unpacked
 
 
 def product(
@@ -38,7 +39,13 @@ def product(
         y = multiply(x, weight)
         return (y * scale).astype(y.dtype)
 
-    y = multiply(x, weight) if scale is None else scaled(x, weight, scale[...])
+    if scale is None:
+        y = multiply(x, weight)
+    elif scale.ndim == weight.ndim:
+        result = None if dtype == x.dtype else dtype
+        y = _product_in_groups(equation, x.dtype, result, x, weight, scale[...])
+    else:
+        y = scaled(x, weight, scale[...])
     update = lora_product(equation, x, module, name)
     return y if update is None else y + update.astype(y.dtype)
 
@@ -53,19 +60,66 @@ def contract(equation: str, x: jax.Array, weight: jax.Array, dtype: Any = None) 
         equation: must end with the axes of the weight that are not summed over.
         dtype: of the result; default: that of the factors.
     """
+    return jnp.tensordot(x, weight, _summed(equation), preferred_element_type=dtype)
+
+
+def _summed(equation: str) -> tuple[list[int], list[int]]:
+    """The axes of x and of the weight that are summed over, in the order of the weight's."""
     of_x, of_weight = equation.split("->")[0].split(",")
     summed = [axis for axis in of_weight if axis in of_x]
-    axes = tuple([names.index(axis) for axis in summed] for names in (of_x, of_weight))
-    return jnp.tensordot(x, weight, axes, preferred_element_type=dtype)
+    return [of_x.index(axis) for axis in summed], [of_weight.index(axis) for axis in summed]
 
 
 def look_up(
     module: nnx.Module, name: str, ids_BT: jax.Array, dtype: jnp.dtype, weight_sharding: str
 ) -> jax.Array:
     """The rows int32 [B, T] of the table `name` of `module`: [B, T, D] in `dtype`."""
-    scale_V = getattr(module, name + SCALE, None)
-    x_BTD = sharding.look_up(getattr(module, name)[...], ids_BT, weight_sharding, dtype)
-    return x_BTD if scale_V is None else (x_BTD * scale_V[...][ids_BT][..., None]).astype(dtype)
+    table_VD, scale = getattr(module, name)[...], getattr(module, name + SCALE, None)
+    read = functools.partial(sharding.look_up, ids_BT=ids_BT, weight_sharding=weight_sharding)
+    if scale is None:
+        return read(table_VD, dtype=dtype)
+    scale = scale[...]
+    if scale.ndim == 1:
+        return (read(table_VD, dtype=dtype) * scale[ids_BT][..., None]).astype(dtype)
+    # Rows of other devices are added, which not every backend does in uint8.
+    x_BTE = read(table_VD, dtype=jnp.int32).astype(jnp.uint8)
+    return unpacked(x_BTE, read(scale, dtype=jnp.float32), axis=2).astype(dtype)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _product_in_groups(
+    equation: str,
+    narrow: jnp.dtype,
+    dtype: jnp.dtype | None,
+    x: jax.Array,
+    packed: jax.Array,
+    scale: jax.Array,
+) -> jax.Array:
+    """The product of `x`, whose dtype is `narrow`, with int4 weights, which have no gradient.
+
+    The backward pass unpacks them again: to `jax.checkpoint` in a loop with a policy of its own,
+    the unpacked weights are results like others, and all of them would be stored.
+    """
+    return contract(equation, x, _unpacked(equation, narrow, packed, scale), dtype)
+
+
+def _product_in_groups_forward(equation, narrow, dtype, x, packed, scale):
+    return _product_in_groups(equation, narrow, dtype, x, packed, scale), (packed, scale)
+
+
+def _product_in_groups_backward(equation, narrow, dtype, weights, gradient):
+    of_weight, result = equation.split(",")[1].split("->")
+    kept = [axis for axis in of_weight if axis in result]
+    axes = [result.index(axis) for axis in kept], [of_weight.index(axis) for axis in kept]
+    weight = _unpacked(equation, narrow, *weights)
+    return jnp.tensordot(gradient.astype(narrow), weight, axes), None, None
+
+
+_product_in_groups.defvjp(_product_in_groups_forward, _product_in_groups_backward)
+
+
+def _unpacked(equation: str, dtype: jnp.dtype, packed: jax.Array, scale: jax.Array) -> jax.Array:
+    return unpacked(packed, scale, max(_summed(equation)[1])).astype(dtype)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))

@@ -12,9 +12,9 @@ from ml_collections import ConfigDict
 from calm_jax import presets, sharding
 from calm_jax.checkpoints import frozen
 from calm_jax.models import Decoder, DecoderConfig, compose
-from calm_jax.models.parameters import Tree, path_name
+from calm_jax.models.parameters import SCALE, Tree, path_name
 from calm_jax.models.parts import Parts
-from calm_jax.models.quantized import SCALE
+from calm_jax.models.quantized import QUANTIZERS
 from calm_jax.training.optimizer import make_optimizer
 from calm_jax.training.run_model import (
     add_update,
@@ -112,11 +112,12 @@ def _decoders(configs: list[DecoderConfig]) -> list[Decoder]:
 
 
 def _keeps_dtype(path, x: jax.Array) -> bool:
-    """Whether loading keeps an array's dtype: true for int8 matrices and their scales."""
-    return x.dtype == jnp.int8 or path_name(path).removesuffix("/value").endswith(SCALE)
+    """Whether loading keeps an array's dtype: true for integer matrices and their scales."""
+    is_scale = path_name(path).removesuffix("/value").endswith(SCALE)
+    return is_scale or jnp.issubdtype(x.dtype, jnp.integer)
 
 
 def _cast(config: DecoderConfig, dtype: str | None) -> DecoderConfig:
-    if dtype == "int8":
+    if dtype in QUANTIZERS:
         return dataclasses.replace(config, weights=dtype)
     return config if dtype is None else dataclasses.replace(config, dtype=dtype)

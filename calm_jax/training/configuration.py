@@ -44,7 +44,7 @@ def composed_run(*compositions: CompositionConfig) -> ConfigDict:
     """
     config = _common("composed")
     config.anchor = ""  # frozen folder of the anchor
-    config.anchor_dtype = ""  # "float32", "bfloat16" or "int8"; "": as stored
+    config.anchor_dtype = ""  # "float32", "bfloat16", "int8" or "int4"; "": as stored
     config.augments = ()  # frozen folders of the augments
     config.augment_dtype = ""  # the same for every augment
     sections = tuple(_section(CompositionConfig, each) for each in compositions or (None,))

@@ -11,7 +11,7 @@ from flax import nnx
 from calm_jax import sharding
 from calm_jax.models import ComposedDecoder, Decoder
 from calm_jax.models.layouts import residual_layout
-from calm_jax.models.quantized import SCALE
+from calm_jax.models.parameters import SCALE
 
 
 def head_loss(

@@ -173,6 +173,19 @@ def test_onto_the_mesh_of_the_anchor_that_is_given(exported, models, composed):
     np.testing.assert_allclose(loaded(TOKENS), composed(TOKENS), rtol=1e-4, atol=1e-4)
 
 
+def test_models_in_integers_come_back_in_them(models, tmp_path):
+    anchor = frozen.load(models / "anchor", dtype="int4")
+    augment = frozen.load(models / "augment", dtype="int8")
+    pair = tiny_models.randomised(compose(anchor, augment, CONFIG, rngs=nnx.Rngs(4)))
+    assert [entry["dtype"] for entry in identities(pair)] == ["int4", "int8"]
+    export_bridge(pair, tmp_path / "bridge")
+    loaded = load_composed(tmp_path / "bridge")
+    check_same(loaded, pair)
+    assert loaded.anchor.fingerprint == frozen.describe(models / "anchor").fingerprint + " as int4"
+    with pytest.raises(CalmError, match=r"was trained with the anchor .* as int4 .* is .*"):
+        load_composed(tmp_path / "bridge", anchor=frozen.load(models / "anchor"))
+
+
 @pytest.mark.parametrize("kind", ["decoder", "folder"])
 def test_frozen_models_given(run, composed, models, tmp_path, kind):
     """They were moved: the recorded models are not asked for."""

@@ -11,6 +11,7 @@ import pytest
 import tiny_models
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
+from quantized_models import of_int4
 from tiny_models import stored_bytes
 
 from calm_jax import sharding
@@ -176,9 +177,40 @@ def test_int8(decoder, folder, tmp_path, mesh_shape):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("mesh_shape", [None, {"fsdp": 4, "tensor": 2}])
+def test_int4(decoder, folder, tmp_path, mesh_shape):
+    mesh = mesh_shape and sharding.make_mesh(mesh_shape)
+    loaded = frozen.load(folder, mesh=mesh, dtype="int4")
+    assert loaded.config == dataclasses.replace(decoder.config, weights="int4")
+    assert loaded.fingerprint == frozen.load(folder).fingerprint + " as int4"
+    weight_DF = np.asarray(decoder.layers.mlp.gate.get_value())[2]  # one group of 32 to a column
+    packed_EF = np.asarray(loaded.layers.mlp.gate.get_value()[2])
+    scale_GF = np.asarray(loaded.layers.mlp.gate_scale.get_value()[2])
+    assert (packed_EF.dtype, packed_EF.shape) == (np.uint8, (16, 32))
+    assert (scale_GF.dtype, scale_GF.shape) == (np.float16, (1, 32))
+    errors_DF = np.abs(of_int4(packed_EF, scale_GF, 0) - weight_DF)
+    assert np.all(errors_DF <= 0.501 * np.abs(scale_GF))
+    steps = np.abs(weight_DF).max(0) / np.abs(scale_GF[0])
+    assert np.all(np.isclose(steps, 7, rtol=1e-3) | np.isclose(steps, 8, rtol=1e-3))
+    logits, exact = np.asarray(loaded(TOKENS)), np.asarray(decoder(TOKENS))
+    assert 0.03 < np.sqrt(np.mean((logits - exact) ** 2) / np.mean(exact**2)) < 0.3
+    with pytest.raises(CalmError, match="weights are int4, rounded while they were loaded"):
+        frozen.save_frozen(loaded, tmp_path / "int4")
+    assert not list(tmp_path.iterdir())
+
+
 def test_an_unknown_dtype(folder):
-    with pytest.raises(CalmError, match="dtype 'int4' is unknown; known are float32, bfloat16, i"):
-        frozen.load(folder, dtype="int4")
+    known = "float32, bfloat16, int8, int4"
+    with pytest.raises(CalmError, match=f"dtype 'int3' is unknown; known are {known}$"):
+        frozen.load(folder, dtype="int3")
+
+
+def test_a_matrix_without_groups_of_int4(tmp_path):
+    frozen.save_frozen(tiny_models.decoder(mlp_dim=37, num_layers=1), tmp_path / "odd")
+    message = "layers/mlp/down: mlp of size 37 has no even divisor from 8 to 32"
+    with pytest.raises(CalmError, match=message):
+        frozen.load(tmp_path / "odd", dtype="int4")
+    assert frozen.load(tmp_path / "odd", dtype="int8").config.weights == "int8"
 
 
 def test_a_float32_decoder_of_a_bfloat16_config_is_saved_in_bfloat16(tmp_path):

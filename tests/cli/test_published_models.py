@@ -58,7 +58,7 @@ def publish(folder, config, vocabulary):
     "dtypes",
     [
         pytest.param((), marks=pytest.mark.slow),
-        ("--config.anchor_dtype=int8", "--config.augment_dtype=bfloat16"),
+        ("--config.anchor_dtype=int8", "--config.augment_dtype=int4"),
     ],
 )
 def test_convert_train_generate(tmp_path, capsys, monkeypatch, dtypes):

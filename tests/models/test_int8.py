@@ -12,14 +12,15 @@ import jax.numpy as jnp
 import numpy as np
 import numpy_calm
 import pytest
+import quantized_models
 import tiny_models
 from flax import nnx
 from jax.sharding import PartitionSpec
+from quantized_models import DECODERS, KEPT, flat, float_twin, nested, rms, stood_for
 from random_models import (
     as_inputs,
     assert_close,
     decoder_structure,
-    gemma,
     llama,
     packed_batch,
     palm,
@@ -33,44 +34,15 @@ from calm_jax.models import CompositionConfig, Decoder, DecoderConfig, compose
 from calm_jax.models.parameters import (
     Structure,
     check_same_tree,
-    insert,
     module_tree,
     path_name,
     size_in_bytes,
 )
 from calm_jax.models.quantized import quantize, quantized_leaves
 
-DECODERS = {
-    "palm": palm(),
-    "llama": llama(),
-    "gemma": gemma(),
-    "gemma 3": gemma(num_kv_heads=1, qk_norm="rms", post_norms=True, window=2, final_logit_cap=3.0),
-    "qwen 2": llama(attention_bias=True),
-    "gpt-j": palm(
-        num_kv_heads=4, norm="layer", norm_bias=True, norm_offset=0.0, gated_mlp=False,
-        activation="gelu_tanh", mlp_bias=True, rope="interleaved", rope_dim=4, tied_head=False,
-        head_bias=True,
-    ),
-    "all biases": llama(attention_bias=True, output_bias=True, mlp_bias=True, norm_bias=True),
-}  # fmt: skip
-
-# How many of the last dimensions a product keeps; the embedding has a scale for each row.
-KEPT = {"query": 2, "key": 2, "value": 2, "output": 1, "gate": 1, "up": 1, "down": 1, "head": 1}
-
 
 def int8(config):
     return dataclasses.replace(config, weights="int8")
-
-
-def flat(tree):
-    return {path_name(path): leaf for path, leaf in jax.tree.leaves_with_path(tree)}
-
-
-def nested(leaves):
-    tree = {}
-    for path, leaf in leaves.items():
-        insert(tree, path, leaf)
-    return tree
 
 
 def numpy_quantized(path, weight):
@@ -87,32 +59,7 @@ def numpy_quantized(path, weight):
     return np.rint(weight / scale).astype(np.int8), np.squeeze(scale, summed)
 
 
-def quantized(decoder: Decoder) -> Decoder:
-    """The int8 decoder of a float one, its layers whole."""
-    structure = decoder_structure(int8(decoder.config))
-    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    places = jax.tree.map(lambda _: here, structure.abstract())
-    leaves = quantized_leaves(flat(module_tree(decoder)).items(), Structure(decoder), places)
-    return structure.merge(nested(dict(leaves)))
-
-
-def stood_for(tree):
-    """The float tree that an int8 decoder's tree stands for, q s, by numpy."""
-    leaves = {path: np.asarray(leaf) for path, leaf in flat(tree).items()}
-    for path, leaf in list(leaves.items()):
-        if leaf.dtype == np.int8:
-            scale, rank = leaves.pop(f"{path}_scale"), leaf.ndim
-            kept = KEPT.get(path.split("/")[-1])
-            lead = scale.ndim if kept is None else scale.ndim - kept
-            shape = scale.shape[:lead] + (1,) * (rank - scale.ndim) + scale.shape[lead:]
-            leaves[path] = leaf * scale.reshape(shape)
-    return nested(leaves)
-
-
-def float_twin(decoder: Decoder) -> Decoder:
-    """A float decoder with the weights that an int8 one stands for."""
-    config = dataclasses.replace(decoder.config, weights=None)
-    return decoder_structure(config).merge(stood_for(module_tree(decoder)))
+quantized = functools.partial(quantized_models.quantized, kind="int8")
 
 
 @pytest.mark.parametrize("family", DECODERS)
@@ -137,10 +84,6 @@ def test_logits_are_near_those_of_the_float_weights(family):
     bfloat16 = decoder_structure(dataclasses.replace(model.config, dtype="bfloat16"))
     rounded = bfloat16.merge(module_tree(model))(tokens)
     assert rms(rounded - found) <= 0.02 * rms(found)
-
-
-def rms(x):
-    return np.sqrt(np.mean(np.square(x, dtype=np.float64)))
 
 
 @pytest.mark.parametrize("family", DECODERS)
@@ -182,7 +125,7 @@ def test_leaves_of_stacked_layers(apart):
     if apart:
         layers = [path for path in Structure(whole).summed() if path.startswith("layers/")]
         leaves |= {path: iter(leaves[path]) for path in layers}
-    leaves = quantized_leaves(leaves.items(), Structure(whole), structure.shardings(mesh))
+    leaves = quantized_leaves(leaves.items(), Structure(whole), structure.shardings(mesh), "int8")
     found = nested(dict(leaves))
     jax.tree.map(np.testing.assert_array_equal, found, module_tree(expected))
     places = flat(structure.shardings(mesh))
@@ -247,8 +190,8 @@ def test_half_the_bytes_of_bfloat16(config):
 def test_the_config_says_so_in_json_and_refuses_other_weights():
     config = int8(palm())
     assert DecoderConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
-    with pytest.raises(CalmError, match=r"decoder\.weights is 'int4'; known are \(None, 'int8'\)"):
-        palm(weights="int4")
+    with pytest.raises(CalmError, match=r"weights is 'int3'; known are \(None, 'int8', 'int4'\)"):
+        palm(weights="int3")
 
 
 @pytest.mark.parametrize("shape", [{"data": 2, "fsdp": 2, "tensor": 2}, {"fsdp": 2, "tensor": 4}])

@@ -135,15 +135,16 @@ def test_an_update_of_an_augment_is_refused():
     assert {path for path, _ in Parts(pair).of(pair)[0].items()} == {"bridge"}
 
 
-def test_beside_int8():
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+def test_beside_integers(kind):
     decoder = random_decoder(llama())
-    quantize_module(decoder)
+    quantize_module(decoder, kind)
     add_lora(decoder, LoRAConfig(rank=2), nnx.Rngs(0))
     before = np.asarray(decoder(np.ones((1, 3), np.int32)))
     factor = decoder.layers.mlp.up_lora_b
     factor.set_value(factor.get_value() + 1)
     assert np.any(np.asarray(decoder(np.ones((1, 3), np.int32))) != before)
-    with pytest.raises(CalmError, match="is int8; a LoRA update can only be merged into floats"):
+    with pytest.raises(CalmError, match=f"is {kind}; a LoRA update can only be merged into floats"):
         merge_lora(decoder)
 
 

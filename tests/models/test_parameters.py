@@ -83,6 +83,8 @@ def test_trees_that_differ(found, message):
 def test_count_and_size():
     tree = {"a": np.zeros((3, 4), np.float32), "b": [jax.ShapeDtypeStruct((5,), jnp.bfloat16)]}
     assert count(tree) == 17
+    packed = {"w": jnp.zeros((3, 5), jnp.uint8), "w_scale": jnp.zeros((3, 1), jnp.float16)}
+    assert count({**tree, **packed}) == 17 + 2 * 15
     assert size_in_bytes(tree) == 12 * 4 + 5 * 2
 
 

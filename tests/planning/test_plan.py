@@ -112,6 +112,20 @@ def test_a_gpu_is_planned_by_formula(config, capsys):
     assert "to rank ways of running: their times may be wrong by a factor of three" in shown
 
 
+def test_integer_weights_are_told_in_bytes(config, tmp_path):
+    """On a chip of eight: int8 with a float32 scale a channel, int4 with a float16 one for 32."""
+    command = ["plan", f"--config={config}", "--topology=h200:8", f"--output={tmp_path}"]
+    flops = []
+    for kind, bits in (("bfloat16", 16), ("int8", 8), ("int4", 4.5)):
+        assert main([*command, f"--config.anchor_dtype={kind}"]) == 0
+        plan = json.loads((tmp_path / "plan.json").read_text())
+        tree = {tree["name"]: tree for tree in plan["memory"]["trees"]}["anchor"]
+        parameters = 1024 * 256 * 2 + 4 * (256 * 64 * 12 + 3 * 256 * 512)
+        assert parameters * bits / 8 / 4 <= tree["bytes"] < 1.06 * parameters * bits / 8 / 4
+        flops.append(plan["flops"])
+    assert flops[0] == flops[1] == flops[2] > 0
+
+
 def test_the_state_of_decoding_is_told(config, tmp_path, capsys):
     """A chip has 1 of 2 key heads of 64 features, 2 of f_cross' 4, and half of taps of 256."""
     command = ["plan", f"--config={config}", "--topology=h200:8", f"--output={tmp_path}"]

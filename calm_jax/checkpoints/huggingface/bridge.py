@@ -147,7 +147,7 @@ def _checked(role: str, model: Decoder, place: str) -> str:
             raise CalmError(f"{folder}: {key} is {found[key]!r}, but the {role} has {value!r}")
     ours = {path_name(path): array for path, array in jax.tree.leaves_with_path(module_tree(model))}
     axes = sizes(reading.config)
-    for rule in () if model.config.weights else reading.rules:  # int8 weights are rounded
+    for rule in () if model.config.weights else reading.rules:  # quantised weights are rounded
         for layer, name in enumerate(rule.names(reading.config.num_layers)):
             if name not in reading.tensors:
                 continue

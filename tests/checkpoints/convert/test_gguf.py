@@ -9,17 +9,19 @@ import numpy as np
 import pytest
 from gguf import GGMLQuantizationType as Kind
 from hypothesis import strategies as st
+from quantized_models import flat, stood_for
 from safetensors.numpy import load_file
 
 import calm_jax
 from calm_jax.checkpoints.convert.gguf_model import as_published
 from calm_jax.checkpoints.convert.gguf_tokenizer import tokenizer_files
 from calm_jax.checkpoints.convert.registry import find_family
-from calm_jax.checkpoints.convert.table import check_names, check_shapes
+from calm_jax.checkpoints.convert.table import check_names, check_shapes, sizes
 from calm_jax.checkpoints.sources.opening import open_source
 from calm_jax.data.vocabularies import vocabulary_of_folder
 from calm_jax.errors import CalmError
 from calm_jax.models.config import RopeScaling
+from calm_jax.models.parameters import module_tree
 from tests.converting import decoder_in_memory
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
@@ -266,6 +268,30 @@ def test_a_whole_conversion(tmp_path, caplog):
     assert decoder.config.dtype == "float32" and decoder.vocabulary.size == rows
     assert calm_jax.load(tmp_path / "halved").config.dtype == "bfloat16"
     assert "--dtype=bfloat16 halves it" in caplog.text and "in its folder" not in caplog.text
+
+
+def test_q4_0_loaded_as_int4_keeps_every_value(tmp_path):
+    """Heads of 32 features: a block of weights lies in one head, as a group does."""
+    golden = golden_tokenizer("mistral")
+    own = {"hidden_size": 64, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 32}
+    own |= {"vocab_size": len(golden["metadata"]["ggml.tokens"]), "num_hidden_layers": 1}
+    config = json.loads((GOLDEN / "llama" / "config.json").read_text()) | own
+    config |= {"intermediate_size": 96}
+    family = find_family(open_source(GOLDEN / "llama"))
+    decoder, random = family.decoder_config(config, "m"), np.random.default_rng(0)
+    tensors = {
+        name: (0.1 * random.normal(size=rule.source_shape(sizes(decoder)))).astype(np.float32)
+        for rule in family.rules(decoder)
+        for name in rule.names(decoder.num_layers)
+    }
+    path = tmp_path / "m.gguf"
+    gguf_files.write(path, config, tensors, tokenizer=golden["metadata"], stored_as=Kind.Q4_0)
+    calm_jax.convert(path, tmp_path / "model")
+    stored = flat(module_tree(calm_jax.load(tmp_path / "model")))
+    found = flat(stood_for(module_tree(calm_jax.load(tmp_path / "model", dtype="int4"))))
+    assert stored.keys() == found.keys()
+    for key, weight in stored.items():
+        np.testing.assert_array_equal(found[key], weight, key)
 
 
 @pytest.fixture(scope="module")
