@@ -43,11 +43,20 @@ def product(
         y = multiply(x, weight)
     elif scale.ndim == weight.ndim:
         result = None if dtype == x.dtype else dtype
-        y = _product_in_groups(equation, x.dtype, result, x, weight, scale[...])
+        # Gathered as they are: XLA would unpack first, and gather more than three times the bytes.
+        parts = (_gathered(param) for param in (getattr(module, name), scale))
+        y = _product_in_groups(equation, x.dtype, result, x, *parts)
     else:
         y = scaled(x, weight, scale[...])
     update = lora_product(equation, x, module, name)
     return y if update is None else y + update.astype(y.dtype)
+
+
+def _gathered(param: nnx.Param) -> jax.Array:
+    """A parameter's value, whole along the model's width, or along the groups of it."""
+    whole = ("embed", "embed_groups")
+    axes = (None if axis in whole else axis for axis in param.get_metadata("axes"))
+    return sharding.constrain(param[...], *axes)
 
 
 def contract(equation: str, x: jax.Array, weight: jax.Array, dtype: Any = None) -> jax.Array:
@@ -81,8 +90,8 @@ def look_up(
     scale = scale[...]
     if scale.ndim == 1:
         return (read(table_VD, dtype=dtype) * scale[ids_BT][..., None]).astype(dtype)
-    # Rows of other devices are added, which not every backend does in uint8.
-    x_BTE = read(table_VD, dtype=jnp.int32).astype(jnp.uint8)
+    # Rows of other devices are added, which not every backend does in uint8; bfloat16 holds bytes.
+    x_BTE = read(table_VD, dtype=jnp.bfloat16).astype(jnp.uint8)
     return unpacked(x_BTE, read(scale, dtype=jnp.float32), axis=2).astype(dtype)
 
 

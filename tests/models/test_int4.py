@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+import re
 
 import gguf
 import hypothesis
@@ -281,8 +282,13 @@ def test_on_eight_devices_it_computes_the_same(shape):
     tokens = np.random.default_rng(0).integers(24, size=(8, 9)).astype(np.int32)
     with jax.set_mesh(mesh):
         tree = jax.device_put(module_tree(model), places)
-        found = jax.jit(lambda tree, tokens: structure.merge(tree).forward(tokens))(tree, tokens)
+        forward = jax.jit(lambda tree, tokens: structure.merge(tree).forward(tokens))
+        forward = forward.lower(tree, tokens).compile()
+        found = forward(tree, tokens)
     assert_close(found, model(tokens))
+    gathers = re.findall(r"= (.*) all-gather\(", forward.as_text())
+    # A layer's seven matrices, and the head.
+    assert sum(gather.count("u8[") for gather in gathers) == 8
 
 
 COMPOSITION = CompositionConfig(every=1, init="paper")
