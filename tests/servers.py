@@ -97,7 +97,7 @@ class Slow:
             raise self.failure
         for row, left in list(self.rows.items()):
             if self.nan:
-                row[0].on_news(News(row[1], [], [], "error", "row 0, step 0: not finite"))
+                row[0].on_news(News(row[1], [], [], "error", "step 0: not finite"))
                 del self.rows[row]
                 continue
             row[0].on_news(News(row[1], [100], [], "length" if left == 1 else None))

@@ -26,11 +26,11 @@ message, formatted by the model's chat template. The model runs on the first dev
 --mesh.tensor=8 and the like spread it over all. --draft=4 lets the augment of a pair draft tokens,
 which changes no answer and saves time if the two often agree.
 
---output writes each answer as it comes, as one JSON line: index, prompt, answer and finish_reason;
-with --n above 1, answers and finish_reasons. After a stop the same command continues the file;
-FILE.flags.json beside it says what was asked.
-Several processes can share the work: start the same command on each machine, and if the processes
-do not find each other, add --coordinator, --process_count and --process_index.
+--output writes each answer as soon as it is complete, as one JSON line: index, prompt, answer and
+finish_reason; with --n above 1, answers and finish_reasons. Once all are there, the lines are
+sorted. After a stop the same command continues the file; FILE.flags.json beside it says what was
+asked. Several processes can share the work: start the same command on each machine, and if they do
+not find each other, add --coordinator, --process_count and --process_index.
 
 Without a prompt, each line of standard input is answered, until its end or /exit. A model with a
 chat template remembers the conversation (not with --nochat); any other continues each line."""
@@ -137,9 +137,9 @@ def _answer(values: flags.FlagValues, mesh: dict[str, int] | None, prompts: list
     if values.output and processes.is_first():
         asked = {"workdir": str(absolute(values.workdir)), **_given(values, ASKED)}
         output = AnswerFile(values.output, prompts, sampling.n, asked)
-    done = processes.gather(output.done if output else 0)[0]
-    if values.output and done == len(prompts):
-        processes.say(f"{values.output} has all {done} answers")
+    done = set(processes.gather(sorted(output.done) if output else [])[0])
+    if values.output and len(done) == len(prompts):
+        processes.say(f"{values.output} has all {len(done)} answers")
         return
     model = models.load(values, (mesh or models.MESH) if jax.process_count() > 1 else mesh)
     texts = _chats(model, prompts, values.system, values.workdir) if values.chat else prompts
@@ -147,14 +147,29 @@ def _answer(values: flags.FlagValues, mesh: dict[str, int] | None, prompts: list
     if output is not None:
         output.fill(answers)
         return
-    for prompt, of_prompt in zip(prompts[done:], answers, strict=True):
+    failed = []
+    for index, of_prompt in _in_order(answers):
+        prompt = prompts[index]
         for answer in of_prompt if not values.output else ():
             if answer.error:
-                raise CalmError(f"{prompt[:40]!r}: {answer.error}")
+                failed.append(f"prompt {index}, {prompt[:40]!r}: {answer.error}")
+                continue
             chat = f"user: {prompt}\nassistant: {answer.text.lstrip(' ')}"
             processes.say(chat if values.chat else prompt + answer.text)
             if not answer.text and processes.is_first():
                 print(f"the answer to {prompt!r} is empty", file=sys.stderr)
+    if failed:
+        raise CalmError(f"{len(failed)} answers failed; {failed[0]}")
+
+
+def _in_order(answers: Iterator[tuple[int, list[Any]]]) -> Iterator[tuple[int, list[Any]]]:
+    """Answers by index from 0, each as soon as those before it have come."""
+    come, after = {}, 0
+    for index, of_prompt in answers:
+        come[index] = of_prompt
+        while after in come:
+            yield after, come.pop(after)
+            after += 1
 
 
 def _sampling(values: flags.FlagValues, new: int) -> Any:
@@ -181,18 +196,17 @@ def _given(values: flags.FlagValues, names: tuple[str, ...]) -> dict[str, Any]:
 
 
 def _answers(
-    model: Any, texts: list[str], done: int, sampling: Any, sizes: dict[str, Any]
-) -> Iterator[list[Any]]:
-    """The `Completion`s of each text from the one numbered `done` on; all are checked first."""
+    model: Any, texts: list[str], done: set[int], sampling: Any, sizes: dict[str, Any]
+) -> Iterator[tuple[int, list[Any]]]:
+    """The index and the `Completion`s of each text that is not `done`; all are checked first."""
     from calm_jax.decoding import Generator
-    from calm_jax.decoding.blocks import in_blocks
     from calm_jax.decoding.generator import MOST_ROWS, encode
     from calm_jax.decoding.requests import Request
 
     prompts = [encode(model.vocabulary, text) for text in texts]
     needed = {
         "max_length": max(map(len, prompts)) + sampling.max_new_tokens,
-        "slots": min((len(prompts) - done) * sampling.n, MOST_ROWS),
+        "slots": min((len(prompts) - len(done)) * sampling.n, MOST_ROWS),
     }
     generator = Generator(model, **needed | sizes)
     for index, (text, prompt) in enumerate(zip(texts, prompts, strict=True)):
@@ -201,7 +215,9 @@ def _answers(
             generator.scheduler.check(request)
         except CalmError as error:
             raise CalmError(f"prompt {index}, {text[:40]!r}: {error}") from None
-    return in_blocks(generator, prompts[done:], sampling)
+    rest = [index for index in range(len(prompts)) if index not in done]
+    answers = generator.as_completed([prompts[index] for index in rest], sampling)
+    return ((rest[number], of_prompt) for number, of_prompt in answers)
 
 
 def _check_template(model: Any, workdir: str) -> None:

@@ -63,7 +63,7 @@ def main(argv: list[str]) -> int:
             raise CalmError(f"{package} is not installed: pip install 'calm_jax[serve]'")
 
     from calm_jax.serving.app import Limits, Server
-    from calm_jax.serving.parts import served_models
+    from calm_jax.serving.parts import built, served_models
     from calm_jax.serving.running import bind, run
 
     quiet_libtpu()
@@ -73,9 +73,9 @@ def main(argv: list[str]) -> int:
         name = values.name or pathlib.Path(values.workdir).resolve().name
         served = served_models(model, name, _options(values))
         limits = Limits(values.max_queue, values.max_tokens, values.request_seconds)
-        server = Server(served, limits, os.environ.get(KEY))
-        server.engine.build(name)
-        run(server, bound)
+        schedulers = built(served)
+        served = [one for one in served if one.name in schedulers]
+        run(Server(served, limits, os.environ.get(KEY), schedulers), bound)
     return 0
 
 

@@ -11,7 +11,7 @@ import numpy as np
 from calm_jax.data.own_features import Placed
 from calm_jax.decoding.completion import Completion, WrittenAnswer
 from calm_jax.decoding.draft_length import Drafting
-from calm_jax.decoding.requests import News, Request
+from calm_jax.decoding.requests import News, Request, by_beginning
 from calm_jax.decoding.sampling import Sampling, TokenLogprob
 from calm_jax.decoding.scheduler import MOST_STEPS, Scheduler
 from calm_jax.errors import CalmError
@@ -42,7 +42,7 @@ class Generator:
         max_length: most tokens of a prompt and its answer.
         slots: number of rows that are decoded at once; more prompts wait for a row.
         cache_dtype: dtype of the caches, a float dtype or "int8"; default: the model's.
-        prefill_chunk: most tokens of prompts that are read at once.
+        prefill_chunk: most tokens of prompts that are read at once, rounded up to a multiple of 16.
         draft: most tokens that an augment of a composed model drafts at a time. Answers stay the
             same; the number follows from measured speed, and is 0 if drafts do not pay.
         eos_ids: ids that end an answer; default: the vocabulary's.
@@ -112,21 +112,49 @@ class Generator:
                 empty, too long, or has an unknown id; items that do not fit. No prompt is answered
                 then.
         """
+        prompts = _listed(prompts)
+        found = dict(self.as_completed(prompts, sampling, items))
+        return [found[index] for index in range(len(prompts))]
+
+    def as_completed(
+        self,
+        prompts: Sequence[Prompt],
+        sampling: Sampling | Sequence[Sampling] | None = None,
+        items: Sequence[Mapping[int, Placed]] | None = None,
+    ) -> Iterator[tuple[int, list[Completion]]]:
+        """Each prompt's index and answers, as soon as these are complete, in any order.
+
+        Takes and refuses what `generate` does.
+        """
         ids = [encode(self.vocabulary, prompt) for prompt in _listed(prompts)]
         sampling = sampling or Sampling()
         each = [sampling] * len(ids) if isinstance(sampling, Sampling) else list(sampling)
         if len(each) != len(ids):
             raise CalmError(f"{len(each)} samplings were given for {len(ids)} prompts")
         items = _of_each(items, len(ids))
-        answers = [
-            [WrittenAnswer(self.vocabulary, prompt, one.stop) for _ in range(one.n)]
-            for prompt, one in zip(ids, each, strict=True)
-        ]
-        self._run([self._request(*asked) for asked in zip(ids, each, answers, items, strict=True)])
-        return [
-            [answer.completion(one.logprobs is not None) for answer in of_prompt]
-            for of_prompt, one in zip(answers, each, strict=True)
-        ]
+        complete: collections.deque[tuple[int, list[Completion]]] = collections.deque()
+
+        def request(
+            index: int, prompt: list[int], one: Sampling, of_prompt: Mapping[int, Placed]
+        ) -> Request:
+            answers = [WrittenAnswer(self.vocabulary, prompt, one.stop) for _ in range(one.n)]
+
+            def on_news(news: News) -> None:
+                answer = answers[news.sample]
+                answer.add(news)
+                if answer.must_end:
+                    self.scheduler.cancel(request, news.sample)
+                if all(answer.ended for answer in answers):
+                    with_logprobs = one.logprobs is not None
+                    complete.append((index, [x.completion(with_logprobs) for x in answers]))
+
+            request = Request(prompt, one, on_news, items=of_prompt)
+            return request
+
+        asked = zip(range(len(ids)), ids, each, items, strict=True)
+        for _ in self._steps([request(*one) for one in asked]):
+            while complete:
+                yield complete.popleft()
 
     def stream(
         self,
@@ -199,7 +227,8 @@ class Generator:
                     items=of_prompt,
                 )
             )
-        self._run(requests)
+        for _ in self._steps(requests):
+            pass
         for number, scores in enumerate(found):
             if any(math.isnan(one.logprob) for one in scores):
                 raise CalmError(f"prompt {number}: the logits of its continuation are NaN")
@@ -225,31 +254,12 @@ class Generator:
             raise CalmError(f"{'a prompt' if not before else 'a continuation'} has no tokens")
         return before, after
 
-    def _request(
-        self,
-        prompt: list[int],
-        sampling: Sampling,
-        answers: list["WrittenAnswer"],
-        items: Mapping[int, Placed],
-    ) -> Request:
-        def on_news(news: News) -> None:
-            answer = answers[news.sample]
-            answer.add(news)
-            if answer.must_end:
-                self.scheduler.cancel(request, news.sample)
-
-        request = Request(prompt, sampling, on_news, items=items)
-        return request
-
-    def _run(self, requests: list[Request]) -> None:
-        """Runs all requests to their ends, or none if one is refused."""
+    def _steps(self, requests: list[Request]) -> Iterator[None]:
+        """Runs all requests to their ends, or none if one is refused; pauses after each step."""
         try:
-            # Brings equal beginnings and similar lengths together.
-            self.scheduler.submit(
-                *sorted(requests, key=lambda request: (len(request.prompt), request.prompt))
-            )
+            self.scheduler.submit(*by_beginning(requests))
             while self.scheduler.step(MOST_STEPS):
-                pass
+                yield
         except BaseException:
             for request in requests:
                 self.scheduler.cancel(request)
@@ -288,25 +298,26 @@ def generate(
     (2, 5)
     """
     asked = Sampling(max_new_tokens=max_new_tokens, **sampling)
+    if asked.logprobs is not None:
+        raise CalmError("generate returns no logprobs; calm_jax.Generator does")
     prompts = _listed(prompts)
     if not prompts:
         return np.zeros((0, max_new_tokens), np.int32)
     ids = [encode(model.vocabulary, prompt) for prompt in prompts]
-    eos_ids = () if model.vocabulary is None else model.vocabulary.eos_ids
-    if eos_id is not None:
-        eos_ids = (eos_id,)
     generator = Generator(
         model,
         max_length=max(map(len, ids)) + asked.max_new_tokens,
         slots=min(len(ids) * asked.n, MOST_ROWS),
-        eos_ids=eos_ids,
+        eos_ids=None if eos_id is None else (eos_id,),
     )
     answers = [answer for of_prompt in generator.generate(ids, asked) for answer in of_prompt]
-    new_BN = np.full((len(answers), max_new_tokens), eos_ids[0] if eos_ids else 0, np.int32)
-    for row, answer in zip(new_BN, answers, strict=True):
+    if eos_id is None:
+        eos_id = next(iter(() if model.vocabulary is None else model.vocabulary.eos_ids), 0)
+    new_BN = np.full((len(answers), max_new_tokens), eos_id, np.int32)
+    for number, answer in enumerate(answers):
         if answer.error is not None:
-            raise CalmError(answer.error)
-        row[: len(answer.tokens)] = answer.tokens
+            raise CalmError(f"prompt {number // asked.n}, {answer.error}")
+        new_BN[number, : len(answer.tokens)] = answer.tokens
     return new_BN
 
 

@@ -235,6 +235,35 @@ def common(ours: list[int], theirs: list[int], most: int) -> int:
     return int(np.argmin(np.equal(ours[:most], theirs[:most])))
 
 
+def by_beginning(requests: Sequence[Request], shared: int = 0) -> list[Request]:
+    """Requests in an order in which rows are copied and read together as much as possible.
+
+    Prompts that have more in common with each other than apart, beyond the first `shared` tokens
+    of all of them, stand together; otherwise the shorter ones come first.
+    """
+    families: list[list[Request]] = []
+    for request in sorted(requests, key=lambda request: request.prompt):
+        if families and _are_family(families[-1][-1].prompt, request.prompt, shared):
+            families[-1].append(request)
+        else:
+            families.append([request])
+    for index, family in enumerate(families):
+        all_share = _in_common(family[0].prompt, family[-1].prompt)
+        if len(family) > 1 and all_share > shared:
+            families[index] = by_beginning(family, all_share)
+    families.sort(key=lambda family: len(family[0].prompt))
+    return [request for family in families for request in family]
+
+
+def _are_family(ours: list[int], theirs: list[int], shared: int) -> bool:
+    more = _in_common(ours, theirs) - shared
+    return more >= SHARED and 2 * more >= min(len(ours), len(theirs)) - shared
+
+
+def _in_common(ours: list[int], theirs: list[int]) -> int:
+    return common(ours, theirs, min(len(ours), len(theirs)))
+
+
 def longest_beginning(
     answer: Answer, rows: Sequence[Row], prompt_alone: bool
 ) -> tuple[Row | None, int]:

@@ -5,6 +5,7 @@ Axes: B row, V vocabulary, k most probable tokens.
 
 import dataclasses
 import math
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import jax
@@ -15,6 +16,7 @@ from calm_jax.errors import CalmError
 
 MOST_LOGPROBS = 20  # most tokens to list at one position
 MASKED = -1e30
+_SMALLEST, _LARGEST = 1e-30, 1e30  # of options, apart from 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,6 +58,8 @@ class Sampling:
     def __post_init__(self):
         if isinstance(self.stop, str):
             object.__setattr__(self, "stop", (self.stop,))
+        if not isinstance(self.stop, Iterable):
+            raise CalmError(f"stop is {self.stop!r}; it must be a text or several")
         object.__setattr__(self, "stop", tuple(self.stop))
         for name, low, high in (
             ("max_new_tokens", 1, None),
@@ -97,6 +101,9 @@ class Sampling:
         if not math.isfinite(value) or value < low or (high is not None and value > high):
             bounds = f"at least {low}" if high is None else f"from {low} to {high}"
             raise CalmError(f"{name} is {value}; it must be {bounds}")
+        if not whole and value and not _SMALLEST <= value <= _LARGEST:
+            line = f"it must be from {_SMALLEST} to {_LARGEST}, as float32 can hold"
+            raise CalmError(f"{name} is {value}; {line}")
         object.__setattr__(self, name, (int if whole else float)(value))
 
 

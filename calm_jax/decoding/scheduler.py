@@ -96,6 +96,8 @@ class Scheduler(Queue):
         self.known = known_ids(model)
         if eos_ids is None:
             eos_ids = () if self.vocabulary is None else self.vocabulary.eos_ids
+        elif wrong := [id for id in eos_ids if not 0 <= id < self.known]:
+            raise CalmError(f"an end id is {wrong[0]}; the model writes ids below {self.known}")
         self._ends = set(eos_ids)
         self._ends_E = np.array(sorted(self._ends), np.int32)
         # A draft is read before it is known how many of its tokens are accepted.
@@ -362,10 +364,7 @@ class Scheduler(Queue):
         error = reason = None
         if not np.all(news.is_number):
             count = int(np.argmin(news.is_number))
-            error = (
-                f"row {self.rows.index(row)}, step {answer.made + count}: the logits are not "
-                "finite numbers"
-            )
+            error = f"step {answer.made + count}: the logits are not finite numbers"
             reason, tokens = "error", tokens[:count]
         elif tokens and tokens[-1] in self._ends:
             reason = "stop"

@@ -5,11 +5,11 @@ import string
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import numpy as np
 from tqdm import tqdm
 
 from calm_jax.data.vocabulary import Vocabulary
 from calm_jax.decoding import Generator, Sampling
-from calm_jax.decoding.blocks import balanced, in_blocks
 from calm_jax.errors import CalmError
 from calm_jax.evaluation import metric_table
 from calm_jax.evaluation.controls import Recomputed
@@ -266,7 +266,7 @@ def _generated(
     shown: str,
     options: Options,
 ) -> Records:
-    records = []
+    records: Records = [{}] * len(asked)
     several = options.samples if "pass@1" in task.metrics else 1
     samplings = [
         Sampling(
@@ -281,18 +281,17 @@ def _generated(
     ]
     prompts = [one.prompt for one in asked]
     with tqdm(total=len(asked), desc=shown, unit="example") as progress:
-        for example, one, sampling, completions in zip(
-            task.examples, asked, samplings, in_blocks(generator, prompts, samplings), strict=True
-        ):
+        for index, completions in generator.as_completed(prompts, samplings):
             if error := next(filter(None, (answer.error for answer in completions)), None):
-                raise CalmError(f"{shown}: {error}")
+                raise CalmError(f"{shown}: example {index}, {error}")
             said = [
-                _cut(vocabulary.decode_after(one.prompt, answer.tokens), sampling.stop)
-                for answer in completions
+                _cut(vocabulary.decode_after(prompts[index], one.tokens), samplings[index].stop)
+                for one in completions
             ]
-            records.append({**_kept(task, example, one), "prediction": said[0]})
+            kept = _kept(task, task.examples[index], asked[index])
+            records[index] = {**kept, "prediction": said[0]}
             if several > 1:
-                records[-1]["samples"] = said
+                records[index]["samples"] = said
             progress.update()
     return records
 
@@ -329,9 +328,10 @@ def _read(generator: Generator, task: Task, asked: list[Asked], shown: str) -> R
 
 def _scores(generator: Generator, pairs: list[tuple[list[int], list[int]]], shown: str):
     with tqdm(total=len(pairs), desc=shown, unit="text") as progress:
-        for one in balanced(len(pairs), _BLOCK):
-            block = pairs[one]
-            for score in generator.score([a for a, _ in block], [b for _, b in block]):
+        # Of nearly one size, since a single pair cannot be shuffled.
+        for block in np.array_split(np.arange(len(pairs)), -(-len(pairs) // _BLOCK) or 1):
+            before, after = ([pairs[number][side] for number in block] for side in (0, 1))
+            for score in generator.score(before, after):
                 progress.update()
                 yield score.logprob
 

@@ -12,7 +12,6 @@ import jax.numpy as jnp
 from flax import nnx
 
 from calm_jax.decoding import Generator, Sampling
-from calm_jax.decoding.blocks import in_blocks
 from calm_jax.errors import CalmError
 from calm_jax.models import Decoder, Inputs
 from calm_jax.models.composed_cache import ComposedCache
@@ -108,7 +107,7 @@ class HandOver:
         room = max(one.max_new_tokens for one in samplings)
         generator = Generator(augment, max_length=max(map(len, ids)) + room, slots=slots)
         found = []
-        for text, (answer,) in zip(texts, in_blocks(generator, ids, samplings), strict=True):
+        for text, (answer,) in zip(texts, generator.generate(ids, samplings), strict=True):
             if answer.error:
                 raise CalmError(f"the augment, asked {text!r}: {answer.error}")
             said = answer.text

@@ -6,7 +6,7 @@ Axes: B row, T position, E augment width.
 """
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -91,10 +91,10 @@ class Recomputed:
         self._model, self._control, self._perturb = model, control, OF_TAPS[control]
         self._known = known_ids(model)
 
-    def generate(
+    def as_completed(
         self, prompts: Sequence[list[int]], sampling: Sampling | Sequence[Sampling]
-    ) -> list[list[Completion]]:
-        """One answer to each prompt of ids, up to its end token.
+    ) -> Iterator[tuple[int, list[Completion]]]:
+        """The index of each prompt of ids and its answer, up to its end token, in any order.
 
         Raises:
             CalmError: a temperature, several answers, or a single prompt to shuffle.
@@ -103,13 +103,12 @@ class Recomputed:
         if any(one.temperature or one.n > 1 for one in each):
             raise CalmError(f"--control={self._control} answers greedily, once; no --temperature")
         new = max((one.max_new_tokens for one in each), default=0)
-        answers: list[list[int]] = [[] for _ in prompts]
         for batch in self._batches(prompts):
             tokens_BT, length_B = _padded([prompts[number] for number in batch], new)
             tokens_BT = self._call(_answered, tokens_BT, length_B, new=new)
             for number, row_T, length in zip(batch, tokens_BT, length_B, strict=True):
-                answers[number] = row_T[length : length + each[number].max_new_tokens].tolist()
-        return [[self._completion(tokens)] for tokens in answers]
+                made = row_T[length : length + each[number].max_new_tokens].tolist()
+                yield number, [self._completion(made)]
 
     def score(
         self, prompts: Sequence[list[int]], continuations: Sequence[list[int]]

@@ -7,7 +7,8 @@ import hmac
 import importlib.resources
 import time
 import traceback
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 from absl import logging
@@ -17,6 +18,7 @@ from starlette.responses import HTMLResponse, JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
+from calm_jax.decoding.scheduler import Scheduler
 from calm_jax.serving.answering import Answer, event
 from calm_jax.serving.engine_thread import EngineThread, Flight, ServedModel
 from calm_jax.serving.errors import Refused, one_line
@@ -54,6 +56,7 @@ class Server:
     Args:
         models: the first one answers if a body names none.
         key: the key that clients must send; None: no key is needed.
+        schedulers: those of models that are made already, by name.
 
     Attributes:
         draining: whether new requests are refused.
@@ -61,11 +64,15 @@ class Server:
     """
 
     def __init__(
-        self, models: Sequence[ServedModel], limits: Limits | None = None, key: str | None = None
+        self,
+        models: Sequence[ServedModel],
+        limits: Limits | None = None,
+        key: str | None = None,
+        schedulers: Mapping[str, Scheduler] = MappingProxyType({}),
     ):
         self.limits, self._key = limits or Limits(), key
         self.models = {model.name: model for model in models}
-        self.engine = EngineThread(self.models, self.limits.max_queue)
+        self.engine = EngineThread(self.models, self.limits.max_queue, schedulers)
         self.metrics = Metrics(self.engine)
         self._texts = {id(m.vocabulary): TokenTexts(m.vocabulary) for m in models}
         self._page = importlib.resources.files(__package__).joinpath("page.html").read_text()

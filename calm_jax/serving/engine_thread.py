@@ -11,6 +11,7 @@ import queue
 import threading
 import traceback
 from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 from absl import logging
@@ -118,18 +119,19 @@ class EngineThread:
         max_queue: most answers of a model that wait for a row.
     """
 
-    def __init__(self, models: Mapping[str, ServedModel], max_queue: int):
+    def __init__(
+        self,
+        models: Mapping[str, ServedModel],
+        max_queue: int,
+        schedulers: Mapping[str, Scheduler] = MappingProxyType({}),
+    ):
         self.models, self.max_queue = dict(models), max_queue
         self._commands: queue.SimpleQueue = queue.SimpleQueue()
-        self._schedulers: dict[str, Scheduler] = {}
+        self._schedulers = dict(schedulers)
         self._flights: dict[str, set[Flight]] = {name: set() for name in self.models}
         self._answers = dict.fromkeys(self.models, 0)  # unfinished, as far as the loop knows
         self._usage = dict.fromkeys(self.models, Usage())
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
-
-    def build(self, name: str) -> None:
-        """Makes a model's scheduler before the thread starts, so that errors reach the user."""
-        self._schedulers[name] = self.models[name].make_scheduler()
 
     def start(self) -> None:
         """Starts the thread, which serves the running event loop."""

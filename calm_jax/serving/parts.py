@@ -1,7 +1,10 @@
 """A model and its parts, by the names that clients use."""
 
 import functools
+from collections.abc import Sequence
 from typing import Any
+
+from absl import logging
 
 from calm_jax.decoding.scheduler import Scheduler
 from calm_jax.errors import CalmError
@@ -42,3 +45,20 @@ def served_models(
         )
         for part_name, part in parts.items()
     ]
+
+
+def built(models: Sequence[ServedModel]) -> dict[str, Scheduler]:
+    """The schedulers of models by name; a part whose caches do not fit beside the others is left
+    out with a warning.
+
+    Raises:
+        CalmError: the caches of the first model do not fit.
+    """
+    whole, *parts = models
+    schedulers = {whole.name: whole.make_scheduler()}
+    for part in parts:
+        try:
+            schedulers[part.name] = part.make_scheduler()
+        except CalmError as error:
+            logging.warning("%s is not served: %s", part.name, error)
+    return schedulers

@@ -47,7 +47,7 @@ _NEUTRAL = {
     "modalities": ["text"],
 }
 _DEFAULT_TOKENS = 16  # OpenAI's default for completions
-_MOST_STOPS = 4
+_MOST_STOPS = 16  # OpenAI's server takes 4; lm-evaluation-harness sends more
 _MOST = 1e30  # largest number allowed, which float32 can hold
 
 
@@ -170,20 +170,21 @@ def _asked(given, model, is_chat, texts, ids, tokens, logprobs) -> Asked:
     for name in ("temperature", "top_p", "min_p", "repetition_penalty"):
         if type(given[name]) not in (int, float) or not abs(given[name]) < _MOST:
             raise Refused(400, f"{name} must be a finite number", param=name)
-    temperature = given["temperature"]
-    # Without random choice these have no effect, but clients send them anyway.
-    others = () if temperature == 0 else ("top_p", "top_k", "min_p")
     try:
         sampling = Sampling(
             max_new_tokens=max(1, tokens),
-            temperature=temperature,
+            temperature=given["temperature"] or 1.0,
             repetition_penalty=given["repetition_penalty"],
             stop=tuple(stop),
             n=given["n"],
             seed=seed % 2**63,
             logprobs=logprobs,
-            **{name: given[name] for name in others},
+            **{name: given[name] for name in ("top_p", "top_k", "min_p")},
         )
+        if given["temperature"] == 0:
+            # Without random choice the others have no effect, but clients send them anyway.
+            neutral = {"temperature": 0.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0}
+            sampling = dataclasses.replace(sampling, **neutral)
     except CalmError as error:
         message = str(error)
         param = message.partition(" ")[0]

@@ -1,5 +1,6 @@
 """`calm generate`: sampling, files of answers that go on after a kill, and conversations."""
 
+import fcntl
 import io
 import json
 
@@ -11,9 +12,11 @@ from child_processes import ends, free_address, start
 import calm_jax
 from calm_jax.__main__ import main
 from calm_jax.checkpoints.frozen import load, save_frozen
+from calm_jax.cli.answer_file import AnswerFile
 from calm_jax.data.vocabularies import vocabulary_of_folder
 from calm_jax.data.vocabulary import ByteVocabulary
 from calm_jax.decoding import Generator
+from calm_jax.errors import CalmError
 
 PROMPTS = ["one", "two", "three words", "", "five", "six"]
 NEW = 4
@@ -40,14 +43,13 @@ def chatty(tmp_path_factory):
 def ask(frozen, tmp_path, monkeypatch):
     """Answers a file of prompts, two rows at a time; returns the prompts that were asked."""
     asked = []
-    generate = Generator.generate
+    as_completed = Generator.as_completed
 
-    def watched(self, prompts, sampling):
+    def watched(self, prompts, *others):
         asked.extend(bytes(token - 3 for token in prompt).decode() for prompt in prompts)
-        return generate(self, prompts, sampling)
+        return as_completed(self, prompts, *others)
 
-    monkeypatch.setattr(Generator, "generate", watched)
-    monkeypatch.setattr("calm_jax.decoding.blocks.ROUNDS", 1)
+    monkeypatch.setattr(Generator, "as_completed", watched)
 
     def run(prompts, *flags, status=0):
         asked.clear()
@@ -105,19 +107,57 @@ def test_a_killed_command_goes_on(ask, output, kept):
 
 
 def test_what_is_done_stays_when_an_error_ends_the_command(ask, output, monkeypatch):
-    generate, calls = Generator.generate, []
+    """Also the answer to a later prompt, which is complete before that to an earlier one."""
+    as_completed = Generator.as_completed
 
-    def fails_second(self, prompts, sampling):
-        calls.append(prompts)
-        if len(calls) == 2:
-            raise KeyboardInterrupt
-        return generate(self, prompts, sampling)
+    def is_stopped(self, prompts, sampling):
+        for number, answer in enumerate(as_completed(self, prompts, sampling)):
+            if number == 2:
+                raise KeyboardInterrupt
+            yield answer
 
+    prompts = ["the longest one", "b", "c"]
     with monkeypatch.context() as patch:
-        patch.setattr(Generator, "generate", fails_second)
-        ask(["a", "b", "c"], status=130)
-    assert [json.loads(line)["prompt"] for line in output.read_text().splitlines()] == ["a", "b"]
-    assert ask(["a", "b", "c"]) == ["c"]
+        patch.setattr(Generator, "as_completed", is_stopped)
+        ask(prompts, status=130)
+    lines = list(map(json.loads, output.read_text().splitlines()))
+    assert [line["prompt"] for line in lines] == ["b", "c"]
+    assert ask(prompts) == ["the longest one"]
+    assert list(map(json.loads, output.read_text().splitlines()))[1:] == lines
+
+
+def test_two_commands_do_not_fill_one_file(ask, output, capsys):
+    ask(["a", "b"])
+    output.write_bytes(output.read_bytes().splitlines(keepends=True)[0])
+    with open(output) as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        ask(["a", "b"], status=2)
+    assert capsys.readouterr().err.splitlines()[-1] == (
+        f"error: {output}: another command is filling it"
+    )
+    assert len(output.read_text().splitlines()) == 1
+    asked = json.loads(output.with_name("answers.jsonl.flags.json").read_text())
+    late = AnswerFile(output, ["a", "b"], 1, asked)
+    assert ask(["a", "b"]) == ["b"]
+    before = output.read_bytes()
+    with pytest.raises(CalmError, match="another command has filled it meanwhile"):
+        late.fill([])
+    assert output.read_bytes() == before
+
+
+def test_the_others_are_printed_where_one_fails(frozen, monkeypatch, capsys):
+    as_completed = Generator.as_completed
+
+    def failing(self, prompts, sampling):
+        for index, (answer,) in as_completed(self, prompts, sampling):
+            yield index, [answer._replace(error="step 3: no number") if index == 0 else answer]
+
+    monkeypatch.setattr(Generator, "as_completed", failing)
+    arguments = [f"--workdir={frozen}", "--prompt=a", "--prompt=b", "--max_new_tokens=2"]
+    assert main(["generate", *arguments]) == 2
+    shown = capsys.readouterr()
+    assert shown.out.startswith("b") and len(shown.out.splitlines()) == 1
+    assert shown.err.endswith("error: 1 answers failed; prompt 0, 'a': step 3: no number\n")
 
 
 @pytest.mark.slow
@@ -163,9 +203,12 @@ def test_files_of_other_prompts_are_refused(ask, output, capsys):
         assert capsys.readouterr().err == (
             f"error: {output} was begun with {message}; give another --output\n"
         )
-    output.write_text('{"index": 1, "prompt": "a"}\n')
+    output.write_text('{"index": "1", "prompt": "a"}\n')
     ask(["a"], status=2)
-    assert "index 0 is not in line 1; give another --output" in capsys.readouterr().err
+    assert f"{output}:1: not an answer with an index and a prompt" in capsys.readouterr().err
+    output.write_bytes(2 * before.splitlines(keepends=True)[0])
+    ask(["a", "b", "c"], status=2)
+    assert "index 0 is answered twice; give another --output" in capsys.readouterr().err
     output.write_text("someone's text, without a newline")
     ask(["a"], status=2)
     assert "its last line is not an answer; give another --output" in capsys.readouterr().err

@@ -3,6 +3,8 @@
 import dataclasses
 import functools
 
+import hypothesis
+import hypothesis.strategies as st
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -16,7 +18,7 @@ from calm_jax.data.vocabularies import vocabulary_of_folder
 from calm_jax.decoding import Generator, Sampling, generate, steps
 from calm_jax.decoding.chunks import buckets
 from calm_jax.decoding.memory import bytes_per_token
-from calm_jax.decoding.requests import Request
+from calm_jax.decoding.requests import Request, by_beginning
 from calm_jax.errors import CalmError
 from calm_jax.models import CompositionConfig, Inputs
 from calm_jax.models.parameters import Structure, module_tree
@@ -134,6 +136,34 @@ def test_a_shared_beginning_is_read_once(monkeypatch):
     counts.clear()
     generator.generate([beginning], Sampling(max_new_tokens=2, n=4, temperature=1.0))
     assert sum(counts) <= 4  # the last token for each answer
+
+
+def test_continuations_of_other_lengths_share_their_prompts(monkeypatch):
+    """Questions with a beginning in common, and choices that sorting by length would part."""
+    counts = read_tokens(monkeypatch)
+    beginning, *questions = prompts_of(60, *([30] * 6))
+    prompts = [[*beginning, *question] for question in questions]
+    choices = prompts_of(1, 9, 3, 6, seed=4)
+    asked = [(prompt, choice) for choice in choices for prompt in prompts]
+    Generator(model_of("palm"), max_length=128, slots=4).score(*zip(*asked, strict=True))
+    least = 60 + 6 * 30 + 6 * sum(map(len, choices))
+    assert least <= sum(counts) <= 1.3 * least
+
+
+@hypothesis.given(
+    st.lists(
+        st.builds(
+            lambda count, rest: [5] * count + rest,
+            st.integers(0, 60),
+            st.lists(st.integers(1, 3), max_size=40),
+        ),
+        max_size=12,
+    )
+)
+def test_no_request_is_lost_in_order(prompts):
+    requests = [Request(prompt, None, print) for prompt in prompts]
+    ordered = by_beginning(requests)
+    assert sorted(map(id, ordered)) == sorted(map(id, requests))
 
 
 @pytest.mark.parametrize(
@@ -310,12 +340,48 @@ def test_an_answer_ends_before_a_text_that_stops(writer):
         ({"logprobs": 21}, "logprobs is 21; it must be from 0 to 20"),
         ({"n": True}, "n is True; it must be an integer"),
         ({"stop": ("",)}, "stop has ''"),
+        ({"stop": 5}, "stop is 5; it must be a text or several"),
+        ({"temperature": 1e300}, r"temperature is 1e\+300; it must be from 1e-30 to 1e\+30"),
+        ({"repetition_penalty": 1e-50}, "repetition_penalty is 1e-50; it must be from 1e-30"),
     ],
     ids=lambda x: str(x)[:30],
 )
 def test_sampling_that_is_refused(options, message):
     with pytest.raises(CalmError, match=message):
         Sampling(**options)
+
+
+def test_options_of_generate_that_would_do_nothing_are_refused():
+    for options, message in (
+        ({"logprobs": 5}, "generate returns no logprobs"),
+        ({"eos_id": 10**6}, "an end id is 1000000; the model writes ids below 24"),
+    ):
+        with pytest.raises(CalmError, match=message):
+            generate(model_of("palm"), [[1, 2]], max_new_tokens=2, **options)
+
+
+@pytest.mark.parametrize(
+    ("prompts", "continuations", "message"),
+    [
+        ([[1], [2]], [[3]], "1 continuations were given for 2 prompts"),
+        ([[1]], [[]], "a continuation has no tokens"),
+        ([[]], [[1]], "a prompt has no tokens"),
+        ([[1]], ["a"], "a prompt of ids has a continuation of ids"),
+    ],
+)
+def test_scores_that_are_refused(prompts, continuations, message):
+    with pytest.raises(CalmError, match=message):
+        Generator(model_of("palm"), max_length=32).score(prompts, continuations)
+
+
+def test_answers_that_need_a_text_are_refused_without_a_vocabulary():
+    generator = Generator(model_of("palm"), max_length=32)
+    with pytest.raises(CalmError, match="no vocabulary to stream text with"):
+        next(generator.stream([1]))
+    with pytest.raises(CalmError, match="the model has no vocabulary"):
+        generator.generate([[1]], Sampling(stop="a"))
+    with pytest.raises(CalmError, match="1 samplings were given for 2 prompts"):
+        generator.generate([[1], [2]], [Sampling()])
 
 
 def test_prompts_that_are_refused():
@@ -345,8 +411,8 @@ def test_logits_that_are_not_finite_end_one_row_alone():
     assert again[0].tokens == good.tokens
     for answers in generator.generate([[5, 2]] * 4, Sampling(max_new_tokens=4)):
         assert answers[0].tokens == good.tokens
-    with pytest.raises(CalmError, match="not finite"):
-        generate(model, [[13, 2]], max_new_tokens=2)
+    with pytest.raises(CalmError, match="prompt 1, step 0: the logits are not finite"):
+        generate(model, [[5, 2, 1], [13, 2]], max_new_tokens=2)
     with pytest.raises(CalmError, match="prompt 1: the logits of its continuation are NaN"):
         generator.score([[5], [13]], [[2], [2]])
 

@@ -55,10 +55,15 @@ def one_by_one(model, rows, perturb):
     return rows_BT[:, length : length + NEW].tolist()
 
 
+def in_order(recomputed, asked, sampling):
+    found = dict(recomputed.as_completed(asked, sampling))
+    return [found[number] for number in range(len(asked))]
+
+
 def test_without_a_change_it_answers_as_the_generator(pair, monkeypatch):
     monkeypatch.setitem(controls.OF_TAPS, "zeroed", lambda x, augment, layer: x)
     asked, sampling = prompts(5), Sampling(max_new_tokens=NEW)
-    answers = Recomputed(pair, "zeroed", slots=3).generate(asked, sampling)
+    answers = in_order(Recomputed(pair, "zeroed", slots=3), asked, sampling)
     expected = Generator(pair, max_length=32, slots=3).generate(asked, sampling)
     assert [a.tokens for (a,) in answers] == [a.tokens for (a,) in expected]
     continuations = prompts(5, seed=1, length=(1, 4))
@@ -75,7 +80,7 @@ def all_zero(x, augment, layer):
 
 def test_zeroed_taps_are_zero(pair):
     asked = prompts(3, length=(4, 6))
-    answers = Recomputed(pair, "zeroed", slots=2).generate(asked, Sampling(max_new_tokens=NEW))
+    answers = in_order(Recomputed(pair, "zeroed", slots=2), asked, Sampling(max_new_tokens=NEW))
     for prompt, (answer,) in zip(asked, answers, strict=True):
         assert [answer.tokens] == one_by_one(pair, [prompt], all_zero)
 
@@ -89,10 +94,10 @@ def test_shuffled_taps_are_those_of_another_row(pair):
     asked = prompts(2, length=(6, 7))
     order = np.random.default_rng(controls.SEED).permutation(2)
     expected = one_by_one(pair, [asked[number] for number in order], swapped)
-    answers = Recomputed(pair, "shuffled", slots=8).generate(asked, Sampling(max_new_tokens=NEW))
+    answers = in_order(Recomputed(pair, "shuffled", slots=8), asked, Sampling(max_new_tokens=NEW))
     assert [answers[number][0].tokens for number in order] == expected
     with pytest.raises(CalmError, match="at least two prompts"):
-        Recomputed(pair, "shuffled", slots=8).generate(asked[:1], Sampling(max_new_tokens=1))
+        in_order(Recomputed(pair, "shuffled", slots=8), asked[:1], Sampling(max_new_tokens=1))
 
 
 def test_noise_has_the_norm_of_the_taps_and_forgets_them():
@@ -121,7 +126,7 @@ def test_permuting_changes_the_augments_alone(pair):
 
 def test_a_temperature_is_refused(pair):
     with pytest.raises(CalmError, match="answers greedily"):
-        Recomputed(pair, "noise", slots=2).generate([[1, 2]], Sampling(temperature=1.0))
+        in_order(Recomputed(pair, "noise", slots=2), [[1, 2]], Sampling(temperature=1.0))
 
 
 @pytest.mark.parametrize("weight", [0.0, 0.35, 1.0])
@@ -204,6 +209,6 @@ def test_a_control_sees_the_prompt_alone_with_an_encoder_only_bridge():
     changed = controls.OF_TAPS | {"zeroed": lambda x, augment, layer: x}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(controls, "OF_TAPS", changed)
-        answers = Recomputed(model, "zeroed", slots=3).generate(asked, sampling)
+        answers = in_order(Recomputed(model, "zeroed", slots=3), asked, sampling)
     expected = calm_jax.Generator(model, max_length=32).generate(asked, sampling)
     assert [a.tokens for (a,) in answers] == [a.tokens for (a,) in expected]

@@ -395,7 +395,7 @@ def test_nothing_is_left_behind_by_an_error(decoder_run, ask, monkeypatch):
     def fail(*_, **__):
         raise RuntimeError("out of memory")
 
-    monkeypatch.setattr(answering, "in_blocks", fail)
+    monkeypatch.setattr(Generator, "as_completed", fail)
     with pytest.raises(RuntimeError):
         runner.evaluate(folder, limit=1)
     assert read_run(folder).scores[MATH] == before[MATH]
@@ -457,8 +457,8 @@ def test_a_perfect_model_is_right_where_its_vocabulary_cannot_write_the_targets(
     examples = runner._examples(model, "a", entry, {}, settings)
     rows = [[*vocabulary.encode(target), vocabulary.eos_id] for target in targets]
     answers = [[Completion(row, "", "stop")] for row in rows]
-    monkeypatch.setattr(variants, "Generator", lambda *_, **__: None)
-    monkeypatch.setattr(answering, "in_blocks", lambda *_: iter(answers))
+    generator = types.SimpleNamespace(as_completed=lambda *_: enumerate(answers))
+    monkeypatch.setattr(variants, "Generator", lambda *_, **__: generator)
     task = Task("a", examples, TEMPLATES["own"], ("exact_match",), max_new_tokens=30)
     records = answering.answers(model, vocabulary, "", [task], Options(), len(rows))["a"]
     assert [record["correct"] for record in records] == [True] * len(rows)

@@ -14,7 +14,10 @@ from hypothesis import strategies as st
 from prometheus_client.parser import text_string_to_metric_families
 from servers import Slows, running, wait_until
 
+from calm_jax.errors import CalmError
 from calm_jax.serving.app import MOST_BYTES, Limits
+from calm_jax.serving.engine_thread import ServedModel
+from calm_jax.serving.parts import built
 
 LIMITS = Limits(max_queue=2, max_tokens=5000, request_seconds=60)
 
@@ -58,7 +61,10 @@ def error_of(answer, status):
         ({"prompt": "a", "top_p": 2}, 400, "top_p is 2"),
         ({"prompt": "a", "n": 0}, 400, "n is 0"),
         ({"prompt": "a", "n": 10**9}, 400, "the request is for 1000000000 answers"),
-        ({"prompt": "a", "stop": list("abcde")}, 400, "stop must be a text or up to 4"),
+        ({"prompt": "a", "stop": list(17 * "a")}, 400, "stop must be a text or up to 16"),
+        ({"prompt": "a", "temperature": 0, "top_p": 7}, 400, "top_p is 7"),
+        ({"prompt": "a", "temperature": 0, "top_k": "all"}, 400, "top_k is 'all'"),
+        ({"prompt": "a", "repetition_penalty": 1e-50}, 400, "as float32 can hold"),
         ({"prompt": "a", "stop": ""}, 400, "stop is an empty text"),
         ({"prompt": "a", "seed": 2**70}, 400, "seed is"),
         ({"prompt": "a", "logprobs": 6}, 400, "logprobs is 6; it must be an integer from 0 to 5"),
@@ -294,7 +300,7 @@ def test_logits_that_are_no_numbers_are_a_500(slow):
     assert slow.post("/v1/completions", json=body).status_code == 200
     slow.slows.made[-1].nan = True
     error = error_of(slow.post("/v1/completions", json=body), 500)
-    assert error["message"] == "the model failed: row 0, step 0: not finite"
+    assert error["message"] == "the model failed: step 0: not finite"
     text = slow.post("/v1/completions", json={**body, "stream": True}).text
     assert '"code": "model_failed"' in text and "[DONE]" not in text
 
@@ -375,3 +381,20 @@ def test_many_clients_get_what_each_would_get_alone(served):
     }
     assert [text for _, text in answers] == [alone[body["seed"]] for body, _ in answers]
     wait_until(lambda: served.rows_in_use() == 0)
+
+
+def test_a_part_whose_caches_do_not_fit_is_left_out(caplog):
+    def fits():
+        return "its scheduler"
+
+    def does_not_fit():
+        raise CalmError("the caches of 8 rows take 9 GiB, 1 GiB are free")
+
+    def named(name, make):
+        return ServedModel(name, None, 8, 64, make)
+
+    parts = [named("pair", fits), named("pair/anchor", does_not_fit), named("pair/augment", fits)]
+    assert list(built(parts)) == ["pair", "pair/augment"]
+    assert "pair/anchor is not served: the caches of 8 rows take 9 GiB" in caplog.text
+    with pytest.raises(CalmError, match="take 9 GiB"):
+        built(parts[1:])
