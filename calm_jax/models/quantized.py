@@ -74,21 +74,26 @@ def quantize_in_groups(weight: jax.Array, summed: tuple[int, ...]) -> tuple[jax.
     low, high = (f(blocks, axis=axis + 1, keepdims=True) for f in (jnp.min, jnp.max))
     furthest = jnp.where(high > -low, high, low)
 
-    def rounded(steps):
+    def scale_of(steps):
         size = jnp.clip(jnp.abs(furthest) / steps, SMALLEST_SCALE, LARGEST_SCALE)
-        scale = jnp.where(furthest > 0, -size, size).astype(jnp.float16)
-        values = jnp.round(blocks / scale.astype(jnp.float32))
-        errors = jnp.square(blocks - values * scale.astype(jnp.float32))
-        errors = jnp.where(values > 7, jnp.inf, errors)
-        return values, scale, jnp.sum(errors, axis=axis + 1, keepdims=True)
+        return jnp.where(furthest > 0, -size, size).astype(jnp.float16)
 
-    (wide, wide_scale, wide_error), (fine, fine_scale, fine_error) = rounded(7), rounded(8)
-    better = fine_error <= wide_error
-    values = jnp.clip(jnp.where(better, fine, wide), -8, 7).astype(jnp.int8)
+    def rounded(scale):
+        return jnp.round(blocks / scale.astype(jnp.float32))
+
+    def error(scale):
+        values = rounded(scale)
+        errors = jnp.square(blocks - values * scale.astype(jnp.float32))
+        return jnp.sum(jnp.where(values > 7, jnp.inf, errors), axis=axis + 1, keepdims=True)
+
+    # Only scales are kept of both: their values would take more bytes than the errors.
+    wide, fine = scale_of(7), scale_of(8)
+    scale = jnp.where(error(fine) <= error(wide), fine, wide)
+    values = jnp.clip(rounded(scale), -8, 7).astype(jnp.int8)
     first, second = jnp.split(values, 2, axis + 1)
     packed = jax.lax.bitcast_convert_type(second << 4 | first & 15, jnp.uint8)
     packed = packed.reshape(*shape[:axis], size // 2, *shape[axis + 1 :])
-    return packed, jnp.squeeze(jnp.where(better, fine_scale, wide_scale), axis + 1)
+    return packed, jnp.squeeze(scale, axis + 1)
 
 
 QUANTIZERS: dict[str, Callable] = {"int8": quantize, "int4": quantize_in_groups}
