@@ -19,6 +19,7 @@ from calm_jax.models.taps import Augment
 from calm_jax.units import size
 
 NONE: Mapping[int, int] = types.MappingProxyType({})
+RESERVED = 0.1  # of the free memory, for what a step computes: logits, activations
 
 
 @dataclasses.dataclass(frozen=True)
@@ -163,6 +164,7 @@ def _check(model: Any, slots: int, row: int, what: str) -> None:
     free, mesh = free_bytes(array), sharding.current_mesh(array)
     if free is None:
         return
+    free = int(free * (1 - RESERVED))
     held = row * (slots // sharding.ways("batch", slots, mesh))
     if held > free:
         # A batch of `mesh.size` rows can always be split.

@@ -451,9 +451,13 @@ def test_a_request_may_be_cancelled_by_its_own_news():
 
 
 def test_caches_that_do_not_fit(monkeypatch):
+    monkeypatch.setattr("calm_jax.decoding.memory.RESERVED", 0)
     monkeypatch.setattr("calm_jax.decoding.memory.free_bytes", lambda array: 100_000)
     model = model_of("palm")
     fit = 100_000 // (bytes_per_token(model) * 64)
     with pytest.raises(CalmError, match=f"; {fit} rows would fit"):
         Generator(model, max_length=64, slots=fit + 1)
     Generator(model, max_length=64, slots=fit)
+    monkeypatch.setattr("calm_jax.decoding.memory.RESERVED", 0.5)
+    with pytest.raises(CalmError, match=f"; {fit // 2} rows would fit"):
+        Generator(model, max_length=64, slots=fit)

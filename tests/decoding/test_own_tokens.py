@@ -298,6 +298,7 @@ def test_caches_that_do_not_fit(vocabularies, monkeypatch):
     generator = Generator(model, max_length=32, slots=2)
     room = generator.scheduler._own.slots
     row = bytes_per_row(model, 32, own=room)
+    monkeypatch.setattr("calm_jax.decoding.memory.RESERVED", 0)
     monkeypatch.setattr("calm_jax.decoding.memory.free_bytes", lambda array: 2 * row)
     message = rf"of 3 rows of 32 tokens and {room[0]} inputs of augment 0 .*; 2 rows would fit"
     with pytest.raises(CalmError, match=message):
