@@ -264,8 +264,8 @@ def test_generate_on_a_mesh(frozen, capsys, monkeypatch):
 
 
 def test_an_empty_answer_is_told(frozen, capsys, monkeypatch):
-    nothing = [[Completion([], "", "stop")]]
-    monkeypatch.setattr("calm_jax.decoding.Generator.generate", lambda *_: nothing)
+    nothing = [(0, [Completion([], "", "stop")])]
+    monkeypatch.setattr("calm_jax.decoding.Generator.as_completed", lambda *_: iter(nothing))
     assert main(["generate", f"--workdir={frozen}", "--prompt=one"]) == 0
     assert capsys.readouterr() == ("one\n", "the answer to 'one' is empty\n")
 

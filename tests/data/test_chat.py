@@ -18,7 +18,7 @@ from calm_jax.data import chat, open_dataset
 from calm_jax.data.example_files import ExampleFiles
 from calm_jax.data.vocabularies import load_vocabulary, vocabulary_of_folder
 from calm_jax.data.vocabulary import ByteVocabulary
-from calm_jax.decoding import generate
+from calm_jax.decoding import Generator, Sampling, generate
 from calm_jax.errors import CalmError
 
 CHAT = [
@@ -375,7 +375,9 @@ def test_generation_ends_at_any_of_the_end_tokens(vocabularies):
     vocabulary = vocabularies["llama3"]
     model = model_with(vocabulary)
     prompts, new = ["Hi", "Wer reitet so spät", "море"], 6
-    free = generate(model, prompts, max_new_tokens=new, eos_id=model.config.vocab_size)
+    endless = Generator(model, max_length=128, slots=3, eos_ids=())
+    answers = endless.generate(prompts, Sampling(max_new_tokens=new))
+    free = np.array([answer.tokens for (answer,) in answers])
     # Whatever the model says second becomes an end token beside the vocabulary's own.
     vocabulary = vocabulary_of_folder(vocabulary.published.folder)
     vocabulary.other_eos_ids = tuple({int(row[1]) for row in free})
