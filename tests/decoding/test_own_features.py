@@ -33,7 +33,10 @@ CONFIGS = {
 
 @pytest.fixture(
     scope="module",
-    params=["rotary", "only the prompt", pytest.param("latent", marks=pytest.mark.slow)],
+    params=[
+        "rotary",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("only the prompt", "latent")),
+    ],
 )
 def model(request, tmp_path_factory):
     """Its first augment reads the anchor's bytes, its second features, its third other tokens."""

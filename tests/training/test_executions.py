@@ -63,6 +63,7 @@ def check(found):
     np.testing.assert_allclose(found, on_one_device(), rtol=2e-5)
 
 
+@pytest.mark.slow
 def test_everything_at_once():
     check(losses(CUBE, remat="full", attention="chunked", weights="all", loss_chunk=5))
 

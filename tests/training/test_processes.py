@@ -197,6 +197,7 @@ def last_line(output):
     return output.strip().splitlines()[-1]
 
 
+@pytest.mark.slow
 def test_sigterm_to_one_of_two_then_four_go_on_as_one_process_would(shared, alone, tmp_path):
     run = Run(shared, tmp_path / "run", 2, 2, "--config.mesh.fsdp=2")
     run.await_step(3)
