@@ -14,6 +14,7 @@ from calm_jax.decoding.sampling import Sampling, TokenLogprob
 from calm_jax.errors import CalmError
 
 SHARED = 16  # least tokens of a shared beginning that is worth copying
+GENERATIONS = 8  # of families in families; within the last, prompts stand by their ids
 ENDLESS = 2**31 - 1  # more tokens than any row has
 TOPS = (0, 1, 5, 20)  # numbers of most probable tokens for which programs are compiled
 
@@ -235,22 +236,27 @@ def common(ours: list[int], theirs: list[int], most: int) -> int:
     return int(np.argmin(np.equal(ours[:most], theirs[:most])))
 
 
-def by_beginning(requests: Sequence[Request], shared: int = 0) -> list[Request]:
+def by_beginning(requests: Sequence[Request]) -> list[Request]:
     """Requests in an order in which rows are copied and read together as much as possible.
 
-    Prompts that have more in common with each other than apart, beyond the first `shared` tokens
-    of all of them, stand together; otherwise the shorter ones come first.
+    Prompts that have more in common with each other than apart stand together, and so on beyond
+    what they have in common; otherwise the shorter ones come first.
     """
+    return _by_family(sorted(requests, key=lambda request: request.prompt), 0, GENERATIONS)
+
+
+def _by_family(by_ids: list[Request], shared: int, generations: int) -> list[Request]:
+    """Sorted requests, all with the same first `shared` tokens, by families and their families."""
     families: list[list[Request]] = []
-    for request in sorted(requests, key=lambda request: request.prompt):
+    for request in by_ids:
         if families and _are_family(families[-1][-1].prompt, request.prompt, shared):
             families[-1].append(request)
         else:
             families.append([request])
     for index, family in enumerate(families):
         all_share = _in_common(family[0].prompt, family[-1].prompt)
-        if len(family) > 1 and all_share > shared:
-            families[index] = by_beginning(family, all_share)
+        if generations and len(family) > 1 and all_share > shared:
+            families[index] = _by_family(family, all_share, generations - 1)
     families.sort(key=lambda family: len(family[0].prompt))
     return [request for family in families for request in family]
 

@@ -15,7 +15,7 @@ from random_models import gemma, llama, palm, random_composed, random_decoder
 
 from calm_jax import sharding
 from calm_jax.data.vocabularies import vocabulary_of_folder
-from calm_jax.decoding import Generator, Sampling, generate, steps
+from calm_jax.decoding import Generator, Sampling, generate, requests, steps
 from calm_jax.decoding.chunks import buckets
 from calm_jax.decoding.memory import bytes_per_token
 from calm_jax.decoding.requests import Request, by_beginning
@@ -164,6 +164,14 @@ def test_no_request_is_lost_in_order(prompts):
     requests = [Request(prompt, None, print) for prompt in prompts]
     ordered = by_beginning(requests)
     assert sorted(map(id, ordered)) == sorted(map(id, requests))
+
+
+def test_prompts_that_continue_each_other_come_in_their_order(monkeypatch):
+    """Each with all before it as its beginning: a family in a family, more than Python's stack."""
+    monkeypatch.setattr(requests, "SHARED", 1)
+    prompts = [list(range(length)) for length in range(1, 1200)]
+    ordered = by_beginning([Request(prompt, None, print) for prompt in prompts[::-1]])
+    assert [request.prompt for request in ordered] == prompts
 
 
 @pytest.mark.parametrize(
