@@ -9,6 +9,7 @@ K key heads, H head width, G groups of features.
 """
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -161,7 +162,18 @@ class Vectors:
         def on_device(x_LBKSH, new_PTKH, slots_PT, rows_P, row_B, layer):
             row_P = rows_P - row_B[0]
             row_P = jnp.where(row_P < 0, len(row_B), row_P)  # a negative index counts from the end
-            return x_LBKSH.at[layer, row_P[:, None], :, slots_PT].set(new_PTKH, mode="drop")
+
+            def scatter(x_LBKSH, new_PTKH, slots_PT):
+                return x_LBKSH.at[layer, row_P[:, None], :, slots_PT].set(new_PTKH, mode="drop")
+
+            if slots_PT.size > 1:
+                return scatter(x_LBKSH, new_PTKH, slots_PT)
+            # XLA's CPU backend turns a single write into one that it repeats for each reader, with
+            # a copy of the whole cache. A second, dropped one prevents that.
+            two = functools.partial(_with_dropped, scatter)
+            return jax.lax.platform_dependent(
+                x_LBKSH, new_PTKH, slots_PT, cpu=two, default=scatter
+            )
 
         def put(x_LBKSH, new_PTKH):
             # Each device writes its own rows: one scatter over all devices would gather the batch.
@@ -206,6 +218,12 @@ class Vectors:
             scales_PKRG = get(self.scales_LBKSG).astype(dtype)
             x_PKRH *= jnp.repeat(scales_PKRG, x_PKRH.shape[-1] // scales_PKRG.shape[-1], axis=-1)
         return jnp.swapaxes(x_PKRH, 1, 2)
+
+
+def _with_dropped(scatter, x_LBKSH, new_PTKH, slots_PT):
+    """`scatter` of a single token, and of one that is dropped."""
+    slots_PT = jnp.pad(slots_PT, ((0, 0), (0, 1)), constant_values=x_LBKSH.shape[3])
+    return scatter(x_LBKSH, jnp.pad(new_PTKH, ((0, 0), (0, 1), (0, 0), (0, 0))), slots_PT)
 
 
 @jax.tree_util.register_dataclass

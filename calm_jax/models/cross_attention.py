@@ -113,7 +113,7 @@ class CrossAttention(nnx.Module):
         N, H = heads(config, anchor)
         into_heads = ("embed", "heads", "head_dim")
         self.config = config
-        self.heads_first = False  # whether keys' and values' matrices are [N, E, H]; see `absorbed`
+        self.heads_first = False  # whether W_K is [N, H, E] and W_V [N, E, H]; see `absorbed`
         self.projection = matrix(rngs, (E, D), ("augment_embed", "embed"), inputs=1)
         self.query = matrix(rngs, (D, N, H), into_heads, inputs=1)
         self.key = matrix(rngs, (D, N, H), into_heads, inputs=1)
@@ -154,7 +154,8 @@ class CrossAttention(nnx.Module):
         are new arrays; all others are shared.
         """
         config, copy = self.config, nnx.merge(*nnx.split(self))
-        # Queries meet latents head by head: with heads elsewhere, every step copies the weights.
+        # Each head's queries and sums of latents are multiplied by a matrix whose first axis is summed
+        # over: with axes in another order, every step copies the weights, or reads them slowly.
         copy.heads_first = not config.rotary
         projection = self.projection[...]
         if config.norms:
@@ -162,9 +163,9 @@ class CrossAttention(nnx.Module):
             copy.tap_norm = None
 
         through = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
-        order = "NEH" if copy.heads_first else "ENH"
         axes = {"E": "augment_embed", "N": "heads", "H": "head_dim"}
-        for name in ("key", "value"):
+        orders = ("NHE", "NEH") if copy.heads_first else ("ENH", "ENH")
+        for name, order in zip(("key", "value"), orders, strict=True):
             matrix = getattr(self, name)[...]
             product = through(f"...ED,...DNH->...{order}", projection, matrix)
             named = tuple(axes[axis] for axis in order)
@@ -206,12 +207,12 @@ class CrossAttention(nnx.Module):
         """As `attend`, for the latents [B, S, E] of the tap in the dtype of `h_BTD`."""
         if self.projection is not None:
             return self.absorbed().attend_to_latents(h_BTD, latent_BSE, forward)
-        dtype, (_, E, H) = h_BTD.dtype, self.key.shape
+        dtype, (_, E, H) = h_BTD.dtype, self.value.shape
         if expands(h_BTD.shape[1], latent_BSE.shape[1], E, H):
             return self.attend(h_BTD, *self._projected(latent_BSE, forward), forward)[0]
         q_BTNH = self._queries(h_BTD, forward)
         # Results in the order of `einsum` itself: else it swaps the factors, and XLA copies more.
-        q_NBTE = jnp.einsum("BTNH,NEH->NBTE", q_BTNH, self.key[...].astype(dtype))
+        q_NBTE = jnp.einsum("BTNH,NHE->NBTE", q_BTNH, self.key[...].astype(dtype))
         q_BTNE = jnp.einsum("NBTE->BTNE", q_NBTE)
         latent_BS1E = latent_BSE[:, :, None]
         x_BTNE = forward.attend(split_by_width(q_BTNE), latent_BS1E, latent_BS1E)
@@ -231,9 +232,9 @@ class CrossAttention(nnx.Module):
                 x_BSD += self.projection_bias[...].astype(dtype)
         # Each device projects its part of the length, then the full length is gathered.
         x_BSD = whole_length(residual_layout(x_BSD))
-        equation = "BSD,NDH->BSNH" if self.heads_first else "BSD,DNH->BSNH"
-        k_BSNH = jnp.einsum(equation, x_BSD, self.key[...].astype(dtype))
-        v_BSNH = jnp.einsum(equation, x_BSD, self.value[...].astype(dtype))
+        of_key, of_value = ("NHD", "NDH") if self.heads_first else ("DNH", "DNH")
+        k_BSNH = jnp.einsum(f"BSD,{of_key}->BSNH", x_BSD, self.key[...].astype(dtype))
+        v_BSNH = jnp.einsum(f"BSD,{of_value}->BSNH", x_BSD, self.value[...].astype(dtype))
         if config.bias:
             v_BSNH += self.value_bias[...].astype(dtype)
             if self.projection is None and config.rotary:

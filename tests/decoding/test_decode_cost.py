@@ -49,9 +49,9 @@ def ideal(latent: bool) -> int:
     return ROWS * (LAYERS * (layer(D, K) + layer(E, 1)) + 2 * bridge + head)
 
 
-def decoding_step(model):
+def decoding_step(model, rows=ROWS):
     """A generator's scheduler, and a step of its program: as a function of arrays, and compiled."""
-    scheduler = Generator(model, max_length=SLOTS, slots=ROWS).scheduler
+    scheduler = Generator(model, max_length=SLOTS, slots=rows).scheduler
     graphdef, weights, state = scheduler._static, scheduler._weights, scheduler._state
     arrays = (weights, state, scheduler._ends_E, np.int32(1), np.bool_(False))
     options = {"known": V, "read": SLOTS, "most": 1, "top": 0}
@@ -74,6 +74,17 @@ def test_one_device_computes_and_moves_what_it_must(latent, monkeypatch):
     assert 1 <= cost["bytes accessed"] / held <= 3
 
 
+def made_as_large_as_caches(scheduler, compiled) -> set[str]:
+    """The kinds of operations whose results have the shape of a device's part of a cache."""
+    kept = {
+        tuple(sorted(x.sharding.shard_shape(x.shape)))
+        for x in jax.tree.leaves(scheduler._state.cache)
+        if x.ndim == 5
+    }
+    made = re.findall(r"= f32\[([\d,]+)\]\S* (\w[\w-]*)\(", compiled.as_text())
+    return {kind for shape, kind in made if tuple(sorted(map(int, shape.split(",")))) in kept}
+
+
 def test_no_cache_is_copied():
     """In a loop over layers, on a mesh: what is written is the new token alone, in place."""
     structure = composed_structure(*MODELS)
@@ -81,15 +92,19 @@ def test_no_cache_is_copied():
     tree = jax.device_put(random_tree(structure, 0), structure.shardings(mesh))
     scheduler, flops, compiled = decoding_step(structure.merge(tree))
     assert flops == ideal(latent=True)
-    kept = {
-        tuple(sorted(x.sharding.shard_shape(x.shape)))
-        for x in jax.tree.leaves(scheduler._state.cache)
-        if x.ndim == 5
-    }
-    made = re.findall(r"= f32\[([\d,]+)\]\S* (\w[\w-]*)\(", compiled.as_text())
-    whole = {kind for shape, kind in made if tuple(sorted(map(int, shape.split(",")))) in kept}
-    assert {"scatter", "dynamic-update-slice"} & whole
-    assert not {"copy", "transpose", "all-gather", "dynamic-slice"} & whole
+    made = made_as_large_as_caches(scheduler, compiled)
+    assert {"scatter", "dynamic-update-slice"} & made
+    assert not {"copy", "transpose", "all-gather", "dynamic-slice"} & made
+
+
+@pytest.mark.parametrize("latent", [True, False])
+@pytest.mark.parametrize("rows", [1, ROWS])
+def test_no_cache_is_copied_on_one_device(rows, latent, monkeypatch):
+    """Layers run one by one and read all slots."""
+    monkeypatch.setattr(CrossBytes, "is_latent", property(lambda self: latent))
+    made = made_as_large_as_caches(*decoding_step(random_composed(*MODELS), rows)[::2])
+    assert {"scatter", "dynamic-update-slice"} & made
+    assert not {"copy", "transpose"} & made
 
 
 def test_no_weight_is_transposed():
