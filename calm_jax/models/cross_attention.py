@@ -154,8 +154,8 @@ class CrossAttention(nnx.Module):
         are new arrays; all others are shared.
         """
         config, copy = self.config, nnx.merge(*nnx.split(self))
-        # Each head's queries and sums of latents are multiplied by a matrix whose first axis is summed
-        # over: with axes in another order, every step copies the weights, or reads them slowly.
+        # Each head multiplies queries, and sums of latents, by a matrix whose first axis is summed
+        # over. With other orders of axes every step copies the weights, or reads them slowly.
         copy.heads_first = not config.rotary
         projection = self.projection[...]
         if config.norms:
