@@ -171,9 +171,7 @@ class Vectors:
             # XLA's CPU backend turns a single write into one that it repeats for each reader, with
             # a copy of the whole cache. A second, dropped one prevents that.
             two = functools.partial(_with_dropped, scatter)
-            return jax.lax.platform_dependent(
-                x_LBKSH, new_PTKH, slots_PT, cpu=two, default=scatter
-            )
+            return jax.lax.platform_dependent(x_LBKSH, new_PTKH, slots_PT, cpu=two, default=scatter)
 
         def put(x_LBKSH, new_PTKH):
             # Each device writes its own rows: one scatter over all devices would gather the batch.
