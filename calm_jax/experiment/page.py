@@ -39,6 +39,7 @@ def write_page(experiment: Experiment, jobs: Sequence[Job], folder: epath.Path, 
         page,
         template.render(
             experiment=experiment,
+            seeds=_seeds(experiment, rows),
             answer=answer(experiment, rows, scored),
             kinds=[
                 (kind, label, [r for r in rows if r.arm.kind == kind])
@@ -106,6 +107,14 @@ def tasks(experiment: Experiment, rows: Sequence[Row]) -> list[str]:
     """The names of the scored tasks, of which one entry of `experiment.tasks` may have several."""
     ordered = sorted(rows, key=lambda row: row.arm.name != experiment.reference)
     return list(dict.fromkeys(task for row in ordered for task in row.cells))
+
+
+def _seeds(experiment: Experiment, rows: Sequence[Row]) -> str:
+    """The number of seeds that were scored, in words."""
+    scored = max((len(cell.values) for row in rows for cell in row.cells.values()), default=0)
+    asked = len(experiment.seeds)
+    words = f"{asked} seed{'s' if asked > 1 else ''}"
+    return words if scored == asked else f"{scored} of {words}"
 
 
 def _is_finished(job: Job) -> bool:

@@ -46,6 +46,20 @@ def pair(**fields):
     return Experiment("t", arms, ("all",), "calm", **fields)
 
 
+def test_the_number_of_seeds_is_that_of_scores(tmp_path):
+    def first_alone(job):
+        if job.seed:
+            (job.results / "summary.json").unlink()
+
+    def told(folder, also):
+        text = page(tmp_path / folder, pair(seeds=(0, 1)), rights, also=also)
+        return re.search('class="kicker">(.*?)</p>', text)[1]
+
+    rights = {name: {"all": np.arange(10) < 5} for name in ("anchor", "calm")}
+    assert told("all", lambda job: None) == "calm_jax · 2 seeds"
+    assert told("one", first_alone) == "calm_jax · 1 of 2 seeds"
+
+
 def test_the_gain_of_each_language(tmp_path):
     """Two languages, one gains 40 points and the other loses 20."""
     ten = np.arange(10)
