@@ -46,6 +46,7 @@ from calm_jax.errors import CalmError
 from calm_jax.models import ComposedDecoder
 from calm_jax.models.calling import array_of, on_devices_of
 from calm_jax.models.matching import check_shared
+from calm_jax.programs import make_room
 
 MOST_STEPS = 64  # most tokens that one dispatch makes for each row
 MOST_FOLLOWED = 1  # that, if augments read the answers in tokens of their own
@@ -167,6 +168,7 @@ class Scheduler(Queue):
             whether there was something to do.
         """
         self._time += 1
+        make_room()
         try:
             if self._state is None:
                 self._state = self._empty_state()
