@@ -19,6 +19,7 @@ medians are compared.
 
 import dataclasses
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -66,7 +67,9 @@ def main(_) -> None:
     }
     rows = [("what", "rows", "ours s", "other s", "ratio", "tokens/s")]
     for part in PARTS.value:
-        rows += measures[part]()
+        measured = measures[part]()
+        print(*measured, sep="\n", file=sys.stderr, flush=True)
+        rows += measured
     tell("decode", rows, OUTPUT.value)
 
 

@@ -43,10 +43,10 @@ from calm_jax.decoding.sampling import Choice, Sampling
 from calm_jax.decoding.state import News as Made
 from calm_jax.decoding.state import State
 from calm_jax.errors import CalmError
+from calm_jax.mappings import make_room
 from calm_jax.models import ComposedDecoder
 from calm_jax.models.calling import array_of, on_devices_of
 from calm_jax.models.matching import check_shared
-from calm_jax.programs import make_room
 
 MOST_STEPS = 64  # most tokens that one dispatch makes for each row
 MOST_FOLLOWED = 1  # that, if augments read the answers in tokens of their own

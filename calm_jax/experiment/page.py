@@ -60,7 +60,8 @@ def write_page(experiment: Experiment, jobs: Sequence[Job], folder: epath.Path, 
             decoding=decoding,
             device=speeds["device"],
             examples=_examples(experiment, rows, scored),
-            missing=[str(job) for job in jobs if not _is_finished(job)],
+            missing=[str(job) for job in jobs if not job.is_scored],
+            stale=[str(job) for job in jobs if job.is_scored and _is_stale(job)],
             commands=[shell(line) for row in rows for line in row.jobs[0].commands],
             command=command,
             today=datetime.date.today().isoformat(),
@@ -110,16 +111,19 @@ def tasks(experiment: Experiment, rows: Sequence[Row]) -> list[str]:
 
 
 def _seeds(experiment: Experiment, rows: Sequence[Row]) -> str:
-    """The number of seeds that were scored, in words."""
-    scored = max((len(cell.values) for row in rows for cell in row.cells.values()), default=0)
+    """The number of seeds, and for how many of them the reference was scored."""
     asked = len(experiment.seeds)
     words = f"{asked} seed{'s' if asked > 1 else ''}"
-    return words if scored == asked else f"{scored} of {words}"
+    reference = next((row for row in rows if row.arm.name == experiment.reference), None)
+    if reference is None:
+        return f"0 of {words}"
+    scored = min(len(cell.values) for cell in reference.cells.values())
+    return f"{scored} of {words}" if reference.arm.seeded and scored < asked else words
 
 
-def _is_finished(job: Job) -> bool:
-    """Whether a job was scored, here as it is now described or on another machine."""
-    return is_done(job) if (job.folder / DONE).exists() else job.is_scored
+def _is_stale(job: Job) -> bool:
+    """Whether a job was run here with other commands, or its folder has been moved."""
+    return (job.folder / DONE).exists() and not is_done(job)
 
 
 def _bridge(experiment: Experiment, rows: Sequence[Row]) -> dict[str, Any] | None:

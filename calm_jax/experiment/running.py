@@ -65,14 +65,8 @@ def is_done(job: Job) -> bool:
 
 
 def _described(job: Job) -> dict[str, Any]:
-    """What a job is run with. The experiment's folder may move, and so may the config's file."""
     needs = [read_json(need.folder / DONE, "a job")["finished"] for need in job.needs]
-    commands = [
-        shell([word for word in command if not word.startswith("--config=")])
-        for command in job.commands
-    ]
-    folder = str(job.folder.parent.parent)
-    commands = [command.replace(folder, "WORKDIR") for command in commands]
+    commands = [shell(command) for command in job.commands]
     return {"commands": commands, "config": job.config, "needs": needs}
 
 

@@ -9,7 +9,6 @@ K key heads, H head width, G groups of features.
 """
 
 import dataclasses
-import functools
 from typing import Any
 
 import jax
@@ -162,16 +161,7 @@ class Vectors:
         def on_device(x_LBKSH, new_PTKH, slots_PT, rows_P, row_B, layer):
             row_P = rows_P - row_B[0]
             row_P = jnp.where(row_P < 0, len(row_B), row_P)  # a negative index counts from the end
-
-            def scatter(x_LBKSH, new_PTKH, slots_PT):
-                return x_LBKSH.at[layer, row_P[:, None], :, slots_PT].set(new_PTKH, mode="drop")
-
-            if slots_PT.size > 1:
-                return scatter(x_LBKSH, new_PTKH, slots_PT)
-            # XLA's CPU backend turns a single write into one that it repeats for each reader, with
-            # a copy of the whole cache. A second, dropped one prevents that.
-            two = functools.partial(_with_dropped, scatter)
-            return jax.lax.platform_dependent(x_LBKSH, new_PTKH, slots_PT, cpu=two, default=scatter)
+            return _scattered(x_LBKSH, new_PTKH, slots_PT, row_P, layer)
 
         def put(x_LBKSH, new_PTKH):
             # Each device writes its own rows: one scatter over all devices would gather the batch.
@@ -218,10 +208,23 @@ class Vectors:
         return jnp.swapaxes(x_PKRH, 1, 2)
 
 
-def _with_dropped(scatter, x_LBKSH, new_PTKH, slots_PT):
-    """`scatter` of a single token, and of one that is dropped."""
-    slots_PT = jnp.pad(slots_PT, ((0, 0), (0, 1)), constant_values=x_LBKSH.shape[3])
-    return scatter(x_LBKSH, jnp.pad(new_PTKH, ((0, 0), (0, 1), (0, 0), (0, 0))), slots_PT)
+def _scattered(
+    x_LBKSH: jax.Array, new_PTKH: jax.Array, slots_PT: jax.Array, row_P: jax.Array, layer: jax.Array
+) -> jax.Array:
+    """A copy of `x_LBKSH` with vectors at `layer`, `row_P` and `slots_PT`, those beyond dropped."""
+
+    def scatter(x_LBKSH, new_PTKH, slots_PT):
+        return x_LBKSH.at[layer, row_P[:, None], :, slots_PT].set(new_PTKH, mode="drop")
+
+    def scatter_two(x_LBKSH, new_PTKH, slots_PT):
+        slots_PT = jnp.pad(slots_PT, ((0, 0), (0, 1)), constant_values=x_LBKSH.shape[3])
+        return scatter(x_LBKSH, jnp.pad(new_PTKH, ((0, 0), (0, 1), (0, 0), (0, 0))), slots_PT)
+
+    if slots_PT.size > 1:
+        return scatter(x_LBKSH, new_PTKH, slots_PT)
+    # XLA's CPU backend repeats a single write for each reader of the cache, of which it makes a
+    # copy each time. A second write, which is dropped, prevents that.
+    return jax.lax.platform_dependent(x_LBKSH, new_PTKH, slots_PT, cpu=scatter_two, default=scatter)
 
 
 @jax.tree_util.register_dataclass

@@ -46,18 +46,36 @@ def pair(**fields):
     return Experiment("t", arms, ("all",), "calm", **fields)
 
 
-def test_the_number_of_seeds_is_that_of_scores(tmp_path):
+@pytest.mark.parametrize(
+    ("unscored", "words"),
+    [
+        ((), "2 seeds"),
+        (("anchor",), "2 seeds"),
+        (("calm",), "1 of 2 seeds"),
+        (("anchor", "calm"), "1 of 2 seeds"),
+    ],
+)
+def test_seeds_are_those_of_the_reference(tmp_path, unscored, words):
     def first_alone(job):
-        if job.seed:
+        if job.seed and job.arm.name in unscored:
             (job.results / "summary.json").unlink()
 
-    def told(folder, also):
-        text = page(tmp_path / folder, pair(seeds=(0, 1)), rights, also=also)
-        return re.search('class="kicker">(.*?)</p>', text)[1]
+    rights = {name: {"all": np.arange(10) < 5} for name in ("anchor", "calm")}
+    text = page(tmp_path, pair(seeds=(0, 1)), rights, also=first_alone)
+    assert re.search('class="kicker">(.*?)</p>', text)[1] == f"calm_jax · {words}"
+    missing = "; ".join(f"{name}, seed 1" for name in unscored)
+    assert (f"Not finished: {missing}." in text) == bool(missing)
+
+
+def test_jobs_of_other_commands_are_told(tmp_path):
+    def ran_elsewhere(job):
+        if job.arm.name == "calm":
+            (job.folder / "job.json").write_text(json.dumps({"commands": [], "seconds": 1.0}))
 
     rights = {name: {"all": np.arange(10) < 5} for name in ("anchor", "calm")}
-    assert told("all", lambda job: None) == "calm_jax · 2 seeds"
-    assert told("one", first_alone) == "calm_jax · 1 of 2 seeds"
+    text = page(tmp_path, pair(), rights, also=ran_elsewhere)
+    assert "configs, or in another folder: calm, seed 0." in text
+    assert "Not finished" not in text
 
 
 def test_the_gain_of_each_language(tmp_path):

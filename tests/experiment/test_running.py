@@ -12,7 +12,6 @@ import time
 from child_processes import environment
 from etils import epath
 
-from calm_jax.experiment import running
 from calm_jax.experiment.arms import Arm, Job
 from calm_jax.experiment.running import DONE, is_done, run
 
@@ -52,24 +51,6 @@ def test_a_job_of_other_commands_is_not_done(tmp_path):
     assert not is_done(job(tmp_path, "one", "--help"))
     assert not is_done(dataclasses.replace(job(tmp_path, "one"), config="{}"))
     assert json.loads((tmp_path / "one" / DONE).read_text())["seconds"] > 0
-
-
-def test_a_moved_experiment_is_still_done(tmp_path):
-    before, after = tmp_path / "before", tmp_path / "after"
-
-    def jobs(folder, config):
-        arguments = ("train", f"--config={config}:one", f"--workdir={folder}/seed_0/one")
-        one = job(folder / "seed_0", "one", *arguments)
-        return [one, job(folder / "seed_0", "two", "--version", needs=[one])]
-
-    for made in jobs(before, "/here/config.py"):
-        made.folder.mkdir(parents=True)
-        (made.folder / DONE).write_text(json.dumps(running._described(made) | {"finished": 1.0}))
-    before.rename(after)
-    assert all(map(is_done, jobs(after, "/there/config.py")))
-    # Folders outside the experiment are others.
-    (one, _) = jobs(after, "/there/config.py")
-    assert not is_done(dataclasses.replace(one, score=(*one.score, "--model=/elsewhere")))
 
 
 _WAITING = """
