@@ -1,4 +1,4 @@
-"""Every table of the key-value task in little: under 20 minutes on two CPU cores.
+"""Every table of the key-value task in little: about eleven minutes on two CPU cores.
 
   calm experiment --config=configs/kv_small.py --workdir=runs/small
 

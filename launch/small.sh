@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Every table of the key-value task in little, from nothing to a page: baselines, controls, ablations
-# and the share of keys in the bridge's training. About twenty minutes on two idle CPU cores. Goes on
+# and the share of keys in the bridge's training. About eleven minutes on two idle CPU cores. Goes on
 # where it stopped.
 #
 #   bash launch/small.sh [FOLDER]      FOLDER defaults to runs/small
