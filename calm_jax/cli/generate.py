@@ -200,10 +200,10 @@ def _answers(
 ) -> Iterator[tuple[int, list[Any]]]:
     """The index and the `Completion`s of each text that is not `done`; all are checked first."""
     from calm_jax.decoding import Generator
-    from calm_jax.decoding.generator import MOST_ROWS, encode
+    from calm_jax.decoding.generator import MOST_ROWS, encode_all
     from calm_jax.decoding.requests import Request
 
-    prompts = [encode(model.vocabulary, text) for text in texts]
+    prompts = encode_all(model.vocabulary, texts)
     needed = {
         "max_length": max(map(len, prompts)) + sampling.max_new_tokens,
         "slots": min((len(prompts) - len(done)) * sampling.n, MOST_ROWS),

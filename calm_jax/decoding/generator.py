@@ -1,6 +1,7 @@
 """A model's answers: complete, streamed, or only scored."""
 
 import collections
+import contextlib
 import math
 import operator
 from collections.abc import Iterator, Mapping, Sequence
@@ -126,7 +127,7 @@ class Generator:
 
         Takes and refuses what `generate` does.
         """
-        ids = [encode(self.vocabulary, prompt) for prompt in _listed(prompts)]
+        ids = encode_all(self.vocabulary, _listed(prompts))
         sampling = sampling or Sampling()
         each = [sampling] * len(ids) if isinstance(sampling, Sampling) else list(sampling)
         if len(each) != len(ids):
@@ -213,9 +214,10 @@ class Generator:
             )
         found: list[list[TokenLogprob]] = [[] for _ in prompts]
         requests, tokens, items = [], [], _of_each(items, len(prompts))
-        asked = zip(prompts, continuations, found, items, strict=True)
-        for prompt, continuation, scores, of_prompt in asked:
-            before, after = self._split(prompt, continuation)
+        asked = enumerate(zip(prompts, continuations, found, items, strict=True))
+        for number, (prompt, continuation, scores, of_prompt) in asked:
+            with _of_prompt(number):
+                before, after = self._split(prompt, continuation)
             tokens.append(after)
             requests.append(
                 Request(
@@ -303,7 +305,7 @@ def generate(
     prompts = _listed(prompts)
     if not prompts:
         return np.zeros((0, max_new_tokens), np.int32)
-    ids = [encode(model.vocabulary, prompt) for prompt in prompts]
+    ids = encode_all(model.vocabulary, prompts)
     generator = Generator(
         model,
         max_length=max(map(len, ids)) + asked.max_new_tokens,
@@ -338,6 +340,24 @@ def encode(vocabulary: Any, prompt: Prompt) -> list[int]:
     if lost is not None:
         raise CalmError(f"the vocabulary has no token for {lost!r} in {prompt[:40]!r}")
     return vocabulary.encode_sequence(prompt)
+
+
+def encode_all(vocabulary: Any, prompts: Sequence[Prompt]) -> list[list[int]]:
+    """The token ids of each prompt; raises as `encode` does, and says which prompt it is."""
+    ids = []
+    for number, prompt in enumerate(prompts):
+        with _of_prompt(number):
+            ids.append(encode(vocabulary, prompt))
+    return ids
+
+
+@contextlib.contextmanager
+def _of_prompt(number: int) -> Iterator[None]:
+    """Lets the message of a `CalmError` say to which prompt it belongs."""
+    try:
+        yield
+    except CalmError as error:
+        raise CalmError(f"prompt {number}: {error}") from None
 
 
 def _listed(prompts: Sequence[Prompt]) -> list[Prompt]:

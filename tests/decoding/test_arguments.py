@@ -44,11 +44,11 @@ class Ascii(ByteVocabulary):
 def test_text_without_a_token_is_refused(decoder):
     generator = Generator(decoder, max_length=32)
     generator.vocabulary = Ascii()
-    line = "the vocabulary has no token for '€' in '5 €'"
+    line = "prompt 1: the vocabulary has no token for '€' in '5 €'"
     with pytest.raises(CalmError, match=line):
         generator.generate(["5", "5 €"])
     with pytest.raises(CalmError, match=line):
-        generator.score(["5 "], ["€"])
+        generator.score(["5 ", "5 "], ["6", "€"])
 
 
 def test_programs_are_kept_on_disk(tmp_path, monkeypatch, capsys):

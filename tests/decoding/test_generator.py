@@ -344,6 +344,7 @@ def test_an_answer_ends_before_a_text_that_stops(writer):
         ({"temperature": 1.0, "top_p": float("nan")}, "top_p is nan"),
         ({"temperature": 1.0, "top_p": 0.0}, "top_p is 0; it must be above 0"),
         ({"temperature": -1.0}, "temperature is -1.0; it must be at least 0"),
+        ({"temperature": float("inf")}, "temperature is inf; it must be finite and at least 0"),
         ({"top_k": 5}, "top_k is 5, but temperature is 0"),
         ({"logprobs": 21}, "logprobs is 21; it must be from 0 to 20"),
         ({"n": True}, "n is True; it must be an integer"),
