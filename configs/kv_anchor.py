@@ -27,7 +27,7 @@ def get_config():
     config.optimizer.warmup_steps = 50
     config.optimizer.b2 = 0.99
     config.optimizer.weight_decay = 0.1
-    config.train.num_steps = 1_600
+    config.train.num_steps = 2_800
     config.train.batch_size = 32
     # What a bridge adds is never exactly an embedding: the anchor learns to read near ones.
     config.train.noise = 0.7

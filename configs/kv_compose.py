@@ -20,7 +20,7 @@ def get_config():
     config.optimizer.warmup_steps = 100
     config.optimizer.b2 = 0.99
     config.optimizer.weight_decay = 0.3
-    config.train.num_steps = 3_000
+    config.train.num_steps = 4_500
     config.train.batch_size = 32
     config.train.noise = 0.7
     config.train.log_every = 20
