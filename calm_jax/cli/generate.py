@@ -200,7 +200,7 @@ def _answers(
 ) -> Iterator[tuple[int, list[Any]]]:
     """The index and the `Completion`s of each text that is not `done`; all are checked first."""
     from calm_jax.decoding import Generator
-    from calm_jax.decoding.generator import MOST_ROWS, encode_all
+    from calm_jax.decoding.generator import MOST_ROWS, encode_all, errors_of_prompt
     from calm_jax.decoding.requests import Request
 
     prompts = encode_all(model.vocabulary, texts)
@@ -211,10 +211,8 @@ def _answers(
     generator = Generator(model, **needed | sizes)
     for index, (text, prompt) in enumerate(zip(texts, prompts, strict=True)):
         request = Request(prompt, sampling, lambda news: None)
-        try:
+        with errors_of_prompt(f"{index}, {text[:40]!r}"):
             generator.scheduler.check(request)
-        except CalmError as error:
-            raise CalmError(f"prompt {index}, {text[:40]!r}: {error}") from None
     rest = [index for index in range(len(prompts)) if index not in done]
     answers = generator.as_completed([prompts[index] for index in rest], sampling)
     return ((rest[number], of_prompt) for number, of_prompt in answers)

@@ -216,7 +216,7 @@ class Generator:
         requests, tokens, items = [], [], _of_each(items, len(prompts))
         asked = enumerate(zip(prompts, continuations, found, items, strict=True))
         for number, (prompt, continuation, scores, of_prompt) in asked:
-            with _of_prompt(number):
+            with errors_of_prompt(number):
                 before, after = self._split(prompt, continuation)
             tokens.append(after)
             requests.append(
@@ -346,18 +346,18 @@ def encode_all(vocabulary: Any, prompts: Sequence[Prompt]) -> list[list[int]]:
     """The token ids of each prompt; raises as `encode` does, and says which prompt it is."""
     ids = []
     for number, prompt in enumerate(prompts):
-        with _of_prompt(number):
+        with errors_of_prompt(number):
             ids.append(encode(vocabulary, prompt))
     return ids
 
 
 @contextlib.contextmanager
-def _of_prompt(number: int) -> Iterator[None]:
-    """Lets the message of a `CalmError` say to which prompt it belongs."""
+def errors_of_prompt(name: int | str) -> Iterator[None]:
+    """Lets the message of a `CalmError` say to which prompt it belongs: its number, or more."""
     try:
         yield
     except CalmError as error:
-        raise CalmError(f"prompt {number}: {error}") from None
+        raise CalmError(f"prompt {name}: {error}") from None
 
 
 def _listed(prompts: Sequence[Prompt]) -> list[Prompt]:

@@ -99,8 +99,8 @@ class Sampling:
             kind = "an integer" if whole else "a number"
             raise CalmError(f"{name} is {value!r}; it must be {kind}")
         if not math.isfinite(value) or value < low or (high is not None and value > high):
-            bounds = f"finite and at least {low}" if value == math.inf else f"at least {low}"
-            bounds = bounds if high is None else f"from {low} to {high}"
+            least = "finite and at least" if value == math.inf else "at least"
+            bounds = f"{least} {low}" if high is None else f"from {low} to {high}"
             raise CalmError(f"{name} is {value}; it must be {bounds}")
         if not whole and value and not _SMALLEST <= value <= _LARGEST:
             line = f"it must be from {_SMALLEST} to {_LARGEST}, as float32 can hold"
