@@ -9,5 +9,6 @@ source launch/environment.sh
 
 [[ ${1:-} != --help ]] || { usage && exit; }
 prepare test
-# A file's tests share models, so they stay in one process.
-.venv/bin/python -m pytest -n auto --maxprocesses=8 --dist=loadfile "$@"
+# A file's tests share models, so they stay in one process. A process that crashes ends the run:
+# pytest-xdist waits forever for the one that takes its place.
+.venv/bin/python -m pytest -n auto --maxprocesses=8 --dist=loadfile --max-worker-restart=0 "$@"

@@ -1,4 +1,4 @@
-"""Settings of all tests; the first two must stand before JAX is first imported."""
+"""Settings of all tests; those of the environment must stand before JAX is first imported."""
 
 import gc
 import os
@@ -12,6 +12,10 @@ os.environ["XLA_FLAGS"] = (
     "--xla_force_host_platform_device_count=8 --xla_cpu_use_fusion_emitters=false "
     "--xla_backend_optimization_level=0 --xla_cpu_parallel_codegen_split_count=1"
 )
+# Every collective of every simulated device holds a thread until the other devices have come to
+# it, and a device begins several at once. With one thread a device, XLA's choice on a machine of
+# few cores, all of them can wait for a device that has none left; XLA then aborts.
+os.environ["PJRT_NPROC"] = "64"
 
 import browsers
 import hypothesis
