@@ -14,6 +14,7 @@ import unicodedata
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
+from calm_jax.data.turns import Mark, TurnReader, Turns, Unit
 from calm_jax.data.vocabulary import Vocabulary
 from calm_jax.errors import CalmError
 
@@ -80,6 +81,7 @@ class Alignment:
         if not self.shared:
             self.bytes_of_ids = anchor.token_bytes()
             self.cuts = _Cuts(augment)
+            self.turns = Turns.of(anchor, augment, self._units_of)
             self._encoded: dict[tuple[str, bool], list[int]] = {}
 
     def align(
@@ -140,6 +142,10 @@ class Alignment:
         texts = [text.decode(errors="ignore") for text in sample]
         return max(1.0, sum(map(len, self.augment.encode_inside(texts))) / len(texts))
 
+    def _units_of(self, ids: Sequence[int], begins: bool) -> list[Unit]:
+        units = Units(self, begins)
+        return [unit for token in ids for unit in units.read(token)]
+
     def _pieces(self, ids: Sequence[int], prompt: int | None) -> list[Piece]:
         return Reader(self).read_all(ids, prompt)
 
@@ -165,19 +171,45 @@ class Alignment:
                 )
 
 
+class Units:
+    """Reads an anchor's ids one by one, and gives the characters and special tokens they end.
+
+    Args:
+        begins: whether the ids begin a text.
+    """
+
+    def __init__(self, alignment: Alignment, begins: bool = True):
+        self._bytes_of_ids = alignment.bytes_of_ids
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self._strips = begins and alignment.anchor.space_before_text
+
+    def copy(self) -> "Units":
+        new = copy.copy(self)
+        new._decoder = copy.copy(self._decoder)
+        return new
+
+    def read(self, token: int) -> list[Unit]:
+        given = self._bytes_of_ids[token] if 0 <= token < len(self._bytes_of_ids) else b""
+        # At a special token the text ends, within a character or not.
+        text = self._decoder.decode(given, final=not given)
+        if self._strips and text:
+            text, self._strips = text.removeprefix(" "), False
+        return list(text) if given else [*text, token]
+
+
 class Reader:
     """Reads an anchor's ids one by one, and gives the pieces of text that they close."""
 
     def __init__(self, alignment: Alignment):
-        self._bytes_of_ids, self._cuts = alignment.bytes_of_ids, alignment.cuts
-        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
-        self._strips = alignment.anchor.space_before_text
+        self._cuts, self._units = alignment.cuts, Units(alignment)
+        self._turns = TurnReader(alignment.turns)
         self._open, self._begins, self._index = "", True, 0
+        self._led = False  # whether what is open is the space at the end of a mark
 
     def copy(self) -> "Reader":
         """A reader that goes on from here by itself."""
         new = copy.copy(self)
-        new._decoder = copy.copy(self._decoder)
+        new._units, new._turns = self._units.copy(), copy.copy(self._turns)
         return new
 
     def read_all(self, ids: Sequence[int], prompt: int | None) -> list[Piece]:
@@ -191,29 +223,41 @@ class Reader:
             closes: whether the id is the last of a prompt. That closes the text before it, except
                 the bytes of a character that is not whole yet.
         """
-        given = self._bytes_of_ids[token] if 0 <= token < len(self._bytes_of_ids) else b""
-        if not given:
-            # A special token: the text ends here, within a character or not.
-            text, closes = self._decoder.decode(b"", final=True), True
-        else:
-            text = self._decoder.decode(given)
-        if self._strips and text:
-            text, self._strips = text.removeprefix(" "), False
-        pieces = []
-        for character in text:
-            if self._open and self._cuts.between(self._open, character):
+        pieces: list[Piece] = []
+        for unit in self._units.read(token):
+            if isinstance(unit, int):
                 self._close(pieces)
-            self._open += character
-            if self._cuts.everywhere:
-                self._close(pieces)
-        if closes and self._open:
+            for settled in self._turns.read(unit):
+                self._take(settled, pieces)
+        for settled in self._turns.close() if closes else ():
+            self._take(settled, pieces)
+        if closes and not self._led:
             self._close(pieces)
         self._index += 1
         return pieces
 
+    def _take(self, unit: Unit | Mark, pieces: list[Piece]) -> None:
+        """Reads a character, or what closes a piece: a special token or the augment's mark."""
+        if isinstance(unit, str):
+            if self._open and self._cuts.between(self._open, unit):
+                self._close(pieces)
+            self._open, self._led = self._open + unit, False
+            if self._cuts.everywhere:
+                self._close(pieces)
+            return
+        self._close(pieces)
+        if isinstance(unit, Mark):
+            self._begins = self._begins and not unit.starts
+            # A space at its end belongs to the first word of the message.
+            self._open = unit.text.rstrip(" ")
+            self._close(pieces)
+            self._open = unit.text[len(unit.text.rstrip(" ")) :]
+            self._led = bool(self._open)
+
     def _close(self, pieces: list[Piece]) -> None:
-        pieces.append(Piece(self._open, self._index, self._begins))
-        self._open, self._begins = "", False
+        if self._open:
+            pieces.append(Piece(self._open, self._index, self._begins))
+            self._open, self._begins, self._led = "", False, False
 
 
 class _Cuts:

@@ -36,6 +36,11 @@ TEXTS = st.one_of(
     ).map("".join),
     st.tuples(st.sampled_from(SAMPLES), st.integers(0, 40)).map(lambda x: x[0][x[1] :][:30]),
 )
+OF_CHATS = [
+    *("<|im_start|>", "<|im_end|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
+    *("<bos>", "<start_of_turn>", "<end_of_turn>", "user", "system", "model", "\n", "\n\n", " Hi"),
+]
+TEXTS_AND_CHATS = st.one_of(TEXTS, st.lists(st.sampled_from(OF_CHATS), max_size=12).map("".join))
 
 
 @pytest.fixture(scope="module")
@@ -92,7 +97,7 @@ def test_tokens_have_the_bytes_that_decoding_shows(vocabularies, name, text):
     assert spelled(vocabulary, ids) == vocabulary.decode(ids)
 
 
-CASES = {"data": st.data(), "pair": st.sampled_from(PAIRS), "text": TEXTS}
+CASES = {"data": st.data(), "pair": st.sampled_from(PAIRS), "text": TEXTS_AND_CHATS}
 
 
 @settings(deadline=None, max_examples=300)
@@ -116,7 +121,7 @@ def check_later_tokens(vocabularies, data, pair, text):
     count = data.draw(st.integers(1, len(ids)))
     prompt = data.draw(st.one_of(st.none(), st.integers(1, count)))
     any_ids = st.lists(st.integers(0, anchor.size - 1), max_size=6)
-    after = data.draw(st.one_of(any_ids, TEXTS.map(anchor.encode)))
+    after = data.draw(st.one_of(any_ids, TEXTS_AND_CHATS.map(anchor.encode)))
     alignment = Alignment(anchor, augment)
     whole, other, beginning = alignment.align([ids, ids[:count] + after, ids[:count]], [prompt] * 3)
     assert visible(whole, count - 1) == visible(other, count - 1) == beginning.ids

@@ -24,6 +24,7 @@ ASKED = CompositionConfig(connections=((1, 1),), init="paper", encoder_only=True
 CONFIGS = {
     "paper": (("bytes", "words"), (PAPER,)),
     "rotary": (("words", "bytes"), (CompositionConfig(every=1, init="paper", rotary=True),)),
+    "templates": (("words", "fallback"), (PAPER,)),
     "only the prompt": (("words", "bytes"), (ASKED,)),
     "several augments": (("words", "bytes", "words", "fallback"), (PAPER, PAPER, ASKED)),
 }
@@ -65,7 +66,7 @@ def pair(vocabularies, name):
 
 @pytest.fixture(
     scope="module",
-    params=["paper", pytest.param("rotary", marks=pytest.mark.slow), *list(CONFIGS)[2:]],
+    params=["paper", pytest.param("rotary", marks=pytest.mark.slow), *list(CONFIGS)[3:]],
 )
 def model(request, vocabularies):
     return pair(vocabularies, request.param)
@@ -151,6 +152,21 @@ def test_scores_are_those_of_the_whole_model(model):
     scores = Generator(model, **SIZES).score(prompts, continuations)
     for ids, count, score, logprobs_TV in zip(rows, asked, scores, whole, strict=True):
         expected = [logprobs_TV[place - 1, ids[place]] for place in range(count, len(ids))]
+        np.testing.assert_allclose(score.tokens_logprobs, expected, atol=1e-5 * abs(whole).max())
+
+
+def test_chats_in_two_templates(vocabularies):
+    """Prompts end anywhere in a chat, within headers too, and what is scored goes on from there."""
+    model = pair(vocabularies, "templates")
+    messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "So long"}]
+    chat = model.vocabulary.encode_sequence(model.vocabulary.chat([*messages, messages[0]]))
+    counts = range(1, len(chat), 3)
+    scores = Generator(model, **SIZES).score(
+        [chat[:count] for count in counts], [chat[count:] for count in counts]
+    )
+    whole = from_scratch(model, [chat] * len(counts), list(counts))
+    for count, score, logprobs_TV in zip(counts, scores, whole, strict=True):
+        expected = [logprobs_TV[place - 1, chat[place]] for place in range(count, len(chat))]
         np.testing.assert_allclose(score.tokens_logprobs, expected, atol=1e-5 * abs(whole).max())
 
 
