@@ -49,7 +49,7 @@ mesh."""
 
 SECTIONS = ("evaluate", "mesh")
 CONTROLS = ("shuffled", "zeroed", "noise", "permuted")  # of `evaluation.controls`
-_OF_TASKS = ("tasks", "metric", "columns", "max_new_tokens", "drop_shots")
+_OF_TASKS = ("tasks", "metric", "stop", "columns", "max_new_tokens", "drop_shots")
 _OF_VARIANTS = ("control", "mix", "hand_over")
 _OF_ANSWERS = ("samples", "temperature", "top_p", "seed")
 
@@ -93,6 +93,9 @@ def _define_options(values: flags.FlagValues) -> None:
         "metric", None, "for files, main one first: exact_match, contains, number, regex, chrf1, …",
         flag_values=values,
     )  # fmt: skip
+    flags.DEFINE_multi_string(
+        "stop", [], "for files: text before which an answer ends; repeatable", flag_values=values
+    )
     flags.DEFINE_integer(
         "shots", None, "examples before each question; default: the task's", lower_bound=0,
         flag_values=values,
@@ -264,6 +267,9 @@ def _variant(values: flags.FlagValues) -> Any:
 
 
 def _options(values: flags.FlagValues, make: type) -> Any:
-    names = [field.name for field in dataclasses.fields(make) if field.name != "metrics"]
-    metrics = {"metrics": tuple(values.metric)} if values.metric else {}
-    return make(**metrics, **{name: values[name].value for name in names})
+    several = {"stop": tuple(values.stop)}
+    if values.metric:
+        several["metrics"] = tuple(values.metric)
+    names = [field.name for field in dataclasses.fields(make)]
+    single = {name: values[name].value for name in names if name not in ("metrics", "stop")}
+    return make(**several, **single)

@@ -30,6 +30,7 @@ class Options:
 
     Attributes:
         metrics: that a user's own prompts are scored by, the main one first.
+        stop: texts before which an answer to a user's own prompt ends.
         shots: of every prompt; None: as many as the task says.
         seed: that shots are drawn by, and answers.
         samples: answers to each problem whose score is pass@k.
@@ -40,6 +41,7 @@ class Options:
     """
 
     metrics: tuple[str, ...] = ("exact_match",)
+    stop: tuple[str, ...] = ()
     shots: int | None = None
     seed: int = 0
     samples: int = 1

@@ -127,7 +127,8 @@ def evaluate(
         "step": step,
         "fingerprint": config.get("fingerprint"),
         **settings,
-        "options": dataclasses.asdict(options) | {"metrics": list(options.metrics)},
+        "options": dataclasses.asdict(options)
+        | {"metrics": list(options.metrics), "stop": list(options.stop)},
         "files": [
             *(identity(entry) for entry in entries.values() if files_of(entry)),
             *(
@@ -232,11 +233,17 @@ def _check_options(
         if name not in metric_table.OF_ANSWERS:
             known = ", ".join(metric_table.OF_ANSWERS)
             raise CalmError(f"--metric={name}: of prompts with answers, there are {known}")
-    if not entries and options.metrics != Options.metrics:
-        raise CalmError(
-            f"--metric={','.join(options.metrics)}: no task in --tasks is a file or a seqio Task; "
-            "the others have metrics of their own"
-        )
+    if "" in options.stop:
+        raise CalmError("--stop='' would end every answer before its first character")
+    for flag, what, given, default in (
+        ("metric", "metrics", options.metrics, Options.metrics),
+        ("stop", "ends", options.stop, Options.stop),
+    ):
+        if not entries and given != default:
+            raise CalmError(
+                f"--{flag}={','.join(given)}: no task in --tasks is a file or a seqio Task; the "
+                f"others have {what} of their own"
+            )
     if options.samples > 1 and not any("pass@1" in task.metrics for task in tasks):
         raise CalmError(f"--samples={options.samples}: no task in --tasks is scored by pass@k")
     if options.shots and entries:
@@ -272,7 +279,10 @@ def _own(
     """A seqio Task or a user's file: prompts and answers as they stand."""
     examples = _examples(model, name, entry, config, settings, options.metrics)
     room = settings["max_new_tokens"]
-    return Task(name, examples, TEMPLATES["own"], options.metrics, max_new_tokens=room)
+    # Braces in a template name fields of an example.
+    stop = tuple(text.replace("{", "{{").replace("}", "}}") for text in options.stop)
+    template = dataclasses.replace(TEMPLATES["own"], stop=stop)
+    return Task(name, examples, template, options.metrics, max_new_tokens=room)
 
 
 def validation_files(config: Mapping[str, Any]) -> list[str]:
