@@ -79,8 +79,8 @@ def _set_training(config):
     config.optimizer.learning_rate = 1e-3
     config.optimizer.warmup_steps = 20
     config.optimizer.b2 = 0.99
-    config.train.num_steps = 300
+    config.train.num_steps = 150
     config.train.batch_size = 8
     config.train.log_every = 10
-    config.train.validate_every = 100
-    config.train.save_every = 100
+    config.train.validate_every = 50
+    config.train.save_every = 50

@@ -1,10 +1,11 @@
-"""Writes the data of `configs/real_translation.py` from the help pages of LibreOffice.
+"""Writes the data of two experiments on translation, from the help pages of LibreOffice.
 
   python launch/real_translation_data.py SOURCE ENGLISH FOLDER
 
-SOURCE and ENGLISH are the folders of HTML pages of two languages, of Debian's packages
-libreoffice-help-eu and libreoffice-help-en-us (MPL-2.0); FOLDER gets JSON lines. A paragraph has
-the same id in both, and counts once for each English text. Files are held out as a whole.
+For `configs/real_translation.py` and `configs/real_tokenizers.py`. SOURCE and ENGLISH are the
+folders of HTML pages of two languages, of Debian's packages libreoffice-help-eu or -de and
+libreoffice-help-en-us (MPL-2.0); FOLDER gets JSON lines. A paragraph has the same id in both, and
+counts once for each English text. Files are held out as a whole.
 
   augment.jsonl      what the augment reads: the source language alone
   bridge.jsonl       D_C: aligned paragraphs of the same files

@@ -279,5 +279,12 @@ def groups(all_jobs: Sequence[Job]) -> list[list[tuple[str, ...]]]:
 
 
 def shell(command: Sequence[str]) -> str:
-    """A command as a line for a shell."""
-    return shlex.join(["calm", *command])
+    """A command as one line for bash."""
+    return " ".join(["calm", *map(_quoted, command)])
+
+
+def _quoted(word: str) -> str:
+    if "\n" not in word:
+        return shlex.quote(word)
+    escaped = word.replace("\\", "\\\\").replace("'", "\\'").replace("\n", "\\n")
+    return f"$'{escaped}'"

@@ -122,6 +122,18 @@ def test_choices_of_a_pair_and_its_parts(pair, tmp_path, capsys):
         assert f"{where}accuracy {50 * right:.1f}% of 2 (" in printed
 
 
+def test_an_answer_ends_before_a_stop_text(pair, tmp_path):
+    own = task_folders.own(tmp_path / "own.jsonl")
+    flags = [f"--model={pair}", f"--tasks={own}", "--max_new_tokens=8"]
+    assert command.main([*flags, f"--output={tmp_path / 'whole'}"]) == 0
+    whole = [record["prediction"] for record in records_of(tmp_path / "whole", str(own))]
+    stops = ["{x}", whole[0][3:5]]
+    flags += [f"--stop={text}" for text in stops]
+    assert command.main([*flags, f"--output={tmp_path / 'cut'}"]) == 0
+    cut = [record["prediction"] for record in records_of(tmp_path / "cut", str(own))]
+    assert cut == [text.split(stops[1])[0] for text in whole] and len(cut[0]) <= 3 < len(whole[0])
+
+
 @pytest.mark.parametrize(
     ("wanted", "length", "found"), [(128, 40, 128), (128, 2048, 32), (8, 2048, 8), (4, 10**6, 1)]
 )
@@ -188,6 +200,12 @@ def test_bits_of_a_text_in_windows(pair, tmp_path):
         ("gsm8k", ["--metric=chrf1"], "--metric=chrf1: no task in --tasks is a file"),
         ("own", ["--metric=rouge"], "--metric=rouge: of prompts with answers, there are exact"),
         ("own", ["--metric=pass@1"], "--metric=pass@1: of prompts with answers, there are exact"),
+        (
+            "gsm8k",
+            ["--stop=."],
+            "--stop=.: no task in --tasks is a file or a seqio Task",
+        ),
+        ("own", ["--stop="], "--stop='' would end every answer before its first character"),
         ("own", ["--shots=1"], r"own.jsonl has no split to draw --shots=1 from"),
         ("gsm8k", ["--samples=2", "--temperature=1"], "no task in --tasks is scored by pass@k"),
         ("gsm8k", ["--samples=2"], "without a temperature all of them are the same"),

@@ -2,6 +2,7 @@
 
 import pathlib
 import re
+import subprocess
 
 import pytest
 from etils import epath
@@ -36,6 +37,16 @@ def test_every_seed_has_its_own_runs_but_for_those_without_seeds():
     assert str(found["calm", 5].folder) == "/w/seed_5/calm"
     assert str(found["calm", 5]) == "calm, seed 5"
     assert str(found["anchor", 3]) == "anchor"
+
+
+@pytest.mark.parametrize("word", ["--stop=\n", "it's\n\\n$HOME", "it's", "a b", "\\"])
+def test_a_command_is_one_line_that_bash_reads(word):
+    line = shell(("evaluate", word))
+    assert "\n" not in line
+    printed = subprocess.run(
+        ["bash", "-c", f"calm() {{ printf '%s' \"$2\"; }}; {line}"], capture_output=True, check=True
+    )
+    assert printed.stdout.decode() == word
 
 
 def test_the_commands_name_the_models_of_their_seed():

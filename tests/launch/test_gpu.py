@@ -185,7 +185,7 @@ def test_every_form_of_a_time_limit_is_taken(limit):
         ("gpu.sh", ("--", "--config=c", "--workdir=d"), "--config=c: there is no such file in"),
         ("demo.sh", ("--quick",), "unknown flag --quick"),
         ("small.sh", ("--quick",), "unknown flag --quick"),
-        ("real_pair.sh", ("--quick",), "--quick is neither facts nor translation"),
+        ("real_pair.sh", ("--quick",), "--quick is not facts, translation or tokenizers"),
         ("real_pair.sh", ("facts", "--seeds=0"), "--seeds=0 stands where the folder does"),
     ],
 )
