@@ -5,8 +5,8 @@
     --config.data.train="({'jsonl': 'examples.jsonl'},)"
 
 ANCHOR and AUGMENT are frozen folders: `calm_jax.save_frozen` writes them, and so does every
-`calm train` of a decoder (WORKDIR/frozen). Their vocabularies must map the same tokens to the same
-ids. `configs/own_models.py:2` is for two augments with connections of their own.
+`calm train` of a decoder (WORKDIR/frozen). Their tokenizers may differ (docs/tokenizers.md).
+`configs/own_models.py:2` is for two augments with connections of their own.
 
 A small trial first shows within minutes that models and data fit together. Add to the above:
 

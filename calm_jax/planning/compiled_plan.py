@@ -12,7 +12,7 @@ from calm_jax import sharding
 from calm_jax.planning import collectives, counting, hlo, program, roofline, traffic
 from calm_jax.planning.ideal import ideal_flops
 from calm_jax.planning.topologies import Topology
-from calm_jax.training.abstract_run import decoder_configs
+from calm_jax.training.abstract_run import decoder_configs, own_lengths
 from calm_jax.training.costs import tree_shards
 from calm_jax.training.fitting import TooLarge
 from calm_jax.training.run_model import composition_configs
@@ -24,7 +24,8 @@ def make_plan(config: ConfigDict, topology: Topology) -> Plan:
     """Compiles the step of a config for a topology and says what it needs.
 
     Returns:
-        a dictionary for JSON: "config", "topology", "chips", "mesh", "batch_size", "length";
+        a dictionary for JSON: "config", "topology", "chips", "mesh", "batch_size", "length",
+        "own_lengths" (tokens in a row of each augment's own, or None);
         "memory" in bytes of one chip; "flops" of one chip and step; "collectives"; "seconds" of a
         step; "mfu_bound", the highest MFU that these seconds allow. If the step does not fit, it
         ends after "flops".
@@ -88,6 +89,7 @@ def description(config: ConfigDict, topology: Topology, mesh: dict[str, int]) ->
         "batch_size": train.batch_size,
         "accumulate": train.accumulate,
         "length": config.data.length,
+        "own_lengths": own_lengths(config),
         "attention": config.attention,
         "remat": train.remat,
         "weight_sharding": config.weight_sharding,
@@ -105,6 +107,7 @@ def times(config: ConfigDict, topology: Topology, seconds: roofline.StepTime) ->
             composition_configs(config),
             config.train.batch_size,
             config.data.length,
+            own_lengths(config),
         ).total
         bound = ideal / (topology.chips * topology.chip.flops * seconds.bound)
     return {

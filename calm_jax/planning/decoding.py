@@ -8,7 +8,7 @@ from calm_jax import sharding
 from calm_jax.decoding.memory import token_bytes
 from calm_jax.planning import formula
 from calm_jax.planning.compiled_plan import Plan
-from calm_jax.training.abstract_run import decoder_configs
+from calm_jax.training.abstract_run import decoder_configs, own_lengths
 from calm_jax.training.run_model import composition_configs
 
 
@@ -18,7 +18,8 @@ def of_plan(config: ConfigDict, plan: Plan) -> list[dict[str, Any]]:
     Models are split over the plan's mesh as in training, without the optimizer's state.
 
     Returns:
-        for each dtype, "dtype"; in bytes, "anchor", "augments" and "total"; "cross" of each
+        for each dtype, "dtype"; in bytes, "anchor", "augments" (a token that the augment reads) and
+        "total" (a token of the anchor, with the augments' tokens beside it); "cross" of each
         augment, with "kept", "latent" (whether that form is kept) and "other", the bytes of the
         other form or None; "rows" of the plan's length that fit on all chips, and their "tokens".
     """
@@ -28,10 +29,13 @@ def of_plan(config: ConfigDict, plan: Plan) -> list[dict[str, Any]]:
     trees = plan["memory"]["trees"]
     weights = sum(tree["bytes"] for tree in trees if tree["name"] != "optimizer")
     free = max(0, plan["memory"]["available"] - weights)
+    length = plan["length"]
+    own = {number: count for number, count in enumerate(own_lengths(config)) if count}
     found = []
     for dtype in (None, "int8"):
         token = token_bytes(anchor, augments, compositions, dtype, mesh)
-        rows = free // (token.total * plan["length"]) * sharding.ways("batch", mesh.size, mesh)
+        row = token.of_row(length, own)
+        rows = free // row * sharding.ways("batch", mesh.size, mesh)
         cross = [
             {
                 "kept": each.kept,
@@ -46,9 +50,9 @@ def of_plan(config: ConfigDict, plan: Plan) -> list[dict[str, Any]]:
                 "anchor": token.anchor,
                 "augments": list(token.augments),
                 "cross": cross,
-                "total": token.total,
+                "total": round(row / length),
                 "rows": rows,
-                "tokens": rows * plan["length"],
+                "tokens": rows * length,
             }
         )
     return found

@@ -21,7 +21,7 @@ from calm_jax.models.parameters import size_in_bytes
 from calm_jax.planning import compiled_plan, counting, roofline
 from calm_jax.planning.compiled_plan import Plan
 from calm_jax.planning.topologies import Topology
-from calm_jax.training.abstract_run import abstract_parts, decoder_configs
+from calm_jax.training.abstract_run import abstract_parts, decoder_configs, own_lengths
 from calm_jax.training.costs import shard_bytes, tree_shards
 from calm_jax.training.optimizer import make_optimizer
 from calm_jax.training.run_model import composition_configs
@@ -157,13 +157,16 @@ class Formula:
 
     def _groups(self, config: ConfigDict, rows: float, tensor: int) -> list[_Layers]:
         T = config.data.length
-        backend = config.attention
-        sizes = functools.partial(_layers, tokens=rows * T, tensor=tensor)
-        block = T if backend == "xla" else min(T, _BLOCK)
+        sizes = functools.partial(_layers, tensor=tensor)
+
+        def row(length: int) -> dict[str, float]:
+            keys = length if config.attention == "xla" else min(length, _BLOCK)
+            return {"tokens": rows * length, "keys": keys}
+
         if not self.composed:
             (decoder,) = self.configs
             weights = _bytes_of_layer(self.trainable["layers"], decoder.num_layers)
-            return [sizes(decoder, decoder.num_layers, True, weights * self.cast, keys=block)]
+            return [sizes(decoder, decoder.num_layers, True, weights * self.cast, **row(T))]
         anchor, *augments = self.configs
         connected = plan_connections(
             self.compositions, anchor.num_layers, [augment.num_layers for augment in augments]
@@ -171,14 +174,15 @@ class Formula:
         weights = _bytes_of_layer(self.frozen["anchor"]["layers"], anchor.num_layers)
         below = connected.connections[0].anchor_layer + 1
         groups = [
-            sizes(anchor, below, False, weights, keys=block),
-            sizes(anchor, anchor.num_layers - below, True, weights, keys=block),
+            sizes(anchor, below, False, weights, **row(T)),
+            sizes(anchor, anchor.num_layers - below, True, weights, **row(T)),
         ]
-        for tree, augment, taps in zip(
-            self.frozen["augments"].values(), augments, connected.tap_layers, strict=True
+        lengths = [own or T for own in own_lengths(config)]
+        for tree, augment, taps, length in zip(
+            self.frozen["augments"].values(), augments, connected.tap_layers, lengths, strict=True
         ):
             weights = _bytes_of_layer(tree["layers"], augment.num_layers)
-            groups.append(sizes(augment, taps[-1] + 1, False, weights, keys=block))
+            groups.append(sizes(augment, taps[-1] + 1, False, weights, **row(length)))
         number = len(connected.connections)
         weights = _bytes_of_layer(self.trainable, number) * self.cast
         N, H = heads(self.compositions[0], anchor)
@@ -191,7 +195,8 @@ class Formula:
             head_dim=H,
             mlp_dim=1,
         )
-        return [*groups, sizes(crossing, number, True, weights, keys=block)]
+        # Keys and values are as long as the longest augment's row.
+        return [*groups, sizes(crossing, number, True, weights, **row(max(T, *lengths)))]
 
     def _head_bytes(self, config: ConfigDict, rows: float, tensor: int) -> float:
         """Bytes of a chunk's logits, of their gradient, and of the gathered embedding."""

@@ -5,6 +5,7 @@ defined by this number. Nothing is traced, so it checks `calm_jax.training.flops
 """
 
 import dataclasses
+import itertools
 from collections.abc import Sequence
 
 from calm_jax.models.config import CompositionConfig, DecoderConfig, heads
@@ -56,11 +57,13 @@ def ideal_flops(
     compositions: Sequence[CompositionConfig],
     batch_size: int,
     length: int,
+    own_lengths: Sequence[int | None] = (),
 ) -> IdealFlops:
     """FLOPs of one training step on `batch_size` rows of `length` tokens.
 
     Args:
         compositions: one for each of `augments`.
+        own_lengths: tokens in a row of each augment with tokens of its own; None: it has none.
 
     Raises:
         CalmError: connections or heads that do not fit.
@@ -70,28 +73,32 @@ def ideal_flops(
     first = plan.connections[0].anchor_layer
     layer, layers_above = _Layer(anchor, length), anchor.num_layers - 1 - first
     head = 2 * anchor.embed_dim * anchor.vocab_size
+    read = [
+        own or length for _, own in itertools.zip_longest(augments, own_lengths[: len(augments)])
+    ]
     bridges = [
         _Bridge(
             compositions[connection.augment],
             anchor,
             augments[connection.augment],
             length,
+            read[connection.augment],
             is_first=connection.anchor_layer == first,
         )
         for connection in plan.connections
     ]
     bridge_forward = sum(bridge.forward for bridge in bridges)
     return IdealFlops(
-        augments=tokens
+        augments=batch_size
         * sum(
-            (taps[-1] + 1) * _Layer(augment, length).forward
-            for augment, taps in zip(augments, plan.tap_layers, strict=True)
+            count * (taps[-1] + 1) * _Layer(augment, count).forward
+            for augment, taps, count in zip(augments, plan.tap_layers, read, strict=True)
         ),
         anchor_forward=tokens * (anchor.num_layers * layer.forward + head),
         anchor_backward=tokens * (layers_above * layer.backward + head),
-        bridge_forward=tokens * bridge_forward,
-        bridge_backward=tokens * sum(bridge.backward for bridge in bridges),
-        recomputed=tokens * (layers_above * layer.forward + bridge_forward),
+        bridge_forward=batch_size * bridge_forward,
+        bridge_backward=batch_size * sum(bridge.backward for bridge in bridges),
+        recomputed=tokens * layers_above * layer.forward + batch_size * bridge_forward,
     )
 
 
@@ -108,7 +115,7 @@ class _Layer:
 
 
 class _Bridge:
-    """FLOPs of one connection for each token.
+    """FLOPs of one connection for a row: `queries` tokens of the anchor, `keys` of the augment.
 
     A tap needs no gradient. Neither does the residual stream at the first connected layer
     (`is_first`), since nothing below it is trained. But a norm on either needs the gradient of its
@@ -120,20 +127,23 @@ class _Bridge:
         config: CompositionConfig,
         anchor: DecoderConfig,
         augment: DecoderConfig,
-        length: int,
+        queries: int,
+        keys: int,
         *,
         is_first: bool,
     ):
         D, E = anchor.embed_dim, augment.embed_dim
         N, H = heads(config, anchor)
-        projection, into_heads = 2 * E * D, 2 * D * N * H
-        output = into_heads if config.output_projection else 0
-        attention = _attention(N, H, length)
-        self.forward = projection + 3 * into_heads + output + attention
+        into_heads = 2 * D * N * H
+        projection, keys_and_values = keys * 2 * E * D, keys * 2 * into_heads
+        into_queries = queries * into_heads
+        output = into_queries if config.output_projection else 0
+        attention = queries * _attention(N, H, keys)
+        self.forward = projection + keys_and_values + into_queries + output + attention
         self.backward = (
             (2 if config.norms else 1) * projection
-            + (2 if config.norms or not is_first else 1) * into_heads
-            + 2 * (2 * into_heads + output)
+            + (2 if config.norms or not is_first else 1) * into_queries
+            + 2 * (keys_and_values + output)
             + 2 * attention
         )
 

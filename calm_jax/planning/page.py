@@ -62,14 +62,16 @@ def _subject(plan: Plan) -> str:
 def _head(plan: Plan) -> str:
     mesh = " × ".join(f"{axis} {ways}" for axis, ways in plan["mesh"].items() if ways > 1)
     micro = f" in {plan['accumulate']} micro-batches" if plan["accumulate"] > 1 else ""
+    rows = f"{plan['batch_size']:,} rows of {plan['length']:,} tokens"
+    for number, length in enumerate(plan["own_lengths"]):
+        rows += f" and {length:,} of its own for augment {number}" if length else ""
     how = "compiled" if plan["compiled"] else "by formula, not compiled"
     if "compile_seconds" in plan:
         how += f" in {plan['compile_seconds']:.0f} s"
     return (
         f"**{_subject(plan)}** ({plan['chips']:,} chips; {how})\n"
-        f"mesh {mesh or 'of one chip'}; {plan['batch_size']:,} rows of {plan['length']:,} tokens a "
-        f"step{micro}; attention {plan['attention']}; remat {plan['remat']}; "
-        f"weight sharding {plan['weight_sharding']}"
+        f"mesh {mesh or 'of one chip'}; {rows} a step{micro}; attention {plan['attention']}; "
+        f"remat {plan['remat']}; weight sharding {plan['weight_sharding']}"
     )
 
 

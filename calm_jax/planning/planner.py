@@ -5,13 +5,10 @@ import tempfile
 from etils import epath
 from ml_collections import ConfigDict
 
-from calm_jax.checkpoints import frozen
 from calm_jax.checkpoints.files import absolute, is_bucket, write_json, write_text
 from calm_jax.errors import CalmError
-from calm_jax.models.matching import differ
 from calm_jax.planning import compiled_plan, decoding, formula, page, program, search, topologies
 from calm_jax.planning.compiled_plan import Plan
-from calm_jax.presets import is_preset
 from calm_jax.training import configuration
 
 
@@ -34,7 +31,6 @@ def run(
     if dollars_per_chip_hour is not None and tokens is None:
         raise CalmError("--dollars_per_chip_hour needs --tokens")
     configuration.validate(config)
-    _check_tokenizers(config)
     if output is not None:
         _check_writable(absolute(output))
     program.use_no_device()
@@ -49,19 +45,6 @@ def run(
         write_json(folder / "plan.json", plan)
         write_text(folder / "plan.md", page.document(plan))
     return plan
-
-
-def _check_tokenizers(config: ConfigDict) -> None:
-    """Raises `CalmError` if a frozen augment has another tokenizer than the anchor."""
-    if config.kind != "composed" or is_preset(config.anchor):
-        return
-    anchor = frozen.describe(config.anchor).vocabulary
-    for number, path in enumerate(config.augments):
-        if not is_preset(path) and differ(anchor, frozen.describe(path).vocabulary):
-            raise CalmError(
-                f"augment {number} {path} has another tokenizer than the anchor; calm plan does "
-                "not support its tokens"
-            )
 
 
 def _check_writable(folder: epath.Path) -> None:

@@ -17,10 +17,11 @@ from jax.experimental import topologies as jax_topologies
 from ml_collections import ConfigDict
 
 from calm_jax import sharding
+from calm_jax.data.dataset import own_keys
 from calm_jax.errors import CalmError
 from calm_jax.models.parts import Parts
 from calm_jax.planning.topologies import Topology
-from calm_jax.training.abstract_run import abstract_run
+from calm_jax.training.abstract_run import abstract_run, own_lengths
 from calm_jax.training.fitting import compile_lowered
 from calm_jax.training.step import BATCH_KEYS, Shardings, make_train_step
 
@@ -91,6 +92,10 @@ def trace(config: ConfigDict, mesh: Mesh) -> Program:
         key: jax.ShapeDtypeStruct(rows, jnp.float32 if "weights" in key else jnp.int32)
         for key in BATCH_KEYS
     }
+    for number, length in enumerate(own_lengths(config)):
+        if length is not None:
+            own = jax.ShapeDtypeStruct((config.train.batch_size, length), jnp.int32)
+            batch |= dict.fromkeys(own_keys(number), own)
     arguments = (
         *run.trees(),
         batch,

@@ -12,6 +12,7 @@ from ml_collections import ConfigDict
 from calm_jax import presets, sharding
 from calm_jax.checkpoints import frozen
 from calm_jax.models import Decoder, DecoderConfig, compose
+from calm_jax.models.matching import differ
 from calm_jax.models.parameters import SCALE, Tree, path_name
 from calm_jax.models.parts import Parts
 from calm_jax.models.quantized import QUANTIZERS
@@ -86,6 +87,26 @@ def decoder_configs(config: ConfigDict) -> list[DecoderConfig]:
         _cast(_frozen_config(path), dtype)
         for path, dtype in zip(paths, frozen_dtypes(config), strict=True)
     ]
+
+
+def own_lengths(config: ConfigDict) -> list[int | None]:
+    """For each augment, the tokens in a row of its own; None if it reads those of the anchor.
+
+    A preset has no tokenizer: if `data.augment_length` is set, one of another vocabulary's size has
+    tokens of its own.
+    """
+    if config.kind != "composed":
+        return []
+    length = config.data.augment_length or config.data.length
+    return [length if _reads_its_own(config, path) else None for path in config.augments]
+
+
+def _reads_its_own(config: ConfigDict, augment: str) -> bool:
+    paths = (config.anchor, augment)
+    if any(map(presets.is_preset, paths)):
+        ours, theirs = (_frozen_config(path).vocab_size for path in paths)
+        return config.data.augment_length is not None and ours != theirs
+    return differ(*(frozen.describe(path).vocabulary for path in paths))
 
 
 def _frozen_config(path: str) -> DecoderConfig:

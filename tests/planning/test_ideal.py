@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import pytest
 import random_models
 
+from calm_jax.data.dataset import own_keys
 from calm_jax.models import CompositionConfig
 from calm_jax.models.parts import Parts
 from calm_jax.planning.ideal import ideal_flops
@@ -20,12 +21,16 @@ AUGMENTS = (
 )
 
 
-def batch():
+def batch(own_lengths=()):
     dtypes = {"decoder_loss_weights": jnp.float32}
-    return {key: jax.ShapeDtypeStruct((B, T), dtypes.get(key, jnp.int32)) for key in BATCH_KEYS}
+    arrays = {key: jax.ShapeDtypeStruct((B, T), dtypes.get(key, jnp.int32)) for key in BATCH_KEYS}
+    for number, length in enumerate(own_lengths):
+        if length:
+            arrays |= dict.fromkeys(own_keys(number), jax.ShapeDtypeStruct((B, length), jnp.int32))
+    return arrays
 
 
-def traced_flops(augments, configs) -> tuple[int, int]:
+def traced_flops(augments, configs, own_lengths=()) -> tuple[int, int]:
     """Of the loss, and of the loss with its gradient."""
     structure = random_models.composed_structure(ANCHOR, augments, configs)
     parts = Parts(structure.merge(structure.abstract()))
@@ -35,8 +40,8 @@ def traced_flops(augments, configs) -> tuple[int, int]:
         return loss_sums(parts.merge(trainable, frozen), batch)[0]
 
     return (
-        matmul_flops(loss, trainable, frozen, batch()),
-        matmul_flops(jax.grad(loss), trainable, frozen, batch()),
+        matmul_flops(loss, trainable, frozen, batch(own_lengths)),
+        matmul_flops(jax.grad(loss), trainable, frozen, batch(own_lengths)),
     )
 
 
@@ -63,6 +68,15 @@ def test_two_augments():
     configs = (CompositionConfig(every=3), CompositionConfig(connections=((1, 4), (2, 6))))
     forward, step = traced_flops(AUGMENTS, configs)
     ideal = ideal_flops(ANCHOR, AUGMENTS, configs, B, T)
+    assert ideal.augments + ideal.anchor_forward + ideal.bridge_forward == forward
+    assert ideal.total == step
+
+
+@pytest.mark.parametrize("own_lengths", [(24, None), (None, 10), (24, 10)])
+def test_augments_with_tokens_of_their_own(own_lengths):
+    configs = (CompositionConfig(every=3), CompositionConfig(connections=((1, 4), (2, 6))))
+    forward, step = traced_flops(AUGMENTS, configs, own_lengths)
+    ideal = ideal_flops(ANCHOR, AUGMENTS, configs, B, T, own_lengths)
     assert ideal.augments + ideal.anchor_forward + ideal.bridge_forward == forward
     assert ideal.total == step
 

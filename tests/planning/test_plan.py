@@ -112,6 +112,24 @@ def test_a_gpu_is_planned_by_formula(config, capsys):
     assert "to rank ways of running: their times may be wrong by a factor of three" in shown
 
 
+def test_presets_of_another_vocabulary_read_their_own_tokens_if_asked(config, tmp_path):
+    command = ["plan", f"--config={config}", "--topology=h200:8", f"--output={tmp_path}"]
+    load_file(str(config))  # makes "small" a preset
+    PRESETS["other"] = PRESETS["small"] | {"vocab_size": 2048}
+    try:
+        for augment, length, own in (
+            ("other", 320, 320),
+            ("other", None, None),
+            ("small", 320, None),
+        ):
+            flags = [f"--config.augments=('preset:{augment}',)"]
+            flags += [f"--config.data.augment_length={length}"] if length else []
+            assert main([*command, *flags]) == 0
+            assert json.loads((tmp_path / "plan.json").read_text())["own_lengths"] == [own]
+    finally:
+        PRESETS.pop("other")
+
+
 def test_integer_weights_are_told_in_bytes(config, tmp_path):
     """On a chip of eight: int8 with a float32 scale a channel, int4 with a float16 one for 32."""
     command = ["plan", f"--config={config}", "--topology=h200:8", f"--output={tmp_path}"]

@@ -20,7 +20,10 @@ from calm_jax.errors import CalmError
 from calm_jax.evaluation.runner import evaluate
 from calm_jax.models import CompositionConfig, Inputs
 from calm_jax.planning import planner
+from calm_jax.planning.ideal import ideal_flops
 from calm_jax.training import configuration, loop
+from calm_jax.training.abstract_run import decoder_configs
+from calm_jax.training.run_model import composition_configs
 
 # Names that only their tokens tell apart at once: each is one token of the augment.
 NAMES = [a + b + c for a in "kl" for b in "ae" for c in "st"]
@@ -216,6 +219,28 @@ def test_what_cannot_be_trained_is_refused(shared, tmp_path):
     refused("no augment has another tokenizer", augments=(str(shared / "alike"),), data=data)
     probed = configuration.composed_run(CompositionConfig(connections="probe")).composition
     refused("'probe' does not support augments with another tokenizer", composition=probed)
-    with pytest.raises(CalmError, match="calm plan does not support its tokens"):
-        planner.run(run_config(shared), "v5e:1x1")
     assert not (tmp_path / "run").exists()
+
+
+def test_a_plan_counts_the_augments_own_tokens(shared, capsys):
+    found = {}
+    for length in (None, 24):
+        config = run_config(shared, augment_length=length)
+        plan = found[length] = planner.run(config, "h200:8")
+        (own,) = plan["own_lengths"]
+        assert own == (length or config.data.length)
+        anchor, augment = decoder_configs(config)
+        size = config.train.batch_size, config.data.length
+        compositions = composition_configs(config)
+        ideal = ideal_flops(anchor, [augment], compositions, *size, [own])
+        assert plan["flops"] * plan["chips"] == ideal.total
+        state, rows = plan["decoding"][0], plan["length"]
+        cross = state["cross"][0]["kept"]
+        expected = state["anchor"] + own / rows * (state["augments"][0] + cross)
+        assert state["total"] == round(expected)
+    assert found[24]["flops"] < found[None]["flops"]
+    assert found[24]["memory"]["peak"] <= found[None]["memory"]["peak"]
+    assert "rows of 48 tokens and 24 of its own for augment 0 a step" in capsys.readouterr().out
+    alike = run_config(shared)
+    alike.augments = (str(shared / "alike"),)
+    assert planner.run(alike, "h200:8")["own_lengths"] == [None]
