@@ -6,7 +6,7 @@ Axes: B row, T position, E augment width.
 """
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -14,15 +14,16 @@ import numpy as np
 from flax import nnx
 
 from calm_jax import sharding
+from calm_jax.data import own_tokens
 from calm_jax.decoding import Completion, Sampling, Score
 from calm_jax.decoding.prepared import known_ids
 from calm_jax.decoding.steps import scores
 from calm_jax.errors import CalmError
 from calm_jax.models import ComposedDecoder, Inputs
 from calm_jax.models.calling import on_devices_of
-from calm_jax.models.matching import check_shared
 from calm_jax.models.origin import Origin
-from calm_jax.models.taps import Perturb
+from calm_jax.models.own_inputs import why_own
+from calm_jax.models.taps import Perturb, item_shape
 
 SEED = 0
 _LENGTH = 32  # lengths of rows are rounded up to a multiple of it, so that few are compiled
@@ -82,11 +83,19 @@ class Recomputed:
         slots: rows of a batch at most.
 
     Raises:
-        CalmError: an augment has another tokenizer than the anchor.
+        CalmError: an augment reads features.
     """
 
     def __init__(self, model: ComposedDecoder, control: str, *, slots: int):
-        check_shared(model, f"--control={control}")
+        for number, augment in enumerate(model.augments):
+            if item_shape(augment) is not None:
+                raise CalmError(
+                    f"augment {number} {why_own(augment)[0]}, which --control={control} does not "
+                    "support"
+                )
+        self._alignments = own_tokens.alignments(
+            model.vocabulary, [augment.vocabulary for augment in model.augments]
+        )
         self.vocabulary, self.slots = model.vocabulary, slots
         self._model, self._control, self._perturb = model, control, OF_TAPS[control]
         self._known = known_ids(model)
@@ -104,9 +113,13 @@ class Recomputed:
             raise CalmError(f"--control={self._control} answers greedily, once; no --temperature")
         new = max((one.max_new_tokens for one in each), default=0)
         for batch in self._batches(prompts):
-            tokens_BT, length_B = _padded([prompts[number] for number in batch], new)
-            tokens_BT = self._call(_answered, tokens_BT, length_B, new=new)
-            for number, row_T, length in zip(batch, tokens_BT, length_B, strict=True):
+            tokens_BT, asked_B = _padded([prompts[number] for number in batch], new)
+            length_B = asked_B
+            # What an augment reads in tokens of its own is made anew for each token.
+            for count in [1] * new if self._alignments else [new]:
+                tokens_BT = self._call(_answered, tokens_BT, length_B, asked_B, new=count)
+                length_B = length_B + count
+            for number, row_T, length in zip(batch, tokens_BT, asked_B, strict=True):
                 made = row_T[length : length + each[number].max_new_tokens].tolist()
                 yield number, [self._completion(made)]
 
@@ -119,7 +132,7 @@ class Recomputed:
         for batch in self._batches(whole):
             tokens_BT, length_B = _padded([whole[number] for number in batch], 0)
             asked_B = np.array([len(prompts[number]) for number in batch], np.int32)
-            logprob_BT, best_BT = self._call(_scored, tokens_BT, length_B, asked_B=asked_B)
+            logprob_BT, best_BT = self._call(_scored, tokens_BT, length_B, asked_B)
             for row, number in enumerate(batch):
                 places = slice(asked_B[row] - 1, length_B[row] - 1)
                 each = logprob_BT[row, places].tolist()
@@ -142,7 +155,7 @@ class Recomputed:
         count = min(-(-len(order) // self.slots), max(1, len(order) // 2))
         return np.array_split(order, count)
 
-    def _call(self, function: Callable, tokens_BT: np.ndarray, length_B: np.ndarray, **arguments):
+    def _call(self, function: Callable, tokens_BT, length_B, asked_B, **arguments):
         with on_devices_of(self._model):
             graphdef, weights = nnx.split(self._model)
             result = function(
@@ -150,11 +163,23 @@ class Recomputed:
                 weights,
                 tokens_BT,
                 length_B,
+                asked_B,
+                self._own(tokens_BT, length_B, asked_B),
                 perturb=self._perturb,
                 known=self._known,
                 **arguments,
             )
         return jax.tree.map(sharding.on_host, result)
+
+    def _own(self, tokens_BT, length_B, asked_B) -> dict[str, np.ndarray]:
+        """The arrays of augments with tokens of their own."""
+        rows = [row[:length].tolist() for row, length in zip(tokens_BT, length_B, strict=True)]
+        arrays = {}
+        for number, alignment in self._alignments.items():
+            aligned = alignment.align(rows, asked_B.tolist(), check=True)
+            length = _rounded(max(len(row.ids) for row in aligned))
+            arrays |= own_tokens.own_arrays(number, aligned, asked_B.tolist(), length)
+        return arrays
 
     def _completion(self, tokens: list[int]) -> Completion:
         ends = () if self.vocabulary is None else self.vocabulary.eos_ids
@@ -167,31 +192,44 @@ class Recomputed:
 def _padded(rows: Sequence[Sequence[int]], new: int) -> tuple[np.ndarray, np.ndarray]:
     """The rows as one array with room for `new` tokens, and their lengths."""
     length_B = np.array(list(map(len, rows)), np.int32)
-    T = -(-(int(length_B.max()) + new) // _LENGTH) * _LENGTH
-    tokens_BT = np.zeros((len(rows), T), np.int32)
-    for row, tokens in zip(tokens_BT, rows, strict=True):
-        row[: len(tokens)] = tokens
-    return tokens_BT, length_B
+    return own_tokens.padded(rows, _rounded(int(length_B.max()) + new)), length_B
+
+
+def _rounded(length: int) -> int:
+    return -(-length // _LENGTH) * _LENGTH
 
 
 def _stream(
-    model: ComposedDecoder, tokens_BT: jax.Array, length_B: jax.Array, asked_B, perturb: Perturb
+    model: ComposedDecoder,
+    tokens_BT: jax.Array,
+    length_B: jax.Array,
+    asked_B: jax.Array,
+    own: Mapping[str, jax.Array],
+    perturb: Perturb,
 ) -> jax.Array:
     """The residual stream [B, T, D] under a control; `asked_B` are the lengths of the prompts."""
     place_T = jnp.arange(tokens_BT.shape[1])
     real_BT, prompt_BT = ((place_T < x[:, None]).astype(jnp.int32) for x in (length_B, asked_B))
-    inputs = Inputs(tokens_BT, segments_BT=real_BT, prompt_mask_BT=prompt_BT, packed=False)
+    inputs = Inputs(
+        tokens_BT,
+        segments_BT=real_BT,
+        prompt_mask_BT=prompt_BT,
+        packed=False,
+        augments=Inputs.augments_of(own),
+    )
     return model.perturbed(inputs, perturb)[0]
 
 
 @functools.partial(jax.jit, static_argnames=("graphdef", "perturb", "known", "new"))
-def _answered(graphdef, weights, tokens_BT, length_B, *, perturb, known, new) -> jax.Array:
+def _answered(
+    graphdef, weights, tokens_BT, length_B, asked_B, own, *, perturb, known, new
+) -> jax.Array:
     """The tokens with `new` more of each row, each the most probable one."""
     model = nnx.merge(graphdef, weights)
 
     def add(made, tokens_BT):
         end_B = length_B + made
-        x_BTD = _stream(model, tokens_BT, end_B, length_B, perturb)
+        x_BTD = _stream(model, tokens_BT, end_B, asked_B, own, perturb)
         x_B1D = jnp.take_along_axis(x_BTD, (end_B - 1)[:, None, None], axis=1)
         token_B = jnp.argmax(model.logits(x_B1D)[:, 0, :known], axis=-1)
         return tokens_BT.at[jnp.arange(len(end_B)), end_B].set(token_B.astype(jnp.int32))
@@ -200,9 +238,9 @@ def _answered(graphdef, weights, tokens_BT, length_B, *, perturb, known, new) ->
 
 
 @functools.partial(jax.jit, static_argnames=("graphdef", "perturb", "known"))
-def _scored(graphdef, weights, tokens_BT, length_B, *, asked_B, perturb, known):
+def _scored(graphdef, weights, tokens_BT, length_B, asked_B, own, *, perturb, known):
     """Of each position, the log-probability of the next token, and the most probable one."""
     model = nnx.merge(graphdef, weights)
-    x_BTD = _stream(model, tokens_BT, length_B, asked_B, perturb)
+    x_BTD = _stream(model, tokens_BT, length_B, asked_B, own, perturb)
     logprob_BT, best_BT1, _ = scores(model, x_BTD, jnp.roll(tokens_BT, -1, axis=1), known, 1)
     return logprob_BT, best_BT1[..., 0]

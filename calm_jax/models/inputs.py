@@ -57,15 +57,20 @@ class Inputs:
         An augment k with tokens of its own has arrays [B, S] with the keys `own_keys(k)`; with
         features, floats [B, S, F] with the key `features_key(k)` in place of the tokens.
         """
-        numbers = [k for k in range(len(batch)) if {own_keys(k)[0], features_key(k)} & set(batch)]
-        own = {k: cls._of_augment(batch, k) for k in numbers}
         return cls(
             batch["decoder_input_tokens"],
             segments_BT=batch["decoder_segment_ids"],
             positions_BT=batch["decoder_positions"],
             prompt_mask_BT=batch["decoder_causal_attention"],
-            augments=tuple(own.get(k) for k in range(max(own, default=-1) + 1)),
+            augments=cls.augments_of(batch),
         )
+
+    @classmethod
+    def augments_of(cls, batch: Mapping[str, jax.Array]) -> tuple["Inputs | None", ...]:
+        """The own inputs of augments in a batch; None of one that reads the anchor's tokens."""
+        numbers = [k for k in range(len(batch)) if {own_keys(k)[0], features_key(k)} & set(batch)]
+        own = {k: cls._of_augment(batch, k) for k in numbers}
+        return tuple(own.get(k) for k in range(max(own, default=-1) + 1))
 
     @classmethod
     def _of_augment(cls, batch: Mapping[str, jax.Array], number: int) -> "Inputs":

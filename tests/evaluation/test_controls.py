@@ -11,13 +11,14 @@ from flax import nnx
 
 import calm_jax
 from calm_jax.cli import evaluate
+from calm_jax.data.vocabularies import load_vocabulary
 from calm_jax.decoding import Generator, Sampling
 from calm_jax.errors import CalmError
 from calm_jax.evaluation import controls
 from calm_jax.evaluation.baselines import HandOver, Mixture
 from calm_jax.evaluation.controls import Recomputed
 from calm_jax.evaluation.variants import Variant
-from calm_jax.models import CompositionConfig, Inputs
+from calm_jax.models import CompositionConfig, Inputs, compose
 
 NEW = 3
 
@@ -72,6 +73,31 @@ def test_without_a_change_it_answers_as_the_generator(pair, monkeypatch):
     for ours, other in zip(scores, expected, strict=True):
         np.testing.assert_allclose(ours.tokens_logprobs, other.tokens_logprobs, atol=1e-4)
         assert ours.is_greedy == other.is_greedy
+
+
+def test_with_another_tokenizer_too(monkeypatch):
+    """Of two augments one reads the anchor's tokens."""
+    models = [tiny_models.decoder(seed, vocab_size=264, num_layers=2) for seed in range(3)]
+    for model, name in zip(models, ("bytes", "key_value", "bytes"), strict=True):
+        model.vocabulary = load_vocabulary(name)
+    config = CompositionConfig(every=1, init="paper")
+    model = tiny_models.randomised(compose(models[0], models[1:], config, rngs=nnx.Rngs(5)))
+    monkeypatch.setitem(controls.OF_TAPS, "zeroed", lambda x, augment, layer: x)
+    texts = ["<math>ab+cd=", "<math>1+2=", "<math>abcd+e-12="]
+    asked, sampling = list(map(model.vocabulary.encode, texts)), Sampling(max_new_tokens=NEW)
+    recomputed, generator = Recomputed(model, "zeroed", slots=2), Generator(model, max_length=64)
+    answers = in_order(recomputed, asked, sampling)
+    expected = generator.generate(asked, sampling)
+    assert [a.tokens for (a,) in answers] == [a.tokens for (a,) in expected]
+    continuations = list(map(model.vocabulary.encode, ["12", "3", "<math>"]))
+    scores = recomputed.score(asked, continuations)
+    for ours, other in zip(scores, generator.score(asked, continuations), strict=True):
+        np.testing.assert_allclose(ours.tokens_logprobs, other.tokens_logprobs, atol=1e-4)
+    monkeypatch.undo()
+    zeroed = in_order(Recomputed(model, "zeroed", slots=2), asked, sampling)
+    alone = Generator(models[0], max_length=64).generate(asked, sampling)
+    assert [a.tokens for (a,) in zeroed] != [a.tokens for (a,) in answers]
+    assert len(alone) == len(zeroed)
 
 
 def all_zero(x, augment, layer):
