@@ -1,10 +1,10 @@
-"""Two real models with different tokenizers: SmolLM2-135M, which knows little German, and Gemma 3
-270M, which reads it.
+"""Two real models with different tokenizers: SmolLM2-135M-Instruct, which knows little German, and
+Gemma 3 270M, which reads it.
 
   bash launch/real_pair.sh tokenizers [FOLDER]
 
-Both are as published. D_C is 2,000 German paragraphs of LibreOffice's help with the English ones.
-What is scored are paragraphs of pages that are in none of it.
+Neither is trained. D_C is 2,000 German paragraphs of LibreOffice's help with the English ones. What
+is scored are paragraphs of pages that D_C has nothing of.
 """
 
 import os
@@ -40,7 +40,7 @@ def get_experiment():
         ),
         tasks=(_file("test"),),
         reference="calm",
-        # Models as published know no end of an answer.
+        # Models that D_C has not met do not end an answer to a plain prompt.
         flags=("--metric=chrf1,chrf2,bleu", "--max_new_tokens=64", "--stop=\n"),
     )
 

@@ -39,13 +39,14 @@ def write_commands(path: pathlib.Path, workdir: str) -> pathlib.Path:
     """What `calm experiment --commands` prints of two arms, the second of which needs the first."""
     from etils import epath
 
-    from calm_jax.experiment.arms import Arm, Experiment, groups, jobs, shell
+    from calm_jax.experiment.arms import Arm, Experiment, groups, jobs
+    from calm_jax.shell import command_line
 
     arms = (Arm("anchor", kind="part"), Arm("calm", anchor="anchor", augments=("anchor",)))
     experiment = Experiment("t", arms, ("math",), "calm")
     found = groups(list(jobs(experiment, "configs/x.py", epath.Path(workdir), {})))
     lines = []
     for number, group in enumerate(found, start=1):
-        lines += [f"# group {number}", *map(shell, group)]
+        lines += [f"# group {number}", *(command_line(*each) for each in group)]
     path.write_text("\n".join(lines) + "\n")
     return path

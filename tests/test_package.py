@@ -24,7 +24,7 @@ FLOORS = [
     {"checkpoints", "decoding"},
     {"models", "data"},
     {"sharding", "processes", "membership"},
-    {"errors", "chips", "presets", "units", "quiet", "text_files", "programs", "mappings"},
+    {"errors", "chips", "presets", "units", "quiet", "text_files", "programs", "mappings", "shell"},
 ]
 
 

@@ -5,7 +5,6 @@ import importlib.util
 import keyword
 import pathlib
 import re
-import shlex
 import traceback
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -63,18 +62,6 @@ def parse(
     if load_config is None:
         return values, None
     return values, override(load_config(values), rest)
-
-
-def command_line(command: str, argv: Sequence[str]) -> str:
-    """The shell command with these arguments, in as few quotes as possible."""
-    return " ".join(["calm", command, *map(_quoted, argv)])
-
-
-def _quoted(argument: str) -> str:
-    flag, equals, value = argument.partition("=")
-    if shlex.quote(argument) == argument or not equals or set('"\\$`!') & set(argument):
-        return shlex.quote(argument)
-    return f'{shlex.quote(flag)}="{value}"'
 
 
 def override(config: ConfigDict, arguments: Sequence[str]) -> ConfigDict:

@@ -13,6 +13,7 @@ from calm_jax.cli import config, models
 from calm_jax.errors import CalmError
 from calm_jax.programs import cache_programs
 from calm_jax.quiet import quiet_libtpu
+from calm_jax.shell import command_line
 
 USAGE = """Scores a model on tasks and writes every prediction.
 
@@ -209,7 +210,7 @@ def main(argv: list[str]) -> int:
         options=_options(values, Options),
         variant=variant,
         output=output,
-        command=config.command_line("evaluate", argv),
+        command=command_line("evaluate", *argv),
     )
     parts = summary.get(results.PARTS, {})
     scores = results.scores_of(summary)
@@ -267,9 +268,9 @@ def _variant(values: flags.FlagValues) -> Any:
 
 
 def _options(values: flags.FlagValues, make: type) -> Any:
-    several = {"stop": tuple(values.stop)}
-    if values.metric:
-        several["metrics"] = tuple(values.metric)
-    names = [field.name for field in dataclasses.fields(make)]
-    single = {name: values[name].value for name in names if name not in ("metrics", "stop")}
-    return make(**several, **single)
+    """`answering.Options`, whose class is given since its module is loaded late."""
+    several = {"stop": tuple(values.stop)} | (
+        {"metrics": tuple(values.metric)} if values.metric else {}
+    )
+    names = {field.name for field in dataclasses.fields(make)} - {"metrics", "stop"}
+    return make(**several, **{name: values[name].value for name in names})

@@ -8,6 +8,7 @@ from absl import flags
 from calm_jax.checkpoints.files import absolute, check_writable
 from calm_jax.cli import config
 from calm_jax.errors import CalmError, RunFailed
+from calm_jax.shell import command_line
 
 USAGE = """Trains and scores every arm of an experiment with every seed, then writes its page.
 
@@ -64,7 +65,7 @@ def main(argv: list[str]) -> int:
     if values.commands:
         last = ["experiment", *(word for word in argv if word != "--commands")]
         for number, group in enumerate([*arms.groups(chosen), [last]], start=1):
-            print("\n".join([f"# group {number}", *map(arms.shell, group)]))
+            print("\n".join([f"# group {number}", *(command_line(*each) for each in group)]))
         return 0
 
     from calm_jax.experiment import decoding
@@ -76,7 +77,7 @@ def main(argv: list[str]) -> int:
         if not values.report_only:
             decoding.measure(jobs, folder)
     finally:
-        for path in write_page(experiment, jobs, folder, config.command_line("experiment", argv)):
+        for path in write_page(experiment, jobs, folder, command_line("experiment", *argv)):
             print(path)
     if wrong:
         raise RunFailed(

@@ -1,12 +1,12 @@
 """`calm plan`: what a run needs on machines that you do not have."""
 
-import shlex
 import textwrap
 
 from absl import flags
 
 from calm_jax.cli import config
 from calm_jax.presets import PRESETS
+from calm_jax.shell import command_line
 
 USAGE = f"""Compiles the training step for a TPU slice, without one, and says what the step needs.
 
@@ -55,6 +55,6 @@ def main(argv: list[str]) -> int:
         dollars_per_chip_hour=values.dollars_per_chip_hour,
         search=values.search,
         output=values.output,
-        command=shlex.join(["calm", "plan", *argv]),
+        command=command_line("plan", *argv),
     )
     return 0 if plan["memory"]["fits"] else 1

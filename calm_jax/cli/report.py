@@ -4,6 +4,7 @@ from absl import flags
 
 from calm_jax.cli import config
 from calm_jax.errors import CalmError
+from calm_jax.shell import command_line
 
 USAGE = """Turns the runs of an experiment into one HTML page that needs no network.
 
@@ -35,6 +36,6 @@ def main(argv: list[str]) -> int:
             f"--experiment={values.experiment} is itself {kind}; name the folder that holds the "
             f"runs, such as {folder.parent}"
         )
-    command = config.command_line("report", argv)
+    command = command_line("report", *argv)
     print(write_report(values.experiment, values.output, command=command))
     return 0

@@ -4,6 +4,7 @@ from absl import flags
 
 from calm_jax.cli import config, members
 from calm_jax.quiet import quiet_libtpu
+from calm_jax.shell import command_line
 
 USAGE = """Trains what the config says, or continues where an earlier call stopped.
 
@@ -49,7 +50,7 @@ def main(argv: list[str]) -> int:
     from calm_jax.training.preemption import Preemption
 
     quiet_libtpu()
-    command = config.command_line("train", argv)
+    command = command_line("train", *argv)
     with Preemption() as preemption, members.joined(values):
         train(
             run_config,

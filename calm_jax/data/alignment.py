@@ -18,6 +18,9 @@ from calm_jax.data.turns import Mark, TurnReader, Turns, Unit
 from calm_jax.data.vocabulary import Vocabulary
 from calm_jax.errors import CalmError
 
+# Of the rule by which tokens are aligned: rows that were made by another are made anew.
+VERSION = 2
+
 # Most characters of a piece, unless one token of the augment has more.
 LONGEST_PIECE = 32
 
@@ -209,7 +212,7 @@ class Reader:
     def copy(self) -> "Reader":
         """A reader that goes on from here by itself."""
         new = copy.copy(self)
-        new._units, new._turns = self._units.copy(), copy.copy(self._turns)
+        new._units, new._turns = self._units.copy(), self._turns.copy()
         return new
 
     def read_all(self, ids: Sequence[int], prompt: int | None) -> list[Piece]:

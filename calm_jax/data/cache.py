@@ -30,7 +30,7 @@ from calm_jax.data.own_tokens import OwnTokens
 from calm_jax.data.rows import RowWriter, Sequences
 from calm_jax.errors import CalmError
 
-FORMAT = 5
+FORMAT = 4
 
 INDEX_FILE = "index.json"
 

@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from calm_jax import processes
 from calm_jax.data import built_in, cache
+from calm_jax.data.alignment import VERSION
 from calm_jax.data.dataset import Dataset, TaskRows
 from calm_jax.data.example_files import KINDS, ExampleFiles, file_hash, kind_of
 from calm_jax.data.own_tokens import OwnTokens, alignments
@@ -203,7 +204,7 @@ def _cached(
         )  # rows that were checked for a larger embedding may not fit this one
     for each in own:
         augment = each.alignment.augment
-        determines.append([each.number, augment.tokenization_fingerprint, each.length])
+        determines.append([each.number, augment.tokenization_fingerprint, each.length, VERSION])
         determines.append(augment.rows)
 
     def build(folder: pathlib.Path) -> dict[str, Any]:

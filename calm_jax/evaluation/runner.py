@@ -3,22 +3,21 @@
 import contextlib
 import dataclasses
 import datetime
-import logging
+import functools
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 from etils import epath
 
-from calm_jax import data, sharding
+from calm_jax import sharding
 from calm_jax.checkpoints.any_model import load_model
 from calm_jax.checkpoints.files import absolute, check_writable, read_json, write_json
 from calm_jax.checkpoints.kinds import COMPOSED_RUN, DECODER_RUN, FROZEN, kind_of
 from calm_jax.checkpoints.training import TrainingCheckpoints
-from calm_jax.data.entries import files_of, identity, named_entry
-from calm_jax.data.vocabulary import Vocabulary
+from calm_jax.data.entries import files_of, identity
 from calm_jax.errors import CalmError
-from calm_jax.evaluation import metric_table, metrics
+from calm_jax.evaluation import metric_table, own_prompts
 from calm_jax.evaluation.answering import Options, answers, models_by_name, shot_texts
 from calm_jax.evaluation.attention import attention
 from calm_jax.evaluation.results import (
@@ -30,17 +29,13 @@ from calm_jax.evaluation.results import (
     read_optional,
     write_json_lines,
 )
-from calm_jax.evaluation.tasks.prompts import TEMPLATES
 from calm_jax.evaluation.tasks.registry import open_tasks
 from calm_jax.evaluation.tasks.task import Task
 from calm_jax.evaluation.variants import Variant
 from calm_jax.models import ComposedDecoder
 
-SPLIT = "test"
 BATCH_SIZE = 128
 DEFAULTS = {"tasks": (), "limit": 0, "max_new_tokens": 32}  # of a model that is not a run
-log = logging.getLogger("absl")
-Records = list[dict[str, Any]]
 
 
 def evaluate(
@@ -108,7 +103,7 @@ def evaluate(
     given = {"tasks": tasks, "limit": limit, "max_new_tokens": max_new_tokens}
     of_run = DEFAULTS | config.get("evaluate", {})
     settings = {key: of_run[key] if value is None else value for key, value in given.items()}
-    settings["tasks"] = list(settings["tasks"] or validation_files(config))
+    settings["tasks"] = list(settings["tasks"] or own_prompts.validation_files(config))
     variant = variant or Variant()
     variant.check(kind, folder)
     output = absolute(output) if output else evaluation_folder(folder) / variant.name
@@ -118,7 +113,9 @@ def evaluate(
     options = options or Options()
     opened = {name: open_tasks(name) for name in settings["tasks"]}
     entries = {
-        name: _entry(name, config, columns) for name, tasks in opened.items() if tasks is None
+        name: own_prompts.entry(name, config, columns)
+        for name, tasks in opened.items()
+        if tasks is None
     }
     tasks = {name: _limited(of_name, settings["limit"]) for name, of_name in opened.items()}
     _check_options(options, [task for of_name in tasks.values() for task in of_name or ()], entries)
@@ -127,8 +124,7 @@ def evaluate(
         "step": step,
         "fingerprint": config.get("fingerprint"),
         **settings,
-        "options": dataclasses.asdict(options)
-        | {"metrics": list(options.metrics), "stop": list(options.stop)},
+        "options": _told(options),
         "files": [
             *(identity(entry) for entry in entries.values() if files_of(entry)),
             *(
@@ -156,17 +152,20 @@ def evaluate(
             augments=augments,
         )
         loaded, handing = variant.changed(loaded, built), variant.handing(built)
+        own = functools.partial(
+            own_prompts.task_of, config=config, settings=settings, options=options
+        )
         asked = [
             task
             for name, of_name in tasks.items()
-            for task in of_name or [_own(loaded, name, entries[name], config, settings, options)]
+            for task in of_name or [own(loaded, name, entries[name])]
         ]
         said = {
             name: answers(
                 one,
                 loaded.vocabulary,
                 name,
-                asked,
+                [own_prompts.of_part(task, one, loaded, entries, own) for task in asked],
                 options,
                 batch_size,
                 Variant() if name else variant,  # parts are scored as they are
@@ -240,8 +239,9 @@ def _check_options(
         ("stop", "ends", options.stop, Options.stop),
     ):
         if not entries and given != default:
+            shown = ",".join(given).replace("\n", "\\n")
             raise CalmError(
-                f"--{flag}={','.join(given)}: no task in --tasks is a file or a seqio Task; the "
+                f"--{flag}={shown}: no task in --tasks is a file or a seqio Task; the "
                 f"others have {what} of their own"
             )
     if options.samples > 1 and not any("pass@1" in task.metrics for task in tasks):
@@ -252,6 +252,13 @@ def _check_options(
         task.drawn(options.shots, options.seed)
         if task.needs is not None:
             task.needs()
+
+
+def _told(options: Options) -> dict[str, Any]:
+    """The options as JSON values, without those that say nothing."""
+    told = dataclasses.asdict(options) | {"metrics": list(options.metrics)}
+    stop = told.pop("stop")
+    return told | ({"stop": list(stop)} if stop else {})
 
 
 def _metrics(task: Task, options: Options) -> tuple[str, ...]:
@@ -266,38 +273,6 @@ def _write_or_remove(path: epath.Path, value: Any) -> None:
         write_json(path, value)
     else:
         path.unlink(missing_ok=True)
-
-
-def _own(
-    model,
-    name: str,
-    entry: Mapping[str, Any],
-    config: Mapping[str, Any],
-    settings: Mapping[str, Any],
-    options: Options,
-) -> Task:
-    """A seqio Task or a user's file: prompts and answers as they stand."""
-    examples = _examples(model, name, entry, config, settings, options.metrics)
-    room = settings["max_new_tokens"]
-    # Braces in a template name fields of an example.
-    stop = tuple(text.replace("{", "{{").replace("}", "}}") for text in options.stop)
-    template = dataclasses.replace(TEMPLATES["own"], stop=stop)
-    return Task(name, examples, template, options.metrics, max_new_tokens=room)
-
-
-def validation_files(config: Mapping[str, Any]) -> list[str]:
-    """The files that a run validates on."""
-    return list(filter(None, map(files_of, config.get("data", {}).get("validation", ()))))
-
-
-def _entry(
-    task: str, config: Mapping[str, Any], columns: Mapping[str, str] | None
-) -> Mapping[str, Any]:
-    """What a name stands for: files that the run validates on are read as it reads them."""
-    if columns:
-        return {**named_entry(task), "columns": dict(columns)}
-    entries = config.get("data", {}).get("validation", ())
-    return next((entry for entry in entries if files_of(entry) == task), None) or named_entry(task)
 
 
 def _step(folder: epath.Path, config: Mapping[str, Any], step: int | None) -> int | None:
@@ -328,60 +303,3 @@ def _mesh(shape: Mapping[str, int] | None) -> Iterator[jax.sharding.Mesh | None]
     mesh = sharding.make_mesh(shape)
     with jax.set_mesh(mesh):
         yield mesh
-
-
-def _examples(
-    model,
-    task: str,
-    entry: Mapping[str, Any],
-    config: Mapping[str, Any],
-    settings: Mapping[str, Any],
-    by: Sequence[str] = Options.metrics,
-) -> Records:
-    """The examples of a task; of exact match after a check that every answer can be right."""
-    vocabulary, room = model.vocabulary, settings["max_new_tokens"]
-    if vocabulary is None:
-        raise CalmError(f"the model has no vocabulary to write {task} in")
-    place = config.get("data", {}).get("cache_dir", "")
-    examples = data.evaluation_examples(entry, SPLIT, vocabulary, settings["limit"], place)
-    if not examples:
-        raise CalmError(f"task {task} has no example in its {SPLIT} split")
-    found = len(examples)
-    examples = [example for example in examples if example["inputs"]]
-    if not examples:
-        raise CalmError(f"{task}: none of {found} examples has a prompt whose answer can be scored")
-    if len(examples) < found:
-        log.warning("%s: %d of %d have no prompt to answer", task, found - len(examples), found)
-    if by[0] != "exact_match":
-        return examples
-    longest = max(_write_target(example, vocabulary) for example in examples)
-    if longest > room:
-        raise CalmError(
-            f"--max_new_tokens is {room}, but an answer of {task} with its end token has {longest}"
-        )
-    changed = [example for example in examples if "written" in example]
-    if changed:
-        log.warning(
-            "%s: the vocabulary cannot write %d of %d answers exactly, such as %r, which it writes "
-            "as %r; what it writes counts as right",
-            task,
-            len(changed),
-            len(examples),
-            changed[0]["targets"],
-            changed[0]["written"],
-        )
-    return examples
-
-
-def _write_target(example: dict[str, Any], vocabulary: Vocabulary) -> int:
-    """Adds "written" where the target is not what its own tokens decode to; returns their number.
-
-    No model can answer what its vocabulary cannot write, such as characters that it normalizes.
-    """
-    ids = vocabulary.encode(example["targets"])
-    written = vocabulary.decode_after(vocabulary.encode_sequence(example["inputs"]), ids)
-    if example.get("is_turn"):  # what the template writes to end a turn is never decoded
-        example["targets"], ids = written, vocabulary.encode(written)
-    elif not metrics.is_exact_match(written, example["targets"]):
-        example["written"] = written
-    return len(ids) + 1

@@ -2,7 +2,6 @@
 
 import dataclasses
 import re
-import shlex
 from collections.abc import Collection, Iterator, Mapping, Sequence
 
 from etils import epath
@@ -276,15 +275,3 @@ def groups(all_jobs: Sequence[Job]) -> list[list[tuple[str, ...]]]:
             found.setdefault(made[job], []).append(job.train)
         found.setdefault(made[job] + 1, []).append(job.score)
     return [found[number] for number in sorted(found)]
-
-
-def shell(command: Sequence[str]) -> str:
-    """A command as one line for bash."""
-    return " ".join(["calm", *map(_quoted, command)])
-
-
-def _quoted(word: str) -> str:
-    if "\n" not in word:
-        return shlex.quote(word)
-    escaped = word.replace("\\", "\\\\").replace("'", "\\'").replace("\n", "\\n")
-    return f"$'{escaped}'"

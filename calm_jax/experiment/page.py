@@ -13,10 +13,11 @@ from calm_jax.evaluation.page import environment
 from calm_jax.evaluation.results import predictions_file, read_json_lines, read_run
 from calm_jax.evaluation.setting import installed
 from calm_jax.experiment import decoding, figures
-from calm_jax.experiment.arms import KINDS, Experiment, Job, shell
+from calm_jax.experiment.arms import KINDS, Experiment, Job
 from calm_jax.experiment.comparison import Cell, Row, compare, group_tables
 from calm_jax.experiment.costs import Cost, costs, first_scored
 from calm_jax.experiment.running import DONE, is_done
+from calm_jax.shell import command_line
 
 EXAMPLES = 200  # prompts of the main task whose answers are on the page
 
@@ -62,7 +63,7 @@ def write_page(experiment: Experiment, jobs: Sequence[Job], folder: epath.Path, 
             examples=_examples(experiment, rows, scored),
             missing=[str(job) for job in jobs if not job.is_scored],
             stale=[str(job) for job in jobs if job.is_scored and _is_stale(job)],
-            commands=[shell(line) for row in rows for line in row.jobs[0].commands],
+            commands=[command_line(*line) for row in rows for line in row.jobs[0].commands],
             command=command,
             today=datetime.date.today().isoformat(),
             versions=", ".join(f"{name} {version}" for name, version in installed().items()),

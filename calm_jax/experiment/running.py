@@ -10,7 +10,8 @@ from typing import Any
 
 from calm_jax.checkpoints.files import read_json, write_json
 from calm_jax.errors import Preempted
-from calm_jax.experiment.arms import Job, shell
+from calm_jax.experiment.arms import Job
+from calm_jax.shell import command_line
 from calm_jax.training.preemption import STATUS
 from calm_jax.units import seconds as in_words
 
@@ -66,7 +67,7 @@ def is_done(job: Job) -> bool:
 
 def _described(job: Job) -> dict[str, Any]:
     needs = [read_json(need.folder / DONE, "a job")["finished"] for need in job.needs]
-    commands = [shell(command) for command in job.commands]
+    commands = [command_line(*command) for command in job.commands]
     return {"commands": commands, "config": job.config, "needs": needs}
 
 
@@ -77,7 +78,7 @@ def _run(job: Job) -> str:
     path = job.folder.with_name(f"{job.folder.name}.log")
     with path.open("a") as log:
         for command in job.commands:
-            log.write(f"$ {shell(command)}\n")
+            log.write(f"$ {command_line(*command)}\n")
             log.flush()
             process = [sys.executable, "-m", "calm_jax", *command]
             with (

@@ -1,10 +1,7 @@
 import pathlib
-import shlex
 
 import pytest
 from absl import flags
-from hypothesis import given
-from hypothesis import strategies as st
 from ml_collections import ConfigDict
 
 from calm_jax.cli import config
@@ -169,16 +166,3 @@ def test_the_config_is_locked(path):
     assert isinstance(found, ConfigDict)
     with pytest.raises(AttributeError):
         found.train.nmu_steps = 3
-
-
-@given(st.lists(st.text(alphabet="ab=-'\"$!`\\ \n(),")))
-def test_a_shell_reads_a_recorded_command_as_it_was_given(arguments):
-    recorded = config.command_line("train", arguments)
-    assert shlex.split(recorded) == ["calm", "train", *arguments]
-
-
-def test_a_recorded_command_is_legible():
-    arguments = ["--config.augments=('models/a',)", "--config.name=a b", "--workdir=runs/a"]
-    assert config.command_line("train", arguments) == (
-        'calm train --config.augments="(\'models/a\',)" --config.name="a b" --workdir=runs/a'
-    )

@@ -36,11 +36,38 @@ TEXTS = st.one_of(
     ).map("".join),
     st.tuples(st.sampled_from(SAMPLES), st.integers(0, 40)).map(lambda x: x[0][x[1] :][:30]),
 )
-OF_CHATS = [
-    *("<|im_start|>", "<|im_end|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
-    *("<bos>", "<start_of_turn>", "<end_of_turn>", "user", "system", "model", "\n", "\n\n", " Hi"),
-]
-TEXTS_AND_CHATS = st.one_of(TEXTS, st.lists(st.sampled_from(OF_CHATS), max_size=12).map("".join))
+# By anchor, the beginning of a chat, and what may come after it.
+CHATS = {
+    "qwen": (
+        "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n",
+        "<|im_end|>\n<|im_start|>assistant\n",
+        "<|im_end|>\n<|im_start|>user\n",
+        "<|im_end|>\n<|im_start|>",
+    ),
+    "llama3": (
+        "<|start_header_id|>user<|end_header_id|>\n\n",
+        "<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n",
+        "<|eot_id|><|start_header_id|>user<|end_header_id|>\n\n",
+        "<|eot_id|><|start_header_id|>",
+    ),
+    "gemma": (
+        "<start_of_turn>user\n",
+        "<end_of_turn>\n<start_of_turn>model\n",
+        "<end_of_turn>\n<start_of_turn>user\n",
+        "<end_of_turn>\n<start_of_turn>",
+    ),
+}
+
+
+@st.composite
+def asked(draw):
+    """Two vocabularies and a text, half of the time a chat of the first."""
+    pair = draw(st.sampled_from(PAIRS))
+    if pair[0] not in CHATS or draw(st.booleans()):
+        return pair, draw(TEXTS)
+    begin, *others = CHATS[pair[0]]
+    parts = st.lists(st.sampled_from([*others, "Hi", " 12", "\n", "user"]), max_size=6)
+    return pair, begin + draw(TEXTS)[:6] + "".join(draw(parts))
 
 
 @pytest.fixture(scope="module")
@@ -97,20 +124,20 @@ def test_tokens_have_the_bytes_that_decoding_shows(vocabularies, name, text):
     assert spelled(vocabulary, ids) == vocabulary.decode(ids)
 
 
-CASES = {"data": st.data(), "pair": st.sampled_from(PAIRS), "text": TEXTS_AND_CHATS}
+CASES = {"data": st.data(), "asked": asked()}
 
 
 @settings(deadline=None, max_examples=300)
 @given(**CASES)
-def test_no_later_token_changes_what_is_visible(vocabularies, data, pair, text):
-    check_later_tokens(vocabularies, data, pair, text)
+def test_no_later_token_changes_what_is_visible(vocabularies, data, asked):
+    check_later_tokens(vocabularies, data, *asked)
 
 
 @pytest.mark.slow
 @settings(deadline=None, max_examples=10_000)
 @given(**CASES)
-def test_no_later_token_changes_what_is_visible_in_many_cases(vocabularies, data, pair, text):
-    check_later_tokens(vocabularies, data, pair, text)
+def test_no_later_token_changes_what_is_visible_in_many_cases(vocabularies, data, asked):
+    check_later_tokens(vocabularies, data, *asked)
 
 
 def check_later_tokens(vocabularies, data, pair, text):
@@ -121,7 +148,7 @@ def check_later_tokens(vocabularies, data, pair, text):
     count = data.draw(st.integers(1, len(ids)))
     prompt = data.draw(st.one_of(st.none(), st.integers(1, count)))
     any_ids = st.lists(st.integers(0, anchor.size - 1), max_size=6)
-    after = data.draw(st.one_of(any_ids, TEXTS_AND_CHATS.map(anchor.encode)))
+    after = data.draw(st.one_of(any_ids, TEXTS.map(anchor.encode)))
     alignment = Alignment(anchor, augment)
     whole, other, beginning = alignment.align([ids, ids[:count] + after, ids[:count]], [prompt] * 3)
     assert visible(whole, count - 1) == visible(other, count - 1) == beginning.ids

@@ -1,6 +1,7 @@
 """Chats that two models read, each in its own template."""
 
 import itertools
+import json
 
 import pytest
 import tiny_tokenizers
@@ -57,8 +58,7 @@ def test_a_chat_is_read_in_the_augments_own_template(vocabularies, anchor, augme
     assert text(augment, aligned.ids) == own_text(augment, CHAT[:count])
 
 
-@pytest.mark.parametrize("anchor", ["llama3", "qwen"])
-@pytest.mark.parametrize("augment", ["llama3", "qwen"])
+@pytest.mark.parametrize(("anchor", "augment"), [("llama3", "qwen"), ("qwen", "llama3")])
 def test_a_system_message_is_one_for_both(vocabularies, anchor, augment):
     anchor, augment = vocabularies[anchor], vocabularies[augment]
     aligned, _ = read(anchor, augment, [SYSTEM, *CHAT])
@@ -109,17 +109,25 @@ def test_a_reader_goes_on_from_within_a_mark(vocabularies):
         assert pieces + second.read_all(ids[count:], None) == expected
 
 
+HEADER = "<|start_header_id|>{}<|end_header_id|>\n\n".format
+
+
 @pytest.mark.parametrize(
     ("written", "read"),
     [
         # Not the system message that the template writes, and then a user; nor the whole of it.
         ("<|im_start|>user\nHi<|im_end|>", "user\nHi"),
-        (
-            "<|im_start|>system\nYou are a helpful dog",
-            "<|start_header_id|>system<|end_header_id|>\n\nYou are a helpful dog",
-        ),
+        ("<|im_start|>system\nYou are a helpful dog", HEADER("system") + "You are a helpful dog"),
         ("<|im_start|>", ""),
-        ("Hi<|im_end|>\n<|im_start|>user\nHi", "Hi\nuser\nHi"),
+        ("Hi", "Hi"),
+        # What follows is a chat all the same.
+        ("Hi<|im_end|>\n<|im_start|>user\nHi", f"Hi{HEADER('user')}Hi"),
+        (
+            "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\nHi",
+            f"user\nHi<|eot_id|>{HEADER('assistant')}Hi",
+        ),
+        # Results of a tool: another role.
+        ("<|im_start|>tool\n7<|im_end|>\n<|im_start|>tool\n8", "tool\n7\ntool\n8"),
     ],
 )
 def test_what_no_template_writes_is_text(vocabularies, written, read):
@@ -127,6 +135,47 @@ def test_what_no_template_writes_is_text(vocabularies, written, read):
     ids = anchor.encode(written)
     (found,) = Alignment(anchor, augment).align([ids], [len(ids)])
     assert text(augment, found.ids) == f"<|begin_of_text|>{read}"
+
+
+@pytest.mark.parametrize(
+    "roles",
+    [
+        ("user", "user"),
+        ("system", "assistant", "assistant", "user"),
+        ("user", "assistant", "system", "user"),
+    ],
+)
+def test_no_two_messages_become_one(vocabularies, roles):
+    messages = [{"role": role, "content": f"Hi {n}"} for n, role in enumerate(roles)]
+    anchor, augment = vocabularies["qwen"], vocabularies["llama3"]
+    aligned, _ = read(anchor, augment, messages)
+    assert text(augment, aligned.ids) == own_text(augment, messages)
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        # As DialoGPT's, and as DeepSeek's: nothing, or no more than a start token, before a
+        # user's or a system message.
+        "{% for m in messages %}{{ m.content + '<|eot_id|>' }}{% endfor %}",
+        "{{ bos_token }}{% for m in messages %}{% if m.role == 'system' %}{{ m.content }}"
+        "{% elif m.role == 'user' %}{{ '<|start_header_id|>' + m.content }}{% else %}"
+        "{{ '<|end_header_id|>' + m.content + '<|eot_id|>' }}{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|end_header_id|>' }}{% endif %}",
+    ],
+)
+@pytest.mark.parametrize("start", [True, False])
+def test_plain_text_is_no_chat(vocabularies, tmp_path, template, start):
+    folder = tiny_tokenizers.llama3(tmp_path / "anchor")
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps(config | {"chat_template": template}))
+    if not start:
+        tokenizer = json.loads((folder / "tokenizer.json").read_text())
+        (folder / "tokenizer.json").write_text(json.dumps(tokenizer | {"post_processor": None}))
+    anchor, augment = vocabulary_of_folder(folder), vocabularies["qwen"]
+    ids = anchor.encode_sequence("Hello, a plain document.")
+    (found,) = Alignment(anchor, augment).align([ids], [len(ids)])
+    assert text(augment, found.ids) == "Hello, a plain document."
 
 
 def test_without_a_template_of_its_own_an_augment_reads_the_anchors_text(vocabularies):
@@ -143,5 +192,5 @@ def test_a_template_that_writes_the_date_is_not_used(vocabularies, tmp_path, who
     (folder / "chat_template.jinja").write_text("{{ strftime_now('%d %b') }}" + template)
     dated, other = vocabulary_of_folder(folder), vocabularies["qwen"]
     pair = (dated, other) if whose == "anchor" else (other, dated)
-    assert not Alignment(*pair).turns.begin
-    assert Alignment(vocabularies["gemma"], other).turns.begin
+    assert not Alignment(*pair).turns.begin.roles
+    assert Alignment(vocabularies["gemma"], other).turns.begin.roles

@@ -24,7 +24,7 @@ from calm_jax.data import key_value
 from calm_jax.data.vocabularies import load_vocabulary, vocabulary_of_folder
 from calm_jax.decoding import Completion, Generator, Sampling
 from calm_jax.errors import CalmError
-from calm_jax.evaluation import answering, attention, metric_table, runner, variants
+from calm_jax.evaluation import answering, attention, metric_table, own_prompts, runner, variants
 from calm_jax.evaluation.answering import Options
 from calm_jax.evaluation.results import predictions_file, read_run
 from calm_jax.evaluation.tasks.prompts import TEMPLATES
@@ -351,7 +351,7 @@ def test_a_file_of_json_lines_is_asked(decoder_run, tmp_path, capsys, caplog):
 
     config = json.loads((folder / "config.json").read_text())
     config["data"]["validation"] = [{"jsonl": str(file)}, {"task": "another"}]
-    assert runner.validation_files(config) == [str(file)]
+    assert own_prompts.validation_files(config) == [str(file)]
 
 
 @pytest.mark.parametrize(
@@ -454,7 +454,7 @@ def test_a_perfect_model_is_right_where_its_vocabulary_cannot_write_the_targets(
     path.write_text("\n".join(lines) + "\n")
     model, entry = types.SimpleNamespace(vocabulary=vocabulary), {"jsonl": str(path)}
     settings = {"limit": 0, "max_new_tokens": 30}
-    examples = runner._examples(model, "a", entry, {}, settings)
+    examples = own_prompts.examples_of(model, "a", entry, {}, settings)
     rows = [[*vocabulary.encode(target), vocabulary.eos_id] for target in targets]
     answers = [[Completion(row, "", "stop")] for row in rows]
     generator = types.SimpleNamespace(as_completed=lambda *_: enumerate(answers))

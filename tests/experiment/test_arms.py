@@ -2,13 +2,13 @@
 
 import pathlib
 import re
-import subprocess
 
 import pytest
 from etils import epath
 
 from calm_jax.errors import CalmError
-from calm_jax.experiment.arms import KINDS, Arm, Experiment, groups, jobs, shell
+from calm_jax.experiment.arms import KINDS, Arm, Experiment, groups, jobs
+from calm_jax.shell import command_line
 
 ARMS = (
     Arm("anchor", kind="part", seeded=False),
@@ -39,26 +39,15 @@ def test_every_seed_has_its_own_runs_but_for_those_without_seeds():
     assert str(found["anchor", 3]) == "anchor"
 
 
-@pytest.mark.parametrize("word", ["--stop=\n", "it's\n\\n$HOME", "it's", "a b", "\\"])
-def test_a_command_is_one_line_that_bash_reads(word):
-    line = shell(("evaluate", word))
-    assert "\n" not in line
-    printed = subprocess.run(
-        ["bash", "-c", f"calm() {{ printf '%s' \"$2\"; }}; {line}"], capture_output=True, check=True
-    )
-    assert printed.stdout.decode() == word
-
-
 def test_the_commands_name_the_models_of_their_seed():
     found = by_name(flags=("--limit=7",))
     job = found["calm", 5]
-    assert shell(job.train) == (
+    assert command_line(*job.train) == (
         "calm train --config=file.py:calm --workdir=/w/seed_5/calm --config.train.seed=5 "
         "--config.data.seed=5 --config.anchor=/w/all_seeds/anchor/frozen "
-        "'--config.augments=('\"'\"'/w/seed_5/augment/frozen'\"'\"', "
-        "'\"'\"'/w/all_seeds/anchor/frozen'\"'\"',)'"
+        "--config.augments=\"('/w/seed_5/augment/frozen', '/w/all_seeds/anchor/frozen',)\""
     )
-    assert shell(job.score) == (
+    assert command_line(*job.score) == (
         "calm evaluate --workdir=/w/seed_5/calm --tasks=a,b.jsonl --limit=7 "
         "--output=/w/seed_5/calm/evaluation"
     )
@@ -81,7 +70,7 @@ def test_the_commands_name_the_models_of_their_seed():
 
 def test_a_group_needs_only_models_of_earlier_ones():
     found = by_name()
-    told = [[shell(command) for command in group] for group in groups(list(found.values()))]
+    told = [[command_line(*command) for command in group] for group in groups(list(found.values()))]
     assert [len(group) for group in told] == [3, 9, 6]
     made = set()
     for group in told:
