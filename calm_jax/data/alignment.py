@@ -227,14 +227,11 @@ class Reader:
                 the bytes of a character that is not whole yet.
         """
         pieces: list[Piece] = []
-        for unit in self._units.read(token):
-            if isinstance(unit, int):
-                self._close(pieces)
-            for settled in self._turns.read(unit):
-                self._take(settled, pieces)
-        for settled in self._turns.close() if closes else ():
+        units = self._units.read(token)
+        for settled in self._turns.read(units, closes):
             self._take(settled, pieces)
-        if closes and not self._led:
+        # A special token closes the text before it, whether or not a mark begins with it.
+        if (closes or (units and isinstance(units[-1], int))) and not self._led:
             self._close(pieces)
         self._index += 1
         return pieces

@@ -110,7 +110,7 @@ class Turns:
 
 
 class TurnReader:
-    """Reads units one by one, and puts the augment's marks in the place of the anchor's."""
+    """Reads units, and puts the augment's marks in the place of the anchor's."""
 
     def __init__(self, turns: Turns):
         self._turns, self._marks = turns, turns.begin
@@ -124,19 +124,14 @@ class TurnReader:
         new._held, new._open = list(self._held), self._open
         return new
 
-    def read(self, unit: Unit) -> Sequence[Unit | Mark]:
-        """What is certain after the next unit."""
-        if not self._held and unit not in self._marks.firsts:
+    def read(self, units: list[Unit], closes: bool = False) -> Sequence[Unit | Mark]:
+        """What is certain after the next units; all of it if they `close` a prompt."""
+        settled: list[Unit | Mark] = []
+        if units and not self._held and self._marks.firsts.isdisjoint(units):
             self._marks = self._turns.between
-            return (unit,)
-        settled: list[Unit | Mark] = []
-        self._read([unit], settled)
-        return settled
-
-    def close(self) -> Sequence[Unit | Mark]:
-        """What is held, since a prompt ends here."""
-        settled: list[Unit | Mark] = []
-        while self._held:
+            return units
+        self._read(units, settled)
+        while closes and self._held:
             self._read(self._settle(settled), settled)
         return settled
 
