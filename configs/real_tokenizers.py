@@ -1,9 +1,9 @@
-"""Two real models with different tokenizers: SmolLM2-135M-Instruct, which knows little German, and
-Gemma 3 270M, which reads it.
+"""Two real models with different tokenizers: SmolLM2-135M-Instruct, which knows no Chinese, and Gemma
+3 270M, which reads it.
 
   bash launch/real_pair.sh tokenizers [FOLDER]
 
-Neither is trained. D_C is 2,000 German paragraphs of LibreOffice's help with the English ones. What
+Neither is trained. D_C is 2,000 Chinese paragraphs of LibreOffice's help with the English ones. What
 is scored are paragraphs of pages that D_C has nothing of.
 """
 

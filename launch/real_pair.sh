@@ -6,7 +6,7 @@
 #   bash launch/real_pair.sh facts|translation|tokenizers [FOLDER] [ARGUMENT …]
 #
 # facts: a small augment that knows made-up names of countries. translation: one that reads Basque.
-# tokenizers: Gemma 3 270M (under Gemma's terms), which has another tokenizer and reads German. Texts
+# tokenizers: Gemma 3 270M (under Gemma's terms), which has another tokenizer and reads Chinese. Texts
 # of both languages are from Debian's packages of LibreOffice's help, so these need apt. FOLDER
 # defaults to runs/real_pair; the arguments go to `calm experiment`.
 
@@ -52,8 +52,8 @@ if [[ ! -d $data ]]; then
   if [[ $experiment == facts ]]; then
     .venv/bin/python launch/real_facts_data.py "$folder/anchor" "$data.part"
   else
-    language=$([[ $experiment == translation ]] && echo eu || echo de)
-    (cd "$data.part" && apt-get download "libreoffice-help-$language" libreoffice-help-en-us &&
+    language=$([[ $experiment == translation ]] && echo eu || echo zh-CN)
+    (cd "$data.part" && apt-get download "libreoffice-help-${language,,}" libreoffice-help-en-us &&
       for package in *.deb; do dpkg-deb -x "$package" pages; done)
     pages=$data.part/pages/usr/share/libreoffice/help
     .venv/bin/python launch/real_translation_data.py \

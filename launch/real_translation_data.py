@@ -3,7 +3,7 @@
   python launch/real_translation_data.py SOURCE ENGLISH FOLDER
 
 For `configs/real_translation.py` and `configs/real_tokenizers.py`. SOURCE and ENGLISH are the
-folders of HTML pages of two languages, of Debian's packages libreoffice-help-eu or -de and
+folders of HTML pages of two languages, of Debian's packages libreoffice-help-eu or -zh-cn and
 libreoffice-help-en-us (MPL-2.0); FOLDER gets JSON lines. A paragraph has the same id in both, and
 counts once for each English text. Files are held out as a whole.
 

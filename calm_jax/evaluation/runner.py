@@ -113,7 +113,7 @@ def evaluate(
     options = options or Options()
     opened = {name: open_tasks(name) for name in settings["tasks"]}
     entries = {
-        name: own_prompts.entry(name, config, columns)
+        name: own_prompts.entry_of(name, config, columns)
         for name, tasks in opened.items()
         if tasks is None
     }
