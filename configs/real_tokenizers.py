@@ -1,5 +1,5 @@
-"""Two real models with different tokenizers: SmolLM2-135M-Instruct, which knows no Chinese, and Gemma
-3 270M, which reads it.
+"""Two real models with different tokenizers: SmolLM2-135M-Instruct, which knows no Chinese, and
+Gemma 3 270M, which reads it.
 
   bash launch/real_pair.sh tokenizers [FOLDER]
 

@@ -63,7 +63,7 @@ def _head(plan: Plan) -> str:
     mesh = " × ".join(f"{axis} {ways}" for axis, ways in plan["mesh"].items() if ways > 1)
     micro = f" in {plan['accumulate']} micro-batches" if plan["accumulate"] > 1 else ""
     rows = f"{plan['batch_size']:,} rows of {plan['length']:,} tokens"
-    for number, length in enumerate(plan["own_lengths"]):
+    for number, length in enumerate(plan.get("own_lengths", ())):
         rows += f" and {length:,} of its own for augment {number}" if length else ""
     how = "compiled" if plan["compiled"] else "by formula, not compiled"
     if "compile_seconds" in plan:
