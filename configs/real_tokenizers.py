@@ -3,8 +3,8 @@ Gemma 3 270M, which reads it.
 
   bash launch/real_pair.sh tokenizers [FOLDER]
 
-Neither is trained. D_C is 2,000 Chinese paragraphs of LibreOffice's help with the English ones. What
-is scored are paragraphs of pages that D_C has nothing of.
+Neither is trained. D_C is 2,000 Chinese paragraphs of LibreOffice's help with the English ones.
+What is scored are paragraphs of pages that D_C has nothing of.
 """
 
 import os
