@@ -77,7 +77,7 @@ def test_arguments_of_the_tests_reach_pytest(tmp_path):
     ended = subprocess.run(
         ["bash", tmp_path / "launch/test.sh", "-m", "slow"], capture_output=True, text=True
     )
-    assert ended.stdout.splitlines()[-1].endswith(" -m slow")
+    assert ended.stdout.splitlines()[-1].endswith("--dist=loadfile --max-worker-restart=0 -m slow")
 
 
 @pytest.mark.parametrize("chip", ["v5e", "v5p", "v6e"])
