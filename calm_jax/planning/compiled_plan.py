@@ -3,6 +3,7 @@
 import importlib.metadata
 import math
 import time
+from collections.abc import Sequence
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -35,11 +36,11 @@ def make_plan(config: ConfigDict, topology: Topology) -> Plan:
     """
     mesh = sharding.make_mesh(config.mesh, program.devices(topology))
     traced = program.trace(config, mesh)
-    chips = traced.mesh.size
+    chips, own = traced.mesh.size, own_lengths(config)
     started = time.monotonic()
     trainable, opt_state, frozen, *_ = traced.arguments
     plan = {
-        **description(config, topology, dict(traced.mesh.shape)),
+        **description(config, topology, dict(traced.mesh.shape), own),
         "compiled": True,
         "memory": {
             "trees": tree_shards(traced.parts, traced.shardings, trainable, opt_state, frozen),
@@ -74,10 +75,12 @@ def make_plan(config: ConfigDict, topology: Topology) -> Plan:
     seconds = roofline.step_time(
         topology, plan["flops"], traffic.bytes_moved(module), links, network
     )
-    return plan | {"collectives": collectives.totals(found)} | times(config, topology, seconds)
+    return plan | {"collectives": collectives.totals(found)} | times(config, topology, seconds, own)
 
 
-def description(config: ConfigDict, topology: Topology, mesh: dict[str, int]) -> Plan:
+def description(
+    config: ConfigDict, topology: Topology, mesh: dict[str, int], own: Sequence[int | None]
+) -> Plan:
     """The entries of a plan that describe the planned step."""
     train = config.train
     return {
@@ -89,14 +92,19 @@ def description(config: ConfigDict, topology: Topology, mesh: dict[str, int]) ->
         "batch_size": train.batch_size,
         "accumulate": train.accumulate,
         "length": config.data.length,
-        "own_lengths": own_lengths(config),
+        "own_lengths": list(own),
         "attention": config.attention,
         "remat": train.remat,
         "weight_sharding": config.weight_sharding,
     }
 
 
-def times(config: ConfigDict, topology: Topology, seconds: roofline.StepTime) -> Plan:
+def times(
+    config: ConfigDict,
+    topology: Topology,
+    seconds: roofline.StepTime,
+    own: Sequence[int | None],
+) -> Plan:
     """The entries "seconds", "bottleneck" and, for a composed model, "mfu_bound" of a plan."""
     bound = None
     if config.kind == "composed":
@@ -107,7 +115,7 @@ def times(config: ConfigDict, topology: Topology, seconds: roofline.StepTime) ->
             composition_configs(config),
             config.train.batch_size,
             config.data.length,
-            own_lengths(config),
+            own,
         ).total
         bound = ideal / (topology.chips * topology.chip.flops * seconds.bound)
     return {

@@ -8,7 +8,7 @@ from calm_jax import sharding
 from calm_jax.decoding.memory import token_bytes
 from calm_jax.planning import formula
 from calm_jax.planning.compiled_plan import Plan
-from calm_jax.training.abstract_run import decoder_configs, own_lengths
+from calm_jax.training.abstract_run import decoder_configs
 from calm_jax.training.run_model import composition_configs
 
 
@@ -30,7 +30,7 @@ def of_plan(config: ConfigDict, plan: Plan) -> list[dict[str, Any]]:
     weights = sum(tree["bytes"] for tree in trees if tree["name"] != "optimizer")
     free = max(0, plan["memory"]["available"] - weights)
     length = plan["length"]
-    own = {number: count for number, count in enumerate(own_lengths(config)) if count}
+    own = {number: count for number, count in enumerate(plan["own_lengths"]) if count}
     found = []
     for dtype in (None, "int8"):
         token = token_bytes(anchor, augments, compositions, dtype, mesh)

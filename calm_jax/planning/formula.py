@@ -73,6 +73,7 @@ class Formula:
     def __init__(self, config: ConfigDict, topology: Topology):
         self.topology = topology
         self.configs = decoder_configs(config)
+        self.own_lengths = own_lengths(config)
         self.parts = abstract_parts(config, topology.device)
         self.trainable, self.frozen = self.parts.abstract()
         self.optimizer, _ = make_optimizer(config.optimizer, config.train.num_steps)
@@ -131,7 +132,7 @@ class Formula:
         flops = flops / self.topology.chips
         seconds = roofline.step_time(self.topology, flops, moved, links, network)
         return {
-            **compiled_plan.description(config, self.topology, dict(mesh.shape)),
+            **compiled_plan.description(config, self.topology, dict(mesh.shape), self.own_lengths),
             "compiled": False,
             "memory": {
                 "trees": trees,
@@ -140,7 +141,7 @@ class Formula:
                 "fits": peak <= chip.hbm_bytes,
             },
             "flops": flops,
-        } | compiled_plan.times(config, self.topology, seconds)
+        } | compiled_plan.times(config, self.topology, seconds, self.own_lengths)
 
     def _count_trees(
         self, mesh: jax.sharding.AbstractMesh, weight_sharding: str
@@ -177,7 +178,7 @@ class Formula:
             sizes(anchor, below, False, weights, **row(T)),
             sizes(anchor, anchor.num_layers - below, True, weights, **row(T)),
         ]
-        lengths = [own or T for own in own_lengths(config)]
+        lengths = [own or T for own in self.own_lengths]
         for tree, augment, taps, length in zip(
             self.frozen["augments"].values(), augments, connected.tap_layers, lengths, strict=True
         ):
