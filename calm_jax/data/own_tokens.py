@@ -6,6 +6,7 @@ Axes: B row, T anchor position, S augment position.
 import dataclasses
 import itertools
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -28,6 +29,12 @@ def alignments(
         for number, vocabulary in enumerate(augments)
         if None not in (anchor, vocabulary) and anchor.fingerprint != vocabulary.fingerprint
     }
+
+
+def alignments_of(model: Any) -> dict[int, Alignment]:
+    """As `alignments`, of the vocabularies of a model and its augments."""
+    augments = getattr(model, "augments", ())
+    return alignments(model.vocabulary, [getattr(each, "vocabulary", None) for each in augments])
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,7 +13,7 @@ from flax import nnx
 
 from calm_jax.data.alignment import Alignment
 from calm_jax.data.own_features import Placed
-from calm_jax.data.own_tokens import alignments
+from calm_jax.data.own_tokens import alignments_of
 from calm_jax.decoding import steps
 from calm_jax.decoding.chunks import bucket, buckets
 from calm_jax.decoding.memory import check_grows
@@ -63,8 +63,7 @@ class OwnReading:
         self.shapes = {k: shape for k, shape in shapes.items() if shape is not None}
         self._alignments: dict[int, Alignment] = {}
         if True in getattr(model, "own_tokens", ()):
-            vocabularies = [getattr(augment, "vocabulary", None) for augment in augments]
-            self._alignments = alignments(model.vocabulary, vocabularies)
+            self._alignments = alignments_of(model)
         self.follow = [k for k in self._alignments if not model.configs[k].encoder_only]
         self.slots = {k: shape[0] for k, shape in self.shapes.items()}
         for number, alignment in self._alignments.items():

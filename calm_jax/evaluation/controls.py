@@ -93,9 +93,7 @@ class Recomputed:
                     f"augment {number} {why_own(augment)[0]}, which --control={control} does not "
                     "support"
                 )
-        self._alignments = own_tokens.alignments(
-            model.vocabulary, [augment.vocabulary for augment in model.augments]
-        )
+        self._alignments = own_tokens.alignments_of(model)
         self.vocabulary, self.slots = model.vocabulary, slots
         self._model, self._control, self._perturb = model, control, OF_TAPS[control]
         self._known = known_ids(model)
