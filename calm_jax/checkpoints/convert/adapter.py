@@ -16,7 +16,7 @@ from calm_jax.checkpoints.convert import huggingface_config as read
 from calm_jax.checkpoints.convert.family import Family, HuggingFaceFamily, Reading
 from calm_jax.checkpoints.files import ADAPTER_CONFIG, absolute, read_json
 from calm_jax.checkpoints.sources import huggingface, torch_file
-from calm_jax.checkpoints.sources.source import Tensor
+from calm_jax.checkpoints.sources.source import Computed, Tensor
 from calm_jax.errors import CalmError
 
 _FILES = ("adapter_model.safetensors", "adapter_model.bin")
@@ -73,35 +73,24 @@ def merge_adapter(reading: Reading, family: Family, adapter: epath.PathLike) -> 
                 f"{folder}: module {module} has lora_A {shapes[0]} and lora_B {shapes[1]}, which "
                 f"with rank {rank} do not fit {base} in the base model"
             )
-        tensors[name] = Merged(tensors[name], a_RI, b_OR, scaling)
+        tensors[name] = merged(tensors[name], a_RI, b_OR, scaling)
     return dataclasses.replace(reading, tensors=tensors)
 
 
-@dataclasses.dataclass(frozen=True)
-class Merged:
-    """A matrix of the base model with its adapter, merged when it is read; see `Tensor`."""
+def merged(base: Tensor, a: Tensor, b: Tensor, scaling: float) -> Computed:
+    """A matrix of the base model with its adapter, merged when it is read."""
+    shape, dtype = tuple(base.shape), np.promote_types(base.dtype, np.float32)
 
-    base_OI: Tensor
-    a_RI: Tensor
-    b_OR: Tensor
-    scaling: float
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return tuple(self.base_OI.shape)
-
-    @property
-    def dtype(self) -> np.dtype:
-        return np.promote_types(self.base_OI.dtype, np.float32)
-
-    def __getitem__(self, index: Any) -> np.ndarray:
-        base_OI = self.base_OI[...]
-        a_RI, b_OR = (x[...].astype(np.float32) for x in (self.a_RI, self.b_OR))
-        merged_OI = np.empty(self.shape, self.dtype)
+    def values() -> np.ndarray:
+        base_OI = base[...]
+        a_RI, b_OR = (x[...].astype(np.float32) for x in (a, b))
+        merged_OI = np.empty(shape, dtype)
         for start in range(0, len(merged_OI), _BLOCK_ROWS):
             rows = slice(start, start + _BLOCK_ROWS)
-            merged_OI[rows] = base_OI[rows] + self.scaling * (b_OR[rows] @ a_RI)
-        return merged_OI[index]
+            merged_OI[rows] = base_OI[rows] + scaling * (b_OR[rows] @ a_RI)
+        return merged_OI
+
+    return Computed(shape, dtype, values)
 
 
 def _check_plain(config: Mapping[str, Any], where: str) -> None:

@@ -14,7 +14,8 @@ from calm_jax.checkpoints.convert import huggingface_config as read
 from calm_jax.checkpoints.convert.family import Family, Reading
 from calm_jax.checkpoints.convert.table import Rule, Slice, Unused, rule
 from calm_jax.checkpoints.convert.without_config import shape_of
-from calm_jax.checkpoints.sources.source import Layer, Source, Tensor
+from calm_jax.checkpoints.sources.layers import unstack
+from calm_jax.checkpoints.sources.source import Source, Tensor
 from calm_jax.errors import CalmError
 from calm_jax.models import DecoderConfig
 from calm_jax.models.config import RopeScaling
@@ -84,8 +85,8 @@ def _nested(tensors: Mapping[str, Tensor], where: str) -> dict[str, Tensor]:
             nested[name] = tensor
             continue
         position, rest = stacked[name].groups()
-        for repeat in range(tensor.shape[0]):
-            nested[f"layer_{repeat * period + int(position)}/{rest}"] = Layer(tensor, 0, repeat)
+        for repeat, layer in enumerate(unstack(tensor, 0, group_bytes=0)):  # each is read alone
+            nested[f"layer_{repeat * period + int(position)}/{rest}"] = layer
     return nested
 
 

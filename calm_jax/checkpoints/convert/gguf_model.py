@@ -8,7 +8,7 @@ own table reads the file. The `gguf` package knows how tensors are renamed.
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import gguf
@@ -18,7 +18,7 @@ from calm_jax.checkpoints.convert import huggingface_config as read
 from calm_jax.checkpoints.convert.family import HuggingFaceFamily
 from calm_jax.checkpoints.convert.gguf_tokenizer import tokenizer_files
 from calm_jax.checkpoints.convert.registry import families
-from calm_jax.checkpoints.sources.source import Source, Tensor
+from calm_jax.checkpoints.sources.source import Computed, Source, Tensor
 from calm_jax.errors import CalmError
 from calm_jax.models.config import RopeScaling
 from calm_jax.models.rotary import rope_frequencies
@@ -299,38 +299,21 @@ def _published_tensors(
 def _published(tensor: Tensor, name: str, architecture: str, config: Mapping[str, Any]) -> Tensor:
     """The tensor with the values of the published model."""
     if architecture == "llama" and ".attn_q." in name:
-        return _Changed(tensor, functools.partial(_halves, heads=config["num_attention_heads"]))
-    if architecture == "llama" and ".attn_k." in name:
-        return _Changed(tensor, functools.partial(_halves, heads=config["num_key_value_heads"]))
-    if architecture.startswith("gemma") and name.endswith("norm.weight"):
-        return _Changed(tensor, _minus_one)
-    return tensor
+        values = functools.partial(_halves, tensor, config["num_attention_heads"])
+    elif architecture == "llama" and ".attn_k." in name:
+        values = functools.partial(_halves, tensor, config["num_key_value_heads"])
+    elif architecture.startswith("gemma") and name.endswith("norm.weight"):
+        values = functools.partial(_minus_one, tensor)
+    else:
+        return tensor
+    return Computed(tensor.shape, tensor.dtype, values)
 
 
-def _halves(x: np.ndarray, heads: int) -> np.ndarray:
+def _halves(tensor: Tensor, heads: int) -> np.ndarray:
     """Reorders each head's rows from interleaved rotary pairs to first halves, then second."""
-    pairs = x.reshape(heads, -1, 2, *x.shape[1:])
-    return pairs.swapaxes(1, 2).reshape(x.shape)
+    pairs = tensor[...].reshape(heads, -1, 2, *tensor.shape[1:])
+    return pairs.swapaxes(1, 2).reshape(tensor.shape)
 
 
-def _minus_one(x: np.ndarray) -> np.ndarray:
-    return x - np.asarray(1, x.dtype)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Changed:
-    """A tensor whose values are changed when it is read; see `Tensor`."""
-
-    tensor: Tensor
-    change: Callable[[np.ndarray], np.ndarray]
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.tensor.shape
-
-    @property
-    def dtype(self) -> np.dtype:
-        return self.tensor.dtype
-
-    def __getitem__(self, index: Any) -> np.ndarray:
-        return self.change(self.tensor[...])[index]
+def _minus_one(tensor: Tensor) -> np.ndarray:
+    return tensor[...] - np.asarray(1, tensor.dtype)

@@ -7,9 +7,10 @@ Each head's slice holds its attention and its share of the MLP (f = F / N hidden
 """
 
 import dataclasses
+import functools
 import re
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 
@@ -17,7 +18,7 @@ from calm_jax.checkpoints.convert.family import Family, Reading
 from calm_jax.checkpoints.convert.table import Rule, Slice, rule
 from calm_jax.checkpoints.convert.without_config import number, shape_of, shown_norm_offset
 from calm_jax.checkpoints.sources.layers import unstack
-from calm_jax.checkpoints.sources.source import Source, Tensor
+from calm_jax.checkpoints.sources.source import Computed, Source, Tensor
 from calm_jax.checkpoints.sources.t5x import parameters
 from calm_jax.errors import CalmError
 from calm_jax.models import DecoderConfig
@@ -81,12 +82,7 @@ def rules(config: DecoderConfig) -> tuple[Rule, ...]:
         rule(EMBEDDING, "embedding", "V D -> V D"),
         *head,
         # Google's loaders of the largest models read no scale of the last norm: it has none.
-        rule(
-            LAST_NORM,
-            "final_norm/scale",
-            "D -> D",
-            absent=1.0 - config.norm_offset,
-        ),
+        rule(LAST_NORM, "final_norm/scale", "D -> D", absent=1.0 - config.norm_offset),
         rule(LAYER + "layer_norm/scale", "layers/attention_norm/scale", "D -> D"),
         Rule(
             LAYER + "q_wi_fused/kernel",
@@ -114,26 +110,6 @@ def rules(config: DecoderConfig) -> tuple[Rule, ...]:
             axis=1,
         ),
     )
-
-
-@dataclasses.dataclass(frozen=True)
-class Dequantised:
-    """int8 weights times their scales, float32."""
-
-    kernel: Tensor
-    scale: Tensor
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return tuple(self.kernel.shape)
-
-    @property
-    def dtype(self) -> np.dtype:
-        return np.dtype(np.float32)
-
-    def __getitem__(self, index: Any) -> np.ndarray:
-        scale = np.asarray(self.scale[...], np.float32)
-        return (np.asarray(self.kernel[...], np.float32) * scale)[index]
 
 
 def _is_sequential(source: Source) -> bool:
@@ -216,8 +192,13 @@ def _dequantised(tensors: Mapping[str, Tensor], where: str) -> dict[str, Tensor]
             )
         if f"{path}/kernel" in tensors:
             raise CalmError(f"{where}: tensor {path}/kernel is also there as int8")
-        found[f"{path}/kernel"] = Dequantised(kernel, scale)
+        values = functools.partial(_product, kernel, scale)
+        found[f"{path}/kernel"] = Computed(tuple(kernel.shape), np.dtype(np.float32), values)
     return found
+
+
+def _product(kernel: Tensor, scale: Tensor) -> np.ndarray:
+    return np.asarray(kernel[...], np.float32) * np.asarray(scale[...], np.float32)
 
 
 def _config(tensors: Mapping[str, Tensor], where: str) -> DecoderConfig:

@@ -1,7 +1,7 @@
 """An open checkpoint of any kind."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Literal, Protocol
 
 import numpy as np
@@ -51,20 +51,12 @@ class Source:
 
 
 @dataclasses.dataclass(frozen=True)
-class Layer:
-    """One layer of a tensor that stacks them along `axis`."""
+class Computed:
+    """A `Tensor` whose values, all of them, are computed from others whenever it is read."""
 
-    stack: Tensor
-    axis: int
-    layer: int
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return (*self.stack.shape[: self.axis], *self.stack.shape[self.axis + 1 :])
-
-    @property
-    def dtype(self) -> np.dtype:
-        return self.stack.dtype
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    values: Callable[[], np.ndarray]
 
     def __getitem__(self, index: Any) -> np.ndarray:
-        return self.stack[(slice(None),) * self.axis + (self.layer,)][index]
+        return self.values()[index]

@@ -12,7 +12,7 @@ from safetensors.numpy import load_file, save_file
 
 import calm_jax
 from calm_jax.__main__ import main
-from calm_jax.checkpoints.convert.adapter import Merged
+from calm_jax.checkpoints.convert.adapter import merged
 from calm_jax.errors import CalmError
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
@@ -73,10 +73,10 @@ def test_a_matrix_is_merged_in_blocks_of_rows(monkeypatch):
     monkeypatch.setattr("calm_jax.checkpoints.convert.adapter._BLOCK_ROWS", 3)
     random = np.random.default_rng(0)
     base, a, b = (random.normal(size=size).astype("f4") for size in ((7, 5), (2, 5), (7, 2)))
-    merged = Merged(base, a, b, 0.5)
+    matrix = merged(base, a, b, 0.5)
     expected = base + 0.5 * np.einsum("or,ri->oi", b, a)
-    np.testing.assert_allclose(merged[...], expected, rtol=1e-5, atol=1e-6)
-    np.testing.assert_array_equal(merged[2:4, 1], merged[...][2:4, 1])
+    np.testing.assert_allclose(matrix[...], expected, rtol=1e-5, atol=1e-6)
+    np.testing.assert_array_equal(matrix[2:4, 1], matrix[...][2:4, 1])
 
 
 @pytest.mark.parametrize(
