@@ -24,7 +24,7 @@ import xxhash
 from etils import epath
 
 from calm_jax.checkpoints.chunk_layout import Index, Layout, Region, overlap, relative
-from calm_jax.checkpoints.files import first_line, is_bucket, read_bytes, storage
+from calm_jax.checkpoints.files import explained, is_bucket, read_bytes, storage
 from calm_jax.checkpoints.host_arrays import all_finite, contiguous
 from calm_jax.checkpoints.sources.tensorstore_array import zarr_spec
 from calm_jax.errors import CalmError
@@ -182,10 +182,8 @@ class Reader:
 
         def read_chunk(index: Index) -> None:
             chunk = layout.region(path, index)
-            try:
+            with explained(f"{self._folder}: {path}", ValueError):
                 data = np.ascontiguousarray(store[chunk].read().result())
-            except ValueError as error:
-                raise CalmError(f"{self._folder}: {path}: {first_line(error)}") from error
             found, written = _digest(data), self._digests[path][index]
             if found != written:
                 raise CalmError(
@@ -239,10 +237,8 @@ def _open(folder: epath.Path, path: str, layout: Layout, *, create: bool = False
             "codecs": [{"name": "bytes", "configuration": {"endian": "little"}}],
         },
     }
-    try:
+    with explained(f"{folder}: {path}", ValueError):
         return ts.open(spec, open=not create, create=create).result()
-    except ValueError as error:
-        raise CalmError(f"{folder}: {path}: {first_line(error)}") from error
 
 
 def _write_orbax_metadata(folder: epath.Path, layout: Layout) -> None:

@@ -12,23 +12,30 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
+import orbax.checkpoint as ocp
 from etils import epath
 from flax import nnx
 
 from calm_jax.checkpoints import frozen
 from calm_jax.checkpoints.convert.export import FORMATS
 from calm_jax.checkpoints.encoder import encoder_fingerprint, holds_encoder, load_encoder
-from calm_jax.checkpoints.files import absolute, read_field, read_json, whole_folder, write_json
+from calm_jax.checkpoints.files import (
+    absolute,
+    explained,
+    read_field,
+    read_json,
+    whole_folder,
+    write_json,
+)
 from calm_jax.checkpoints.huggingface.bridge import base_models, write_bridge
 from calm_jax.checkpoints.kinds import BRIDGE, COMPOSED_RUN, PYTORCH_BRIDGE, kind_of
 from calm_jax.checkpoints.training import TrainingCheckpoints, abstract_like
-from calm_jax.checkpoints.trees import restore_tree, save_tree
 from calm_jax.errors import CalmError
 from calm_jax.models import ComposedDecoder, CompositionConfig, Decoder, compose
 from calm_jax.models.connections import plan_connections
 from calm_jax.models.image_encoder import ImageEncoder
 from calm_jax.models.lora import add_lora, lora_in, lora_of
-from calm_jax.models.parameters import Tree
+from calm_jax.models.parameters import Tree, check_same_tree
 from calm_jax.models.parts import Parts
 from calm_jax.sharding import RULES, Rules, mesh_holding
 
@@ -92,7 +99,7 @@ def load_composed(
         for key in ("frozen", "composition"):
             read_field(values, key, folder / "config.json")
         composed = _untrained(values, anchor, augments, mesh, str(folder))
-        trained = restore_tree(folder / "weights", _abstract_trained(composed))
+        trained = _restored(folder / "weights", _abstract_trained(composed))
     parts = Parts(composed)
     return parts.merge(trained, parts.of(composed)[1])
 
@@ -158,7 +165,9 @@ def export_bridge(
             write_bridge(folder, name, composed, places, frozen_models, run, step)
         return
     with whole_folder(target) as folder:
-        save_tree(folder / "weights", Parts(composed).of(composed)[0])
+        weights = folder / "weights"
+        with explained(f"cannot write {weights}"), ocp.StandardCheckpointer() as checkpointer:
+            checkpointer.save(weights, Parts(composed).of(composed)[0])
         write_json(
             folder / "config.json",
             {
@@ -282,6 +291,20 @@ def _untrained(values, anchor, augments, mesh, where: str) -> ComposedDecoder:
         models[0] = nnx.merge(*nnx.split(models[0]))
         add_lora(models[0], update, nnx.Rngs(0))
     return compose(models[0], models[1:], configs, rngs=nnx.Rngs(0))
+
+
+def _restored(path: epath.Path, abstract: Tree) -> Tree:
+    """Restores a tree with the shapes, dtypes and shardings of `abstract`.
+
+    Raises `CalmError` naming the first array that is missing, is unknown or has another shape.
+    """
+    # Orbax and TensorStore raise many exceptions on a damaged folder.
+    with explained(f"{path} cannot be read"), ocp.StandardCheckpointer() as checkpointer:
+        metadata = checkpointer.metadata(path).item_metadata
+        if metadata is None:
+            raise CalmError(f"{path} is missing or half-written")
+        check_same_tree(abstract, metadata.tree, str(path))
+        return checkpointer.restore(path, abstract)
 
 
 def _check_kind(role: str, model: Any) -> None:

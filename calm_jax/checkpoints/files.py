@@ -183,6 +183,19 @@ def storage(
         raise CalmError(f"cannot {action} {path}: {reason}") from error
 
 
+@contextlib.contextmanager
+def explained(
+    told: str, kinds: type[Exception] | tuple[type[Exception], ...] = Exception
+) -> Iterator[None]:
+    """Turns a library's errors of these kinds in the block into a `CalmError` that starts so."""
+    try:
+        yield
+    except CalmError:
+        raise
+    except kinds as error:
+        raise CalmError(f"{told}: {first_line(error)}") from error
+
+
 def first_line(error: Exception) -> str:
     """The message of a library's error without the listings that follow it."""
     lines = str(error).partition(" [tensorstore_spec")[0].strip().splitlines()

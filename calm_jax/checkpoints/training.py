@@ -11,7 +11,7 @@ from etils import epath
 from orbax.checkpoint import checkpoint_managers
 
 from calm_jax import membership, processes
-from calm_jax.checkpoints.files import absolute, first_line, storage
+from calm_jax.checkpoints.files import absolute, explained, first_line, storage
 from calm_jax.errors import CalmError, RunFailed
 from calm_jax.models.parameters import Tree, check_same_tree
 
@@ -193,15 +193,9 @@ class TrainingCheckpoints:
         steps = sorted(self.manager.all_steps())
         if step not in steps:
             raise CalmError(f"{self.folder} has no checkpoint of step {step}; it has {steps}")
-        try:
-            restored = self.manager.restore(
-                step, args=ocp.args.Composite(state=ocp.args.JsonRestore())
-            )
-        except Exception as error:
-            raise CalmError(
-                f"{self.folder / str(step)} cannot be read: {first_line(error)}"
-            ) from error
-        return restored.state
+        with explained(f"{self.folder / str(step)} cannot be read"):
+            args = ocp.args.Composite(state=ocp.args.JsonRestore())
+            return self.manager.restore(step, args=args).state
 
     def restore(self, step: int, trainable: Tree, opt_state: Any = None) -> Checkpoint:
         """Restores arrays with the shapes, dtypes and shardings of the abstract trees.
@@ -214,19 +208,11 @@ class TrainingCheckpoints:
         state = self.read_state(step)
         path = self.folder / str(step)
         items = {"trainable": trainable} | ({} if opt_state is None else {"opt_state": opt_state})
-        try:
+        with explained(f"{path} cannot be read"):
             found = self.manager.item_metadata(step).trainable
             check_same_tree(trainable, found.tree, str(path / "trainable"))
-            restored = self.manager.restore(
-                step,
-                args=ocp.args.Composite(
-                    **{name: ocp.args.StandardRestore(item) for name, item in items.items()}
-                ),
-            )
-        except CalmError:
-            raise
-        except Exception as error:
-            raise CalmError(f"{path} cannot be read: {first_line(error)}") from error
+            args = {name: ocp.args.StandardRestore(item) for name, item in items.items()}
+            restored = self.manager.restore(step, args=ocp.args.Composite(**args))
         return Checkpoint(step, restored["trainable"], restored.get("opt_state"), state)
 
 

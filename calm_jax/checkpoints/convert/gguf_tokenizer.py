@@ -9,7 +9,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from calm_jax.checkpoints.files import first_line
+from calm_jax.checkpoints.files import explained
 from calm_jax.errors import CalmError
 
 CONTROL, USER_DEFINED = 3, 4  # kinds of tokens
@@ -55,7 +55,7 @@ def tokenizer_files(metadata: Mapping[str, Any], where: str) -> dict[str, bytes]
     kinds = [0] * len(tokens)
     if "tokenizer.ggml.token_type" in metadata:
         kinds = _list(metadata, "token_type", int, where, len(tokens))
-    try:
+    with explained(f"{where}: tokenizer.ggml"):  # the library raises bare Exception
         if kind == "gpt2":
             tokenizer = _byte_level(metadata, tokens, where)
         elif kind == "llama" and str(metadata["general.architecture"]).startswith("gemma"):
@@ -69,10 +69,6 @@ def tokenizer_files(metadata: Mapping[str, Any], where: str) -> dict[str, bytes]
         _add_tokens(tokenizer, tokens, kinds, is_byte_level=kind == "gpt2")
         config = _config(metadata, tokens, where)
         _add_start_and_end(tokenizer, config)
-    except CalmError:
-        raise
-    except Exception as error:  # the library raises bare Exception
-        raise CalmError(f"{where}: tokenizer.ggml: {first_line(error)}") from error
     ends = [_token_id(metadata, role, tokens, where) for role in _ENDS]
     ends = list(dict.fromkeys(end for end in ends if end is not None))
     files = {"tokenizer.json": tokenizer.to_str(), "tokenizer_config.json": json.dumps(config)}

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 from etils import epath
 
-from calm_jax.checkpoints.files import first_line, write_json
+from calm_jax.checkpoints.files import explained, write_json
 from calm_jax.checkpoints.frozen import Description, load_described
 from calm_jax.checkpoints.sources.source import Source
 from calm_jax.errors import CalmError
@@ -97,7 +97,8 @@ def _compare(
     import transformers
 
     program = f"transformers {transformers.__version__}"
-    try:
+    # transformers raises many kinds of exceptions.
+    with explained(f"{source.path}: {program} cannot run it"):
         model = transformers.AutoModelForCausalLM.from_pretrained(
             str(source.path), dtype=torch.float32, attn_implementation="eager"
         )
@@ -105,8 +106,6 @@ def _compare(
             model = importlib.import_module("peft").PeftModel.from_pretrained(model, str(adapter))
         with torch.no_grad():
             theirs_BTV = model(torch.from_numpy(tokens_BT.astype(np.int64))).logits.numpy()
-    except Exception as error:  # transformers raises many kinds of exceptions
-        raise CalmError(f"{source.path}: {program} cannot run it: {first_line(error)}") from error
     scale = float(np.max(np.abs(theirs_BTV)))
     difference = float(np.max(np.abs(theirs_BTV - logits_BTV))) / scale
     dtypes = {described.origin["dtype"], *described.origin["other_dtypes"].values()}

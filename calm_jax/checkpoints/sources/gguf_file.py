@@ -19,8 +19,8 @@ from etils import epath
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType
 from gguf.quants import dequantize
 
-from calm_jax.checkpoints.files import first_line, is_bucket, refuse_lfs_pointer
-from calm_jax.checkpoints.sources.source import Source
+from calm_jax.checkpoints.files import explained, refuse_lfs_pointer
+from calm_jax.checkpoints.sources.source import Source, refuse_bucket
 from calm_jax.errors import CalmError
 
 MAGIC = b"GGUF"
@@ -49,10 +49,9 @@ def read(path: epath.Path) -> Source:
         CalmError: the file is in a bucket, damaged, big-endian or of another version, or a tensor
             is stored in a way that the installed `gguf` does not know.
     """
-    if is_bucket(path):
-        raise CalmError(f"{path} is in a bucket; copy the checkpoint to a disk first")
+    refuse_bucket(path)
     refuse_lfs_pointer(path)
-    try:
+    with explained(f"{path} is not a complete GGUF file", (ValueError, OSError)):
         data = np.asarray(np.memmap(path, np.uint8, "r"))
         header = _Header(data)
         header.check_version()
@@ -73,8 +72,6 @@ def read(path: epath.Path) -> Source:
             if entry.name in tensors:
                 raise ValueError(f"tensor {entry.name} occurs twice")
             tensors[entry.name] = entry.stored(content, str(path))
-    except (ValueError, OSError) as error:
-        raise CalmError(f"{path} is not a complete GGUF file: {first_line(error)}") from error
     return Source(path, "gguf", tensors, metadata)
 
 

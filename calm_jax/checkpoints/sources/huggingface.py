@@ -15,16 +15,10 @@ import numpy as np
 from etils import epath
 from safetensors import SafetensorError, safe_open
 
-from calm_jax.checkpoints.files import (
-    first_line,
-    is_bucket,
-    read_field,
-    read_json,
-    refuse_lfs_pointer,
-)
+from calm_jax.checkpoints.files import explained, read_field, read_json, refuse_lfs_pointer
 from calm_jax.checkpoints.kinds import BRIDGE, COMPOSED_RUN, DECODER_RUN, FROZEN, kind_of
 from calm_jax.checkpoints.sources import torch_file
-from calm_jax.checkpoints.sources.source import Source
+from calm_jax.checkpoints.sources.source import Source, refuse_bucket
 from calm_jax.errors import CalmError
 
 CONFIG, SINGLE, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
@@ -46,7 +40,7 @@ def read(folder: epath.Path) -> Source:
         CalmError: the folder is in a bucket; config.json is missing or damaged; index and shards
             contradict each other, or two shards have the same tensor; a file is damaged.
     """
-    _refuse_buckets(folder)
+    refuse_bucket(folder)
     config = _read_config(folder)
     if (folder / INDEX).exists():
         tensors = _indexed(folder)
@@ -79,7 +73,7 @@ def read_file(path: epath.Path) -> Source:
     A file that transformers reads, with a config.json in its folder, means that folder. Raises
     `CalmError` as `read` does, and if that folder also holds other weights.
     """
-    _refuse_buckets(path)
+    refuse_bucket(path)
     is_pickled = path.suffix == ".bin"
     if (is_pickled and path.name != PICKLED) or not (path.parent / CONFIG).exists():
         if is_pickled:
@@ -92,11 +86,6 @@ def read_file(path: epath.Path) -> Source:
             "the folder, or move the file to one of its own"
         )
     return read(path.parent)
-
-
-def _refuse_buckets(path: epath.Path) -> None:
-    if is_bucket(path):
-        raise CalmError(f"{path} is in a bucket; copy the checkpoint to a disk first")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,7 +113,8 @@ class StoredTensor:
 def open_file(file: epath.Path) -> dict[str, StoredTensor]:
     """The tensors of a safetensors file. Raises `CalmError` if it is damaged."""
     refuse_lfs_pointer(file)
-    try:
+    damages = (SafetensorError, OSError, RecursionError, TypeError, ValueError)
+    with explained(f"{file} is not a complete safetensors file", damages):
         with safe_open(str(file), framework="numpy"):
             pass  # opening it raises unless the header describes the whole file
         with file.open("rb") as opened:
@@ -138,10 +128,6 @@ def open_file(file: epath.Path) -> dict[str, StoredTensor]:
             )
             for name, part in header.items()
         }
-    except (SafetensorError, OSError, RecursionError, TypeError, ValueError) as error:
-        raise CalmError(
-            f"{file} is not a complete safetensors file: {first_line(error)}"
-        ) from error
 
 
 def _indexed(folder: epath.Path) -> dict[str, StoredTensor]:

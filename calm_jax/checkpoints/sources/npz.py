@@ -13,7 +13,7 @@ import numpy as np
 from etils import epath
 from numpy.lib import format as npy
 
-from calm_jax.checkpoints.files import first_line, refuse_lfs_pointer
+from calm_jax.checkpoints.files import explained, refuse_lfs_pointer
 from calm_jax.checkpoints.sources.source import Source
 from calm_jax.errors import CalmError
 
@@ -83,10 +83,6 @@ def _read_header(data: Any, called: str) -> tuple[tuple[int, ...], np.dtype]:
 @contextlib.contextmanager
 def _opened(path: epath.Path, called: str) -> Iterator[zipfile.ZipFile]:
     """The archive; damage found within the block becomes a `CalmError` about `called`."""
-    try:
-        with path.open("rb") as file, zipfile.ZipFile(file) as archive:
-            yield archive
-    except CalmError:
-        raise
-    except _DAMAGES as error:
-        raise CalmError(f"{called} cannot be read: {first_line(error)}") from error
+    explained_damages = explained(f"{called} cannot be read", _DAMAGES)
+    with explained_damages, path.open("rb") as file, zipfile.ZipFile(file) as archive:
+        yield archive

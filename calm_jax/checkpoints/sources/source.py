@@ -7,6 +7,9 @@ from typing import Any, Literal, Protocol
 import numpy as np
 from etils import epath
 
+from calm_jax.checkpoints.files import is_bucket
+from calm_jax.errors import CalmError
+
 Kind = Literal["huggingface", "gguf", "t5x", "orbax", "npz", "torch", "safetensors"]
 
 
@@ -60,3 +63,9 @@ class Computed:
 
     def __getitem__(self, index: Any) -> np.ndarray:
         return self.values()[index]
+
+
+def refuse_bucket(path: epath.Path) -> None:
+    """Raises `CalmError` for a checkpoint that can only be mapped from a disk."""
+    if is_bucket(path):
+        raise CalmError(f"{path} is in a bucket; copy the checkpoint to a disk first")

@@ -1,19 +1,18 @@
 """Arrays on disk that TensorStore reads."""
 
-import contextlib
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import tensorstore as ts
 from etils import epath
 
-from calm_jax.checkpoints.files import first_line, is_bucket
-from calm_jax.errors import CalmError
+from calm_jax.checkpoints.files import explained, is_bucket
 
 # Caches the nodes of OCDBT's B-tree, which all arrays of a folder share.
 _CONTEXT = {"cache_pool#ocdbt": {"total_bytes_limit": 10**8}}
+_ERRORS = (ValueError, OSError, RuntimeError)  # of TensorStore
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,10 +35,8 @@ class StoredTensor:
 
     def __getitem__(self, index: Any) -> np.ndarray:
         """Raises `CalmError` if a chunk is absent or damaged."""
-        try:
+        with explained(f"{self.name} cannot be read", _ERRORS):
             return np.asarray(self.store[index].read().result()).view(self.dtype)
-        except (ValueError, OSError, RuntimeError) as error:
-            raise CalmError(f"{self.name} cannot be read: {first_line(error)}") from error
 
 
 def zarr_spec(
@@ -73,22 +70,14 @@ def open_all(
     context = ts.Context(_CONTEXT)
     opening, tensors = {}, {}
     for name, spec in specs.items():
-        with _opened(f"{where}: tensor {name}"):
+        with explained(f"{where}: tensor {name} cannot be opened", _ERRORS):
             opening[name] = ts.open(spec, context=context, open=True, read=True)
     for name, future in opening.items():
         called = f"{where}: tensor {name}"
-        with _opened(called):
+        with explained(f"{called} cannot be opened", _ERRORS):
             store = future.result()
         dtype = store.dtype.numpy_dtype
         if bfloat16_as_uint16 and dtype == np.uint16:
             dtype = ts.bfloat16.numpy_dtype
         tensors[name] = StoredTensor(store, called, dtype)
     return tensors
-
-
-@contextlib.contextmanager
-def _opened(called: str) -> Iterator[None]:
-    try:
-        yield
-    except (ValueError, OSError, RuntimeError) as error:
-        raise CalmError(f"{called} cannot be opened: {first_line(error)}") from error

@@ -23,8 +23,8 @@ import ml_dtypes
 import numpy as np
 from etils import epath
 
-from calm_jax.checkpoints.files import first_line, is_bucket, refuse_lfs_pointer
-from calm_jax.checkpoints.sources.source import Source
+from calm_jax.checkpoints.files import explained, refuse_lfs_pointer
+from calm_jax.checkpoints.sources.source import Source, refuse_bucket
 from calm_jax.errors import CalmError
 
 # Names of dtypes that torch and numpy share.
@@ -63,27 +63,18 @@ def read(path: epath.Path) -> Source:
             it has no dictionary of tensors, or several; or its pickle asks for anything else, which
             is named in the message and not run.
     """
-    if is_bucket(path):
-        raise CalmError(f"{path} is in a bucket; copy the checkpoint to a disk first")
+    refuse_bucket(path)
     refuse_lfs_pointer(path)
-    try:
-        with path.open("rb") as file:
-            if file.read(len(_BEFORE_ZIP)) == _BEFORE_ZIP:
-                raise CalmError(
-                    f"{path} was saved by a torch before 1.6; load it with a current torch and "
-                    "save it again"
-                )
-            with zipfile.ZipFile(file) as archive:
-                mapped = np.frombuffer(
-                    mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), np.uint8
-                )
-                return Source(path, "torch", _open_tensors(archive, mapped, path))
-    except CalmError:
-        raise
-    except Exception as error:  # damaged pickles raise almost anything
-        raise CalmError(
-            f"{path} is not a complete zip file of torch.save: {first_line(error)}"
-        ) from error
+    # Damaged pickles raise almost anything.
+    with explained(f"{path} is not a complete zip file of torch.save"), path.open("rb") as file:
+        if file.read(len(_BEFORE_ZIP)) == _BEFORE_ZIP:
+            raise CalmError(
+                f"{path} was saved by a torch before 1.6; load it with a current torch and "
+                "save it again"
+            )
+        with zipfile.ZipFile(file) as archive:
+            mapped = np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), np.uint8)
+            return Source(path, "torch", _open_tensors(archive, mapped, path))
 
 
 @dataclasses.dataclass
