@@ -140,10 +140,10 @@ def _refuse(values: flags.FlagValues, names: Sequence[str], where: str) -> None:
 
 
 def _families() -> str:
-    from calm_jax.checkpoints.convert.registry import families
+    from calm_jax.checkpoints.convert.registry import FAMILIES
 
     lines = []
-    for family in families().values():
+    for family in FAMILIES.values():
         lines.append(f"  {family.name}")
         lines += [f"    {name}: {text}" for name, text in family.options.items()]
     return "\n".join(lines)

@@ -12,7 +12,7 @@ torch = pytest.importorskip("torch", reason="needs the extra [parity]")
 transformers = pytest.importorskip("transformers", reason="needs the extra [parity]")
 
 import calm_jax  # noqa: E402
-from calm_jax.checkpoints.convert.registry import families  # noqa: E402
+from calm_jax.checkpoints.convert.registry import FAMILIES  # noqa: E402
 from calm_jax.checkpoints.sources.opening import open_source  # noqa: E402
 from calm_jax.errors import CalmError  # noqa: E402
 from tests.converting import decoder_in_memory  # noqa: E402
@@ -55,7 +55,7 @@ def saved(tmp_path_factory):
 def difference(folder, tokens, logits, **changes) -> float:
     """Of the largest logit, with fields of the form changed."""
     source = open_source(folder)
-    (family,) = (family for family in families().values() if family.recognises(source))
+    (family,) = (family for family in FAMILIES.values() if family.recognises(source))
     reading = family.read(source)
     changed = dataclasses.replace(reading, config=dataclasses.replace(reading.config, **changes))
     decoder = decoder_in_memory(types.SimpleNamespace(read=lambda _: changed), source)
@@ -134,7 +134,7 @@ def test_prompts_that_transformers_does_not_take(tmp_path):
 )
 def test_absent_keys_mean_what_they_mean_to_transformers(config):
     """Checked on the config that transformers writes out for an empty one."""
-    family = families()[config.model_type]
+    family = FAMILIES[config.model_type]
     whole = json.loads(config().to_json_string(use_diff=False))
     assert family.decoder_config({}, "empty") == family.decoder_config(whole, "whole")
 

@@ -12,7 +12,7 @@ from etils import epath
 from calm_jax.checkpoints import frozen
 from calm_jax.checkpoints.chunks import Reader
 from calm_jax.checkpoints.convert.family import HuggingFaceFamily
-from calm_jax.checkpoints.convert.registry import families
+from calm_jax.checkpoints.convert.registry import FAMILIES
 from calm_jax.checkpoints.convert.table import Rule, sizes
 from calm_jax.checkpoints.files import whole_folder, write_json
 from calm_jax.checkpoints.host_arrays import all_finite
@@ -75,7 +75,7 @@ def _find_family(described: frozen.Description) -> tuple[HuggingFaceFamily, dict
     A family's config.json describes the model exactly if reading it gives the model's config.
     """
     origin = described.origin or {}
-    known = [family for family in families().values() if isinstance(family, HuggingFaceFamily)]
+    known = [family for family in FAMILIES.values() if isinstance(family, HuggingFaceFamily)]
     known.sort(key=lambda family: family.name != origin.get("family"))
     wanted = {**described.config.to_dict(), "dtype": ""}
     others: list[tuple[int, str]] = []  # how many fields differ, and the first one in words

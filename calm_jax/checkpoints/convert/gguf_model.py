@@ -17,7 +17,7 @@ import numpy as np
 from calm_jax.checkpoints.convert import huggingface_config as read
 from calm_jax.checkpoints.convert.family import HuggingFaceFamily
 from calm_jax.checkpoints.convert.gguf_tokenizer import tokenizer_files
-from calm_jax.checkpoints.convert.registry import families
+from calm_jax.checkpoints.convert.registry import FAMILIES
 from calm_jax.checkpoints.sources.source import Computed, Source, Tensor
 from calm_jax.errors import CalmError
 from calm_jax.models.config import RopeScaling
@@ -134,7 +134,7 @@ def _config(keys: _Keys, tensors: Mapping[str, Tensor]) -> tuple[HuggingFaceFami
     keys.refuse("rope.dimension_count", head_dim)
     keys.refuse("attention.causal", True)
     own, name = _own_config(keys, head_dim)
-    family = families()[name]
+    family = FAMILIES[name]
     config = {
         "architectures": [family.architectures[0]],
         "model_type": family.model_type,
@@ -170,7 +170,7 @@ def _own_config(keys: _Keys, head_dim: int) -> tuple[dict[str, Any], str]:
     window = None
     if keys.get("attention.sliding_window"):
         window = keys.whole("attention.sliding_window")
-    family = families()[keys.architecture]
+    family = FAMILIES[keys.architecture]
     if keys.architecture not in _LAYERS_OF_27B:
         for key in ("sliding_window_pattern", "scale"):
             keys.refuse(f"attention.{key}", 0)

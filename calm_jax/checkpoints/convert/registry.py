@@ -1,27 +1,27 @@
 """The known families, and how a source's family is found."""
 
-import functools
-import importlib
 from collections.abc import Mapping
 from typing import Any
 
 from calm_jax.checkpoints.convert import vit
+from calm_jax.checkpoints.convert.cohere import Cohere
+from calm_jax.checkpoints.convert.falcon import Falcon
 from calm_jax.checkpoints.convert.family import Family
+from calm_jax.checkpoints.convert.gemma import Gemma, Gemma2, Gemma3
+from calm_jax.checkpoints.convert.gemma_deepmind import GemmaDeepMind
+from calm_jax.checkpoints.convert.gptj import GptJ
 from calm_jax.checkpoints.convert.huggingface_config import refuse, refuse_experts
+from calm_jax.checkpoints.convert.llama import Llama, Mistral, Qwen2, Qwen3
+from calm_jax.checkpoints.convert.palm import Palm
+from calm_jax.checkpoints.convert.palm_pytorch import PalmPytorch
 from calm_jax.checkpoints.sources.source import Source
 from calm_jax.errors import CalmError
 
-# The module of each family in this package, and its classes there.
-_CLASSES = {
-    "llama": ("Llama", "Mistral", "Qwen2", "Qwen3"),
-    "gemma": ("Gemma", "Gemma2", "Gemma3"),
-    "gemma_deepmind": ("GemmaDeepMind",),
-    "gptj": ("GptJ",),
-    "falcon": ("Falcon",),
-    "cohere": ("Cohere",),
-    "palm": ("Palm",),
-    "palm_pytorch": ("PalmPytorch",),
-}
+_CLASSES = (
+    Llama, Mistral, Qwen2, Qwen3, Gemma, Gemma2, Gemma3, GemmaDeepMind, GptJ, Falcon, Cohere, Palm,
+    PalmPytorch,
+)  # fmt: skip
+FAMILIES: dict[str, Family] = {family.name: family() for family in _CLASSES}
 
 # Endings of names in bridges of other programs, which they are, and what they do.
 _BRIDGES = {
@@ -32,18 +32,6 @@ _BRIDGES = {
 }
 
 
-@functools.cache
-def families() -> dict[str, Family]:
-    """Every family by its name."""
-    found = {}
-    for module, classes in _CLASSES.items():
-        loaded = importlib.import_module(f"calm_jax.checkpoints.convert.{module}")
-        for name in classes:
-            family = getattr(loaded, name)()
-            found[family.name] = family
-    return found
-
-
 def find_family(source: Source, name: str = "auto") -> Family:
     """The family called `name`, or with "auto" the one that recognises the source.
 
@@ -51,9 +39,9 @@ def find_family(source: Source, name: str = "auto") -> Family:
         CalmError: the name is unknown; another family recognises the source; or with "auto", none
             does: the message gives the source's own name for itself, and the key that says it.
     """
-    if name != "auto" and name not in families():
-        raise CalmError(f"--format={name} is unknown; known are auto, {', '.join(families())}")
-    for family in families().values():
+    if name != "auto" and name not in FAMILIES:
+        raise CalmError(f"--format={name} is unknown; known are auto, {', '.join(FAMILIES)}")
+    for family in FAMILIES.values():
         if family.recognises(source):
             if name not in ("auto", family.name):
                 raise CalmError(f"{source.path} is of the family {family.name}, not {name}")
@@ -61,14 +49,14 @@ def find_family(source: Source, name: str = "auto") -> Family:
     refuse_bridges(source)
     config = source.config or {}
     if name != "auto" and not (config.get("architectures") or config.get("model_type")):
-        return families()[name]
+        return FAMILIES[name]
     if source.config is not None:
         where = f"{source.config_path} of {_name_in(source.config)}"
         if config.get("model_type") == vit.MODEL_TYPE:
             raise CalmError(f"{where} is an image encoder; calm_jax.load_encoder reads it as it is")
         refuse_experts(source.config, where)
         refuse(source.config, where, "is_encoder_decoder", False)
-    raise CalmError(f"{source.path}: {_description(source)}; supported are {', '.join(families())}")
+    raise CalmError(f"{source.path}: {_description(source)}; supported are {', '.join(FAMILIES)}")
 
 
 def refuse_bridges(source: Source) -> None:
@@ -85,7 +73,7 @@ def _name_in(config: Mapping[str, Any]) -> str:
     if architecture is None:
         return "no architecture" if model_type is None else f"model_type {model_type!r}"
     known = any(
-        architecture in getattr(family, "architectures", ()) for family in families().values()
+        architecture in getattr(family, "architectures", ()) for family in FAMILIES.values()
     )
     return f"{architecture} of model_type {model_type!r}" if known else architecture
 

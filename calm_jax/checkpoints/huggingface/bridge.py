@@ -20,7 +20,7 @@ from etils import epath
 
 from calm_jax.checkpoints import frozen
 from calm_jax.checkpoints.convert.family import HuggingFaceFamily
-from calm_jax.checkpoints.convert.registry import families, find_family
+from calm_jax.checkpoints.convert.registry import FAMILIES, find_family
 from calm_jax.checkpoints.convert.table import sizes
 from calm_jax.checkpoints.files import write_json, write_text
 from calm_jax.checkpoints.huggingface.card import model_card
@@ -121,7 +121,7 @@ def _origin(role: str, model: Decoder) -> str:
     origin = model.source and frozen.describe(model.source).origin
     if not origin:
         told = "is not known to come from a model of transformers"
-    elif not isinstance(families()[origin["family"]], HuggingFaceFamily) or origin["adapter"]:
+    elif not isinstance(FAMILIES[origin["family"]], HuggingFaceFamily) or origin["adapter"]:
         told = f"was converted from {origin['source']}, which transformers does not load as it is"
     elif not epath.Path(origin["source"]).is_dir():
         told = f"was converted from {origin['source']}, which is not a folder"

@@ -1,11 +1,12 @@
 """Recognises how a checkpoint is stored, and opens it."""
 
-import importlib
 import os
+from collections.abc import Callable
 
 from etils import epath
 
 from calm_jax.checkpoints.files import ADAPTER_CONFIG, absolute, does_not_exist, storage
+from calm_jax.checkpoints.sources import huggingface, npz, orbax_tree, t5x, torch_file
 from calm_jax.checkpoints.sources.source import Source
 from calm_jax.errors import CalmError
 
@@ -27,19 +28,18 @@ def open_source(path: str | os.PathLike) -> Source:
         return _reader(path)(path)
 
 
-def _reader(path: epath.Path):
-    """The function `read(path) -> Source` that reads this kind of checkpoint."""
-    suffix_readers = {
-        ".gguf": "gguf_file",
-        ".npz": "npz",
-        ".pt": "torch_file",
-        ".pth": "torch_file",
-    }
+def _reader(path: epath.Path) -> Callable[[epath.Path], Source]:
     if not path.is_dir():
         if path.suffix in (".safetensors", ".bin"):
-            return _load("huggingface").read_file
-        if path.suffix in suffix_readers:
-            return _load(suffix_readers[path.suffix]).read
+            return huggingface.read_file
+        if path.suffix == ".gguf":
+            from calm_jax.checkpoints.sources import gguf_file  # its library takes long to import
+
+            return gguf_file.read
+        if path.suffix == ".npz":
+            return npz.read
+        if path.suffix in (".pt", ".pth"):
+            return torch_file.read
         raise CalmError(
             f"{path} is not a known kind of checkpoint; files are .gguf, .npz, .pt, .pth, .bin, "
             ".safetensors"
@@ -52,11 +52,9 @@ def _reader(path: epath.Path):
             "as --adapter"
         )
     if (path / "config.json").exists() or list(path.glob("*.safetensors*")):
-        return _load("huggingface").read
-    t5x = _load("t5x")
+        return huggingface.read
     if t5x.is_t5x(path):
         return t5x.read
-    orbax_tree = _load("orbax_tree")
     if orbax_tree.is_orbax(path):
         return orbax_tree.read
     files = ", ".join(sorted(file.name for file in path.glob("*.gguf")))
@@ -66,7 +64,3 @@ def _reader(path: epath.Path):
         f"{path} is not a known kind of checkpoint: it has no config.json, no .safetensors files, "
         "and no file named checkpoint (T5X) or _METADATA (Orbax)"
     )
-
-
-def _load(name: str):
-    return importlib.import_module(f"calm_jax.checkpoints.sources.{name}")

@@ -25,7 +25,7 @@ import calm_jax
 from calm_jax.__main__ import main
 from calm_jax.checkpoints import chunks, files
 from calm_jax.checkpoints.convert import conversion, verification
-from calm_jax.checkpoints.convert.registry import families
+from calm_jax.checkpoints.convert.registry import FAMILIES
 from calm_jax.checkpoints.sources.opening import open_source
 from calm_jax.checkpoints.sources.source import Source
 from calm_jax.data.vocabularies import load_vocabulary
@@ -86,7 +86,7 @@ def nothing_in(folder) -> bool:
 def test_the_folder_holds_what_the_source_does(source, tmp_path):
     calm_jax.convert(source, tmp_path / "model")
     decoder = calm_jax.load(tmp_path / "model")
-    expected = decoder_in_memory(families()["llama"], open_source(source))
+    expected = decoder_in_memory(FAMILIES["llama"], open_source(source))
     assert stored_bytes(decoder) == stored_bytes(expected)
     assert decoder.config == expected.config
 
@@ -176,7 +176,7 @@ def test_a_model_that_no_family_computes_is_not_exported(tmp_path):
 def test_rounded_to_bfloat16(source, tmp_path):
     calm_jax.convert(source, tmp_path / "model", dtype="bfloat16")
     decoder = calm_jax.load(tmp_path / "model")
-    expected = decoder_in_memory(families()["llama"], open_source(source), dtype="bfloat16")
+    expected = decoder_in_memory(FAMILIES["llama"], open_source(source), dtype="bfloat16")
     assert stored_bytes(decoder) == stored_bytes(expected)
 
 
