@@ -47,16 +47,11 @@ class Layout:
         """The chunks of an array that overlap at least one of its `regions`, in C order."""
         found: set[Index] = set()
         for region in regions:
-            found.update(
-                itertools.product(
-                    *(
-                        range(side.start // size, -(-side.stop // size))
-                        if side.start < side.stop
-                        else ()
-                        for side, size in zip(region, self.chunks[path], strict=True)
-                    )
-                )
-            )
+            sides = [
+                range(side.start // size, -(-side.stop // size)) if side.start < side.stop else ()
+                for side, size in zip(region, self.chunks[path], strict=True)
+            ]
+            found.update(itertools.product(*sides))
         return sorted(found)
 
     def split(

@@ -63,7 +63,6 @@ class Digests:
         return json.dumps({"dtype": self._layout.dtype.name, "arrays": arrays}, indent=1) + "\n"
 
     def sha256(self) -> str:
-        """SHA-256 of `text`."""
         return hashlib.sha256(self.text().encode()).hexdigest()
 
 
@@ -220,7 +219,6 @@ def _array_folder(folder: epath.Path, path: str) -> epath.Path:
 
 
 def _file_name(index: Index) -> str:
-    """The name of a chunk's file in its array's folder."""
     return ".".join(["c", *map(str, index)])
 
 

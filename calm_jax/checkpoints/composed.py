@@ -186,17 +186,10 @@ def load_frozen_models(
     mesh: jax.sharding.Mesh | None,
     rules: Rules = RULES,
 ) -> list[Decoder | ImageEncoder]:
-    """The anchor and the augments for `compose`.
+    """The anchor and the augments for `compose`; models among the `sources` do not change.
 
-    Args:
-        sources: frozen folders, descriptions of them, or models, which do not change.
-        dtypes: as for `calm_jax.load`, one for each source.
-        configs: how each augment is connected; checked before any weight is read.
-        mesh: the devices that hold the weights; None: the first device.
-        rules: how weights are split over the mesh.
-
-    Raises:
-        CalmError: as `calm_jax.load`, or the connections do not fit the models.
+    Raises `CalmError` as `calm_jax.load` does, and if `configs` do not fit the models, which is
+    checked before any weight is read.
     """
     found = [_described(source) for source in sources]
     depths = [model.config.num_layers for model in found]
@@ -215,18 +208,15 @@ def identities(composed: ComposedDecoder) -> list[dict[str, Any]]:
     The folder's key is "place", as in all runs and exported bridges. Raises `CalmError` for an
     augment that is neither a decoder nor an image encoder.
     """
-    roles = ["anchor", *(f"augment {k}" for k in range(len(composed.augments)))]
-    for role, model in zip(roles, composed.models, strict=True):
+    found = []
+    for number, model in enumerate(composed.models):
+        role = f"augment {number - 1}" if number else "anchor"
         _check_kind(role, model)
-    return [
-        {
-            "role": role,
-            "place": model.source,
-            "dtype": model.loaded_dtype,
-            "fingerprint": _fingerprint(model),
-        }
-        for role, model in zip(roles, composed.models, strict=True)
-    ]
+        dtype, fingerprint = model.loaded_dtype, _fingerprint(model)
+        found.append(
+            {"role": role, "place": model.source, "dtype": dtype, "fingerprint": fingerprint}
+        )
+    return found
 
 
 def check_identities(
@@ -352,14 +342,12 @@ def _found_identity(
     """Folder and fingerprint of a loaded model, or of a folder to load with `dtype`."""
     if isinstance(found, nnx.Module):
         return {"place": found.source, "fingerprint": _fingerprint(found)}
-    fingerprint = frozen.loaded_fingerprint(found, dtype)
-    return {"place": str(found.folder), "fingerprint": fingerprint}
+    return {"place": str(found.folder), "fingerprint": frozen.loaded_fingerprint(found, dtype)}
 
 
 def _fingerprint(model: Decoder | ImageEncoder) -> str:
-    if isinstance(model, ImageEncoder):
-        return encoder_fingerprint(model)
-    return frozen.model_fingerprint(model)
+    is_encoder = isinstance(model, ImageEncoder)
+    return encoder_fingerprint(model) if is_encoder else frozen.model_fingerprint(model)
 
 
 def _abstract_trained(composed: ComposedDecoder) -> Tree:

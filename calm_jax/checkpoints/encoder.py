@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import hashlib
-import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -16,7 +15,7 @@ from flax import nnx
 from calm_jax.checkpoints.convert import vit
 from calm_jax.checkpoints.convert.table import Rule, check_names, check_shapes, sizes
 from calm_jax.checkpoints.files import absolute, read_json
-from calm_jax.checkpoints.frozen import STORED_DTYPES
+from calm_jax.checkpoints.frozen import STORED_DTYPES, checksum
 from calm_jax.checkpoints.host_arrays import all_finite, contiguous
 from calm_jax.checkpoints.sources.opening import open_source
 from calm_jax.checkpoints.sources.source import Tensor
@@ -147,6 +146,4 @@ def _digest(array: np.ndarray) -> str:
 
 
 def _identity(config: ImageEncoderConfig, digests: Mapping[str, str]) -> str:
-    """A fingerprint of config and weights."""
-    values = {"image_encoder": dataclasses.asdict(config), "arrays": digests}
-    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+    return checksum({"image_encoder": dataclasses.asdict(config), "arrays": digests})

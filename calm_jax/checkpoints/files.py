@@ -126,7 +126,6 @@ def refuse_lfs_pointer(path: epath.Path) -> None:
 
 
 def _why_missing(path: epath.Path) -> str:
-    """The likely reason why a folder has no `path`."""
     folder = path.parent
     with storage("read", folder):
         if not folder.exists():

@@ -48,19 +48,12 @@ DTYPES = (*STORED_DTYPES, *QUANTIZERS)
 
 @dataclasses.dataclass(frozen=True)
 class Weight:
-    """One array of a model, or one layer of an array that stacks layers.
+    """One array of a model, or one layer of an array that stacks layers."""
 
-    Attributes:
-        path: the array's path on disk.
-        layer: the number of the layer; None: the whole array.
-        array: the values.
-        name: the name in messages; "": its path.
-    """
-
-    path: str
-    layer: int | None
+    path: str  # of the array on disk
+    layer: int | None  # its number; None: the whole array
     array: np.ndarray
-    name: str = ""
+    name: str = ""  # in messages; "": the path
 
 
 def save_frozen(decoder: Decoder, target: epath.PathLike, *, vocabulary: Any = None) -> str:
@@ -99,22 +92,13 @@ def write_model(
     origin: Mapping[str, Any] | None = None,
     check: Callable[["Description"], None] | None = None,
 ) -> str:
-    """Fills a new folder with the weights of a whole model, each written as it arrives.
+    """Fills an empty folder, as `save_frozen` does, with arrays that are written as they arrive.
 
     Args:
-        folder: the folder, which is empty.
-        config: the model's config; its dtype is that of the weights on disk.
         weights: every array of the model, each whole or layer by layer.
-        vocabulary: a `calm_jax.data.vocabulary.Vocabulary`.
         origin: where the model came from; JSON values that `describe` returns.
         check: called when all but config.json is written. If it raises, config.json is not written,
             without which the folder is not a model.
-
-    Returns:
-        the fingerprint of config and weights.
-
-    Raises:
-        CalmError: as `save_frozen`.
     """
     with Writer(folder / "weights", layout_of(config)) as writer:
         for weight in weights:
@@ -136,7 +120,7 @@ def write_model(
     }
     if check is not None:
         check(_description(folder, values, vocabulary))
-    write_json(folder / "config.json", {**values, "checksum": _checksum(values)})
+    write_json(folder / "config.json", {**values, "checksum": checksum(values)})
     return values["fingerprint"]
 
 
@@ -168,8 +152,7 @@ def load(
     >>> decoder.config == config, decoder.fingerprint == fingerprint
     (True, True)
     """
-    described = describe(target)
-    return load_described(described, mesh=mesh, dtype=dtype)
+    return load_described(describe(target), mesh=mesh, dtype=dtype)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -185,10 +168,9 @@ class Description:
 
 
 def describe(target: epath.PathLike) -> Description:
-    """Reads everything in a frozen folder except the weights.
+    """Describes a frozen folder.
 
-    Raises:
-        CalmError: the folder is not a frozen folder or is damaged; names the file or key.
+    Raises `CalmError` if it is none, or is damaged, naming the file or key.
     """
     if is_preset(target):
         raise CalmError(
@@ -201,7 +183,7 @@ def describe(target: epath.PathLike) -> Description:
     if values.get("format") != FORMAT:
         raise CalmError(_other_kind(folder, values))
     recorded = read_field(values, "checksum", path)
-    found = _checksum({key: value for key, value in values.items() if key != "checksum"})
+    found = checksum({key: value for key, value in values.items() if key != "checksum"})
     if recorded != found:
         raise CalmError(
             f"{path} is damaged: its checksum is {found[:16]}, not {str(recorded)[:16]}"
@@ -247,7 +229,6 @@ def _other_kind(folder: epath.Path, values: Mapping[str, Any]) -> str:
 
 
 def _description(folder: epath.Path, values: Mapping[str, Any], vocabulary: Any) -> Description:
-    """The description that the values of config.json give."""
     path = folder / "config.json"
     return Description(
         folder,
@@ -311,9 +292,7 @@ def loaded_fingerprint(described: Description, dtype: str | None) -> str:
 
 def model_fingerprint(decoder: Decoder) -> str:
     """The fingerprint that the decoder was loaded with, or a new decoder's `fingerprint`."""
-    if decoder.fingerprint is None:
-        return fingerprint(decoder)
-    return decoder.fingerprint
+    return decoder.fingerprint or fingerprint(decoder)
 
 
 def fingerprint(decoder: Decoder) -> str:
@@ -363,8 +342,9 @@ def _weights(decoder: Decoder) -> Iterator[Weight]:
 
 def _identity(config: DecoderConfig, chunks: str) -> str:
     """A model's fingerprint; it covers the config, which changes what weights compute."""
-    return _checksum({"decoder": config.to_dict(), "chunks": chunks})
+    return checksum({"decoder": config.to_dict(), "chunks": chunks})
 
 
-def _checksum(values: Mapping[str, Any]) -> str:
+def checksum(values: Mapping[str, Any]) -> str:
+    """SHA-256 of values of JSON, whatever the order of their keys."""
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()

@@ -28,16 +28,10 @@ def read_leaves(
     Whole arrays come first, in order of falling size: an array is briefly in memory twice, on the
     host and on its devices, which is cheapest while little else is loaded.
 
-    Args:
-        reader: reads the folder with the weights.
-        structure: the structure of the decoder.
-        shardings: the shardings of its arrays, a tree of the same structure.
-        dtype: the dtype that the arrays are cast to.
-        by_layer: paths of stacked arrays [L, ...] that are yielded as an iterator over their
-            layers [...] in order, so that the whole stack never exists.
+    The stacked arrays [L, ...] whose paths are in `by_layer` are yielded as iterators over their
+    layers [...] in order, so that the whole stack never exists.
 
-    Raises:
-        CalmError: a chunk is missing or damaged.
+    Raises `CalmError` if a chunk is missing or damaged.
     """
     wanted = [
         (path_name(path), abstract.shape, sharding)
@@ -45,7 +39,6 @@ def read_leaves(
             jax.tree.leaves_with_path(structure.abstract()), jax.tree.leaves(shardings), strict=True
         )
     ]
-
     streamed = {path for path in by_layer if path.startswith(LAYERS)}
     for path, shape, sharding in sorted(wanted, key=lambda x: (x[0] in streamed, -math.prod(x[1]))):
         read = _read_layers if path in streamed else _read_array

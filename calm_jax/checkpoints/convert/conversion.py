@@ -201,7 +201,6 @@ def _vocabulary(source: Source) -> Any:
 
 
 def _vocabulary_within(source: Source) -> Any:
-    """The vocabulary of the tokenizer files inside the source."""
     if not source.vocabulary_files:
         log.warning("%s is converted without a vocabulary: it holds none", source.path)
         return None

@@ -49,19 +49,15 @@ def export(source: epath.PathLike, target: epath.PathLike, *, to: str = "hugging
     tensors = _Tensors(described, family.rules(described.config))
     with whole_folder(target) as folder:
         shards = tensors.in_shards()
-        total = sum(tensors.size(name) for shard in shards for name in shard)
-        with tensors, tqdm.tqdm(total=total, unit="B", unit_scale=True) as bar:
-            for number, names in enumerate(shards):
-                with (folder / _file_name(number, len(shards))).open("wb") as file:
+        total = sum(tensors.size(name) for names in shards.values() for name in names)
+        with tensors.reader, tqdm.tqdm(total=total, unit="B", unit_scale=True) as bar:
+            for shard, names in shards.items():
+                with (folder / shard).open("wb") as file:
                     for part, data in enumerate(_safetensors(tensors, names)):
                         file.write(data)
                         bar.update(len(data) if part else 0)  # not the header
         if len(shards) > 1:
-            shard_of = {
-                name: _file_name(number, len(shards))
-                for number, names in enumerate(shards)
-                for name in names
-            }
+            shard_of = {name: shard for shard, names in shards.items() for name in names}
             index = {"metadata": {"total_size": total}, "weight_map": shard_of}
             write_json(folder / "model.safetensors.index.json", index)
         if vocabulary is not None:
@@ -118,7 +114,7 @@ class _Tensors:
         }
         layout = frozen.layout_of(self._config)
         self._shapes = layout.shapes
-        self._reader = Reader(described.folder, layout, described.chunks)
+        self.reader = Reader(described.folder, layout, described.chunks)
 
     def shape(self, name: str) -> tuple[int, ...]:
         return self._rules[name][0].source_shape(self._sizes)
@@ -130,8 +126,8 @@ class _Tensors:
         """In bytes."""
         return math.prod(self.shape(name)) * self.dtype(name).itemsize
 
-    def in_shards(self) -> list[list[str]]:
-        """Names in the order of their layers, a list for each file."""
+    def in_shards(self) -> dict[str, list[str]]:
+        """The names in the order of their layers, by the name of their file."""
         shards: list[list[str]] = [[]]
         filled = 0
         for name in sorted(self._rules, key=lambda name: (self._rules[name][1] or 0, name)):
@@ -140,7 +136,12 @@ class _Tensors:
                 filled = 0
             shards[-1].append(name)
             filled += self.size(name)
-        return shards
+        if len(shards) == 1:
+            return {"model.safetensors": shards[0]}
+        return {
+            f"model-{number:05}-of-{len(shards):05}.safetensors": names
+            for number, names in enumerate(shards, 1)
+        }
 
     def read(self, name: str) -> np.ndarray:
         """The tensor in the source's layout and dtype."""
@@ -151,24 +152,12 @@ class _Tensors:
             region = tuple(slice(0, size) for size in shape)
             if layer is not None:
                 region = (slice(layer, layer + 1), *region[1:])
-            (array,) = self._reader.read(held.target, [region])
+            (array,) = self.reader.read(held.target, [region])
             arrays.append(array if layer is None else array[0])
         tensor = np.ascontiguousarray(rule.join(arrays, self._sizes)).astype(self.dtype(name))
         if not all_finite(tensor):
             raise CalmError(f"{name} has values too large for {tensor.dtype.name}")
         return tensor
-
-    def __enter__(self) -> "_Tensors":
-        return self
-
-    def __exit__(self, *_) -> None:
-        self._reader.__exit__(*_)
-
-
-def _file_name(number: int, count: int) -> str:
-    if count == 1:
-        return "model.safetensors"
-    return f"model-{number + 1:05}-of-{count:05}.safetensors"
 
 
 def _safetensors(tensors: _Tensors, names: list[str]) -> Iterator[bytes]:

@@ -13,33 +13,20 @@ from calm_jax.models import DecoderConfig
 
 @dataclasses.dataclass(frozen=True)
 class Reading:
-    """How one source becomes a frozen folder.
+    """How one source becomes a frozen folder."""
 
-    Attributes:
-        config: the model's config; the conversion chooses its dtype.
-        rules: where each of our arrays comes from; together they fill the whole canonical tree.
-        tensors: the source's tensors, by the names that `rules` and `unused` use.
-        unused: the other tensors that `tensors` may hold.
-        warnings: lines for the user.
-    """
-
-    config: DecoderConfig
-    rules: tuple[Rule, ...]
-    tensors: Mapping[str, Tensor]
-    unused: tuple[Unused, ...] = ()
-    warnings: tuple[str, ...] = ()
+    config: DecoderConfig  # the conversion chooses its dtype
+    rules: tuple[Rule, ...]  # together they fill the whole canonical tree
+    tensors: Mapping[str, Tensor]  # by the names that `rules` and `unused` use
+    unused: tuple[Unused, ...] = ()  # the other tensors that `tensors` may hold
+    warnings: tuple[str, ...] = ()  # lines for the user
 
 
 class Family:
-    """One family of checkpoints, in all the layouts in which it is published.
+    """One family of checkpoints, in all the layouts in which it is published."""
 
-    Attributes:
-        name: its name for `--format`.
-        options: for facts that a checkpoint does not show: the name of each option, with its
-            meaning and default.
-    """
-
-    name: ClassVar[str]
+    name: ClassVar[str]  # for `--format`
+    # Meanings and defaults of options, by name, for facts that a checkpoint does not show.
     options: ClassVar[Mapping[str, str]] = {}
 
     def recognises(self, source: Source) -> bool:
@@ -57,17 +44,11 @@ class Family:
 
 
 class HuggingFaceFamily(Family):
-    """A family published as `config.json` and safetensors, both of which can be written back.
+    """A family published as `config.json` and safetensors, both of which can be written back."""
 
-    Attributes:
-        architectures: values in config.json; the first is the one to export.
-        model_type: the value in config.json to export.
-        other_model_types: further values in config.json that are read.
-    """
-
-    architectures: ClassVar[tuple[str, ...]]
-    model_type: ClassVar[str]
-    other_model_types: ClassVar[tuple[str, ...]] = ()
+    architectures: ClassVar[tuple[str, ...]]  # in config.json; the first is the one to export
+    model_type: ClassVar[str]  # in config.json, also to export
+    other_model_types: ClassVar[tuple[str, ...]] = ()  # that are read too
 
     def recognises(self, source: Source) -> bool:
         if source.kind not in ("huggingface", "gguf") or source.config is None:

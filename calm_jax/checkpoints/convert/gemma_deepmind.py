@@ -146,7 +146,6 @@ def _config(tensors: Mapping[str, Tensor], options: Mapping[str, Any], where: st
 
 
 def _numbers(options: Mapping[str, Any], generation: int, where: str) -> dict[str, float | int]:
-    """The options that are numbers."""
     found: dict[str, float | int] = {}
     for name, value in options.items():
         if name == "gating" or value is None:

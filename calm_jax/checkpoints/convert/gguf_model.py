@@ -297,7 +297,6 @@ def _published_tensors(
 
 
 def _published(tensor: Tensor, name: str, architecture: str, config: Mapping[str, Any]) -> Tensor:
-    """The tensor with the values of the published model."""
     if architecture == "llama" and ".attn_q." in name:
         values = functools.partial(_halves, tensor, config["num_attention_heads"])
     elif architecture == "llama" and ".attn_k." in name:

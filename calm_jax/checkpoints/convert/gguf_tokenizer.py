@@ -9,6 +9,10 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import tokenizers
+from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
+
+from calm_jax.checkpoints.convert import huggingface_config as read
 from calm_jax.checkpoints.files import explained
 from calm_jax.errors import CalmError
 
@@ -79,8 +83,6 @@ def tokenizer_files(metadata: Mapping[str, Any], where: str) -> dict[str, bytes]
 
 def _byte_level(metadata: Mapping[str, Any], tokens: Sequence[str], where: str) -> Any:
     """BPE on bytes, each written as a letter."""
-    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
-
     words = metadata.get("tokenizer.ggml.pre")
     if words not in _WORDS:
         told = "missing" if words is None else f"{words!r}"
@@ -91,13 +93,13 @@ def _byte_level(metadata: Mapping[str, Any], tokens: Sequence[str], where: str) 
         for index, token in enumerate(tokens)
     }
     merges = _merges(metadata, where)
-    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=merges))
+    tokenizer = tokenizers.Tokenizer(models.BPE(vocab=vocabulary, merges=merges))
     if _WORDS[words] is None:
         tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     else:
         tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
             [
-                pre_tokenizers.Split(Regex(_WORDS[words]), behavior="isolated"),
+                pre_tokenizers.Split(tokenizers.Regex(_WORDS[words]), behavior="isolated"),
                 pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
             ]
         )
@@ -107,8 +109,6 @@ def _byte_level(metadata: Mapping[str, Any], tokens: Sequence[str], where: str) 
 
 def _llama(metadata: Mapping[str, Any], tokens: Sequence[str], where: str) -> Any:
     """SentencePiece with a space put before the text, unless the file says otherwise."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-
     vocabulary = {token: index for index, token in enumerate(tokens)}
     if "tokenizer.ggml.merges" in metadata:
         merges = _merges(metadata, where)
@@ -116,8 +116,8 @@ def _llama(metadata: Mapping[str, Any], tokens: Sequence[str], where: str) -> An
         scores = _list(metadata, "scores", float, where, len(tokens))
         merges = _implied_merges(vocabulary, dict(zip(tokens, scores, strict=True)))
     model = models.BPE(vocab=vocabulary, merges=merges, fuse_unk=True, byte_fallback=True)
-    tokenizer = Tokenizer(model)
-    puts_space = _flag(metadata, "add_space_prefix", True, where)
+    tokenizer = tokenizers.Tokenizer(model)
+    puts_space = read.boolean(metadata, "tokenizer.ggml.add_space_prefix", where, True)
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(
         replacement=SPACE, prepend_scheme="first" if puts_space else "never", split=False
     )
@@ -130,8 +130,6 @@ def _llama(metadata: Mapping[str, Any], tokens: Sequence[str], where: str) -> An
 
 def _gemma(metadata: Mapping[str, Any], tokens: Sequence[str], where: str) -> Any:
     """SentencePiece in which earlier pieces are merged first, whatever their scores."""
-    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
-
     # Pieces that consist only of spaces are stored as spaces.
     names = [SPACE * len(t) if t and not t.strip(" ") else t for t in tokens]
     vocabulary = {token: index for index, token in enumerate(names)}
@@ -147,7 +145,7 @@ def _gemma(metadata: Mapping[str, Any], tokens: Sequence[str], where: str) -> An
         fuse_unk=True,
         byte_fallback=True,
     )
-    tokenizer = Tokenizer(model)
+    tokenizer = tokenizers.Tokenizer(model)
     tokenizer.normalizer = normalizers.Replace(" ", SPACE)
     tokenizer.pre_tokenizer = pre_tokenizers.Split(" ", behavior="merged_with_previous")
     tokenizer.decoder = decoders.Sequence(
@@ -157,7 +155,6 @@ def _gemma(metadata: Mapping[str, Any], tokens: Sequence[str], where: str) -> An
 
 
 def _merges(metadata: Mapping[str, Any], where: str) -> list[tuple[str, str]]:
-    """The pairs that the file lists."""
     pairs = [tuple(line.split(" ")) for line in _list(metadata, "merges", str, where)]
     for pair in pairs:
         if len(pair) != 2:
@@ -188,21 +185,15 @@ def _add_tokens(
     tokenizer: Any, tokens: Sequence[str], kinds: Sequence[int], *, is_byte_level: bool
 ) -> None:
     """Adds tokens that are recognised anywhere in a text."""
-    from tokenizers import AddedToken
-
     letters, vocabulary = _letters(), tokenizer.get_vocab()
-    special = [
-        token
-        for token, kind in zip(tokens, kinds, strict=True)
+    special, added = [], []
+    for token, kind in zip(tokens, kinds, strict=True):
         # A control token that cannot be written in letters is an ordinary token, wrongly marked.
-        if kind == CONTROL and (letters.issuperset(token) or not is_byte_level)
-    ]
-    tokenizer.add_special_tokens([AddedToken(t, normalized=False, special=True) for t in special])
-    added = [
-        AddedToken(token, normalized=False, special=False)
-        for token, kind in zip(tokens, kinds, strict=True)
-        if kind == USER_DEFINED and token in vocabulary
-    ]
+        if kind == CONTROL and (letters.issuperset(token) or not is_byte_level):
+            special.append(tokenizers.AddedToken(token, normalized=False, special=True))
+        elif kind == USER_DEFINED and token in vocabulary:
+            added.append(tokenizers.AddedToken(token, normalized=False, special=False))
+    tokenizer.add_special_tokens(special)
     tokenizer.add_tokens(added)
 
 
@@ -216,7 +207,7 @@ def _config(metadata: Mapping[str, Any], tokens: Sequence[str], where: str) -> d
     # Older SentencePiece files do not say so, but mean a start token.
     puts_start = metadata["tokenizer.ggml.model"] == "llama"
     for role, default in (("bos", puts_start), ("eos", False)):
-        flag = _flag(metadata, f"add_{role}_token", default, where)
+        flag = read.boolean(metadata, f"tokenizer.ggml.add_{role}_token", where, default)
         config[f"add_{role}_token"] = flag and f"{role}_token" in config
     template = metadata.get("tokenizer.chat_template")
     if template is not None:
@@ -227,8 +218,6 @@ def _config(metadata: Mapping[str, Any], tokens: Sequence[str], where: str) -> d
 
 
 def _add_start_and_end(tokenizer: Any, config: Mapping[str, Any]) -> None:
-    from tokenizers import processors
-
     start = [config["bos_token"]] if config["add_bos_token"] else []
     end = [config["eos_token"]] if config["add_eos_token"] else []
     if start or end:
@@ -250,14 +239,6 @@ def _token_id(
     return index
 
 
-def _flag(metadata: Mapping[str, Any], name: str, default: bool, where: str) -> bool:
-    key = f"tokenizer.ggml.{name}"
-    value = metadata.get(key, default)
-    if not isinstance(value, bool):
-        raise CalmError(f"{where}: {key} is {value!r}; it must be true or false")
-    return value
-
-
 def _list(
     metadata: Mapping[str, Any], name: str, kind: type, where: str, length: int | None = None
 ) -> list:
@@ -275,13 +256,9 @@ def _list(
 
 def _letters() -> frozenset[str]:
     """The letters with which byte-level BPE writes bytes."""
-    from tokenizers import pre_tokenizers
-
     return frozenset(pre_tokenizers.ByteLevel.alphabet())
 
 
 def _in_letters(token: str) -> str:
-    from tokenizers import pre_tokenizers
-
     splitter = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     return "".join(text for text, _ in splitter.pre_tokenize_str(token))

@@ -189,14 +189,10 @@ def local_layers(values: Mapping[str, Any], where: str, num_layers: int) -> list
     types = values.get("layer_types")
     if types is None:
         return None
-    if (
-        not isinstance(types, list)
-        or len(types) != num_layers
-        or not all(kind in (LOCAL, GLOBAL) for kind in types)
-    ):
-        raise _wrong(
-            where, "layer_types", types, f"{LOCAL} or {GLOBAL} for each of {num_layers} layers"
-        )
+    is_complete = isinstance(types, list) and len(types) == num_layers
+    if not is_complete or not all(kind in (LOCAL, GLOBAL) for kind in types):
+        needed = f"{LOCAL} or {GLOBAL} for each of {num_layers} layers"
+        raise _wrong(where, "layer_types", types, needed)
     return [kind == LOCAL for kind in types]
 
 

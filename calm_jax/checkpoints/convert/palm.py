@@ -28,6 +28,19 @@ HEAD = "decoder/logits_dense/kernel"
 LAST_NORM = "decoder/decoder_norm/scale"
 LAYER = "decoder/layers_{layer}/"
 STACKED = "decoder/decoder/"
+_QUERY_GATE_UP = (
+    Slice("layers/attention/query", "D N H -> D N H"),
+    Slice("layers/mlp/gate", "D N f -> D (N f)"),
+    Slice("layers/mlp/up", "D N f -> D (N f)"),
+)
+_KEY_VALUE = (
+    Slice("layers/attention/key", "D K H -> D K H"),
+    Slice("layers/attention/value", "D K H -> D K H"),
+)
+_OUTPUT_DOWN = (
+    Slice("layers/attention/output", "N H D -> N H D"),
+    Slice("layers/mlp/down", "N f D -> (N f) D"),
+)
 _LAYER_NUMBER = r"decoder/layers_(\d+)/"
 
 
@@ -72,7 +85,10 @@ class Palm(Family):
         }
         given = {option: number(option, x) for option, x in given.items() if x is not None}
         config = dataclasses.replace(config, **given)
-        return Reading(config, rules(config), tensors, warnings=(*_absent_norm(tensors), *warnings))
+        if LAST_NORM not in tensors:
+            absent = f"tensor {LAST_NORM} is absent; the last norm is taken to have no scale"
+            warnings = (absent, *warnings)
+        return Reading(config, rules(config), tensors, warnings=warnings)
 
 
 def rules(config: DecoderConfig) -> tuple[Rule, ...]:
@@ -84,31 +100,9 @@ def rules(config: DecoderConfig) -> tuple[Rule, ...]:
         # Google's loaders of the largest models read no scale of the last norm: it has none.
         rule(LAST_NORM, "final_norm/scale", "D -> D", absent=1.0 - config.norm_offset),
         rule(LAYER + "layer_norm/scale", "layers/attention_norm/scale", "D -> D"),
-        Rule(
-            LAYER + "q_wi_fused/kernel",
-            (
-                Slice("layers/attention/query", "D N H -> D N H"),
-                Slice("layers/mlp/gate", "D N f -> D (N f)"),
-                Slice("layers/mlp/up", "D N f -> D (N f)"),
-            ),
-            axis=-1,
-        ),
-        Rule(
-            LAYER + "kv_fused/kernel",
-            (
-                Slice("layers/attention/key", "D K H -> D K H"),
-                Slice("layers/attention/value", "D K H -> D K H"),
-            ),
-            axis=-1,
-        ),
-        Rule(
-            LAYER + "o_wo_fused/kernel",
-            (
-                Slice("layers/attention/output", "N H D -> N H D"),
-                Slice("layers/mlp/down", "N f D -> (N f) D"),
-            ),
-            axis=1,
-        ),
+        Rule(LAYER + "q_wi_fused/kernel", _QUERY_GATE_UP, axis=-1),
+        Rule(LAYER + "kv_fused/kernel", _KEY_VALUE, axis=-1),
+        Rule(LAYER + "o_wo_fused/kernel", _OUTPUT_DOWN, axis=1),
     )
 
 
@@ -227,9 +221,3 @@ def _config(tensors: Mapping[str, Tensor], where: str) -> DecoderConfig:
 
 def _width(tensors: Mapping[str, Tensor], where: str) -> int:
     return shape_of(tensors, EMBEDDING, 2, where)[1]
-
-
-def _absent_norm(tensors: Mapping[str, Tensor]) -> tuple[str, ...]:
-    if LAST_NORM in tensors:
-        return ()
-    return (f"tensor {LAST_NORM} is absent; the last norm is taken to have no scale",)

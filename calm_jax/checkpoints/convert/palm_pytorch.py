@@ -146,7 +146,6 @@ def _names(tensors: Mapping[str, Tensor]) -> tuple[Names, int]:
 def _config(
     tensors: Mapping[str, Tensor], names: Names, num_layers: int, where: str
 ) -> DecoderConfig:
-    """The config that the shapes show."""
     fused, attention, down = (
         names.first + name for name in ("fused_attn_ff_proj.weight", "attn_out.weight", names.down)
     )

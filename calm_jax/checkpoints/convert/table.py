@@ -26,15 +26,13 @@ from calm_jax.models.image_config import ImageEncoderConfig
 class Slice:
     """One of our arrays as a slice of a source tensor.
 
-    `target` is its path in the canonical tree, without the axis of layers if the source has one
-    tensor for each layer; `pattern` is for `einops.rearrange`, from the source's layout to ours.
+    If the source has one tensor for each layer, the slice has no axis of layers.
     """
 
-    target: str
-    pattern: str
+    target: str  # the array's path in the canonical tree
+    pattern: str  # for `einops.rearrange`, from the source's layout to ours
 
     def source_shape(self, sizes: Mapping[str, int]) -> tuple[int, ...]:
-        """The slice's shape in the source."""
         return tuple(
             math.prod(1 if name == "1" else sizes[name] for name in group)
             for group in _groups(self.pattern)
@@ -56,21 +54,13 @@ class Slice:
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
-    """One source tensor, or one for each layer, in a family's table.
+    """One source tensor, or one for each layer, in a family's table."""
 
-    Attributes:
-        source: the name of the tensor, with "{layer}" for the number of its layer.
-        slices: its contents, side by side along `axis`.
-        absent: the value that fills the slices if the source lacks the tensor; None: the tensor is
-            required.
-        first_layer: the number of the first layer in the source.
-    """
-
-    source: str
-    slices: tuple[Slice, ...]
+    source: str  # the tensor's name, with "{layer}" for the number of its layer
+    slices: tuple[Slice, ...]  # its contents, side by side along `axis`
     axis: int = 0
-    absent: float | None = None
-    first_layer: int = 0
+    absent: float | None = None  # fills the slices if there is no such tensor; None: it must exist
+    first_layer: int = 0  # the number of the first layer in the source
 
     @property
     def per_layer(self) -> bool:
@@ -111,15 +101,10 @@ class Rule:
 
 @dataclasses.dataclass(frozen=True)
 class Unused:
-    """Tensors that a source may hold although the model does not need them.
+    """Tensors that a source may hold although the model does not need them."""
 
-    Attributes:
-        pattern: a regular expression for the whole name.
-        must: their required contents: "anything"; "zero"; or "same", the entries of tensor `other`.
-    """
-
-    pattern: str
-    must: Literal["anything", "zero", "same"] = "anything"
+    pattern: str  # a regular expression for the whole name
+    must: Literal["anything", "zero", "same"] = "anything"  # "same": the entries of tensor `other`
     other: str = ""
 
     def matches(self, name: str) -> bool:

@@ -68,14 +68,9 @@ def write_bridge(
     run: epath.Path | None,
     step: int | None,
 ) -> None:
-    """Fills a new folder.
+    """Fills an empty folder that will be called `name`; `places` are those of `base_models`.
 
-    Args:
-        folder: the folder, which is empty.
-        name: what it will be called.
-        places: of the frozen models, as of `base_models`.
-        identities: as of `calm_jax.checkpoints.composed.identities`.
-        run, step: where the bridge was trained, for the model card; or None.
+    For the other arguments see `model_card`.
     """
     weights = safetensors.numpy.save(tensors_of(composed), metadata={"format": "pt"})
     (folder / "model.safetensors").write_bytes(weights)

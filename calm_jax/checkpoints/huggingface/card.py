@@ -86,11 +86,8 @@ def model_card(
 ) -> str:
     """The card, with code that works where `name` is a folder.
 
-    Args:
-        name: of the folder that the card is written to.
-        config: the config.json beside it.
-        identities: as of `calm_jax.checkpoints.composed.identities`.
-        run, step: the run's directory and the checkpoint; None: the card does not know them.
+    `config` is the config.json beside it, `identities` are those of
+    `calm_jax.checkpoints.composed.identities`, and run and step are where the bridge was trained.
     """
     places = [config["anchor"], *config["augments"]]
     published = composed.vocabulary is not None and composed.vocabulary.kind == "tokenizer"

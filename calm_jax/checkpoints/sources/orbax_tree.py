@@ -31,18 +31,13 @@ def read(folder: epath.Path) -> Source:
     Raises:
         CalmError: there is no tree or more than one, or it is damaged.
     """
-    return Source(folder, "orbax", open_tree(tree_folder(folder)))
-
-
-def tree_folder(folder: epath.Path) -> epath.Path:
-    """The folder of the only tree. Raises `CalmError` if there is none or more than one."""
     trees = _trees(folder)
     if not trees:
         raise CalmError(f"{folder} is not a tree of Orbax: _METADATA is missing")
     if len(trees) > 1:
         listed = ", ".join(str(tree.relative_to(folder)) for tree in trees)
         raise CalmError(f"{folder} holds several trees; name one of them: {listed}")
-    return trees[0]
+    return Source(folder, "orbax", open_tree(trees[0]))
 
 
 def open_tree(
@@ -92,9 +87,5 @@ def _is_plain(part: str) -> bool:
 
 def _is_array(value_metadata: dict) -> bool:
     """Whether a leaf is an array; empty dicts, None and text are also leaves."""
-    return not value_metadata.get("skip_deserialize") and value_metadata.get("value_type") not in (
-        "string",
-        "None",
-        "Dict",
-        "List",
-    )
+    kind, skipped = value_metadata.get("value_type"), value_metadata.get("skip_deserialize")
+    return not skipped and kind not in ("string", "None", "Dict", "List")

@@ -36,7 +36,7 @@ _MARKS = ("__save_format_metadata__", "__version__")
 
 def is_t5x(path: epath.Path) -> bool:
     """Whether `path` is a checkpoint of T5X, or a folder of them."""
-    return _is_checkpoint(path) or bool(_steps(path))
+    return bool(_checkpoints(path))
 
 
 def read(path: epath.Path) -> Source:
@@ -48,7 +48,13 @@ def read(path: epath.Path) -> Source:
     Raises:
         CalmError: there is more than one step, the layout is not supported, or it is damaged.
     """
-    folder = path if _is_checkpoint(path) else _only_step(path)
+    found = _checkpoints(path)
+    if not found:
+        raise CalmError(f"{path} is not a checkpoint of T5X: it has no file named checkpoint")
+    if len(found) > 1:
+        listed = ", ".join(step.name for step in found)
+        raise CalmError(f"{path} holds several checkpoints; name one of them: {listed}")
+    (folder,) = found
     tree = _orbax_folder(folder)
     tensors = orbax_tree.open_tree(tree, _parameter_name) if tree else _read_msgpack(folder)
     if not tensors:
@@ -60,18 +66,10 @@ def _is_checkpoint(folder: epath.Path) -> bool:
     return _orbax_folder(folder) is not None or (folder / "checkpoint").is_file()
 
 
-def _only_step(folder: epath.Path) -> epath.Path:
-    steps = _steps(folder)
-    if not steps:
-        raise CalmError(f"{folder} is not a checkpoint of T5X: it has no file named checkpoint")
-    if len(steps) > 1:
-        listed = ", ".join(step.name for step in steps)
-        raise CalmError(f"{folder} holds several checkpoints; name one of them: {listed}")
-    return steps[0]
-
-
-def _steps(folder: epath.Path) -> list[epath.Path]:
-    """Finished checkpoints in a folder, by step."""
+def _checkpoints(folder: epath.Path) -> list[epath.Path]:
+    """The folder itself, or the finished checkpoints in it, by step."""
+    if _is_checkpoint(folder):
+        return [folder]
     found = [path for path in folder.glob("checkpoint_*") if re.search(r"_\d+$", path.name)]
     found = [path for path in found if _is_checkpoint(path)]
     return sorted(found, key=lambda path: int(path.name.rpartition("_")[2]))
@@ -98,7 +96,6 @@ def parameters(leaves: Mapping[str, Leaf]) -> dict[str, Leaf]:
 
 
 def _read_msgpack(folder: epath.Path) -> dict[str, Tensor]:
-    """Parameters of the two layouts with a msgpack file."""
     path = folder / "checkpoint"
     version, leaves = _parse(path)
     ocdbt = (folder / "manifest.ocdbt").exists()

@@ -17,17 +17,11 @@ _ERRORS = (ValueError, OSError, RuntimeError)  # of TensorStore
 
 @dataclasses.dataclass(frozen=True)
 class StoredTensor:
-    """An array that is open but not yet read: a `Tensor` of a source.
-
-    Attributes:
-        store: its TensorStore.
-        name: its name in messages: the checkpoint and the tensor.
-        dtype: the dtype of values that are read; if the store's differs, bits are reinterpreted.
-    """
+    """An array that is open but not yet read; see `Tensor`."""
 
     store: ts.TensorStore
-    name: str
-    dtype: np.dtype
+    name: str  # in messages: the checkpoint and the tensor
+    dtype: np.dtype  # of the values; if the store's differs, bits are reinterpreted
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -59,13 +53,8 @@ def open_all(
 ) -> dict[str, StoredTensor]:
     """Opens the arrays of a checkpoint, all at once; no weight is read.
 
-    Args:
-        specs: the spec of every array, by its name.
-        where: the checkpoint's name in messages.
-        bfloat16_as_uint16: arrays of uint16 hold the bits of bfloat16.
-
-    Raises:
-        CalmError: an array is missing, damaged, or contradicts its spec.
+    With `bfloat16_as_uint16`, arrays of uint16 hold the bits of bfloat16. Raises `CalmError` if an
+    array is missing, damaged, or contradicts its spec; `where` names the checkpoint.
     """
     context = ts.Context(_CONTEXT)
     opening, tensors = {}, {}
