@@ -1,7 +1,7 @@
 """A tree of arrays as one `.npz` file, whose members are named by their paths."""
 
 import contextlib
-import dataclasses
+import functools
 import math
 import zipfile
 import zlib
@@ -14,7 +14,7 @@ from etils import epath
 from numpy.lib import format as npy
 
 from calm_jax.checkpoints.files import explained, refuse_lfs_pointer
-from calm_jax.checkpoints.sources.source import Source
+from calm_jax.checkpoints.sources.source import Computed, Source
 from calm_jax.errors import CalmError
 
 _DAMAGES = (
@@ -51,24 +51,14 @@ def read(path: epath.Path) -> Source:
             raise CalmError(f"{called} of shape {shape} has {found} bytes, not {expected}")
         if dtype == np.dtype("V2"):  # numpy does not know bfloat16 and writes it as raw bytes
             dtype = np.dtype(ml_dtypes.bfloat16)
-        tensors[name] = Member(path, member.filename, called, shape, dtype)
+        values = functools.partial(_read_array, path, member.filename, called, dtype)
+        tensors[name] = Computed(shape, dtype, values)
     return Source(path, "npz", tensors)
 
 
-@dataclasses.dataclass(frozen=True)
-class Member:
-    """One array of the file; every read decompresses all of it."""
-
-    path: epath.Path
-    filename: str
-    called: str
-    shape: tuple[int, ...]
-    dtype: np.dtype
-
-    def __getitem__(self, index: Any) -> np.ndarray:
-        with _opened(self.path, self.called) as archive, archive.open(self.filename) as data:
-            array = npy.read_array(data, allow_pickle=False)
-        return array.view(self.dtype)[index]
+def _read_array(path: epath.Path, filename: str, called: str, dtype: np.dtype) -> np.ndarray:
+    with _opened(path, called) as archive, archive.open(filename) as data:
+        return npy.read_array(data, allow_pickle=False).view(dtype)
 
 
 def _read_header(data: Any, called: str) -> tuple[tuple[int, ...], np.dtype]:

@@ -12,14 +12,9 @@ from calm_jax.errors import CalmError
 
 
 def open_source(path: str | os.PathLike) -> Source:
-    """Opens a checkpoint of any kind; no weight is read.
+    """Opens a checkpoint of any kind that `calm_jax.convert` reads; no weight is read.
 
-    Args:
-        path: a Hugging Face folder · a T5X checkpoint (msgpack and zarr, or on Orbax) · an Orbax
-            tree · a .gguf, .npz, .pt or .safetensors file.
-
-    Raises:
-        CalmError: the path does not exist, is of no known kind, or is damaged.
+    Raises `CalmError` if the path does not exist, is of no known kind, or is damaged.
     """
     path = absolute(path)
     with storage("read", path):

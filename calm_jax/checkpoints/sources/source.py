@@ -30,21 +30,13 @@ class Tensor(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """An open checkpoint.
+    """An open checkpoint."""
 
-    Attributes:
-        path: what the user named.
-        kind: how it is stored.
-        tensors: every array by its full name; in trees, the keys joined by "/".
-        config: the checkpoint's own description (`config.json` of Hugging Face), or None.
-        vocabulary_files: tokenizer files inside the checkpoint, by name; None: this kind of
-            checkpoint holds none.
-    """
-
-    path: epath.Path
+    path: epath.Path  # what the user named
     kind: Kind
-    tensors: Mapping[str, Tensor]
-    config: Mapping[str, Any] | None = None
+    tensors: Mapping[str, Tensor]  # by their full names; in trees, the keys joined by "/"
+    config: Mapping[str, Any] | None = None  # its own description (`config.json` of Hugging Face)
+    # Tokenizer files inside it, by name; None: this kind of checkpoint holds none.
     vocabulary_files: Mapping[str, bytes] | None = None
 
     @property
@@ -55,7 +47,7 @@ class Source:
 
 @dataclasses.dataclass(frozen=True)
 class Computed:
-    """A `Tensor` whose values, all of them, are computed from others whenever it is read."""
+    """A `Tensor` that gets all its values from a function whenever it is read."""
 
     shape: tuple[int, ...]
     dtype: np.dtype

@@ -8,6 +8,7 @@ of a storage is checked when one of its tensors is first read.
 
 import collections
 import dataclasses
+import functools
 import io
 import math
 import mmap
@@ -24,7 +25,7 @@ import numpy as np
 from etils import epath
 
 from calm_jax.checkpoints.files import explained, refuse_lfs_pointer
-from calm_jax.checkpoints.sources.source import Source, refuse_bucket
+from calm_jax.checkpoints.sources.source import Computed, Source, refuse_bucket
 from calm_jax.errors import CalmError
 
 # Names of dtypes that torch and numpy share.
@@ -85,37 +86,17 @@ class StoredBytes:
     crc: int
     checked: bool = False
 
-    def check(self, called: str) -> None:
-        """Raises `CalmError` if the bytes are not those that were written."""
+    def read(self, view: np.ndarray, called: str) -> np.ndarray:
+        """Returns `view`. Raises `CalmError` if the bytes are not those that were written."""
         if self.checked:
-            return
+            return view
         crc = 0
         for start in range(0, self.content.size, _CRC_BYTES):
             crc = zlib.crc32(self.content[start : start + _CRC_BYTES], crc)
         if crc != self.crc:
             raise CalmError(f"{called} is damaged: its CRC-32 is {crc:08x}, not {self.crc:08x}")
         self.checked = True
-
-
-@dataclasses.dataclass(frozen=True)
-class StoredTensor:
-    """A view of a storage; see `Tensor`."""
-
-    called: str
-    storage: StoredBytes
-    view: np.ndarray
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.view.shape
-
-    @property
-    def dtype(self) -> np.dtype:
-        return self.view.dtype
-
-    def __getitem__(self, index: Any) -> np.ndarray:
-        self.storage.check(self.called)
-        return self.view[index]
+        return view
 
 
 # A pickle may call the objects that it gets and set their attributes. It therefore gets tuples,
@@ -193,7 +174,7 @@ class _Unpickler(pickle._Unpickler):  # a pickle can make the C version's memo f
 
 def _open_tensors(
     archive: zipfile.ZipFile, mapped: np.ndarray, path: epath.Path
-) -> dict[str, StoredTensor]:
+) -> dict[str, Computed]:
     roots = [
         name.removesuffix("data.pkl") for name in archive.namelist() if name.endswith("/data.pkl")
     ]
@@ -220,7 +201,8 @@ def _open_tensors(
         if key not in storages:
             storages[key] = _stored_bytes(archive, f"{root}data/{key}", mapped, called)
         array = _array(view, storages[key], called, mapped.size)
-        tensors[name] = StoredTensor(called, storages[key], array)
+        values = functools.partial(storages[key].read, array, called)
+        tensors[name] = Computed(array.shape, array.dtype, values)
     return tensors
 
 
@@ -250,7 +232,6 @@ def _state_dict(content: Any) -> dict[str, _View]:
 def _stored_bytes(
     archive: zipfile.ZipFile, name: str, mapped: np.ndarray, called: str
 ) -> StoredBytes:
-    """A member's bytes in the mapped file."""
     try:
         member = archive.getinfo(name)
     except KeyError:
