@@ -11,6 +11,14 @@ Every text opens with a marker, since substitution and arithmetic would else ask
     unknown   <math>xyz+7=        ?           anchor (letters without a meaning)
     math      <math>abc+de=       19          bridge (seen keys), evaluation
 
+A value of several tokens is never whole at its key: there a language model knows the first token,
+and each further one once it has written those before it. So where a digit is a token, answers of
+`num` and `math` can be written out (`written_out`), each digit where the augment knows it:
+
+    num       <math>12+7-3=       12+7-3=19-3=16
+    math      <math>abc+de-3=     12+7-3=19-3=16
+    subs      <math>abc+de-3=     12+7-3      augment (beside `<subs>`)
+
 `demo_share_5` is the world of `demo`, of whose keys the bridge may see 5 % (`SHARES`). Keys and
 values are the same at every share, and those that are seen at one are seen at every larger one. So
 `math` and `subs` of `demo_share_50` ask for keys that the bridge sees at no share.
@@ -77,6 +85,8 @@ class KeyValueConfig:
       operands: fewest and most operands of an expression.
       operators: which of + - * occur.
       number_tokens: a number is one token; else each of its digits is.
+      written_out: answers of num and math are the expression in numbers, and what is left of it
+        after each operation; else the result alone.
       bridge_keys: share of the keys that the bridge's training may contain.
       evaluation_fold, validation_fold: shares of all expressions kept from training.
       augment_inline: share of inline texts in the augment's training.
@@ -99,6 +109,7 @@ class KeyValueConfig:
     operands: tuple[int, int] = (2, 3)
     operators: str = "+-"
     number_tokens: bool = True
+    written_out: bool = False
     bridge_keys: float = 0.2
     evaluation_fold: float = 0.27
     validation_fold: float = 0.06
@@ -189,6 +200,22 @@ CONFIGS: dict[str, KeyValueConfig] = {
                 evaluation_examples=200,
             )
         ),
+        # Between the demo and the paper: what a few hours of two CPU cores can train.
+        KeyValueConfig(
+            "medium",
+            keys=5_000,
+            key_length=(2, 6),
+            prefix_free=False,
+            values=(1, 999),
+            operands=(3, 4),
+            number_tokens=False,
+            written_out=True,
+            evaluation_fold=0.05,
+            augment_inline=0.0,
+            augment_examples=200_000,
+            anchor_examples=200_000,
+            bridge_examples=100_000,
+        ),
         # The paper's sizes; it does not say how many expressions it trained on.
         KeyValueConfig(
             "paper",
@@ -200,7 +227,9 @@ CONFIGS: dict[str, KeyValueConfig] = {
             operands=(3, 6),
             operators="+-*",
             number_tokens=False,
+            written_out=True,
             evaluation_fold=0.05,
+            augment_inline=0.0,
             augment_examples=2_000_000,
             anchor_examples=2_000_000,
             bridge_examples=1_000_000,

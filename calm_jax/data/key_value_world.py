@@ -123,7 +123,9 @@ class World:
                 if is_inline[i]:
                     yield _example(markers[i], inline[i], "inline", group, unseen[i])
                 else:
-                    yield _example(f"{SUBS}{asked[i]}=", written[i], "subs", group, unseen[i])
+                    # Where answers are written out, values are also asked for after `MATH`.
+                    marker = markers[i] if c.written_out else SUBS
+                    yield _example(f"{marker}{asked[i]}=", written[i], "subs", group, unseen[i])
 
     def _anchor(self, rng: np.random.Generator, split: str) -> Iterator[dict]:
         c = self.config
@@ -131,7 +133,7 @@ class World:
         for group in self._draw(rng, count, split, None, 1.0, c.anchor_single):
             unknown = rng.random(len(group)) < c.anchor_unknown
             asked = group.texts(self._spelled(rng, group, unknown))
-            written, results = self._written(group), self._results(group)
+            written, answers = self._written(group), self._answers(group)
             repeats = rng.random(len(group)) < c.anchor_repeat
             for i in range(len(group)):
                 if unknown[i]:
@@ -139,7 +141,7 @@ class World:
                 elif repeats[i]:
                     yield _example(f"{SUBS}{asked[i]}=", written[i], "repeat", group, False)
                 else:
-                    yield _example(f"{MATH}{asked[i]}=", results[i], "num", group, False)
+                    yield _example(f"{MATH}{asked[i]}=", answers[i], "num", group, False)
 
     def _bridge(self, rng: np.random.Generator, split: str) -> Iterator[dict]:
         c = self.config
@@ -160,7 +162,7 @@ class World:
 
     def _asked(self, name: str, group: Expressions) -> Iterator[dict]:
         marker, answers = (
-            (SUBS, self._substituted(group)) if name == "subs" else (MATH, self._results(group))
+            (SUBS, self._substituted(group)) if name == "subs" else (MATH, self._answers(group))
         )
         unseen = self._unseen(group)
         for text, answer, new in zip(self._written(group), answers, unseen, strict=True):
@@ -281,16 +283,12 @@ class World:
     def _substituted(self, group: Expressions) -> list[str]:
         return group.texts(self._numbers[group.operands_NK].astype(str))
 
-    def _results(self, group: Expressions) -> list[str]:
-        # Python integers: six factors of 25,000 do not fit 64 bits.
+    def _answers(self, group: Expressions) -> list[str]:
+        """What MATH asks for: the result, or the whole way to it if the config is `written_out`."""
         numbers_NK = self._numbers[group.operands_NK]
-        total_N, term_N = np.zeros(len(group), object), numbers_NK[:, 0]
-        for number_N, operator_N in zip(numbers_NK.T[1:], group.operators_NJ.T, strict=True):
-            times_N = operator_N == OPERATORS.index("*")
-            total_N = np.where(times_N, total_N, total_N + term_N)
-            signed_N = np.where(operator_N == OPERATORS.index("-"), -number_N, number_N)
-            term_N = np.where(times_N, term_N * number_N, signed_N)
-        return [str(result) for result in total_N + term_N]
+        signs_NJ = np.array(list(OPERATORS))[group.operators_NJ]
+        ways = map(_carried_out, numbers_NK.tolist(), signs_NJ.tolist())
+        return ["=".join(way) if self.config.written_out else way[-1] for way in ways]
 
     def _unseen(self, group: Expressions, strange_NK: np.ndarray | bool = False) -> list[bool]:
         is_key_NK = (group.operands_NK < self.config.keys) & ~np.asarray(strange_NK)
@@ -361,6 +359,25 @@ def _key_strings(config: KeyValueConfig, rng: np.random.Generator) -> list[str]:
                 f"letters, but only {len(keys)} were found"
             )
     return list(keys)[: config.keys]
+
+
+def _carried_out(numbers: list[int], operators: list[str]) -> list[str]:
+    """The expression, and what is left of it after each operation, products first."""
+    numbers, operators = [*numbers], [*operators]
+    way = [_text(numbers, operators)]
+    while operators:
+        at = operators.index("*") if "*" in operators else 0
+        left, right = numbers[at : at + 2]
+        result = {"+": left + right, "-": left - right, "*": left * right}[operators.pop(at)]
+        numbers[at : at + 2] = [result]
+        way.append(_text(numbers, operators))
+    return way
+
+
+def _text(numbers: list[int], operators: list[str]) -> str:
+    return str(numbers[0]) + "".join(
+        f"{operator}{number}" for operator, number in zip(operators, numbers[1:], strict=True)
+    )
 
 
 def _letters(rng: np.random.Generator, number: int, length: int) -> list[str]:

@@ -24,7 +24,10 @@ PAPER = dataclasses.replace(
     bridge_examples=1500,
     evaluation_examples=300,
 )
-WORLDS = [SMALL, PAPER, key_value.CONFIGS["tiny"]]
+DIGITS = dataclasses.replace(
+    SMALL, name="digits", values=(1, 99), number_tokens=False, written_out=True
+)
+WORLDS = [SMALL, PAPER, DIGITS, key_value.CONFIGS["tiny"]]
 
 WORDS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
 WORDS += ["eleven", "twelve", *(f"{n}teen" for n in ("thir", "four", "fif", "six", "seven"))]
@@ -80,14 +83,28 @@ def evaluated(expression: str) -> int:
     def value(node: ast.AST) -> int:
         if isinstance(node, ast.Constant):
             return node.value
+        if isinstance(node, ast.UnaryOp):
+            return -value(node.operand)
         left, right = value(node.left), value(node.right)
         return {ast.Add: left + right, ast.Sub: left - right, ast.Mult: left * right}[type(node.op)]
 
     return value(ast.parse(expression, mode="eval").body)
 
 
+def check_answer(config: KeyValueConfig, answer: str, numbers: str) -> None:
+    """Every expression of a written-out answer is worth as much, with one operation less."""
+    way = answer.split("=")
+    assert {evaluated(part) for part in way} == {evaluated(numbers)}
+    lengths = [len(re.findall("(?<=[0-9])[+*-]", part)) for part in way]
+    if config.written_out:
+        assert way[0] == numbers
+        assert lengths == list(range(lengths[0], -1, -1))
+    else:
+        assert lengths == [0]
+
+
 def test_answers_are_right(world, texts):
-    for (corpus, split), examples in texts.items():
+    for (corpus, _), examples in texts.items():
         for example in examples:
             expression = body(example)
             numbers = substituted(world, expression)
@@ -96,9 +113,11 @@ def test_answers_are_right(world, texts):
             match example["set"]:
                 case "math" | "num":
                     assert example["inputs"].startswith(key_value.MATH)
-                    assert example["targets"] == str(evaluated(numbers)), (corpus, split)
+                    check_answer(world.config, example["targets"], numbers)
                 case "subs" | "repeat":
-                    assert example["inputs"].startswith(key_value.SUBS)
+                    both = world.config.written_out and corpus.startswith("augment")
+                    markers = (key_value.SUBS, key_value.MATH) if both else key_value.SUBS
+                    assert example["inputs"].startswith(markers)
                     assert example["targets"] == numbers
                 case "unknown":
                     assert example["targets"] == "?"

@@ -6,6 +6,8 @@ import re
 import pytest
 from etils import epath
 
+from calm_jax.data import key_value
+from calm_jax.data.key_value_world import World
 from calm_jax.errors import CalmError
 from calm_jax.experiment.arms import KINDS, Arm, Experiment, groups, jobs
 from calm_jax.shell import command_line
@@ -136,7 +138,10 @@ def configs_of(name):
     return found, configs
 
 
-@pytest.mark.parametrize("name", ["table5_kv", "kv_ablations", "kv_share"])
+DEMO_S = ["table5_kv", "kv_ablations", "kv_share"]  # of the demo's models
+
+
+@pytest.mark.parametrize("name", DEMO_S)
 def test_the_experiments_have_the_demo_s_models_with_steps_of_their_own(name):
     from calm_jax.cli.config import load_file
 
@@ -147,7 +152,7 @@ def test_the_experiments_have_the_demo_s_models_with_steps_of_their_own(name):
         assert configs[arm] == demo
 
 
-@pytest.mark.parametrize("name", ["table5_kv", "kv_ablations", "kv_share", "kv_small"])
+@pytest.mark.parametrize("name", [*DEMO_S, "kv_small", "kv_medium", "kv_paper"])
 def test_every_arm_can_be_trained(name):
     from calm_jax.training import configuration
 
@@ -157,6 +162,19 @@ def test_every_arm_can_be_trained(name):
             if arm.decoder:
                 configs[arm.name].decoder["from"] = "frozen"
             configuration.validate(configs[arm.name])
+
+
+@pytest.mark.parametrize("name", ["medium", "paper"])
+def test_written_out_answers_fit(name):
+    found, configs = configs_of(f"kv_{name}")
+    (flag,) = found.flags
+    world = World(key_value.config(name))
+    examples = [one for task in ("math", "num") for one in world.examples("evaluation", task)]
+    texts = [(one["inputs"].removeprefix(key_value.MATH), one["targets"]) for one in examples]
+    assert max(len(answer) for _, answer in texts) < int(flag.removeprefix("--max_new_tokens="))
+    # Beside the characters, a row has a first token, a marker and a last one.
+    longest = max(len(asked) + len(answer) for asked, answer in texts) + 3
+    assert all(longest <= config.data.length for config in configs.values())
 
 
 def test_an_ablation_changes_the_bridge_alone():

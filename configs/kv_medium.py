@@ -1,0 +1,111 @@
+"""The key-value task between the demo and the paper (section 4.1): what a CPU trains in hours.
+
+  calm experiment --config=configs/kv_medium.py --workdir=runs/medium
+
+5,000 keys of 2 to 6 letters, values from 1 to 999, 3 or 4 operands, + and -, a digit a token, a
+fifth of the keys in the bridge's training. A value of several digits is never whole at its key, so
+the answer begins with the values, which the augment writes digit by digit, and then takes one
+operation after another: `<math>abc+de-3=` is answered by `412+7-3=419-3=416`.
+"""
+
+from calm_jax.experiment.arms import Arm, Experiment, control
+from calm_jax.experiment.matching import matched_rank
+from calm_jax.models import CompositionConfig, DecoderConfig
+from calm_jax.training.configuration import composed_run, decoder_run
+from calm_jax.training.run_model import composition_configs, decoder_config
+
+TASK = "calm_jax/key_value/medium"
+
+
+def get_experiment():
+    return Experiment(
+        title="Values of several tokens",
+        arms=(
+            Arm("anchor", kind="part"),
+            Arm("augment", kind="part"),
+            Arm("calm", "CALM", kind="calm", anchor="anchor", augments=("augment",)),
+            Arm("lora", "anchor with LoRA", decoder="anchor"),
+            control("zeroed", "taps zeroed"),
+        ),
+        tasks=tuple(f"{TASK}/{name}" for name in ("math", "subs", "num", "math_seen")),
+        reference="calm",
+        seeds=(0, 1, 2),
+        flags=("--max_new_tokens=64",),
+    )
+
+
+def get_config(arm: str = "calm"):
+    return {"anchor": anchor, "augment": augment, "calm": calm, "lora": lora}[arm]()
+
+
+def anchor():
+    config = decoder_run(_form(num_layers=6))
+    _set_data(config, "anchor")
+    config.optimizer.learning_rate = 3e-3
+    config.optimizer.weight_decay = 0.1
+    config.train.num_steps = 4_000
+    return config
+
+
+def augment():
+    config = decoder_run(_form(num_layers=4))
+    _set_data(config, "augment")
+    config.optimizer.learning_rate = 4e-3
+    config.optimizer.weight_decay = 0.1
+    config.train.num_steps = 4_000
+    return config
+
+
+def calm():
+    # A digit is what the augment predicts at its last layer: the anchor needs it once it knows from
+    # the marker and its own place that a digit comes next, in its last layers.
+    connections = ((3, 2), (3, 3), (3, 4), (3, 5))
+    config = composed_run(CompositionConfig(connections=connections, rotary=True))
+    config.anchor = "runs/medium/seed_0/anchor/frozen"
+    config.augments = ("runs/medium/seed_0/augment/frozen",)
+    _set_data(config, "bridge")
+    config.optimizer.learning_rate = 3e-3
+    config.optimizer.weight_decay = 0.1
+    config.train.num_steps = 1_000
+    return config
+
+
+def lora():
+    bridge = calm()
+    config = decoder_run()
+    for section in ("name", "vocabulary", "data", "optimizer", "train", "evaluate"):
+        config[section] = bridge[section]
+    models = [decoder_config(get_config(name)) for name in ("anchor", "augment")]
+    config.lora.rank = matched_rank(models[0], models[1:], composition_configs(bridge))
+    return config
+
+
+def _form(num_layers):
+    return DecoderConfig.llama(
+        vocab_size=64,
+        embed_dim=96,
+        num_layers=num_layers,
+        num_heads=4,
+        num_kv_heads=4,
+        head_dim=24,
+        mlp_dim=288,
+        tied_head=True,
+        embed_scale=96**0.5,
+    )
+
+
+def _set_data(config, corpus):
+    config.name = f"kv_medium:{corpus}"
+    config.vocabulary = "key_value/medium"
+    task = {"task": f"{TASK}/{corpus}"}
+    config.data.train = (task,)
+    config.data.validation = (task,)
+    config.data.length = 96
+    config.optimizer.warmup_steps = 100
+    config.optimizer.b2 = 0.99
+    config.train.batch_size = 32
+    config.train.log_every = 20
+    config.train.validate_every = 250
+    config.train.save_every = 250
+    config.evaluate.tasks = tuple(f"{TASK}/{name}" for name in ("subs", "num", "math"))
+    config.evaluate.max_new_tokens = 64
