@@ -11,7 +11,7 @@ import codecs
 import copy
 import functools
 import unicodedata
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from calm_jax.data.turns import Mark, TurnReader, Turns, Unit
@@ -106,7 +106,9 @@ class Alignment:
         """
         if self.shared:
             return [Aligned(list(row), list(range(len(row)))) for row in ids]
-        pieces = [self._pieces(row, prompt) for row, prompt in zip(ids, prompts, strict=True)]
+        pieces = [
+            Reader(self).read_all(row, prompt) for row, prompt in zip(ids, prompts, strict=True)
+        ]
         if check:
             self.check(ids, pieces)
         encoded = iter(self.encode([piece for row in pieces for piece in row]))
@@ -148,9 +150,6 @@ class Alignment:
     def _units_of(self, ids: Sequence[int], begins: bool) -> list[Unit]:
         units = Units(self, begins)
         return [unit for token in ids for unit in units.read(token)]
-
-    def _pieces(self, ids: Sequence[int], prompt: int | None) -> list[Piece]:
-        return Reader(self).read_all(ids, prompt)
 
     def check(self, ids: Sequence[Sequence[int]], pieces: Sequence[Sequence[Piece]]) -> None:
         """Raises `CalmError` for a character that either tokenizer cannot spell.
@@ -281,20 +280,13 @@ class _Cuts:
         cut = (
             (_kind(text[-1]), _kind(character)) in _CUTS
             or (len(text) >= LONGEST_PIECE and _kind(character) != "mark")
-            or (text[-1] in self._ends and self._ends_whole(text))
+            or (text[-1] in self._ends and self._ends_in(text, self._whole))
         )
-        return cut and not self._begins_whole(text + character)
+        return cut and not self._ends_in(text + character, self._beginnings)
 
-    def _ends_whole(self, text: str) -> bool:
-        return any(text[-size:] in self._whole for size in self._sizes(text))
-
-    def _begins_whole(self, text: str) -> bool:
-        """Whether the end of `text`, more than its last character, begins one of the augment's
-        whole texts."""
-        return any(text[-size:] in self._beginnings for size in self._sizes(text))
-
-    def _sizes(self, text: str) -> Iterable[int]:
-        return range(2, min(len(text), self._longest) + 1)
+    def _ends_in(self, text: str, ends: frozenset[str]) -> bool:
+        sizes = range(2, min(len(text), self._longest) + 1)
+        return any(text[-size:] in ends for size in sizes)
 
 
 @functools.cache

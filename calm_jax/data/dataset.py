@@ -72,25 +72,19 @@ class Dataset:
         `own_keys` [B, S].
         """
         shape = len(rows), self.length
-        inputs_BT, targets_BT = np.zeros(shape, np.int32), np.zeros(shape, np.int32)
-        segments_BT, prompt_BT = np.zeros(shape, np.int32), np.zeros(shape, np.int32)
         weights_BT = np.zeros(shape, np.float32)
-        own = {
+        arrays = {
             key: np.zeros((len(rows), array.shape[1]), np.int32)
             for key, array in self.parts[0].arrays.items()
-            if key not in DTYPES
         }
         for start, part in zip(self._starts, self.parts, strict=False):
             (mine,) = np.nonzero((rows >= start) & (rows < start + len(part)))
             inside = rows[mine] - start
-            inputs_BT[mine] = part.arrays["inputs"][inside]
-            targets_BT[mine] = part.arrays["targets"][inside]
-            segments_BT[mine] = part.arrays["segment_ids"][inside]
-            prompt_BT[mine] = part.arrays["prompt"][inside]
-            trained = (prompt_BT[mine] == 0) | part.loss_on_inputs
-            weights_BT[mine] = trained & (segments_BT[mine] > 0)
-            for key, array_BS in own.items():
-                array_BS[mine] = part.arrays[key][inside]
+            for key, array in arrays.items():
+                array[mine] = part.arrays[key][inside]
+            trained = (arrays["prompt"][mine] == 0) | part.loss_on_inputs
+            weights_BT[mine] = trained & (arrays["segment_ids"][mine] > 0)
+        inputs_BT, targets_BT, segments_BT, prompt_BT = map(arrays.pop, DTYPES)
         real_BT = segments_BT > 0
         starts_BT = real_BT & (segments_BT != _shift_right(segments_BT))
         index_BT = np.broadcast_to(np.arange(self.length, dtype=np.int32), shape)
@@ -103,7 +97,7 @@ class Dataset:
             "decoder_positions": (index_BT - first_BT) * real_BT,
             "decoder_segment_ids": segments_BT,
             "decoder_causal_attention": causal_BT * real_BT,
-            **own,
+            **arrays,  # of augments
         }
 
 

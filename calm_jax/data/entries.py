@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from calm_jax import processes
-from calm_jax.data import built_in, cache
+from calm_jax.data import cache, key_value
 from calm_jax.data.alignment import VERSION
 from calm_jax.data.dataset import Dataset, TaskRows
 from calm_jax.data.example_files import KINDS, ExampleFiles, file_hash, kind_of
@@ -131,28 +131,28 @@ def _cuts(
 
     Raises `CalmError` instead with `data.strict`, or if no answer is left in a part.
     """
-    found = []
-    for part in parts:
-        name = files_of(entry) or part["name"]
-        # Older caches have no entry for augments.
-        for own in part.get("augments", ()):
-            if own["cut"]:
-                message = (
-                    f"{name}: {own['cut']:,} of {part['examples']:,} examples are longer than "
-                    f"data.augment_length {data['augment_length'] or data['length']} in the own "
-                    f"tokens of an augment; the longest has {own['longest']:,} tokens"
-                )
-                if data["strict"]:
-                    raise CalmError(f"{message} (data.strict)")
-                found.append(f"{message}; the augment reads their beginning")
-        if not part["cut"]:
-            continue
+
+    def longer(part: Mapping[str, Any], counts: Mapping[str, Any], limit: str) -> str:
         message = (
-            f"{name}: {part['cut']:,} of {part['examples']:,} examples are longer than "
-            f"data.length {data['length']}; the longest has {part['longest']:,} tokens"
+            f"{files_of(entry) or part['name']}: {counts['cut']:,} of {part['examples']:,} "
+            f"examples are longer than {limit}; the longest has {counts['longest']:,} tokens"
         )
         if data["strict"]:
             raise CalmError(f"{message} (data.strict)")
+        return message
+
+    found = []
+    for part in parts:
+        # Older caches have no entry for augments.
+        for own in part.get("augments", ()):
+            if own["cut"]:
+                length = data["augment_length"] or data["length"]
+                limit = f"data.augment_length {length} in the own tokens of an augment"
+                message = longer(part, own, limit)
+                found.append(f"{message}; the augment reads their beginning")
+        if not part["cut"]:
+            continue
+        message = longer(part, part, f"data.length {data['length']}")
         lost = 0 if entry.get("loss_on_inputs") else part["answers_lost"]
         if lost == part["examples"]:
             raise CalmError(f"{message}; none of its answers is left to train on")
@@ -175,8 +175,8 @@ def identity(entry: Mapping[str, Any]) -> list[str]:
     """All that determines the texts of an entry, found without importing its module."""
     if "task" not in entry:
         return ExampleFiles(entry).identity()
-    if fingerprint := built_in.task_fingerprint(entry["task"]):
-        return [entry["task"], fingerprint]
+    if world := key_value.parse_task(entry["task"]):
+        return [entry["task"], world.fingerprint]
     if module := entry.get("import"):
         try:
             spec = importlib.util.find_spec(module)
@@ -198,10 +198,9 @@ def _cached(
     cache_dir = cache.cache_directory(data["cache_dir"])
     determines = [identity(entry), split, vocabulary.tokenization_fingerprint]
     determines += [data["length"], data["pack"], data["limit"]]
+    # Rows that were checked for a larger embedding may not fit this one.
     if vocabulary.rows is not None and vocabulary.rows < vocabulary.size:
-        determines.append(
-            vocabulary.rows
-        )  # rows that were checked for a larger embedding may not fit this one
+        determines.append(vocabulary.rows)
     for each in own:
         augment = each.alignment.augment
         determines.append([each.number, augment.tokenization_fingerprint, each.length, VERSION])
@@ -226,16 +225,13 @@ def _cached(
     return cache.ready_folder(cache_dir, determines, build)
 
 
-Opened = tuple[str, float, Iterator[Sequences]]
-
-
 def _open_parts(
     entry: Mapping[str, Any],
     split: str,
     vocabulary: Vocabulary,
     cache_dir: pathlib.Path,
     limit: int,
-) -> Iterator[Opened]:
+) -> Iterator[tuple[str, float, Iterator[Sequences]]]:
     """The name, the share and the sequences of each part of an entry."""
     if "task" not in entry:
         files = ExampleFiles(entry)
@@ -273,9 +269,8 @@ def _tasks(
 
     Imports TensorFlow. Raises `CalmError` for an unknown task or split.
     """
-    from calm_jax.data import tasks
+    from calm_jax.data import key_value_tasks, tasks  # noqa: F401 - key_value_tasks registers its own
 
-    built_in.register_tasks()
     found = []
     for task, rate in tasks.find(entry["task"], entry.get("import", "")):
         if isinstance(task, tasks.Task):

@@ -41,7 +41,6 @@ import re
 from calm_jax.data.tokenizer_vocabulary import TokenizerVocabulary
 from calm_jax.errors import CalmError
 
-TASKS = "calm_jax.data.key_value_tasks"  # registers them with seqio
 VERSION = "1.0.0"  # version of the texts: a new one regenerates all data
 
 SUBS, MATH, UNKNOWN = "<subs>", "<math>", "?"
@@ -173,15 +172,11 @@ class KeyValueConfig:
 
 def _with_shares(config: KeyValueConfig) -> list[KeyValueConfig]:
     """The config, and the same with other shares of the keys for the bridge."""
-    return [
-        config,
-        *(
-            dataclasses.replace(
-                config, name=f"{config.name}_share_{share}", bridge_keys=share / 100
-            )
-            for share in SHARES
-        ),
-    ]
+    shared = (
+        dataclasses.replace(config, name=f"{config.name}_share_{share}", bridge_keys=share / 100)
+        for share in SHARES
+    )
+    return [config, *shared]
 
 
 DEFAULT = "demo"
@@ -284,9 +279,3 @@ def parse_task(task: str) -> KeyValueConfig | None:
     """The config of a task named `calm_jax/key_value/CONFIG/…`; None for any other name."""
     match = re.fullmatch(r"calm_jax/key_value/([^/]+)/[^/]+", task)
     return config(match[1]) if match else None
-
-
-def task_fingerprint(task: str) -> str | None:
-    """A name for the texts of a task; None for a task that is not of this kind."""
-    world = parse_task(task)
-    return world.fingerprint if world else None

@@ -1,9 +1,10 @@
 """The texts of key-value arithmetic, drawn from a `KeyValueConfig`; see `key_value`."""
 
 import dataclasses
+import functools
 import math
 import zlib
-from collections.abc import Iterator, Set
+from collections.abc import Callable, Iterator, Set
 
 import numpy as np
 
@@ -196,7 +197,8 @@ class World:
         groups, missing = [], 0
         for size, number in zip(rates, rng.multinomial(count, shares).tolist(), strict=True):
             # There may be too few short expressions; then longer ones replace the missing ones.
-            group = self._draw_of_size(rng, number + missing, size, fold, keys, plain)
+            draw = functools.partial(self._random, rng, size, keys, plain)
+            group = self._draw_of_size(draw, number + missing, fold)
             missing += number - len(group)
             groups.append(group)
         if missing:
@@ -207,20 +209,14 @@ class World:
         return groups
 
     def _draw_of_size(
-        self,
-        rng: np.random.Generator,
-        count: int,
-        size: int,
-        fold: str,
-        keys: np.ndarray | None,
-        plain: float,
+        self, draw: Callable[[int], Expressions], count: int, fold: str
     ) -> Expressions:
-        """`count` expressions of `size` operands, or fewer if no more can be found."""
-        parts = [self._random(rng, 0, size, keys, plain)]
+        """`count` expressions of those that `draw` gives, or fewer if no more can be found."""
+        parts = [draw(0)]
         found = barren = 0
         met: set[bytes] = set()
         while found < count and barren < MAX_BARREN_ROUNDS:
-            group = self._random(rng, count + 64, size, keys, plain)
+            group = draw(count + 64)
             group = group[self._dealt_to(group, fold)]
             if fold != "train":
                 group = group[_new(group, met)]
@@ -236,10 +232,10 @@ class World:
     def _random(
         self,
         rng: np.random.Generator,
-        number: int,
         size: int,
         keys: np.ndarray | None,
         plain: float,
+        number: int,
     ) -> Expressions:
         low, high = self.config.values
         operands_NK = self.config.keys + rng.integers(low, high + 1, (number, size))

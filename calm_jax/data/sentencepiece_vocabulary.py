@@ -114,12 +114,8 @@ class SentencePieceVocabulary(Vocabulary):
         if not self._proto.normalizer_spec.remove_extra_whitespaces:
             return self._encode(self._inner_processor, texts)
         # The model drops spaces at the beginning of a text, but may put one there itself.
-        return [
-            self._encode(self._processor if text[:1].isspace() else self._inner_processor, [text])[
-                0
-            ]
-            for text in texts
-        ]
+        outer, inner = self._processor, self._inner_processor
+        return [self._encode(outer if text[:1].isspace() else inner, [text])[0] for text in texts]
 
     def _encode(self, first: Any, texts: Sequence[str]) -> list[list[int]]:
         """Ids of texts; the processor `first` encodes the beginning of each."""
@@ -211,10 +207,8 @@ class SentencePieceVocabulary(Vocabulary):
         return self._model
 
     @classmethod
-    def from_folder(
-        cls, folder: epath.Path, index: dict[str, Any], published: TokenizerFiles
-    ) -> Self:
+    def from_folder(cls, folder: epath.Path, index: dict[str, Any]) -> Self:
         path = folder / cls.file_name
-        vocabulary = cls(read_file(path), str(path), published)
+        vocabulary = cls(read_file(path), str(path), TokenizerFiles.read(folder, cls.file_name))
         vocabulary.bos_id, vocabulary.eos_id = index["bos_id"], index["eos_id"]
         return vocabulary

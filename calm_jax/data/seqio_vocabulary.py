@@ -45,9 +45,15 @@ class SeqioVocabulary(seqio.Vocabulary):
 
     def _encode_tf(self, s: tf.Tensor) -> tf.Tensor | tf.RaggedTensor:
         def encode(texts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-            return _flat(self.vocabulary.encode_batch(_texts(texts)))
+            rows = self.vocabulary.encode_batch([text.decode() for text in texts])
+            lengths = np.array([len(row) for row in rows], np.int64)
+            return np.concatenate([np.array(row, np.int32) for row in rows]), lengths
 
-        ids = _ragged(tf.numpy_function(encode, [tf.reshape(s, [-1])], FLAT, stateful=False))
+        texts, types = tf.reshape(s, [-1]), (tf.int32, tf.int64)
+        flat, lengths = tf.numpy_function(encode, [texts], types, stateful=False)
+        flat.set_shape([None])
+        lengths.set_shape([None])
+        ids = tf.RaggedTensor.from_row_lengths(flat, lengths, validate=False)
         return ids if s.shape.rank else ids.flat_values
 
     def _decode_tf(self, ids: tf.Tensor) -> tf.Tensor:
@@ -65,22 +71,3 @@ class SeqioVocabulary(seqio.Vocabulary):
             and self.vocabulary.fingerprint == other.vocabulary.fingerprint
             and (self.bos_id, self.eos_id) == (other.bos_id, other.eos_id)
         )
-
-
-# Rows of ids on their way out of Python: all in one array, and the length of each.
-FLAT = [tf.int32, tf.int64]
-
-
-def _texts(texts: np.ndarray) -> list[str]:
-    return [text.decode() for text in texts.reshape(-1)]
-
-
-def _flat(ids: list[list[int]]) -> tuple[np.ndarray, np.ndarray]:
-    lengths = np.array([len(row) for row in ids], np.int64)
-    return np.concatenate([np.array(row, np.int32) for row in ids]), lengths
-
-
-def _ragged(flat_and_lengths: Sequence[tf.Tensor]) -> tf.RaggedTensor:
-    for tensor in flat_and_lengths:
-        tensor.set_shape([None])
-    return tf.RaggedTensor.from_row_lengths(*flat_and_lengths, validate=False)

@@ -179,10 +179,8 @@ class TokenizerVocabulary(Vocabulary):
         return self._text
 
     @classmethod
-    def from_folder(
-        cls, folder: epath.Path, index: dict[str, Any], published: TokenizerFiles
-    ) -> Self:
-        path = folder / cls.file_name
+    def from_folder(cls, folder: epath.Path, index: dict[str, Any]) -> Self:
+        path, published = folder / cls.file_name, TokenizerFiles.read(folder, cls.file_name)
         return cls(read_file(path), index["bos_id"], index["eos_id"], str(path), published)
 
 

@@ -6,14 +6,9 @@ from typing import Any
 from absl import logging
 from etils import epath
 
-from calm_jax.data import built_in
+from calm_jax.data import key_value
 from calm_jax.data.sentencepiece_vocabulary import SentencePieceVocabulary
-from calm_jax.data.tokenizer_files import (
-    BYTE_LEVEL_FILE,
-    MERGES_FILE,
-    TOKEN_MAPS,
-    TokenizerFiles,
-)
+from calm_jax.data.tokenizer_files import BYTE_LEVEL_FILE, MERGES_FILE, TOKEN_MAPS
 from calm_jax.data.tokenizer_vocabulary import TokenizerVocabulary
 from calm_jax.data.vocabulary import INDEX_FILE, ByteVocabulary, Vocabulary
 from calm_jax.errors import CalmError
@@ -37,8 +32,9 @@ def load_vocabulary(spec: str | os.PathLike) -> Vocabulary:
     spec = str(spec)
     if spec == "bytes":
         return ByteVocabulary()
-    if (vocabulary := built_in.vocabulary(spec)) is not None:
-        return vocabulary
+    name, _, config = spec.partition("/")
+    if name == "key_value":
+        return key_value.vocabulary(config)
     path = epath.Path(spec)
     if (path / INDEX_FILE).exists():
         return _from_saved(path)
@@ -89,8 +85,7 @@ def _from_saved(folder: epath.Path) -> Vocabulary:
         for name in index.get("files", [kind.file_name] if kind.file_name else []):
             if not (folder / name).exists():
                 raise CalmError(f"{folder} is damaged: {name} is missing")
-        published = TokenizerFiles.read(folder, kind.file_name)
-        vocabulary = kind.from_folder(folder, index, published)
+        vocabulary = kind.from_folder(folder, index)
         vocabulary.other_eos_ids = tuple(index.get("other_eos_ids", ()))
         _set_start(vocabulary, index, folder)
         return vocabulary

@@ -263,9 +263,7 @@ class Vocabulary:
             chat_template.compile_template(published.chat_template, published.template_file)
 
     @classmethod
-    def from_folder(
-        cls, folder: epath.Path, index: dict[str, Any], published: TokenizerFiles
-    ) -> Self:
+    def from_folder(cls, folder: epath.Path, index: dict[str, Any]) -> Self:
         """Reads what `save` wrote."""
         raise NotImplementedError
 
@@ -301,9 +299,7 @@ class ByteVocabulary(Vocabulary):
         return [*self.specials, *(f"<0x{byte:02X}>" for byte in range(256))]
 
     @classmethod
-    def from_folder(
-        cls, folder: epath.Path, index: dict[str, Any], published: TokenizerFiles
-    ) -> Self:
+    def from_folder(cls, folder: epath.Path, index: dict[str, Any]) -> Self:
         return cls()
 
 
