@@ -61,7 +61,7 @@ def abstract_parts(config: ConfigDict, device: jax.Device) -> Parts:
     """The model of a config as shapes; raises as `abstract_run`, apart from mesh errors."""
 
     def make():
-        first, *augments = _decoders(decoder_configs(config))
+        first, *augments = map(_decoder, decoder_configs(config))
         add_update(first, config)
         if config.kind != "composed":
             return first
@@ -115,27 +115,17 @@ def _frozen_config(path: str) -> DecoderConfig:
     return frozen.describe(path).config
 
 
-def _decoders(configs: list[DecoderConfig]) -> list[Decoder]:
-    """Abstract decoders, with the dtypes of loaded ones."""
+def _decoder(config: DecoderConfig) -> Decoder:
+    """A decoder with the dtypes of a loaded one: those of integer matrices and scales are kept."""
 
-    def make(config: DecoderConfig) -> Decoder:
-        decoder = Decoder(config, nnx.Rngs(0))
-        nnx.update(
-            decoder,
-            jax.tree.map_with_path(
-                lambda path, x: x if _keeps_dtype(path, x) else x.astype(config.dtype),
-                nnx.state(decoder),
-            ),
-        )
-        return decoder
+    def loaded(path, x: jax.Array) -> jax.Array:
+        is_scale = path_name(path).removesuffix("/value").endswith(SCALE)
+        kept = is_scale or jnp.issubdtype(x.dtype, jnp.integer)
+        return x if kept else x.astype(config.dtype)
 
-    return [nnx.eval_shape(lambda config=config: make(config)) for config in configs]
-
-
-def _keeps_dtype(path, x: jax.Array) -> bool:
-    """Whether loading keeps an array's dtype: true for integer matrices and their scales."""
-    is_scale = path_name(path).removesuffix("/value").endswith(SCALE)
-    return is_scale or jnp.issubdtype(x.dtype, jnp.integer)
+    decoder = Decoder(config, nnx.Rngs(0))
+    nnx.update(decoder, jax.tree.map_with_path(loaded, nnx.state(decoder)))
+    return decoder
 
 
 def _cast(config: DecoderConfig, dtype: str | None) -> DecoderConfig:

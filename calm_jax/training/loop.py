@@ -87,7 +87,7 @@ def train(
     if processes.is_first():
         start_run(run, config, overwrite=overwrite, command=command)
         if chosen is not None:
-            probed_connections.save(run, chosen)
+            write_json(run / probed_connections.FILE, chosen)
     processes.barrier()
     agreement.check_visible(run / "config.json")
     cache_programs(config.cache_compiled)

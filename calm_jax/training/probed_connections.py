@@ -9,7 +9,7 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from calm_jax import processes, sharding
-from calm_jax.checkpoints.files import absolute, read_json, write_json
+from calm_jax.checkpoints.files import absolute, read_json
 from calm_jax.data.entries import open_splits
 from calm_jax.data.stream import Stream
 from calm_jax.errors import CalmError
@@ -34,7 +34,7 @@ def is_asked(config: ConfigDict) -> bool:
 def with_chosen(
     config: ConfigDict, workdir: epath.PathLike, mesh: jax.sharding.Mesh, *, overwrite: bool
 ) -> tuple[ConfigDict, dict[str, Any]]:
-    """A config with the probe's connections, and the record that `save` writes.
+    """A config with the probe's connections, and the record to write into the run's `FILE`.
 
     The record of an earlier call in `workdir` is used again. Raises `CalmError` as training does
     for models and data that do not fit.
@@ -47,11 +47,6 @@ def with_chosen(
         record = _probed(config, mesh)
     pairs = zip(composition_configs(config), record["augments"], strict=True)
     return _with(config, [_connected(each, of["connections"]) for each, of in pairs]), record
-
-
-def save(run: epath.Path, record: dict[str, Any]) -> None:
-    """Writes the record of the probe into a run's folder."""
-    write_json(run / FILE, record)
 
 
 def _probed(config: ConfigDict, mesh: jax.sharding.Mesh) -> dict[str, Any]:

@@ -125,7 +125,6 @@ def describe_models(config: ConfigDict) -> Described:
 
 
 def _check_rows(vocabulary: Vocabulary, name: str, role: str, config: DecoderConfig) -> None:
-    """Raises `CalmError` if a model's embedding lacks rows for a vocabulary."""
     if vocabulary.base_size > config.vocab_size:
         raise CalmError(
             f"the {role}'s vocab_size {config.vocab_size} is less than the "
@@ -148,7 +147,27 @@ def load_run_model(config: ConfigDict, mesh: jax.sharding.Mesh) -> RunModel:
 
     Raises `CalmError` as `set_execution`.
     """
-    return _composed(config, mesh) if config.kind == "composed" else _decoder(config, mesh)
+    rules = sharding.WEIGHT_RULES[config.weight_sharding]
+    device, trained = mesh.devices.flat[0], config.train.trainable
+    if config.kind == "composed":
+        configs = composition_configs(config)
+        paths = (config.anchor, *config.augments)
+        anchor, *augments = load_frozen_models(paths, frozen_dtypes(config), configs, mesh, rules)
+        model = compose(anchor, augments, configs, rngs=nnx.Rngs(config.train.seed))
+    elif source := config.decoder["from"]:
+        described = frozen_folders.describe(source)
+        model = frozen_folders.load_described(described, mesh=mesh, rules=rules)
+    else:
+        model = nnx.eval_shape(lambda: Decoder(decoder_config(config), nnx.Rngs(0)))
+        set_execution(model, config, device)
+        return RunModel(Parts(model, trained), None, {})
+    add_update(model.anchor, config)
+    set_execution(model, config, device)
+    parts = Parts(model, trained)
+    trainable, frozen = parts.of(model)
+    # Until now a bridge is sharded by the default rules, and an update is on one device.
+    shardings, _ = parts.shardings(mesh, rules)
+    return RunModel(parts, sharding.resharded(trainable, shardings), frozen)
 
 
 def set_execution(model: Decoder | ComposedDecoder, config: ConfigDict, device: jax.Device) -> None:
@@ -214,36 +233,3 @@ def add_update(decoder: Decoder, config: ConfigDict) -> None:
     update = lora_of(config_keys.to_dict(config.lora))
     if update is not None:
         add_lora(decoder, update, nnx.Rngs(config.train.seed + 1))
-
-
-def _decoder(config: ConfigDict, mesh) -> RunModel:
-    """A decoder to train: abstract if new, or from a frozen folder."""
-    if not config.decoder["from"]:
-        decoder = nnx.eval_shape(lambda: Decoder(decoder_config(config), nnx.Rngs(0)))
-        set_execution(decoder, config, mesh.devices.flat[0])
-        return RunModel(Parts(decoder, config.train.trainable), None, {})
-    described = frozen_folders.describe(config.decoder["from"])
-    rules = sharding.WEIGHT_RULES[config.weight_sharding]
-    decoder = frozen_folders.load_described(described, mesh=mesh, rules=rules)
-    return _split(decoder, config, mesh)
-
-
-def _composed(config: ConfigDict, mesh) -> RunModel:
-    """A new bridge between models from frozen folders."""
-    configs = composition_configs(config)
-    paths = (config.anchor, *config.augments)
-    rules = sharding.WEIGHT_RULES[config.weight_sharding]
-    anchor, *augments = load_frozen_models(paths, frozen_dtypes(config), configs, mesh, rules)
-    composed = compose(anchor, augments, configs, rngs=nnx.Rngs(config.train.seed))
-    return _split(composed, config, mesh)
-
-
-def _split(model: Decoder | ComposedDecoder, config: ConfigDict, mesh) -> RunModel:
-    """A loaded model with the run's update, split and sharded for training."""
-    add_update(model.anchor, config)
-    set_execution(model, config, mesh.devices.flat[0])
-    parts = Parts(model, config.train.trainable)
-    trainable, frozen = parts.of(model)
-    # Until now a bridge is sharded by the default rules, and an update is on one device.
-    shardings, _ = parts.shardings(mesh, sharding.WEIGHT_RULES[config.weight_sharding])
-    return RunModel(parts, sharding.resharded(trainable, shardings), frozen)
