@@ -65,7 +65,6 @@ class Alignment:
     """The augment's tokens for an anchor's tokens.
 
     Args:
-        anchor, augment: the vocabularies.
         name: the augment's name in errors.
 
     Raises:
@@ -126,10 +125,8 @@ class Alignment:
     def encode(self, pieces: Sequence[Piece]) -> list[list[int]]:
         """The augment's ids of each piece."""
         asked = [(piece.text, piece.begins_text) for piece in pieces]
-        for begins, encode in (
-            (True, self.augment.encode_batch),
-            (False, self.augment.encode_inside),
-        ):
+        encoders = {True: self.augment.encode_batch, False: self.augment.encode_inside}
+        for begins, encode in encoders.items():
             new = [key for key in dict.fromkeys(asked) if key[1] == begins]
             new = [key for key in new if key not in self._encoded]
             self._encoded.update(zip(new, encode([text for text, _ in new]), strict=True))

@@ -36,11 +36,9 @@ def tokenizer_json(published: TokenizerFiles) -> str:
     kind = _tokenizer_class(published)
     spaced = bool(published.config.get("add_prefix_space"))
     where = f"{published.folder}/{BYTE_LEVEL_FILE}"
-    vocabulary = published.json(BYTE_LEVEL_FILE)
+    vocabulary, merges = published.json(BYTE_LEVEL_FILE), _merges(published)
     try:
-        tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=_merges(published)))
-    except CalmError:
-        raise
+        tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=merges))
     except Exception as error:  # the library raises bare Exception
         raise CalmError(f"{where} and {MERGES_FILE}: {error}") from error
     if kind == GPT2:

@@ -45,15 +45,10 @@ def ready_folder(
     determines: Sequence[Any],
     build: Callable[[pathlib.Path], dict[str, Any]],
 ) -> tuple[pathlib.Path, dict[str, Any]]:
-    """The folder of the content that `determines` describes, and its index; built if missing.
+    """The folder of the content that JSON values determine, and its index; built if missing.
 
-    Args:
-        cache_dir: where such folders are kept.
-        determines: all that determines the content, as JSON values.
-        build: writes the content into a folder and returns the index.
-
-    Raises:
-        CalmError: the folder cannot be written, or `build` raises it; then nothing is left.
+    `build` writes the content into a folder and returns the index. Raises `CalmError` if the folder
+    cannot be written, or as `build`; then nothing is left.
     """
     fingerprint = hashlib.sha256(json.dumps([FORMAT, *determines]).encode()).hexdigest()[:24]
     folder = cache_dir / "tokens" / fingerprint

@@ -28,15 +28,13 @@ def render(
     where: str,
     arguments: Mapping[str, Any],
 ) -> str:
-    """The text of a chat, as `apply_chat_template` of transformers makes it.
+    """The text of a chat, as `apply_chat_template` of transformers makes it (`Vocabulary.chat`).
 
     Args:
         template: Jinja source.
-        messages: dicts `{"role": …, "content": …}`; fields that are None count as absent.
+        messages: fields that are None count as absent.
         special_tokens: names such as "bos_token" with their texts.
-        add_generation_prompt: whether the header of the assistant's answer follows.
         where: the name of the template in error messages.
-        arguments: further inputs of the template, by name, such as "tools".
 
     Raises:
         CalmError: there are no messages, or the template is not Jinja or refuses them.

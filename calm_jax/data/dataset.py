@@ -30,7 +30,6 @@ class TaskRows:
     """The rows of one Task.
 
     Attributes:
-      name: the Task's name.
       weight: share of the rows in a mixed stream, relative to the other parts' weights.
       loss_on_inputs: whether prompt tokens are also trained on.
       arrays: `DTYPES`, each [N, T], memory-mapped; and those of `own_keys`, int32 [N, S], for each

@@ -162,9 +162,10 @@ class World:
             yield from self._asked(name, group)
 
     def _asked(self, name: str, group: Expressions) -> Iterator[dict]:
-        marker, answers = (
-            (SUBS, self._substituted(group)) if name == "subs" else (MATH, self._answers(group))
-        )
+        if name == "subs":
+            marker, answers = SUBS, group.texts(self._numbers[group.operands_NK].astype(str))
+        else:
+            marker, answers = MATH, self._answers(group)
         unseen = self._unseen(group)
         for text, answer, new in zip(self._written(group), answers, unseen, strict=True):
             yield _example(f"{marker}{text}=", answer, name, group, new)
@@ -275,9 +276,6 @@ class World:
 
     def _written(self, group: Expressions) -> list[str]:
         return group.texts(self._names[group.operands_NK])
-
-    def _substituted(self, group: Expressions) -> list[str]:
-        return group.texts(self._numbers[group.operands_NK].astype(str))
 
     def _answers(self, group: Expressions) -> list[str]:
         """What MATH asks for: the result, or the whole way to it if the config is `written_out`."""

@@ -42,7 +42,6 @@ class OwnTokens:
     """How an augment's own rows are made.
 
     Attributes:
-        number: the augment's.
         length: S, tokens in a row.
         where: names the data in errors.
     """

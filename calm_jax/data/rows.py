@@ -148,8 +148,6 @@ class OwnSequences:
     """N sequences in the tokens of an augment, as `calm_jax.data.alignment` gives them.
 
     Attributes:
-      number: the augment's.
-      length: the length of its rows.
       ids_M, order_M: the tokens, one sequence after another, and their order in the sequence.
       is_prompt_M: bool, whether a token is read from a token of the prompt on.
       lengths_N: the number of tokens in each sequence.

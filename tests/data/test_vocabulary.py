@@ -136,7 +136,7 @@ def test_a_broken_file_is_named(tmp_path, name):
 def test_seqio_sees_the_same_vocabulary():
     import tensorflow as tf
 
-    from calm_jax.data.seqio_vocabulary import SeqioVocabulary
+    from calm_jax.data.tasks import SeqioVocabulary
 
     vocabulary = load_vocabulary("key_value/tiny")
     theirs = SeqioVocabulary(vocabulary)
