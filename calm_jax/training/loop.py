@@ -27,14 +27,13 @@ from calm_jax.training import agreement, config_keys, configuration, probed_conn
 from calm_jax.training.abstract_run import AbstractRun, abstract_run
 from calm_jax.training.clock import EveryMinutes
 from calm_jax.training.costs import tree_costs
-from calm_jax.training.finish import closing_lines, frozen_step, is_finished
 from calm_jax.training.fitting import check_held, compile_to_fit
 from calm_jax.training.flops import jaxpr_flops
 from calm_jax.training.loss import as_numbers, means
 from calm_jax.training.preemption import Preemption
 from calm_jax.training.profiler import Profiler
 from calm_jax.training.progress import Progress, costs_table
-from calm_jax.training.run import check_run, start_run
+from calm_jax.training.run import check_run, closing_lines, frozen_step, is_finished, start_run
 from calm_jax.training.run_model import (
     Described,
     composition_configs,
@@ -199,14 +198,13 @@ class _Session:
         arguments = (self.model.trainable, self.opt_state, self.model.frozen, batch, index)
         traced = step.trace(*arguments)
         compiled = compile_to_fit(traced.lower(), jax.local_devices()[0])
-        memory = compiled.memory_analysis()
         costs = {
             "trees": tree_costs(
                 self.parts, self.model.trainable, self.opt_state, self.model.frozen
             ),
             "connections": self.described.connections,
             "flops_per_step": jaxpr_flops(traced.jaxpr.jaxpr),
-            "memory_bytes": getattr(memory, "peak_memory_in_bytes", 0),
+            "memory_bytes": getattr(compiled.memory_analysis(), "peak_memory_in_bytes", 0),
             "mesh": dict(self.mesh.shape),
             "global_batch": train.batch_size,
             "tokens_per_step": train.batch_size * self.config.data.length,

@@ -26,11 +26,8 @@ class Progress:
     """Reports the steps of one call of `train`, in process 0 only. Steps count from 1.
 
     Args:
-        workdir: the run's folder.
-        num_steps: the number of the last step.
         first_step: steps done before this call; later lines of metrics.jsonl are removed.
         tokens_per_step: tokens of the global batch, padding included.
-        log_every: steps between lines of metrics.jsonl.
         tensorboard: whether to write event files too, if TensorFlow is installed.
         screen: where the line is printed; default: standard output.
 
@@ -255,12 +252,7 @@ def _event_writer(folder: epath.Path) -> Any:
 
 
 def costs_table(costs: Mapping[str, Any]) -> str:
-    """The costs of a run as text: a row for each tree, then figures of the step and the mesh.
-
-    Args:
-        costs: the content of costs.json: "trees", "connections", "memory_bytes",
-            "flops_per_step", "mesh", "global_batch", "tokens_per_step".
-    """
+    """The content of costs.json as text: a row for each tree, then figures of the step and mesh."""
     rows = [("tree", "parameters", "size", "")]
     for tree in costs["trees"]:
         note = "trained" if tree["trained"] else "frozen"

@@ -1,5 +1,7 @@
-"""A run's folder: started once, then resumed, and never mixed with another run."""
+"""A run's folder: started once, resumed until it is finished, and never mixed with another run."""
 
+import math
+import shlex
 from typing import Any
 
 from etils import epath
@@ -7,6 +9,7 @@ from ml_collections import ConfigDict
 
 from calm_jax.checkpoints.files import absolute, check_writable, read_json, storage, write_json
 from calm_jax.checkpoints.kinds import kind_of
+from calm_jax.checkpoints.training import TrainingCheckpoints
 from calm_jax.errors import CalmError
 from calm_jax.training import config_keys, configuration
 
@@ -14,12 +17,9 @@ from calm_jax.training import config_keys, configuration
 def check_run(
     workdir: epath.PathLike, config: ConfigDict, *, overwrite: bool = False
 ) -> epath.Path:
-    """Checks that a run of this config may start or continue in a folder; writes nothing.
+    """The absolute path of a folder in which a run of this config may start or continue.
 
-    Keys of `configuration.MAY_CHANGE` may differ from those it was started with.
-
-    Returns:
-        the folder as an absolute path.
+    Keys of `configuration.MAY_CHANGE` may differ from those it was started with. Writes nothing.
 
     Raises:
         CalmError: the folder cannot be written, holds something else, or was started with another
@@ -47,9 +47,7 @@ def start_run(
     """Creates a checked run's folder and writes its config; `overwrite` removes an earlier run.
 
     `command` is appended to commands.json, which lists all command lines that trained the run.
-
-    Raises:
-        CalmError: the folder cannot be written.
+    Raises `CalmError` if the folder cannot be written.
     """
     with storage("write", folder):
         if overwrite and (folder / "config.json").exists():
@@ -60,6 +58,38 @@ def start_run(
     commands = read_json(path, "a run")["commands"] if path.exists() else []
     if command and command not in commands[-1:]:
         write_json(path, {"commands": [*commands, command]})
+
+
+def is_finished(run: epath.Path, config: ConfigDict, checkpoints: TrainingCheckpoints) -> bool:
+    """Whether all steps are saved and a decoder's best checkpoint is a frozen folder."""
+    latest = checkpoints.latest
+    if latest is None or latest < config.train.num_steps:
+        return False
+    return config.kind != "decoder" or frozen_step(run) == checkpoints.best
+
+
+def frozen_step(run: epath.Path) -> int | None:
+    """The step that a decoder run's frozen folder holds; None without a complete folder."""
+    path = run / "frozen_step.json"
+    is_whole = path.exists() and (run / "frozen").exists()
+    return read_json(path, "a run")["step"] if is_whole else None
+
+
+def closing_lines(run: epath.Path, config: ConfigDict, checkpoints: TrainingCheckpoints) -> str:
+    """The best step of a finished run, its score, where it is, and the command to run next."""
+    best, loss = checkpoints.best, checkpoints.best_loss
+    score = f"validation loss {loss:.4g}" if math.isfinite(loss) else "the last; none was validated"
+    folder = run / "frozen" if config.kind == "decoder" else run / "checkpoints" / str(best)
+    workdir = f"--workdir={shlex.quote(str(run))}"
+    if config.evaluate.tasks or any("jsonl" in entry for entry in config.data.validation):
+        parts = "" if config.kind == "decoder" else " --parts"
+        command = f"calm evaluate {workdir}{parts}"
+    else:
+        command = f"calm generate {workdir} --prompt=…"
+    return (
+        f"{run} has finished {checkpoints.latest:,} steps; the best is step {best:,} ({score}), in "
+        f"{folder}\nnext: {command}"
+    )
 
 
 def _read_config(path: epath.Path) -> dict[str, Any]:
