@@ -11,10 +11,8 @@ from types import ModuleType
 def import_tensorflow() -> ModuleType:
     """Imports TensorFlow, which takes seconds, without its start-up notes and its devices.
 
-    JAX uses the accelerators; TensorFlow would take all their memory.
-
-    Raises:
-        ImportError: it is not installed, or does not load; then its notes are shown.
+    JAX uses the accelerators; TensorFlow would take all their memory. Raises `ImportError` if it is
+    not installed, or does not load; then its notes are shown.
     """
     # For every data set, its oneDNN kernels would warn about integer inputs.
     os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")

@@ -44,9 +44,7 @@ _CUTS = {
 class Aligned(NamedTuple):
     """An augment's tokens, in the order of the text.
 
-    Attributes:
-        ids: token ids.
-        order: for each, the index of the first token of the anchor that may read it; ascending.
+    `order` is for each the index of the first token of the anchor that may read it; ascending.
     """
 
     ids: list[int]
@@ -62,13 +60,9 @@ class Piece(NamedTuple):
 
 
 class Alignment:
-    """The augment's tokens for an anchor's tokens.
+    """The augment's tokens for an anchor's tokens; `name` is the augment's in errors.
 
-    Args:
-        name: the augment's name in errors.
-
-    Raises:
-        CalmError: the text of the anchor's tokens depends on their neighbours.
+    Raises `CalmError` if the text of the anchor's tokens depends on their neighbours.
 
     >>> from calm_jax.data.vocabularies import load_vocabulary
     >>> anchor, augment = load_vocabulary("key_value"), load_vocabulary("bytes")
@@ -173,8 +167,7 @@ class Alignment:
 class Units:
     """Reads an anchor's ids one by one, and gives the characters and special tokens they end.
 
-    Args:
-        begins: whether the ids begin a text.
+    `begins` says whether the ids begin a text.
     """
 
     def __init__(self, alignment: Alignment, begins: bool = True):
@@ -257,11 +250,7 @@ class Reader:
 
 
 class _Cuts:
-    """Where texts are cut for an augment's tokenizer.
-
-    Attributes:
-        everywhere: whether that is after every character.
-    """
+    """Where texts are cut for an augment's tokenizer; `everywhere`: after every character."""
 
     def __init__(self, augment: Vocabulary):
         self.everywhere = augment.by_character

@@ -28,8 +28,7 @@ END = "<|endoftext|>"  # the special token of both classes unless a file names a
 def tokenizer_json(published: TokenizerFiles) -> str:
     """A tokenizer.json equivalent to vocab.json, merges.txt and the tokenizer class together.
 
-    Raises:
-        CalmError: a file is damaged, or the class is not supported.
+    Raises `CalmError` if a file is damaged, or the class is not supported.
     """
     from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 

@@ -15,12 +15,8 @@ _BYTE = re.compile(r"<0x([0-9A-F]{2})>")
 def reader(decoder: dict[str, Any] | None, whose: str) -> Callable[[str], bytes]:
     """The function from a token's name to the bytes that it stands for inside a text.
 
-    Args:
-        decoder: the part "decoder".
-        whose: names the tokenizer in errors.
-
-    Raises:
-        CalmError: with this decoder, a token's text depends on the tokens beside it.
+    `whose` names the tokenizer in errors. Raises `CalmError` if with this `decoder` a token's text
+    depends on the tokens beside it.
     """
     steps = _steps(decoder)
     kinds = [step["type"] for step in steps]

@@ -31,8 +31,7 @@ Pair = tuple[str | None, str]
 class Mark(NamedTuple):
     """What an augment reads before a message.
 
-    Attributes:
-        starts: whether the augment's start tokens, which every text has, are written before it.
+    `starts` says whether the augment's start tokens, which every text has, are written before it.
     """
 
     text: str

@@ -53,10 +53,7 @@ def vocabulary_of_folder(folder: str | os.PathLike) -> Vocabulary | None:
 
     That is tokenizer.json, or else tokenizer.model, or else vocab.json with merges.txt, or else the
     only SentencePiece model "….model" or "….spm"; with the files in its folder that
-    `calm_jax.data.tokenizer_files` names.
-
-    Raises:
-        CalmError: a file is damaged or contradicts another.
+    `calm_jax.data.tokenizer_files` names. Raises `CalmError` as `load_vocabulary`.
     """
     maps = token_maps(epath.Path(folder))
     usual = [path for name in TOKEN_MAPS for path in maps if path.name == name]

@@ -75,8 +75,7 @@ def abstract_parts(config: ConfigDict, device: jax.Device) -> Parts:
 def decoder_configs(config: ConfigDict) -> list[DecoderConfig]:
     """Configs of the decoder, or of the anchor and every augment, as `calm train` loads them.
 
-    Raises:
-        CalmError: a folder is missing or damaged, or a preset is unknown.
+    Raises `CalmError` if a folder is missing or damaged, or a preset is unknown.
     """
     if config.kind != "composed":
         source = config.decoder["from"]

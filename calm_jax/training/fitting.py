@@ -54,8 +54,7 @@ def check_held(run: AbstractRun, device: jax.Device) -> None:
 def compile_to_fit(lowered: jax.stages.Lowered, device: jax.Device) -> jax.stages.Compiled:
     """Compiles a step for devices like `device`.
 
-    Raises:
-        TooLarge: the compiler cannot make it fit, or the compiled step needs too much memory.
+    Raises `TooLarge` as `compile_lowered`, or if the compiled step needs too much memory.
     """
     compiled = compile_lowered(lowered, device)
     needed = getattr(compiled.memory_analysis(), "peak_memory_in_bytes", 0)

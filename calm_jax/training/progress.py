@@ -25,14 +25,13 @@ BUCKET_SECONDS = 30.0  # between uploads to a bucket, which rewrite the whole ob
 class Progress:
     """Reports the steps of one call of `train`, in process 0 only. Steps count from 1.
 
+    Raises `CalmError` if the folder cannot be written.
+
     Args:
         first_step: steps done before this call; later lines of metrics.jsonl are removed.
         tokens_per_step: tokens of the global batch, padding included.
         tensorboard: whether to write event files too, if TensorFlow is installed.
         screen: where the line is printed; default: standard output.
-
-    Raises:
-        CalmError: the folder cannot be written.
     """
 
     def __init__(
