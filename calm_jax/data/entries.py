@@ -132,10 +132,10 @@ def _cuts(
     Raises `CalmError` instead with `data.strict`, or if no answer is left in a part.
     """
 
-    def longer(part: Mapping[str, Any], counts: Mapping[str, Any], limit: str) -> str:
+    def warning(part: Mapping[str, Any], counts: Mapping[str, Any], problem: str) -> str:
         message = (
             f"{files_of(entry) or part['name']}: {counts['cut']:,} of {part['examples']:,} "
-            f"examples are longer than {limit}; the longest has {counts['longest']:,} tokens"
+            f"{problem}; the longest has {counts['longest']:,} tokens"
         )
         if data["strict"]:
             raise CalmError(f"{message} (data.strict)")
@@ -147,12 +147,13 @@ def _cuts(
         for own in part.get("augments", ()):
             if own["cut"]:
                 length = data["augment_length"] or data["length"]
-                limit = f"data.augment_length {length} in the own tokens of an augment"
-                message = longer(part, own, limit)
+                problem = f"examples are longer than data.augment_length {length}"
+                message = warning(part, own, f"{problem} in the own tokens of an augment")
                 found.append(f"{message}; the augment reads their beginning")
         if not part["cut"]:
             continue
-        message = longer(part, part, f"data.length {data['length']}")
+        problem = f"examples are longer than data.length {data['length']}"
+        message = warning(part, part, problem)
         lost = 0 if entry.get("loss_on_inputs") else part["answers_lost"]
         if lost == part["examples"]:
             raise CalmError(f"{message}; none of its answers is left to train on")
