@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from calm_jax import processes
-from calm_jax.data import cache, key_value
+from calm_jax.data import built_in, cache
 from calm_jax.data.alignment import VERSION
 from calm_jax.data.dataset import Dataset, TaskRows
 from calm_jax.data.example_files import KINDS, ExampleFiles, file_hash, kind_of
@@ -176,8 +176,8 @@ def identity(entry: Mapping[str, Any]) -> list[str]:
     """All that determines the texts of an entry, found without importing its module."""
     if "task" not in entry:
         return ExampleFiles(entry).identity()
-    if world := key_value.parse_task(entry["task"]):
-        return [entry["task"], world.fingerprint]
+    if fingerprint := built_in.task_fingerprint(entry["task"]):
+        return [entry["task"], fingerprint]
     if module := entry.get("import"):
         try:
             spec = importlib.util.find_spec(module)
@@ -270,8 +270,9 @@ def _tasks(
 
     Imports TensorFlow. Raises `CalmError` for an unknown task or split.
     """
-    from calm_jax.data import key_value_tasks, tasks  # noqa: F401 - key_value_tasks registers its own
+    from calm_jax.data import tasks
 
+    built_in.register_tasks()
     found = []
     for task, rate in tasks.find(entry["task"], entry.get("import", "")):
         if isinstance(task, tasks.Task):

@@ -41,6 +41,7 @@ import re
 from calm_jax.data.tokenizer_vocabulary import TokenizerVocabulary
 from calm_jax.errors import CalmError
 
+TASKS = "calm_jax.data.key_value_tasks"  # registers them with seqio
 VERSION = "1.0.0"  # version of the texts: a new one regenerates all data
 
 SUBS, MATH, UNKNOWN = "<subs>", "<math>", "?"
@@ -279,3 +280,9 @@ def parse_task(task: str) -> KeyValueConfig | None:
     """The config of a task named `calm_jax/key_value/CONFIG/…`; None for any other name."""
     match = re.fullmatch(r"calm_jax/key_value/([^/]+)/[^/]+", task)
     return config(match[1]) if match else None
+
+
+def task_fingerprint(task: str) -> str | None:
+    """A name for the texts of a task; None for a task that is not of this kind."""
+    world = parse_task(task)
+    return world.fingerprint if world else None

@@ -6,7 +6,7 @@ from typing import Any
 from absl import logging
 from etils import epath
 
-from calm_jax.data import key_value
+from calm_jax.data import built_in
 from calm_jax.data.sentencepiece_vocabulary import SentencePieceVocabulary
 from calm_jax.data.tokenizer_files import BYTE_LEVEL_FILE, MERGES_FILE, TOKEN_MAPS
 from calm_jax.data.tokenizer_vocabulary import TokenizerVocabulary
@@ -32,9 +32,8 @@ def load_vocabulary(spec: str | os.PathLike) -> Vocabulary:
     spec = str(spec)
     if spec == "bytes":
         return ByteVocabulary()
-    name, _, config = spec.partition("/")
-    if name == "key_value":
-        return key_value.vocabulary(config)
+    if (vocabulary := built_in.vocabulary(spec)) is not None:
+        return vocabulary
     path = epath.Path(spec)
     if (path / INDEX_FILE).exists():
         return _from_saved(path)
