@@ -87,6 +87,7 @@ class KeyValueConfig:
       number_tokens: a number is one token; else each of its digits is.
       written_out: answers of num and math are the expression in numbers, and what is left of it
         after each operation; else the result alone.
+      units_first: the digits of a number are written from its units on.
       bridge_keys: share of the keys that the bridge's training may contain.
       evaluation_fold, validation_fold: shares of all expressions kept from training.
       augment_inline: share of inline texts in the augment's training.
@@ -110,6 +111,7 @@ class KeyValueConfig:
     operators: str = "+-"
     number_tokens: bool = True
     written_out: bool = False
+    units_first: bool = False
     bridge_keys: float = 0.2
     evaluation_fold: float = 0.27
     validation_fold: float = 0.06
@@ -146,6 +148,9 @@ class KeyValueConfig:
             ),
             f"{self.keys} keys of {self.key_length} letters do not exist": (
                 self.keys > sum(26**n for n in range(self.key_length[0], self.key_length[1] + 1))
+            ),
+            "units_first needs digits as tokens, number_tokens=False": (
+                self.units_first and self.number_tokens
             ),
             f"number_tokens would take {self.largest_number:,} tokens": (
                 self.number_tokens and self.largest_number > MAX_NUMBER_TOKENS
@@ -206,6 +211,7 @@ CONFIGS: dict[str, KeyValueConfig] = {
             operands=(3, 4),
             number_tokens=False,
             written_out=True,
+            units_first=True,
             evaluation_fold=0.05,
             augment_inline=0.0,
             augment_examples=200_000,

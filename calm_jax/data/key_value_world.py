@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import math
 import zlib
-from collections.abc import Callable, Iterator, Set
+from collections.abc import Callable, Iterator, Sequence, Set
 
 import numpy as np
 
@@ -80,8 +80,9 @@ class World:
         self.seen = np.zeros(config.keys, bool)
         self.seen[rng.permutation(config.keys)[: round(config.bridge_keys * config.keys)]] = True
         self.half = np.repeat(HALVES, (config.keys // 2, config.keys - config.keys // 2))
-        self._names = np.array([*self.keys, *map(str, range(high + 1))], object)
         self._numbers = np.array([*self.values.tolist(), *range(high + 1)], object)
+        self._numerals = np.array([self._numeral(number) for number in self._numbers], object)
+        self._names = np.array([*self.keys, *self._numerals[config.keys :]], object)
 
     def examples(self, corpus: str, split: str) -> Iterator[dict]:
         """Examples of a split of a corpus (`CORPORA`): inputs, targets, set, operands, unseen.
@@ -106,7 +107,7 @@ class World:
         count = c.augment_examples if split == "train" else c.validation_examples
         for group in self._draw(rng, count, split, known, c.augment_plain, c.augment_single):
             names_NK = self._names[group.operands_NK]
-            numbers_NK = self._numbers[group.operands_NK].astype(str)
+            numbers_NK = self._numerals[group.operands_NK]
             is_key_NK = group.operands_NK < c.keys
             strange_NK = np.zeros_like(is_key_NK)
             if half:
@@ -163,7 +164,7 @@ class World:
 
     def _asked(self, name: str, group: Expressions) -> Iterator[dict]:
         if name == "subs":
-            marker, answers = SUBS, group.texts(self._numbers[group.operands_NK].astype(str))
+            marker, answers = SUBS, group.texts(self._numerals[group.operands_NK])
         else:
             marker, answers = MATH, self._answers(group)
         unseen = self._unseen(group)
@@ -282,7 +283,16 @@ class World:
         numbers_NK = self._numbers[group.operands_NK]
         signs_NJ = np.array(list(OPERATORS))[group.operators_NJ]
         ways = map(_carried_out, numbers_NK.tolist(), signs_NJ.tolist())
-        return ["=".join(way) if self.config.written_out else way[-1] for way in ways]
+        shown = slice(None) if self.config.written_out else slice(-1, None)
+        return ["=".join(map(self._expression, way[shown])) for way in ways]
+
+    def _expression(self, parts: Sequence[int | str]) -> str:
+        """Numbers and operators, in turns, as text."""
+        return "".join(part if isinstance(part, str) else self._numeral(part) for part in parts)
+
+    def _numeral(self, number: int) -> str:
+        digits = str(abs(number))
+        return "-" * (number < 0) + (digits[::-1] if self.config.units_first else digits)
 
     def _unseen(self, group: Expressions, strange_NK: np.ndarray | bool = False) -> list[bool]:
         is_key_NK = (group.operands_NK < self.config.keys) & ~np.asarray(strange_NK)
@@ -355,23 +365,19 @@ def _key_strings(config: KeyValueConfig, rng: np.random.Generator) -> list[str]:
     return list(keys)[: config.keys]
 
 
-def _carried_out(numbers: list[int], operators: list[str]) -> list[str]:
-    """The expression, and what is left of it after each operation, products first."""
-    numbers, operators = [*numbers], [*operators]
-    way = [_text(numbers, operators)]
-    while operators:
-        at = operators.index("*") if "*" in operators else 0
-        left, right = numbers[at : at + 2]
-        result = {"+": left + right, "-": left - right, "*": left * right}[operators.pop(at)]
-        numbers[at : at + 2] = [result]
-        way.append(_text(numbers, operators))
+def _carried_out(numbers: list[int], operators: list[str]) -> list[list[int | str]]:
+    """The expression, numbers and operators in turns, and what each operation leaves of it."""
+    parts: list[int | str] = [numbers[0]]
+    for operator, number in zip(operators, numbers[1:], strict=True):
+        parts += [operator, number]
+    way = [parts]
+    while len(parts) > 1:
+        at = parts.index("*") if "*" in parts else 1  # products first
+        left, operator, right = parts[at - 1 : at + 2]
+        result = {"+": left + right, "-": left - right, "*": left * right}[operator]
+        parts = [*parts[: at - 1], result, *parts[at + 2 :]]
+        way.append(parts)
     return way
-
-
-def _text(numbers: list[int], operators: list[str]) -> str:
-    return str(numbers[0]) + "".join(
-        f"{operator}{number}" for operator, number in zip(operators, numbers[1:], strict=True)
-    )
 
 
 def _letters(rng: np.random.Generator, number: int, length: int) -> list[str]:

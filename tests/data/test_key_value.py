@@ -25,7 +25,7 @@ PAPER = dataclasses.replace(
     evaluation_examples=300,
 )
 DIGITS = dataclasses.replace(
-    SMALL, name="digits", values=(1, 99), number_tokens=False, written_out=True
+    SMALL, name="digits", values=(1, 99), number_tokens=False, written_out=True, units_first=True
 )
 WORLDS = [SMALL, PAPER, DIGITS, key_value.CONFIGS["tiny"]]
 
@@ -74,7 +74,7 @@ def substituted(world: World, expression: str) -> str:
 
     def number(operand: re.Match) -> str:
         digits = re.sub("[a-z]", "", operand[0])
-        return digits or str(values.get(operand[0], "?"))
+        return digits or natural(world.config, str(values.get(operand[0], "?")))
 
     return re.sub("[a-z0-9]+", number, expression)
 
@@ -91,13 +91,18 @@ def evaluated(expression: str) -> int:
     return value(ast.parse(expression, mode="eval").body)
 
 
+def natural(config: KeyValueConfig, text: str) -> str:
+    """The text with every number's units last."""
+    return re.sub("[0-9]+", lambda n: n[0][::-1] if config.units_first else n[0], text)
+
+
 def check_answer(config: KeyValueConfig, answer: str, numbers: str) -> None:
     """Every expression of a written-out answer is worth as much, with one operation less."""
-    way = answer.split("=")
-    assert {evaluated(part) for part in way} == {evaluated(numbers)}
+    way = natural(config, answer).split("=")
+    assert {evaluated(part) for part in way} == {evaluated(natural(config, numbers))}
     lengths = [len(re.findall("(?<=[0-9])[+*-]", part)) for part in way]
     if config.written_out:
-        assert way[0] == numbers
+        assert answer.partition("=")[0] == numbers
         assert lengths == list(range(lengths[0], -1, -1))
     else:
         assert lengths == [0]
@@ -288,6 +293,7 @@ def test_numbers_are_one_token_or_digits():
         ({"operators": "+/"}, "operators"),
         ({"operands": (1, 3)}, "operands"),
         ({"values": (1, 60_000)}, "number_tokens"),
+        ({"units_first": True}, "units_first"),
         ({"bridge_rates": (0.5, 0.2, 0.2)}, "bridge_rates"),
     ],
 )
