@@ -10,7 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
+from flax import nnx, traverse_util
 
 from calm_jax import sharding
 from calm_jax.errors import CalmError
@@ -54,11 +54,7 @@ class Structure:
 
     def __init__(self, module: nnx.Module):
         self.graphdef, state = nnx.split(module)
-        self.state = jax.tree.map(
-            lambda variable: variable.replace(_abstract(variable.get_value())),
-            state,
-            is_leaf=lambda x: isinstance(x, nnx.Variable),
-        )
+        self.state = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), state)
 
     def merge(self, tree: Mapping[str, Any]) -> nnx.Module:
         """The module with the arrays of `tree`."""
@@ -75,40 +71,22 @@ class Structure:
         """`jax.ShapeDtypeStruct` of every array."""
         return _string_keys(nnx.to_pure_dict(self.state))
 
-    def axes(self) -> Tree:
-        """Logical axes of every array, without the leading axes of stacked layers."""
-        names = jax.tree.map(
-            # An augment that is not a decoder may have arrays without axes, which are not split.
-            lambda variable: variable.replace(Axes(variable.get_metadata("axes", ()))),
-            self.state,
-            is_leaf=lambda x: isinstance(x, nnx.Variable),
-        )
-        return _string_keys(nnx.to_pure_dict(names))
-
     def summed(self) -> dict[str, tuple[int, ...]]:
         """The axes that the product of each matrix sums over, as negative indices, by path."""
         return {
-            "/".join(map(str, path)): variable.get_metadata("summed")
-            for path, variable in nnx.to_flat_state(self.state)
+            "/".join(path): variable.get_metadata("summed")
+            for path, variable in self.variables().items()
             if variable.has_metadata("summed")
         }
 
     def shardings(self, mesh: jax.sharding.Mesh, rules: sharding.Rules = sharding.RULES) -> Tree:
         """`NamedSharding` of every array; raises `CalmError` as `sharding.array_sharding`."""
-        return jax.tree.map_with_path(
-            lambda path, array, axes: sharding.array_sharding(
-                path_name(path), array.shape, axes.names, mesh, rules
-            ),
-            self.abstract(),
-            self.axes(),
-        )
-
-
-class Axes:
-    """Logical axes of one array, as a single leaf of a tree."""
-
-    def __init__(self, names: tuple[str | None, ...]):
-        self.names = names
+        found = {}
+        for path, variable in self.variables().items():
+            # An augment that is not a decoder may have arrays without axes, which are not split.
+            axes, shape = variable.get_metadata("axes", ()), variable.get_value().shape
+            found[path] = sharding.array_sharding("/".join(path), shape, axes, mesh, rules)
+        return traverse_util.unflatten_dict(found)
 
 
 def module_tree(module: nnx.Module) -> Tree:
@@ -159,10 +137,6 @@ def count(tree: Tree) -> int:
 def size_in_bytes(tree: Any) -> int:
     """Bytes of all arrays together, each counted once however many devices hold it."""
     return sum(math.prod(x.shape) * jnp.dtype(x.dtype).itemsize for x in jax.tree.leaves(tree))
-
-
-def _abstract(x) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(x.shape, x.dtype)
 
 
 def _string_keys(tree):

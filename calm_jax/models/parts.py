@@ -1,12 +1,11 @@
 """Which arrays of a model are trained: a trainable and a frozen tree."""
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
+from flax import nnx, traverse_util
 
 from calm_jax import sharding
 from calm_jax.errors import CalmError
@@ -66,15 +65,15 @@ class Parts:
 
     def split(self, tree: Tree) -> tuple[Tree, Tree]:
         """(trainable, frozen) of a whole model's tree."""
-        trained = self._trained
-        return (
-            _filtered(tree, lambda path: path in trained),
-            _filtered(tree, lambda path: path not in trained),
-        )
+        trainable, frozen = {}, {}
+        for path, leaf in traverse_util.flatten_dict(tree).items():
+            (trainable if path in self._trained else frozen)[path] = leaf
+        return traverse_util.unflatten_dict(trainable), traverse_util.unflatten_dict(frozen)
 
     def merge(self, trainable: Tree, frozen: Tree) -> nnx.Module:
         """The model with the arrays of both trees."""
-        return self.structure.merge(_union(trainable, frozen))
+        flat = traverse_util.flatten_dict(trainable) | traverse_util.flatten_dict(frozen)
+        return self.structure.merge(traverse_util.unflatten_dict(flat))
 
     def of(self, model: nnx.Module) -> tuple[Tree, Tree]:
         """(trainable, frozen) arrays of a model of this structure; trainable ones in float32."""
@@ -99,25 +98,3 @@ class Parts:
             name: functools.reduce(lambda at, key: at.get(key, {}), path, tree)
             for name, path in self.names.items()
         }
-
-
-def _filtered(tree: Any, keep: Callable[[tuple[str, ...]], bool], path=()) -> Any:
-    """Nested dicts with only the leaves whose path is kept, without empty dicts."""
-    result = {}
-    for key, value in tree.items():
-        below = (*path, key)
-        if isinstance(value, Mapping):
-            value = _filtered(value, keep, below)
-            if value:
-                result[key] = value
-        elif keep(below):
-            result[key] = value
-    return result
-
-
-def _union(one: Tree, other: Tree) -> Tree:
-    """Nested dicts with the leaves of both trees."""
-    result = dict(one)
-    for key, value in other.items():
-        result[key] = _union(result[key], value) if key in result else value
-    return result

@@ -21,10 +21,10 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
+from flax import nnx, traverse_util
 
 from calm_jax.errors import CalmError
-from calm_jax.models.parameters import SCALE, Structure, Tree, path_name
+from calm_jax.models.parameters import SCALE, Structure, Tree
 
 GROUP = 32  # weights that share a scale in int4, or the largest even divisor of the axis below it
 SMALLEST_GROUP = 8  # unless the axis is shorter: scales would take more bytes than weights
@@ -192,17 +192,15 @@ def quantized_leaves(
         kind: "int8" or "int4".
     """
     summed = structure.summed()
-    shapes = {
-        path_name(p): leaf.shape for p, leaf in jax.tree.leaves_with_path(structure.abstract())
-    }
-    by_path = {path_name(path): sharding for path, sharding in jax.tree.leaves_with_path(shardings)}
+    abstract = traverse_util.flatten_dict(structure.abstract(), sep="/")
+    by_path = traverse_util.flatten_dict(shardings, sep="/")
     for path, array in leaves:
         if path in summed:
             layout = kind, summed[path], (by_path[path], by_path[path + SCALE])
             if isinstance(array, jax.Array):
                 values, scale = jax.block_until_ready(_quantizer(*layout)(array))
             else:
-                values, scale = _quantized_stack(array, shapes[path], *layout)
+                values, scale = _quantized_stack(array, abstract[path].shape, *layout)
             del array
             yield path, values
             yield path + SCALE, scale
@@ -250,5 +248,4 @@ def _layer_quantizer(kind: str, summed: tuple[int, ...], shardings):
 
 @functools.cache
 def _quantizer(kind: str, summed: tuple[int, ...], shardings):
-    """A compiled quantizer."""
     return jax.jit(functools.partial(QUANTIZERS[kind], summed=summed), out_shardings=shardings)
