@@ -29,7 +29,7 @@ from calm_jax.models.inputs import Inputs
 from calm_jax.models.layer import rms_norm
 from calm_jax.models.layouts import residual_layout, split_by_heads, split_by_width, whole_length
 from calm_jax.models.parameters import constant, matrix, weight
-from calm_jax.models.products import contract
+from calm_jax.models.products import biased, contract
 from calm_jax.models.rotary import apply_rope, rope_angles
 
 NORM_EPS = 1e-6
@@ -218,28 +218,21 @@ class CrossAttention(nnx.Module):
         x_BTNE = forward.attend(split_by_width(q_BTNE), latent_BS1E, latent_BS1E)
         x_BTNE, value_NEH = split_by_width(x_BTNE), self.value[...].astype(dtype)
         x_BTNH = jnp.einsum("NBTH->BTNH", jnp.einsum("BTNE,NEH->NBTH", x_BTNE, value_NEH))
-        if self.config.bias:
-            # Weights add up to 1.
-            x_BTNH += self.value_bias[...].astype(dtype)
+        x_BTNH = biased(x_BTNH, self, "value")  # once, since weights add up to 1
         return self._result(h_BTD, split_by_heads(x_BTNH), forward)
 
     def _projected(self, x_BSE: jax.Array, forward: KeyPass) -> tuple[jax.Array, jax.Array]:
         """Keys and values [B, S, N, H] of a normed tap [B, S, E], in its dtype."""
-        config, x_BSD, dtype = self.config, x_BSE, x_BSE.dtype
+        x_BSD, dtype = x_BSE, x_BSE.dtype
         if self.projection is not None:
-            x_BSD @= self.projection[...].astype(dtype)
-            if config.bias:
-                x_BSD += self.projection_bias[...].astype(dtype)
+            x_BSD = biased(x_BSD @ self.projection[...].astype(dtype), self, "projection")
         # Each device projects its part of the length, then the full length is gathered.
         x_BSD = whole_length(residual_layout(x_BSD))
         of_key, of_value = ("NHD", "NDH") if self.heads_first else ("DNH", "DNH")
         k_BSNH = jnp.einsum(f"BSD,{of_key}->BSNH", x_BSD, self.key[...].astype(dtype))
         v_BSNH = jnp.einsum(f"BSD,{of_value}->BSNH", x_BSD, self.value[...].astype(dtype))
-        if config.bias:
-            v_BSNH += self.value_bias[...].astype(dtype)
-            if self.projection is None and config.rotary:
-                k_BSNH += self.key_bias[...].astype(dtype)
-        if config.rotary:
+        k_BSNH, v_BSNH = biased(k_BSNH, self, "key"), biased(v_BSNH, self, "value")
+        if self.config.rotary:
             k_BSNH = apply_rope(k_BSNH, forward.key_angles, "half")
         return split_by_heads(k_BSNH), split_by_heads(v_BSNH)
 
@@ -247,8 +240,7 @@ class CrossAttention(nnx.Module):
         config, dtype = self.config, h_BTD.dtype
         q_in_BTD = rms_norm(h_BTD, self.query_norm[...], NORM_EPS) if config.norms else h_BTD
         q_BTNH = jnp.einsum("BTD,DNH->BTNH", whole_length(q_in_BTD), self.query[...].astype(dtype))
-        if config.bias:
-            q_BTNH += self.query_bias[...].astype(dtype)
+        q_BTNH = biased(q_BTNH, self, "query")
         if config.rotary:
             q_BTNH = apply_rope(q_BTNH, forward.query_angles, "half")
         return split_by_heads(q_BTNH)
@@ -258,8 +250,7 @@ class CrossAttention(nnx.Module):
         config, dtype = self.config, h_BTD.dtype
         if config.output_projection:
             y_BTD = contract("BTNH,NHD->BTD", x_BTNH, self.output[...].astype(dtype))
-            if config.bias:
-                y_BTD += self.output_bias[...].astype(dtype)
+            y_BTD = biased(y_BTD, self, "output")
         else:
             y_BTD = x_BTNH.reshape(h_BTD.shape)
         if config.gate:

@@ -18,7 +18,7 @@ from calm_jax.models.layer import ForwardPass, Layer, Norm
 from calm_jax.models.layouts import residual_layout, whole_length
 from calm_jax.models.origin import Origin, of_origin
 from calm_jax.models.parameters import constant, matrix, stacked, weight
-from calm_jax.models.products import look_up, product
+from calm_jax.models.products import biased, look_up, product
 from calm_jax.models.quantized import quantize_module
 from calm_jax.models.stack import are_stacked, run_groups, run_layers
 from calm_jax.models.taps import Taps
@@ -209,9 +209,7 @@ class Decoder(nnx.Module):
             logits_BTV = product("BTD,VD->BTV", x_BTD, self, "embedding", dtype=jnp.float32)
         else:
             logits_BTV = product("BTD,DV->BTV", x_BTD, self, "head", dtype=jnp.float32)
-        logits_BTV *= self.config.logit_scale
-        if self.head_bias is not None:
-            logits_BTV += self.head_bias[...].astype(jnp.float32)
+        logits_BTV = biased(logits_BTV * self.config.logit_scale, self, "head")
         if self.config.final_logit_cap is not None:
             cap = self.config.final_logit_cap
             logits_BTV = cap * jnp.tanh(logits_BTV / cap)

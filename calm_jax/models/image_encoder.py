@@ -21,7 +21,7 @@ from calm_jax.models.layer import ForwardPass, Layer
 from calm_jax.models.layouts import residual_layout
 from calm_jax.models.origin import Origin, of_origin
 from calm_jax.models.parameters import constant, matrix, stacked
-from calm_jax.models.products import product
+from calm_jax.models.products import affine
 from calm_jax.models.stack import run_layers
 from calm_jax.models.taps import Taps
 
@@ -136,8 +136,7 @@ class ImageEncoder(nnx.Module):
     def _embed(self, items_NPF: jax.Array) -> jax.Array:
         """What the first layer reads, [N, P, E] in the config's dtype."""
         dtype = self.config.dtype
-        x_NPE = product("NPF,FE->NPE", items_NPF.astype(dtype), self, "patches")
-        x_NPE += self.patches_bias[...].astype(dtype)
+        x_NPE = affine("NPF,FE->NPE", items_NPF.astype(dtype), self, "patches")
         x_NPE = x_NPE.at[:, 0].set(self.class_token[...].astype(dtype))
         return residual_layout(x_NPE + self.positions[...].astype(dtype))
 

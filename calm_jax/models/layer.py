@@ -19,7 +19,7 @@ from calm_jax.models.execution import Execution
 from calm_jax.models.inputs import Inputs
 from calm_jax.models.layouts import residual_layout, split_by_heads, whole_length
 from calm_jax.models.parameters import constant, matrix
-from calm_jax.models.products import product
+from calm_jax.models.products import affine
 from calm_jax.models.rotary import apply_rope, rope_angles, xpos_scale
 
 ACTIVATIONS = {
@@ -137,8 +137,8 @@ class SelfAttention(nnx.Module):
         self, x_BSD: jax.Array, forward: ForwardPass, local: jax.Array
     ) -> tuple[jax.Array, jax.Array]:
         """Rotated keys and values, [B, S, K, H] each, of normed states [B, S, D]."""
-        k_BSKH = self._project("BSD,DKH->BSKH", x_BSD, "key")
-        v_BSKH = self._project("BSD,DKH->BSKH", x_BSD, "value")
+        k_BSKH = affine("BSD,DKH->BSKH", x_BSD, self, "key")
+        v_BSKH = affine("BSD,DKH->BSKH", x_BSD, self, "value")
         k_BSKH = forward.rotate(self._normed("key", k_BSKH), local, keys=True)
         return split_by_heads(k_BSKH, "kv_heads"), split_by_heads(v_BSKH, "kv_heads")
 
@@ -151,19 +151,10 @@ class SelfAttention(nnx.Module):
         local: jax.Array,
     ) -> jax.Array:
         """Attention of normed states [B, T, D] to keys and values [B, S, K, H]: [B, T, D]."""
-        q_BTNH = self._normed("query", self._project("BTD,DNH->BTNH", x_BTD, "query"))
+        q_BTNH = self._normed("query", affine("BTD,DNH->BTNH", x_BTD, self, "query"))
         q_BTNH = split_by_heads(forward.rotate(q_BTNH, local, keys=False))
         x_BTNH = split_by_heads(forward.attend(q_BTNH, k_BSKH, v_BSKH, local))
-        y_BTD = product("BTNH,NHD->BTD", x_BTNH, self, "output")
-        if not self.config.output_bias:
-            return y_BTD
-        return y_BTD + self.output_bias[...].astype(y_BTD.dtype)
-
-    def _project(self, equation: str, x: jax.Array, name: str) -> jax.Array:
-        y = product(equation, x, self, name)
-        if not self.config.attention_bias:
-            return y
-        return y + getattr(self, f"{name}_bias")[...].astype(y.dtype)
+        return affine("BTNH,NHD->BTD", x_BTNH, self, "output")
 
     def _normed(self, name: str, x_BTNH: jax.Array) -> jax.Array:
         """Queries or keys after the norm per head, if the config has one."""
@@ -189,17 +180,13 @@ class Mlp(nnx.Module):
 
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
         activation = ACTIVATIONS[self.config.activation]
-        hidden_BTF = self._project("BTD,DF->BTF", x_BTD, "up")
+        hidden_BTF = affine("BTD,DF->BTF", x_BTD, self, "up")
         if self.config.gated_mlp:
-            hidden_BTF *= activation(self._project("BTD,DF->BTF", x_BTD, "gate"))
+            hidden_BTF *= activation(affine("BTD,DF->BTF", x_BTD, self, "gate"))
         else:
             hidden_BTF = activation(hidden_BTF)
         hidden_BTF = sharding.constrain(hidden_BTF, "batch", "length", "mlp")
-        return self._project("BTF,FD->BTD", hidden_BTF, "down")
-
-    def _project(self, equation: str, x: jax.Array, name: str) -> jax.Array:
-        y = product(equation, x, self, name)
-        return y + getattr(self, f"{name}_bias")[...].astype(x.dtype) if self.config.mlp_bias else y
+        return affine("BTF,FD->BTD", hidden_BTF, self, "down")
 
 
 class Layer(nnx.Module):
@@ -224,16 +211,12 @@ class Layer(nnx.Module):
         local: jax.Array,
         number: jax.Array | None = None,
     ) -> tuple[jax.Array, KeysValues | None]:
-        """Runs the layer.
+        """The residual stream [B, T, D] after the layer, and the updated cache.
 
         Args:
-            x_BTD: the residual stream [B, T, D].
             cache: the cache of all layers; None: tokens see only `x_BTD`.
             local: whether the layer sees only its window; a bool scalar.
             number: the layer's number in the cache.
-
-        Returns:
-            the layer's output [B, T, D] in the dtype of `x_BTD`; and the updated cache.
         """
         x_BTD = residual_layout(x_BTD)
         with jax.named_scope("attention"):

@@ -52,6 +52,17 @@ def product(
     return y if update is None else y + update.astype(y.dtype)
 
 
+def affine(equation: str, x: jax.Array, module: nnx.Module, name: str) -> jax.Array:
+    """`product` in the dtype of `x`, with the bias of the matrix if there is one."""
+    return biased(product(equation, x, module, name), module, name)
+
+
+def biased(y: jax.Array, module: nnx.Module, name: str) -> jax.Array:
+    """`y`, with the bias of the matrix `name` of `module` if there is one: `name`_bias."""
+    bias = getattr(module, f"{name}_bias", None)
+    return y if bias is None else y + bias[...].astype(y.dtype)
+
+
 def _gathered(param: nnx.Param) -> jax.Array:
     """A parameter's value, whole along the model's width, or along the groups of it."""
     whole = ("embed", "embed_groups")
