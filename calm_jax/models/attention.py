@@ -58,7 +58,6 @@ class Attention:
         logit_cap: float | None = None,
         window: int | None = None,
     ):
-        own_keys = keys is None
         keys = queries if keys is None else keys
         length = keys.shape[1]
         # A window as long as the rows hides nothing, so local layers are global ones.
@@ -74,12 +73,14 @@ class Attention:
         self.backend, self.scale, self.logit_cap, self.window = backend, scale, logit_cap, window
         self.segments = (queries.segments_BT, keys.segments_BT)
         if backend == "xla":
-            self.mask_BTS = causal_mask(*self.segments, *self.orders)
+            in_array = [jnp.arange(x.shape[1])[None] for x in self.segments]
+            order_BT, order_BS = self.orders or in_array
+            self.mask_BTS = causal_mask(*self.segments, order_BT, order_BS)
             self.sees_any_BT = jnp.any(self.mask_BTS, axis=-1)
             if window is not None:
-                near = window_mask(queries.shape[1], length, window, *self.orders)
-                self.local_mask_BTS = self.mask_BTS & near
-        elif own_keys or decodes:
+                near_BTS = order_BT[:, :, None] - order_BS[:, None, :] < window
+                self.local_mask_BTS = self.mask_BTS & near_BTS
+        elif keys is queries or decodes:
             self.sees_any_BT = queries.segments_BT != 0
         else:
             # Attention over values of 1 is 1 where a query sees a key, and 0 where it sees none.
@@ -94,22 +95,8 @@ class Attention:
         v_BSKH: jax.Array,
         local: jax.Array | None = None,
     ) -> jax.Array:
-        """Attends with queries [B, T, N, H] to keys and values [B, S, K, H].
-
-        Args:
-            local: whether the layer sees only its window; a bool scalar, traced inside a scan.
-
-        Returns:
-            [B, T, N, H] in the dtype of `v_BSKH`.
-        """
-        if self.backend == "xla":
-            return self.with_weights(q_BTNH, k_BSKH, v_BSKH, local)[0]
-        if self.window is None:
-            x_BTNH = self._per_device(None, q_BTNH, k_BSKH, v_BSKH)
-        else:
-            branches = (functools.partial(self._per_device, w) for w in (self.window, None))
-            x_BTNH = jax.lax.cond(local, *branches, q_BTNH, k_BSKH, v_BSKH)
-        return jnp.where(self.sees_any_BT[:, :, None, None], x_BTNH, 0)
+        """As `with_weights`, which are not returned."""
+        return self.with_weights(q_BTNH, k_BSKH, v_BSKH, local)[0]
 
     def with_weights(
         self,
@@ -117,14 +104,29 @@ class Attention:
         k_BSKH: jax.Array,
         v_BSKH: jax.Array,
         local: jax.Array | None = None,
-    ) -> tuple[jax.Array, jax.Array]:
-        """As `__call__`, and the attention weights, float32 [B, N, T, S]. Needs backend "xla"."""
-        mask_BTS = self.mask_BTS
-        if self.window is not None:
-            mask_BTS = jnp.where(local, self.local_mask_BTS, mask_BTS)
-        return dot_product_attention(
-            q_BTNH, k_BSKH, v_BSKH, mask_BTS, scale=self.scale, logit_cap=self.logit_cap
-        )
+    ) -> tuple[jax.Array, jax.Array | None]:
+        """Attends with queries [B, T, N, H] to keys and values [B, S, K, H].
+
+        Args:
+            local: whether the layer sees only its window; a bool scalar, traced inside a scan.
+
+        Returns:
+            [B, T, N, H] in the dtype of `v_BSKH`; and the attention weights, float32 [B, N, T, S],
+            or None if the backend is not "xla".
+        """
+        if self.backend == "xla":
+            mask_BTS = self.mask_BTS
+            if self.window is not None:
+                mask_BTS = jnp.where(local, self.local_mask_BTS, mask_BTS)
+            return dot_product_attention(
+                q_BTNH, k_BSKH, v_BSKH, mask_BTS, scale=self.scale, logit_cap=self.logit_cap
+            )
+        if self.window is None:
+            x_BTNH = self._per_device(None, q_BTNH, k_BSKH, v_BSKH)
+        else:
+            branches = (functools.partial(self._per_device, w) for w in (self.window, None))
+            x_BTNH = jax.lax.cond(local, *branches, q_BTNH, k_BSKH, v_BSKH)
+        return jnp.where(self.sees_any_BT[:, :, None, None], x_BTNH, 0), None
 
     def _per_device(self, window: int | None, q_BTNH, k_BSKH, v_BSKH) -> jax.Array:
         """Runs the backend on each device for its own rows and heads."""
@@ -171,32 +173,13 @@ def _order(inputs: Inputs) -> jax.Array:
 def causal_mask(
     query_segments_BT: jax.Array,
     key_segments_BS: jax.Array,
-    query_order_BT: jax.Array | None = None,
-    key_order_BS: jax.Array | None = None,
+    query_order_BT: jax.Array,
+    key_order_BS: jax.Array,
 ) -> jax.Array:
-    """Bool [B, T, S]: whether query t sees key s if there are no windows.
-
-    All arguments are int32 [B, T] or [B, S]. The default order is that of the array.
-    """
+    """Bool [B, T, S]: whether query t sees key s if there are no windows."""
     same_BTS = query_segments_BT[:, :, None] == key_segments_BS[:, None, :]
     real_B1S = (key_segments_BS != 0)[:, None, :]
-    if query_order_BT is None:
-        T, S = query_segments_BT.shape[1], key_segments_BS.shape[1]
-        return jnp.tril(jnp.ones((T, S), bool)) & same_BTS & real_B1S
     return (query_order_BT[:, :, None] >= key_order_BS[:, None, :]) & same_BTS & real_B1S
-
-
-def window_mask(
-    T: int,
-    S: int,
-    window: int,
-    query_order_BT: jax.Array | None = None,
-    key_order_BS: jax.Array | None = None,
-) -> jax.Array:
-    """Bool [T, S], or [B, T, S] with orders: whether key s is less than `window` before query t."""
-    if query_order_BT is None:
-        return jnp.arange(T)[:, None] - jnp.arange(S)[None, :] < window
-    return query_order_BT[:, :, None] - key_order_BS[:, None, :] < window
 
 
 def dot_product_attention(

@@ -93,12 +93,8 @@ class BridgePass(KeyPass):
         head_dim = heads(config, anchor)[1]
         latent_dim = None if latents is None else latents.values_LBKSH.shape[-1]
         need = Need.of_bridge(config, anchor, latent_dim)
-        self.attend = Attention(
-            chosen(execution.attention, need, queries, keys),
-            queries,
-            None if keys is queries else keys,
-            scale=head_dim**-0.5,
-        )
+        backend = chosen(execution.attention, need, queries, keys)
+        self.attend = Attention(backend, queries, keys, scale=head_dim**-0.5)
         if config.rotary:
             self.query_angles = rope_angles(queries.positions_BT, head_dim, ROPE_BASE)
 
@@ -191,14 +187,11 @@ class CrossAttention(nnx.Module):
             k_BSNH, v_BSNH: keys and values of the tap.
 
         Returns:
-            [B, T, D] in the dtype of `h_BTD`, exactly 0 where a query sees no key; and attention
-            weights, float32 [B, N, T, S], or None if the backend is not "xla".
+            [B, T, D] in the dtype of `h_BTD`, exactly 0 where a query sees no key; and the weights
+            of `Attention.with_weights`.
         """
-        q_BTNH, weights_BNTS = self._queries(h_BTD, forward), None
-        if forward.attend.backend == "xla":
-            x_BTNH, weights_BNTS = forward.attend.with_weights(q_BTNH, k_BSNH, v_BSNH)
-        else:
-            x_BTNH = forward.attend(q_BTNH, k_BSNH, v_BSNH)
+        q_BTNH = self._queries(h_BTD, forward)
+        x_BTNH, weights_BNTS = forward.attend.with_weights(q_BTNH, k_BSNH, v_BSNH)
         return self._result(h_BTD, split_by_heads(x_BTNH), forward), weights_BNTS
 
     def attend_to_latents(

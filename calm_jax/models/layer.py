@@ -61,7 +61,7 @@ class ForwardPass:
         self.attend = Attention(
             chosen(execution.attention, need, inputs, keys),
             inputs,
-            None if keys is inputs else keys,
+            keys,
             scale=config.scale,
             logit_cap=config.attention_logit_cap,
             window=config.window if any(config.local_layers) else None,
