@@ -65,7 +65,7 @@ class Mixture(nnx.Module):
     def init_cache(self, batch: int, slots: int, dtype: Any = None) -> ComposedCache:
         """An empty cache of both for `batch` rows of up to `slots` tokens."""
         anchor, augment = (model.init_cache(batch, slots, dtype=dtype) for model in self.models)
-        return ComposedCache(anchor, (augment,), (), ())
+        return ComposedCache(anchor, (augment,), (), (None,), (None,))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -61,6 +61,14 @@ class Slots:
         """int32 [P], number of tokens in each row that the inputs belong to."""
         return self.length_B if self.rows_P is None else self.length_B[self.rows_P]
 
+    def using(self, rows_P: jax.Array | None = None, read: int | None = None) -> "Slots":
+        """A copy whose next inputs belong to rows int32 [P] and read the first `read` slots."""
+        return dataclasses.replace(self, rows_P=rows_P, read=read)
+
+    def with_length(self, length_B: jax.Array) -> "Slots":
+        """A copy whose rows end after `length_B` tokens, int32 [B]."""
+        return dataclasses.replace(self, length_B=length_B)
+
     def slots_of(self, inputs: Inputs) -> jax.Array:
         """The slots of new `filled` inputs, int32 [P, T]; S for padding."""
         return jnp.where(inputs.segments_BT != 0, inputs.order_BT, self.segments_BS.shape[1])
@@ -239,7 +247,6 @@ class KeysValues:
     def empty(
         cls, layers: int, batch: int, heads: int, slots: int, head_dim: int, dtype: Any
     ) -> "KeysValues":
-        """Zeros, sharded by the rules if there is a mesh."""
         return cls(*(Vectors.empty(layers, batch, heads, slots, head_dim, dtype) for _ in range(2)))
 
     def write(
@@ -250,14 +257,14 @@ class KeysValues:
         k_PTKH: jax.Array,
         v_PTKH: jax.Array,
     ) -> "KeysValues":
-        """A copy with keys and values [P, T, K, H] of one layer at slots int32 [P, T]."""
+        """As `Vectors.write`."""
         return KeysValues(
             self.keys.write(layer, slots, slots_PT, k_PTKH),
             self.values.write(layer, slots, slots_PT, v_PTKH),
         )
 
     def read(self, layer: jax.Array | int, slots: Slots, dtype: Any) -> tuple[jax.Array, jax.Array]:
-        """One layer's keys and values in the slots to read, [P, R, K, H] each, in `dtype`."""
+        """As `Vectors.read`."""
         return self.keys.read(layer, slots, dtype), self.values.read(layer, slots, dtype)
 
 
@@ -281,14 +288,12 @@ class DecoderCache:
         return self.layers.keys.values_LBKSH.shape[0]
 
     def using(self, rows_P: jax.Array | None = None, read: int | None = None) -> "DecoderCache":
-        """A copy whose next inputs belong to rows int32 [P] and read the first `read` slots."""
-        return dataclasses.replace(
-            self, slots=dataclasses.replace(self.slots, rows_P=rows_P, read=read)
-        )
+        """A copy with `Slots.using`."""
+        return dataclasses.replace(self, slots=self.slots.using(rows_P, read))
 
     def with_length(self, length_B: jax.Array) -> "DecoderCache":
-        """A copy whose rows end after `length_B` tokens, int32 [B]."""
-        return dataclasses.replace(self, slots=dataclasses.replace(self.slots, length_B=length_B))
+        """A copy with `Slots.with_length`."""
+        return dataclasses.replace(self, slots=self.slots.with_length(length_B))
 
     def with_copy(self, source: jax.Array, target: jax.Array, count: int) -> "DecoderCache":
         """A copy whose row `target` has the first `count` slots of row `source`.
@@ -298,17 +303,18 @@ class DecoderCache:
         return with_copy(self, source, target, count)
 
 
-def filled(inputs: Inputs, slots: Slots | None) -> Inputs:
-    """`inputs.filled`, after the tokens of a cache.
+def filled(inputs: Inputs, slots: Slots | None) -> tuple[Inputs, Slots | None]:
+    """`inputs.filled`, after the tokens of a cache, and its slots with these added.
 
     Raises `CalmError` if the inputs of a cache have an order of their own: a cache orders tokens by
     their arrival.
     """
     if slots is None:
-        return inputs.filled()
+        return inputs.filled(), None
     if inputs.order_BT is not None:
         raise CalmError("a cache orders tokens by arrival; its inputs must not have an order_BT")
-    return inputs.filled(slots.length_P)
+    inputs = inputs.filled(slots.length_P)
+    return inputs, slots.write(inputs)
 
 
 def with_copy(tree: Any, source: jax.Array, target: jax.Array, count: int) -> Any:

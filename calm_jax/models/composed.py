@@ -301,11 +301,10 @@ class ComposedDecoder(nnx.Module):
 
         An observation is the result of `observe(h, f_cross result, attention weights)`.
         """
-        before = None if cache is None else cache.slots
         own = own_inputs(inputs, self.augments, self.own_tokens, cached=cache is not None)
-        inputs = filled(inputs.replace(augments=()), before)
-        slots = None if before is None else before.write(inputs)
-        own_slots = [cache and cache.own_slots(number) for number in range(len(self.augments))]
+        before = None if cache is None else cache.slots
+        inputs, slots = filled(inputs.replace(augments=()), before)
+        own_slots = (None,) * len(self.augments) if cache is None else cache.own
         taps, augment_caches = [], []
         # A cache orders its tokens itself.
         given = inputs if cache is None else inputs.replace(order_BT=None)
@@ -357,37 +356,32 @@ class ComposedDecoder(nnx.Module):
                 taps[entry[0].augment].of(tuple(c.layer for c in entry), round_.stacked)
                 for entry in round_.entries
             ]
-            if round_.stacked:
+            # Before the first round the stream of a frozen anchor has no gradient.
+            at_once = round_.stacked or round_ is not self.plan.rounds[0]
 
-                def step(carry, inputs, bridge=bridge, follow=follow):
-                    h_BTD, layer_cache, entry_caches = carry
-                    state, entry_taps, number, first = inputs
+            def step(carry, inputs, bridge=bridge, follow=follow, at_once=at_once):
+                h_BTD, layer_cache, entry_caches = carry
+                state, entry_taps, number, first = inputs
+                if at_once:
                     h_BTD, state = gradients_at_once((h_BTD, state))
-                    h_BTD, seen, entry_caches = bridge(
-                        h_BTD, state, entry_taps, entry_caches, number
-                    )
-                    h_BTD, layer_cache = follow(h_BTD, cache=layer_cache, first=first)
-                    return (h_BTD, layer_cache, entry_caches), seen
+                h_BTD, seen, entry_caches = bridge(h_BTD, state, entry_taps, entry_caches, number)
+                h_BTD, layer_cache = follow(h_BTD, cache=layer_cache, first=first)
+                return (h_BTD, layer_cache, entry_caches), seen
 
+            carry = (h_BTD, layer_cache, entry_caches)
+            if round_.stacked:
                 numbers = jnp.arange(len(round_.entries[0]))
                 firsts = round_.first + round_.layers * numbers
-                (h_BTD, layer_cache, entry_caches), seen = jax.lax.scan(
-                    step,
-                    (h_BTD, layer_cache, entry_caches),
-                    (state, entry_taps, numbers, firsts),
-                    unroll=execution.unroll,
-                )
+                of_steps = (state, entry_taps, numbers, firsts)
+                carry, seen = jax.lax.scan(step, carry, of_steps, unroll=execution.unroll)
             else:
-                # Before the first round the stream of a frozen anchor has no gradient.
-                if round_ is not self.plan.rounds[0]:
-                    h_BTD, state = gradients_at_once((h_BTD, state))
-                h_BTD, seen, entry_caches = bridge(h_BTD, state, entry_taps, entry_caches, 0)
-                seen = [None if x is None else x[None] for x in seen]
-                h_BTD, layer_cache = follow(h_BTD, cache=layer_cache, first=round_.first)
+                carry, seen = step(carry, (state, entry_taps, 0, round_.first))
+                seen = jax.tree.map(lambda x: x[None], seen)
+            h_BTD, layer_cache, entry_caches = carry
             next_bridge_caches.append(entry_caches)
             for entry, values in zip(round_.entries, seen, strict=True):
-                each = [None] * len(entry) if values is None else values
-                observed.update(zip(entry, each, strict=True))
+                if values is not None:
+                    observed.update(zip(entry, values, strict=True))
         if cache is not None:
             cache = dataclasses.replace(
                 cache,
@@ -396,4 +390,4 @@ class ComposedDecoder(nnx.Module):
                 bridge=tuple(next_bridge_caches),
                 latents=tuple(forward.latents for forward in passes),
             )
-        return h_BTD, cache, [observed[connection] for connection in self.connections]
+        return h_BTD, cache, [observed.get(connection) for connection in self.connections]

@@ -39,16 +39,12 @@ class ComposedCache:
     augments: tuple[Any, ...]
     bridge: tuple[tuple[KeysValues | None, ...], ...]
     latents: tuple[Vectors | None, ...]
-    own: tuple[Slots | None, ...] = ()
+    own: tuple[Slots | None, ...]
     entries: tuple[tuple[int, ...], ...] = dataclasses.field(default=(), metadata={"static": True})
 
     @property
     def slots(self) -> Slots:
         return self.anchor.slots
-
-    def own_slots(self, number: int) -> Slots | None:
-        """The slots of augment `number` if it has inputs of its own."""
-        return self.own[number] if self.own else None
 
     def using(
         self,
@@ -60,7 +56,7 @@ class ComposedCache:
         cache = self._mapped(lambda cache: cache.using(rows_P, read))
         reads = own or (None,) * len(self.own)
         slots = tuple(
-            None if x is None else dataclasses.replace(x, rows_P=rows_P, read=of_augment)
+            None if x is None else x.using(rows_P, of_augment)
             for x, of_augment in zip(self.own, reads, strict=True)
         )
         return dataclasses.replace(cache, own=slots)
@@ -84,40 +80,39 @@ class ComposedCache:
         self, number: int, rows_P: jax.Array | None = None, read: int | None = None
     ) -> "ComposedCache":
         """As `using`, for the next inputs of its own of augment `number`."""
-
-        def use(part):
-            if isinstance(part, DecoderCache):
-                return part.using(rows_P, read)
-            is_slots = isinstance(part, Slots)
-            return dataclasses.replace(part, rows_P=rows_P, read=read) if is_slots else part
-
-        return self._with(number, use)
+        return self._with_slots(number, lambda slots: slots.using(rows_P, read))
 
     def own_kept(self, row: jax.Array, kept: tuple[jax.Array | None, ...]) -> "ComposedCache":
         """A copy whose row `row` keeps its first inputs of its own: `kept` of each augment."""
 
-        def keep(part, count):
-            if isinstance(part, DecoderCache):
-                return dataclasses.replace(part, slots=keep(part.slots, count))
-            if not isinstance(part, Slots):
-                return part
-            return dataclasses.replace(part, length_B=part.length_B.at[row].set(count))
+        def keep(slots, count):
+            return slots.with_length(slots.length_B.at[row].set(count))
 
         cache = self
         for number, count in enumerate(kept):
             if count is not None:
-                cache = cache._with(number, functools.partial(keep, count=count))
+                cache = cache._with_slots(number, functools.partial(keep, count=count))
         return cache
 
     def own_grown(self, number: int, slots: int) -> "ComposedCache":
         """A copy with `slots` slots for the inputs of its own of augment `number`."""
         return self._with(number, functools.partial(_grown, slots=slots))
 
+    def _with_slots(self, number: int, function: Callable[[Slots], Slots]) -> "ComposedCache":
+        """A copy with `function` of the slots of augment `number`, in its cache and in f_cross'."""
+
+        def of_part(part):
+            if isinstance(part, DecoderCache):
+                return dataclasses.replace(part, slots=function(part.slots))
+            return function(part) if isinstance(part, Slots) else part
+
+        return self._with(number, of_part)
+
     def _mapped(self, function: Callable[[Any], Any]) -> "ComposedCache":
         """A copy with `function` of each cache whose slots are those of the anchor."""
         augments = tuple(
-            function(cache) if self.own_slots(number) is None else cache
-            for number, cache in enumerate(self.augments)
+            function(cache) if own is None else cache
+            for cache, own in zip(self.augments, self.own, strict=True)
         )
         return dataclasses.replace(self, anchor=function(self.anchor), augments=augments)
 
@@ -134,8 +129,8 @@ class ComposedCache:
         return dataclasses.replace(
             self,
             augments=of_augment(self.augments, numbers),
-            latents=of_augment(self.latents, numbers) if self.latents else (),
-            own=of_augment(self.own, numbers) if self.own else (),
+            latents=of_augment(self.latents, numbers),
+            own=of_augment(self.own, numbers),
             bridge=tuple(map(of_augment, self.bridge, self.entries)),
         )
 

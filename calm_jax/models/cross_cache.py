@@ -23,10 +23,6 @@ LATENT_GROUP = 128
 Mesh = jax.sharding.Mesh | jax.sharding.AbstractMesh
 
 
-# A cache for each entry of each round.
-BridgeCaches = tuple[tuple[KeysValues | None, ...], ...]
-
-
 class CrossBytes(NamedTuple):
     """Bytes that a token takes on a device in the cache of the connections of one augment.
 
@@ -103,7 +99,7 @@ def empty_cross_cache(
     slots: int,
     own: tuple[int | None, ...],
     dtype: Any,
-) -> tuple[BridgeCaches, tuple[Vectors | None, ...], tuple[Slots | None, ...]]:
+) -> tuple[tuple, tuple[Vectors | None, ...], tuple[Slots | None, ...]]:
     """`bridge`, `latents` and `own` of a `ComposedCache`, empty, on the mesh of `array`.
 
     `own` is the number of slots of each augment with inputs of its own; None for others.
@@ -114,9 +110,7 @@ def empty_cross_cache(
     return make_on_mesh_of(array, _empty, arguments)
 
 
-def _empty(
-    plan, configs, anchor, widths, are_latent, batch, slots, own, dtype
-) -> tuple[BridgeCaches, tuple[Vectors | None, ...], tuple[Slots | None, ...]]:
+def _empty(plan, configs, anchor, widths, are_latent, batch, slots, own, dtype):
     slots_of = [slots if of_augment is None else of_augment for of_augment in own]
 
     def projected(entry: tuple[Connection, ...]) -> KeysValues | None:

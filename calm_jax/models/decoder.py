@@ -219,9 +219,7 @@ class Decoder(nnx.Module):
         self, inputs: Inputs, cache: DecoderCache | None
     ) -> tuple[ForwardPass, Inputs, Slots | None]:
         """What the layers share, the `filled` inputs, and the cache's slots with them included."""
-        before = None if cache is None else cache.slots
-        inputs = filled(inputs, before)
-        slots = None if before is None else before.write(inputs)
+        inputs, slots = filled(inputs, None if cache is None else cache.slots)
         return ForwardPass(self.config, self.execution, inputs, slots), inputs, slots
 
 
