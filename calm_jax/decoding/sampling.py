@@ -67,15 +67,12 @@ class Sampling:
             ("n", 1, None),
             ("seed", 0, 2**63 - 1),
             ("logprobs", 0, MOST_LOGPROBS),
-        ):
-            self._check(name, low, high, whole=True)
-        for name, low, high in (
             ("temperature", 0.0, None),
             ("top_p", 0.0, 1.0),
             ("min_p", 0.0, 1.0),
             ("repetition_penalty", 0.0, None),
         ):
-            self._check(name, low, high, whole=False)
+            self._check(name, low, high, whole=isinstance(low, int))
         for name in ("top_p", "repetition_penalty"):
             if getattr(self, name) == 0:
                 raise CalmError(f"{name} is 0; it must be above 0")

@@ -301,8 +301,7 @@ class CompositionConfig:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "CompositionConfig":
         """The inverse of `to_dict`; raises `CalmError` on unknown fields."""
-        values = dict(_known_fields(cls, values, "composition"))
-        return cls(**values)
+        return cls(**_known_fields(cls, values, "composition"))
 
 
 def heads(config: CompositionConfig, anchor: DecoderConfig) -> tuple[int, int]:

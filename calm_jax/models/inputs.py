@@ -68,15 +68,13 @@ class Inputs:
     @classmethod
     def augments_of(cls, batch: Mapping[str, jax.Array]) -> tuple["Inputs | None", ...]:
         """The own inputs of augments in a batch; None of one that reads the anchor's tokens."""
-        numbers = [k for k in range(len(batch)) if {own_keys(k)[0], features_key(k)} & set(batch)]
-        own = {k: cls._of_augment(batch, k) for k in numbers}
+        own = {}
+        for k in range(len(batch)):
+            tokens, *rest = map(batch.get, own_keys(k))
+            features = batch.get(features_key(k))
+            if tokens is not None or features is not None:
+                own[k] = cls(tokens, features, *rest)
         return tuple(own.get(k) for k in range(max(own, default=-1) + 1))
-
-    @classmethod
-    def _of_augment(cls, batch: Mapping[str, jax.Array], number: int) -> "Inputs":
-        tokens, segments, order, positions, prompt = map(batch.get, own_keys(number))
-        features = batch.get(features_key(number))
-        return cls(tokens, features, segments, order, positions, prompt)
 
     def of_augment(self, number: int) -> "Inputs | None":
         """The own inputs of augment `number`; None if it reads the anchor's tokens."""
