@@ -106,13 +106,6 @@ def _width_and_depth(augment: DecoderConfig | Augment) -> tuple[int, int]:
     return augment.width, augment.depth
 
 
-def bytes_per_token(
-    model: Decoder | ComposedDecoder, dtype: Any = None, whole: Sequence[int] = ()
-) -> int:
-    """A model's `token_bytes` in all caches, on each device that holds the token's row."""
-    return bytes_per_row(model, 1, dtype, whole)
-
-
 def bytes_per_row(
     model: Decoder | ComposedDecoder,
     length: int,

@@ -93,9 +93,10 @@ class OwnReading:
         enough = (x for x in levels if all(self._read(k, x) >= held[k] for k in held))
         return next(enough, levels[-1])
 
-    def reads(self, level: int) -> tuple[int | None, ...]:
-        """The number of slots to read of each augment; () if none has inputs of its own."""
-        return self._by_number({k: self._read(k, level) for k in self.slots})
+    def reads(self, level: int) -> tuple:
+        """The numbers of slots to read, as `steps.prefill` takes them."""
+        own = self._by_number({k: self._read(k, level) for k in self.slots})
+        return (self._reads[level], own) if own else (self._reads[level],)
 
     def keep(self, state: State, index: int, row: Row) -> State:
         """The state that keeps of the row with this index what `row` holds."""

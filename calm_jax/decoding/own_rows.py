@@ -64,7 +64,7 @@ class Text:
 
 
 class Items:
-    """The items of a row, of an augment that reads features.
+    """The items of a row, of an augment that reads features, with the methods of `Text`.
 
     Attributes:
         features_SF: float32 [S, F], one item after another.
@@ -79,13 +79,11 @@ class Items:
         self.held = 0
 
     def copy(self, held: int) -> "Items":
-        """A copy for a row that holds the first `held` positions."""
         new = copy.copy(self)
         new.held = held
         return new
 
     def same(self, other: "Items") -> int:
-        """How many of the first positions are those of `other`, seen from the same tokens on."""
         most = min(len(self.order), len(other.order))
         equal = np.equal(self.order[:most], other.order[:most])
         equal &= np.all(self.features_SF[:most] == other.features_SF[:most], axis=1)
@@ -96,7 +94,6 @@ class Items:
         return len(self.order) if max(self.order, default=0) < index else 0
 
     def unread(self, index: int) -> tuple[int, int]:
-        """All that is not held."""
         return self.held, len(self.order)
 
 

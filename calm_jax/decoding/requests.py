@@ -1,8 +1,6 @@
 """Requests to a scheduler, its news, and its records of each answer and row."""
 
-import collections
 import dataclasses
-import types
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -127,40 +125,6 @@ class Answer:
         return sampling is not None and sampling.repetition_penalty != 1.0
 
 
-class Queue:
-    """Answers that wait for a row, in the order of their requests."""
-
-    def __init__(self):
-        self._waiting = collections.OrderedDict[tuple[Request, int], Answer]()
-
-    @property
-    def waiting(self) -> int:
-        """Number of answers that have no row yet."""
-        return len(self._waiting)
-
-    def submit(self, *requests: Request) -> None:
-        """Adds requests to the queue, or none if `check` refuses one."""
-        for request in requests:
-            self.check(request)
-        for request in requests:
-            for sample in request.samples:
-                self._waiting[request, sample] = Answer(request, sample)
-
-    def check(self, request: Request) -> None:
-        """Raises `CalmError` for what cannot be answered."""
-        raise NotImplementedError
-
-    def withdraw(self, request: Request, sample: int | None) -> Sequence[int]:
-        """Drops a waiting request, or one of its answers; returns the numbers of what is dropped.
-
-        Ignores unknown ones.
-        """
-        samples = request.samples if sample is None else [sample]
-        for number in samples:
-            self._waiting.pop((request, number), None)
-        return samples
-
-
 @dataclasses.dataclass(eq=False)
 class Row:
     """A row of the state: the tokens in its cache, and the answer that it generates.
@@ -188,7 +152,7 @@ def check_request(
     rows: int,
     known: int,
     max_length: int,
-    shapes: Mapping[int, tuple[int, int]] = types.MappingProxyType({}),
+    shapes: Mapping[int, tuple[int, int]],
 ) -> None:
     """Refuses what cannot be answered.
 

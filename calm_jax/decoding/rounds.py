@@ -26,11 +26,8 @@ def token_round(
 ) -> tuple[State, News, jax.Array]:
     """Adds a token to each row that is not idle.
 
-    Args:
-        ends_E: the ids that end an answer, int32 [E].
-        known: only ids below it may be chosen.
-        reads: number of slots that are read: the last arguments of the cache's `using`.
-        top: number of most probable tokens to return.
+    The last arguments are those of `steps.prefill`; `reads` are the last ones of the cache's
+    `using`.
 
     Returns:
         the state; the tokens, [1, B]; and zeros, int32 [2]: there are no drafts.

@@ -9,6 +9,7 @@ If an augment reads answers in tokens of its own, the host makes them of each to
 Every process of a run makes the same calls, so all decide the same.
 """
 
+import collections
 import dataclasses
 import itertools
 from collections.abc import Sequence
@@ -29,7 +30,6 @@ from calm_jax.decoding.requests import (
     SHARED,
     Answer,
     News,
-    Queue,
     Request,
     Row,
     check_request,
@@ -53,20 +53,10 @@ MOST_FOLLOWED = 1  # that, if augments read the answers in tokens of their own
 SHORTEST = 2  # tokens of the shortest prefill, since many prompts differ only in their last ones
 
 
-class Scheduler(Queue):
+class Scheduler:
     """Answers requests to one model. Not thread-safe: one thread must make all calls.
 
-    Args:
-        max_length: most tokens of a prompt and its answer.
-        slots: number of rows that are decoded at once.
-        cache_dtype: dtype of the caches, a float dtype or "int8"; default: the model's.
-        prefill_chunk: most tokens of prompts that one dispatch reads.
-        draft: most tokens that an augment drafts at a time; fewer or none where drafts do not pay.
-        eos_ids: ids that end an answer; default: the vocabulary's.
-
-    Raises:
-        CalmError: a size below 1, a cache that does not fit the devices, or a draft of a model
-            without an augment that writes, or with one that does not read the anchor's tokens.
+    Arguments and errors are those of `calm_jax.Generator`.
     """
 
     def __init__(
@@ -80,7 +70,7 @@ class Scheduler(Queue):
         draft: int = 0,
         eos_ids: Sequence[int] | None = None,
     ):
-        super().__init__()
+        self._waiting = collections.OrderedDict[tuple[Request, int], Answer]()
         check_size("max_length", max_length)
         check_size("slots", slots)
         check_size("prefill_chunk", prefill_chunk)
@@ -124,6 +114,11 @@ class Scheduler(Queue):
         self._time = 0
 
     @property
+    def waiting(self) -> int:
+        """Number of answers that have no row yet."""
+        return len(self._waiting)
+
+    @property
     def running(self) -> int:
         """Number of rows in use."""
         return sum(row.answer is not None for row in self.rows)
@@ -132,6 +127,14 @@ class Scheduler(Queue):
     def drafting(self) -> Drafting | None:
         """The state of drafting; None without `draft`."""
         return None if self._drafting is None else self._drafting.report
+
+    def submit(self, *requests: Request) -> None:
+        """Adds requests to the queue, or none if `check` refuses one."""
+        for request in requests:
+            self.check(request)
+        for request in requests:
+            for sample in request.samples:
+                self._waiting[request, sample] = Answer(request, sample)
 
     def check(self, request: Request) -> None:
         """Refuses what cannot be answered.
@@ -146,7 +149,9 @@ class Scheduler(Queue):
 
     def cancel(self, request: Request, sample: int | None = None) -> None:
         """Drops a request, or one of its answers, and frees its rows; ignores unknown ones."""
-        samples = self.withdraw(request, sample)
+        samples = request.samples if sample is None else [sample]
+        for number in samples:
+            self._waiting.pop((request, number), None)
         ended = [
             row.answer is not None
             and row.answer.request is request
@@ -181,13 +186,10 @@ class Scheduler(Queue):
                 else:
                     return False
         except BaseException:
-            self._forget()
+            # The dispatch has taken the state's arrays.
+            self._state, self.rows = None, [Row() for _ in self.rows]
             raise
         return True
-
-    def _forget(self) -> None:
-        """Empties all rows after a dispatch that failed, which has taken the state's arrays."""
-        self._state, self.rows = None, [Row() for _ in self.rows]
 
     # Prompts.
 
@@ -245,8 +247,7 @@ class Scheduler(Queue):
                 self._state,
                 np.int32(self.rows.index(source)),
                 np.int32(number),
-                count=self._reads[level],
-                own=self._own.reads(level),
+                counts=self._own.reads(level),
             )
         self._state = self._own.keep(self._state, number, row)
 
@@ -280,10 +281,9 @@ class Scheduler(Queue):
             chunk,
             self._ends_E,
             known=self.known,
-            read=self._reads[level],
+            reads=self._own.reads(level),
             scored=scored,
             top=min(max(answer.top for answer in answers), self.known),
-            own_reads=self._own.reads(level),
         )
         news, scores = jax.tree.map(sharding.on_host, (news, scores))
         start_P, length_P = chunk.start_P, chunk.length_P
@@ -329,7 +329,7 @@ class Scheduler(Queue):
         draft = self._drafting.begin() if self._drafting else 0
         places = draft + 1  # most tokens that a round makes
         level = self._own.level(running, longest + places)
-        read, own_reads = self._reads[level], self._own.reads(level)
+        read = self._reads[level]
         top = max(row.answer.top for row in running)
         self._state, news, counts = steps.decode(
             self._static,
@@ -339,11 +339,10 @@ class Scheduler(Queue):
             np.int32(max(1, min(most, read - longest) // places)),
             np.bool_(len(self._waiting) > 0),
             known=self.known,
-            read=read,
+            reads=self._own.reads(level),
             most=-(-(MOST_FOLLOWED if self._own.follow else MOST_STEPS) // places),
             top=min(top, self.known),
             draft=draft,
-            own_reads=own_reads,
         )
         news, counts = jax.tree.map(sharding.on_host, (news, counts))
         if self._drafting:

@@ -38,7 +38,7 @@ class Static:
 
 @functools.partial(
     jax.jit,
-    static_argnames=("static", "known", "read", "own_reads", "scored", "top"),
+    static_argnames=("static", "known", "reads", "scored", "top"),
     donate_argnames=("state",),
 )
 def prefill(
@@ -49,31 +49,28 @@ def prefill(
     ends_E: jax.Array,
     *,
     known: int,
-    read: int,
+    reads: tuple,
     scored: bool,
     top: int,
-    own_reads: tuple[int | None, ...] = (),
 ) -> tuple[State, News, tuple[jax.Array, ...] | None]:
     """Reads a chunk; if it ends a prompt, chooses the first token of the answer.
 
     Args:
         ends_E: the ids that end an answer, int32 [E].
         known: only ids below it may be chosen.
-        read: number of slots that are read, at least start + T.
+        reads: number of slots that are read, at least start + T; and of a model with augments that
+            have inputs of their own a tuple of the number of each one's slots, which all hold what
+            these tokens may see, None for other augments.
         scored: whether log-probabilities of `next_PT` are needed.
         top: number of most probable tokens to return.
-        own_reads: number of slots that are read of each augment with inputs of its own, which all
-            hold what these tokens may see; None for others, () if all are others.
 
     Returns:
         the state; the first tokens; and the log-probabilities of `next_PT`, [P, T], with ids and
         log-probabilities of the most probable tokens, [P, T, k].
     """
     with _mesh_of(weights):
-        reads = (read, own_reads) if own_reads else (read,)
-        return _prefill(
-            nnx.merge(static.graphdef, weights), state, chunk, ends_E, known, reads, scored, top
-        )
+        model = nnx.merge(static.graphdef, weights)
+        return _prefill(model, state, chunk, ends_E, known, reads, scored, top)
 
 
 def _prefill(model, state, chunk, ends_E, known, reads, scored, top):
@@ -115,7 +112,7 @@ def _prefill(model, state, chunk, ends_E, known, reads, scored, top):
 
 @functools.partial(
     jax.jit,
-    static_argnames=("static", "known", "read", "most", "top", "draft", "own_reads"),
+    static_argnames=("static", "known", "reads", "most", "top", "draft"),
     donate_argnames=("state",),
 )
 def decode(
@@ -127,20 +124,19 @@ def decode(
     until_idle: jax.Array,
     *,
     known: int,
-    read: int,
+    reads: tuple,
     most: int,
     top: int,
     draft: int = 0,
-    own_reads: tuple[int | None, ...] = (),
 ) -> tuple[State, News, jax.Array]:
     """Runs up to `rounds` rounds; each adds one token or more to each row that is not idle.
 
     Args:
-        rounds: int32, at most `most`; `read` must cover every row's length and the tokens that the
-            rounds can make.
+        rounds: int32, at most `most`.
         until_idle: bool, whether to stop as soon as another row is idle.
+        reads: as for `prefill`; they must cover every row's length and the tokens that the rounds
+            can make. An augment that reads the answer needs one round a dispatch.
         draft: number of tokens that the augment drafts in each round.
-        own_reads: as for `prefill`. An augment that reads the answer needs one round a dispatch.
 
     Returns:
         the state; the tokens [N, B] of each step, N = `most` · (`draft` + 1); and int32 [2], the
@@ -153,7 +149,6 @@ def decode(
             if draft
             else functools.partial(token_round, model)
         )
-        reads = (read, own_reads) if own_reads else (read,)
         add = functools.partial(add, ends_E=ends_E, known=known, reads=reads, top=top)
         return _decode(add, state, rounds, until_idle, most, draft + 1, top)
 
@@ -255,20 +250,9 @@ def grow_own(state: State, number: int, slots: int) -> State:
     return dataclasses.replace(state, cache=state.cache.own_grown(number, slots))
 
 
-@functools.partial(jax.jit, static_argnames=("count", "own"), donate_argnames=("state",))
-def copy_row(
-    state: State,
-    source: jax.Array,
-    target: jax.Array,
-    *,
-    count: int,
-    own: tuple[int | None, ...] = (),
-) -> State:
-    """Row `target` gets the first `count` cached tokens of row `source`.
-
-    `own` is the number of slots of each augment with inputs of its own, as for `prefill`.
-    """
-    counts = (count, own) if own else (count,)
+@functools.partial(jax.jit, static_argnames="counts", donate_argnames=("state",))
+def copy_row(state: State, source: jax.Array, target: jax.Array, *, counts: tuple) -> State:
+    """Row `target` gets the first slots of row `source`; `counts` are as `reads` of `prefill`."""
     return dataclasses.replace(state, cache=state.cache.with_copy(source, target, *counts))
 
 

@@ -10,7 +10,7 @@ from random_models import composed_structure, llama, palm, random_composed, rand
 
 from calm_jax import sharding
 from calm_jax.decoding import Generator, steps
-from calm_jax.decoding.memory import bytes_per_token
+from calm_jax.decoding.memory import bytes_per_row
 from calm_jax.models import CompositionConfig
 from calm_jax.models.cross_cache import CrossBytes
 from calm_jax.models.parameters import size_in_bytes
@@ -54,7 +54,7 @@ def decoding_step(model, rows=ROWS):
     scheduler = Generator(model, max_length=SLOTS, slots=rows).scheduler
     graphdef, weights, state = scheduler._static, scheduler._weights, scheduler._state
     arrays = (weights, state, scheduler._ends_E, np.int32(1), np.bool_(False))
-    options = {"known": V, "read": SLOTS, "most": 1, "top": 0}
+    options = {"known": V, "reads": (SLOTS,), "most": 1, "top": 0}
     flops = matmul_flops(lambda *arrays: steps.decode(graphdef, *arrays, **options), *arrays)
     return scheduler, flops, steps.decode.lower(graphdef, *arrays, **options).compile()
 
@@ -67,7 +67,7 @@ def test_one_device_computes_and_moves_what_it_must(latent, monkeypatch):
     assert flops == ideal(latent)
     cost = compiled.cost_analysis()
     assert 1 <= cost["flops"] / ideal(latent) <= 1.05
-    caches = ROWS * SLOTS * bytes_per_token(scheduler._model)
+    caches = ROWS * bytes_per_row(scheduler._model, SLOTS)
     held = size_in_bytes(scheduler._weights) + caches
     # A CPU copies a layer's slots out of the cache before it multiplies, and reads latents for
     # queries and for results; weights are read once.

@@ -17,7 +17,7 @@ from calm_jax import sharding
 from calm_jax.data.vocabularies import vocabulary_of_folder
 from calm_jax.decoding import Generator, Sampling, generate, requests, steps
 from calm_jax.decoding.chunks import buckets
-from calm_jax.decoding.memory import bytes_per_token
+from calm_jax.decoding.memory import bytes_per_row
 from calm_jax.decoding.requests import Request, by_beginning
 from calm_jax.errors import CalmError
 from calm_jax.models import CompositionConfig, Inputs
@@ -272,7 +272,7 @@ def test_bytes_of_the_state_equal_the_formula(name, dtype):
     model = model_of(name)
     cache = model.init_cache(2, 48, dtype=dtype)
     held = sum(x.nbytes for x in jax.tree.leaves(cache) if x.ndim > 2)
-    assert held == 2 * 48 * bytes_per_token(model, dtype)
+    assert held == 2 * bytes_per_row(model, 48, dtype)
 
 
 def test_few_programs_answer_many_lengths():
@@ -463,7 +463,7 @@ def test_caches_that_do_not_fit(monkeypatch):
     monkeypatch.setattr("calm_jax.decoding.memory.RESERVED", 0)
     monkeypatch.setattr("calm_jax.decoding.memory.free_bytes", lambda array: 100_000)
     model = model_of("palm")
-    fit = 100_000 // (bytes_per_token(model) * 64)
+    fit = 100_000 // bytes_per_row(model, 64)
     with pytest.raises(CalmError, match=f"; {fit} rows would fit"):
         Generator(model, max_length=64, slots=fit + 1)
     Generator(model, max_length=64, slots=fit)

@@ -11,7 +11,7 @@ from random_models import assert_close, gemma, llama, palm, random_composed
 
 from calm_jax import sharding, units
 from calm_jax.decoding import Generator, Sampling
-from calm_jax.decoding.memory import bytes_per_token, check_fits, token_bytes
+from calm_jax.decoding.memory import bytes_per_row, check_fits, token_bytes
 from calm_jax.errors import CalmError
 from calm_jax.models import CompositionConfig, DecoderConfig, Inputs, cross_attention
 from calm_jax.models.cache import Slots
@@ -203,7 +203,7 @@ def test_bytes_on_a_mesh_are_those_of_the_arrays(mesh, head_dim, dtype, latent):
     rows = arrays[0].sharding.shard_shape(arrays[0].shape)[1]
     assert rows == 8 // (8 // mesh.shape["tensor"])
     held = sum(x.addressable_shards[0].data.nbytes for x in arrays)
-    assert held == rows * 24 * bytes_per_token(spread, dtype)
+    assert held == rows * bytes_per_row(spread, 24, dtype)
 
 
 def test_caches_that_do_not_fit_devices_that_share_key_heads(monkeypatch):
@@ -212,7 +212,7 @@ def test_caches_that_do_not_fit_devices_that_share_key_heads(monkeypatch):
     structure = Structure(model)
     mesh = sharding.make_mesh({"data": 2, "tensor": 4})
     spread = structure.merge(jax.device_put(module_tree(model), structure.shardings(mesh)))
-    row = 32 * bytes_per_token(spread)
+    row = bytes_per_row(spread, 32)
     monkeypatch.setattr("calm_jax.decoding.memory.RESERVED", 0)
     monkeypatch.setattr("calm_jax.decoding.memory.free_bytes", lambda array: 3 * row)
     check_fits(spread, 6, 32, None)
