@@ -1,1 +1,1 @@
-"""The commands: each parses its flags and calls the library."""
+"""The commands: `main` of each parses what follows its name, and calls the library."""

@@ -16,12 +16,13 @@ from calm_jax.errors import CalmError
 from calm_jax.training.config_keys import flatten, to_dict, unknown_key
 
 OVERRIDE = re.compile(r"--?(?:no)?config\.([^=]+)")
+Define = Callable[..., None]  # (kind, name, help, default=None, **options): defines a flag
 
 
 def parse(
     argv: Sequence[str],
     usage: str,
-    define: Callable[[flags.FlagValues], None],
+    define_flags: Callable[[Define], None],
     *,
     required: Sequence[str] = (),
     load_config: Callable[[flags.FlagValues], ConfigDict] | None = None,
@@ -31,7 +32,7 @@ def parse(
     Args:
         argv: what follows the command's name.
         usage: the text of --help before the list of flags.
-        define: defines the flags.
+        define_flags: defines the flags.
         required: names of flags that must be given.
         load_config: takes the flags and returns the config that `--config.KEY=VALUE` changes;
             without it such arguments are errors.
@@ -45,8 +46,12 @@ def parse(
         SystemExit: --help was given and has been printed.
     """
     values = flags.FlagValues()
-    flags.DEFINE_bool("help", False, "show this", flag_values=values)
-    define(values)
+
+    def define(kind: str, name: str, help: str, default: Any = None, **options: Any) -> None:
+        getattr(flags, f"DEFINE_{kind}")(name, default, help=help, flag_values=values, **options)
+
+    define("bool", "help", "show this", False)
+    define_flags(define)
     values.set_gnu_getopt(True)
     try:
         rest = values(["calm", *argv], known_only=True)[1:]

@@ -36,49 +36,34 @@ OF_A_CHECKPOINT = ("format", "dtype", "adapter", "option", "verify")
 OF_A_BRIDGE = ("step", "anchor", "augments")
 
 
-def _define(values: flags.FlagValues) -> None:
-    flags.DEFINE_string("source", None, "the checkpoint, or a frozen folder", flag_values=values)
-    flags.DEFINE_string("target", None, "the folder to write", flag_values=values)
-    flags.DEFINE_string(
-        "format", "auto", "family of the checkpoint, one of the above", flag_values=values
-    )
-    flags.DEFINE_string(
+def _define_flags(define: config.Define) -> None:
+    define("string", "source", "the checkpoint, or a frozen folder")
+    define("string", "target", "the folder to write")
+    define("string", "format", "family of the checkpoint, one of the above", "auto")
+    define(
+        "string",
         "dtype",
-        None,
         "float32 or bfloat16; default: the smaller one that holds the source exactly (float32 if "
         "the source is quantised)",
-        flag_values=values,
     )
-    flags.DEFINE_string(
-        "adapter", None, "folder of a LoRA adapter of PEFT to merge into SOURCE", flag_values=values
-    )
-    flags.DEFINE_multi_string(
-        "option", [], "NAME=VALUE, an option of the family; repeatable", flag_values=values
-    )
-    flags.DEFINE_bool(
+    define("string", "adapter", "folder of a LoRA adapter of PEFT to merge into SOURCE")
+    define("multi_string", "option", "NAME=VALUE, an option of the family; repeatable", [])
+    define(
+        "bool",
         "verify",
-        False,
         "record logits of fixed prompts in TARGET, and compare them with those of transformers if "
         "it is installed",
-        flag_values=values,
+        False,
     )
-    flags.DEFINE_string(
-        "to", None, "huggingface: write SOURCE for transformers", flag_values=values
-    )
-    flags.DEFINE_integer(
-        "step", None, "checkpoint of a composed run; default: its best", flag_values=values
-    )
-    flags.DEFINE_string(
-        "anchor", None, "of a bridge: its anchor's folder, or name on the hub", flag_values=values
-    )
-    flags.DEFINE_list(
-        "augments", None, "the same for its augments, separated by commas", flag_values=values
-    )
+    define("string", "to", "huggingface: write SOURCE for transformers")
+    define("integer", "step", "checkpoint of a composed run; default: its best")
+    define("string", "anchor", "of a bridge: its anchor's folder, or name on the hub")
+    define("list", "augments", "the same for its augments, separated by commas")
 
 
 def main(argv: list[str]) -> int:
-    """Runs the command; `argv` is what follows its name."""
-    values, _ = config.parse(argv, USAGE + _families(), _define, required=("source", "target"))
+    usage = USAGE + _families()
+    values, _ = config.parse(argv, usage, _define_flags, required=("source", "target"))
 
     from calm_jax.checkpoints.convert.conversion import convert
     from calm_jax.checkpoints.huggingface.importing import import_bridge

@@ -55,91 +55,49 @@ _OF_VARIANTS = ("control", "mix", "hand_over")
 _OF_ANSWERS = ("samples", "temperature", "top_p", "seed")
 
 
-def _define(values: flags.FlagValues) -> None:
-    flags.DEFINE_string("workdir", None, "directory of a run", flag_values=values)
-    flags.DEFINE_string("model", None, "frozen folder or exported bridge", flag_values=values)
-    models.define(values)
-    flags.DEFINE_list(
-        "tasks", None, "TASK:FOLDER, seqio Tasks or files, separated by commas", flag_values=values
-    )
-    flags.DEFINE_list(
-        "columns", None, "FIELD:COLUMN for the files, separated by commas", flag_values=values
-    )
-    flags.DEFINE_integer(
-        "limit", None, "most examples of each task; 0: all", lower_bound=0, flag_values=values
-    )
-    flags.DEFINE_integer(
-        "max_new_tokens", None, "longest answer, in tokens", lower_bound=1, flag_values=values
-    )
-    flags.DEFINE_list(
-        "harness", None, "tasks of lm-evaluation-harness, instead of --tasks", flag_values=values
-    )
-    flags.DEFINE_string(
-        "include_path", None, "folder of your own tasks for the harness", flag_values=values
-    )
-    flags.DEFINE_bool(
-        "parts", False, "also score the anchor and the augments alone", flag_values=values
-    )
-    flags.DEFINE_integer(
-        "batch_size", 128, "most prompts answered at once", lower_bound=1, flag_values=values
-    )
-    _define_options(values)
-    _define_variant(values)
-    flags.DEFINE_string("output", None, "folder of the results", flag_values=values)
+def _define_flags(define: config.Define) -> None:
+    define("string", "workdir", "directory of a run")
+    define("string", "model", "frozen folder or exported bridge")
+    models.define_flags(define)
+    define("list", "tasks", "TASK:FOLDER, seqio Tasks or files, separated by commas")
+    define("list", "columns", "FIELD:COLUMN for the files, separated by commas")
+    define("integer", "limit", "most examples of each task; 0: all", lower_bound=0)
+    define("integer", "max_new_tokens", "longest answer, in tokens", lower_bound=1)
+    define("list", "harness", "tasks of lm-evaluation-harness, instead of --tasks")
+    define("string", "include_path", "folder of your own tasks for the harness")
+    define("bool", "parts", "also score the anchor and the augments alone", False)
+    define("integer", "batch_size", "most prompts answered at once", 128, lower_bound=1)
+    _define_options(define)
+    _define_variant(define)
+    define("string", "output", "folder of the results")
 
 
-def _define_options(values: flags.FlagValues) -> None:
+def _define_options(define: config.Define) -> None:
     """Defines how tasks are asked; the defaults are those of `answering.Options`."""
-    flags.DEFINE_list(
-        "metric", None, "for files, main one first: exact_match, contains, number, regex, chrf1, …",
-        flag_values=values,
-    )  # fmt: skip
-    flags.DEFINE_multi_string(
-        "stop", [], "for files: text before which an answer ends; repeatable", flag_values=values
-    )
-    flags.DEFINE_integer(
-        "shots", None, "examples before each question; default: the task's", lower_bound=0,
-        flag_values=values,
-    )  # fmt: skip
-    flags.DEFINE_integer(
-        "seed", 0, "seed for drawing shots and answers", lower_bound=0, flag_values=values
-    )
-    flags.DEFINE_integer(
-        "samples", 1, "answers to each problem, for pass@k", lower_bound=1, flag_values=values
-    )
-    flags.DEFINE_float("temperature", 0.0, "0: the most probable token", flag_values=values)
-    flags.DEFINE_float("top_p", 1.0, "share of probability to draw from", flag_values=values)
-    flags.DEFINE_integer(
-        "context", 0, "most tokens of a prompt with its answer; 0: no limit", lower_bound=0,
-        flag_values=values,
-    )  # fmt: skip
-    flags.DEFINE_bool(
-        "drop_shots", False, "leave out shots that do not fit into --context", flag_values=values
-    )
+    metrics = "exact_match, contains, number, regex, chrf1, …"
+    define("list", "metric", f"for files, main one first: {metrics}")
+    define("multi_string", "stop", "for files: text before which an answer ends; repeatable", [])
+    shots = "examples before each question; default: the task's"
+    define("integer", "shots", shots, lower_bound=0)
+    define("integer", "seed", "seed for drawing shots and answers", 0, lower_bound=0)
+    define("integer", "samples", "answers to each problem, for pass@k", 1, lower_bound=1)
+    define("float", "temperature", "0: the most probable token", 0.0)
+    define("float", "top_p", "share of probability to draw from", 1.0)
+    context = "most tokens of a prompt with its answer; 0: no limit"
+    define("integer", "context", context, 0, lower_bound=0)
+    define("bool", "drop_shots", "leave out shots that do not fit into --context", False)
 
 
-def _define_variant(values: flags.FlagValues) -> None:
+def _define_variant(define: config.Define) -> None:
     """Defines what is scored in the model's place; the defaults are those of `Variant`."""
-    flags.DEFINE_enum(
-        "control", "", ["", *CONTROLS], "how the augments of a pair are destroyed",
-        flag_values=values,
-    )  # fmt: skip
-    flags.DEFINE_string(
-        "mix", "", "decoder whose probabilities are mixed into MODEL's", flag_values=values
-    )
-    flags.DEFINE_float(
-        "mix_weight", 0.5, "its weight", lower_bound=0, upper_bound=1, flag_values=values
-    )
-    flags.DEFINE_string(
-        "hand_over", "", "decoder whose answers come into MODEL's prompts", flag_values=values
-    )
-    flags.DEFINE_string("hand_over_question", "{inputs}", "what it is asked", flag_values=values)
-    flags.DEFINE_string(
-        "hand_over_prompt", "{answer}\n{inputs}", "what MODEL then reads", flag_values=values
-    )
-    flags.DEFINE_list(
-        "hand_over_replace", None, "TEXT,REPLACEMENT in the prompts it is asked", flag_values=values
-    )
+    controls = ["", *CONTROLS]
+    define("enum", "control", "how the augments of a pair are destroyed", "", enum_values=controls)
+    define("string", "mix", "decoder whose probabilities are mixed into MODEL's", "")
+    define("float", "mix_weight", "its weight", 0.5, lower_bound=0, upper_bound=1)
+    define("string", "hand_over", "decoder whose answers come into MODEL's prompts", "")
+    define("string", "hand_over_question", "what it is asked", "{inputs}")
+    define("string", "hand_over_prompt", "what MODEL then reads", "{answer}\n{inputs}")
+    define("list", "hand_over_replace", "TEXT,REPLACEMENT in the prompts it is asked")
 
 
 def _load_config(values: flags.FlagValues) -> ConfigDict:
@@ -177,9 +135,8 @@ def _columns(given: list[str] | None) -> dict[str, str]:
 
 
 def main(argv: list[str]) -> int:
-    """Runs the command; `argv` is what follows its name."""
     given = models.mesh_as_config(argv)
-    values, settings = config.parse(given, USAGE, _define, load_config=_load_config)
+    values, settings = config.parse(given, USAGE, _define_flags, load_config=_load_config)
 
     from calm_jax.evaluation import groups, metric_table, results, runner
     from calm_jax.evaluation.answering import Options

@@ -27,26 +27,17 @@ different machines. `launch/slurm_array.sh` and `launch/gke.sh experiment` take 
 command measures decoding and writes the page."""
 
 
-def _define(values: flags.FlagValues) -> None:
-    flags.DEFINE_string(
-        "config", None, "Python file with get_experiment() and get_config(ARM)", flag_values=values
-    )
-    flags.DEFINE_string("workdir", None, "folder of all runs and the page", flag_values=values)
-    flags.DEFINE_list(
-        "arms", None, "only these, and those that they need; default: all", flag_values=values
-    )
-    flags.DEFINE_list(
-        "seeds", None, "only these; default: those of the experiment", flag_values=values
-    )
-    flags.DEFINE_bool("commands", False, "print the commands, run nothing", flag_values=values)
-    flags.DEFINE_bool(
-        "report_only", False, "only write the page, measure nothing", flag_values=values
-    )
+def _define_flags(define: config.Define) -> None:
+    define("string", "config", "Python file with get_experiment() and get_config(ARM)")
+    define("string", "workdir", "folder of all runs and the page")
+    define("list", "arms", "only these, and those that they need; default: all")
+    define("list", "seeds", "only these; default: those of the experiment")
+    define("bool", "commands", "print the commands, run nothing", False)
+    define("bool", "report_only", "only write the page, measure nothing", False)
 
 
 def main(argv: list[str]) -> int:
-    """Runs the command; `argv` is what follows its name."""
-    values, _ = config.parse(argv, USAGE, _define, required=("config", "workdir"))
+    values, _ = config.parse(argv, USAGE, _define_flags, required=("config", "workdir"))
 
     from calm_jax.experiment import arms, running
     from calm_jax.training.config_keys import to_dict

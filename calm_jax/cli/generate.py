@@ -6,7 +6,7 @@ from typing import Any
 
 from absl import flags
 
-from calm_jax.cli import members, models
+from calm_jax.cli import config, members, models
 from calm_jax.errors import CalmError
 from calm_jax.quiet import quiet_libtpu
 from calm_jax.text_files import read_lines
@@ -42,24 +42,17 @@ ASKED = ("step", "chat", "system", "max_new_tokens", *SAMPLING, "cache_dtype")
 NEW_TOKENS, NEW_TOKENS_OF_A_TURN = 32, 512
 
 
-def _define(values: flags.FlagValues) -> None:
-    def define(kind, name, help, default=None, **options):
-        getattr(flags, f"DEFINE_{kind}")(name, default, help=help, flag_values=values, **options)
-
+def _define_flags(define: config.Define) -> None:
     define("string", "workdir", "folder that holds a model")
-    models.define(values)
-    members.define(values)
+    models.define_flags(define)
+    members.define_flags(define)
     define("multi_string", "prompt", "text to continue; repeatable", [])
     define("string", "prompts_file", "file with one prompt on each line")
     define("string", "output", "file of JSON lines that the answers are added to")
     define("bool", "chat", "prompts are messages of a user")
     define("string", "system", "system message before each prompt; needs --chat")
-    define(
-        "integer",
-        "max_new_tokens",
-        f"longest answer, in tokens; default: {NEW_TOKENS}, in a conversation "
-        f"{NEW_TOKENS_OF_A_TURN}",
-    )
+    new = f"default: {NEW_TOKENS}, in a conversation {NEW_TOKENS_OF_A_TURN}"
+    define("integer", "max_new_tokens", f"longest answer, in tokens; {new}")
     define("float", "temperature", "divides the logits; 0: the most probable token is taken")
     define("integer", "top_k", "only the k most probable tokens")
     define("float", "top_p", "only the most probable tokens, up to this total probability")
@@ -69,24 +62,15 @@ def _define(values: flags.FlagValues) -> None:
     define("integer", "n", "answers to each prompt")
     define("integer", "seed", "seed of all random numbers")
     define("integer", "slots", "answers generated at once")
-    define(
-        "integer",
-        "max_length",
-        "most tokens of a prompt and its answer; default: what the prompts need",
-    )
-    define(
-        "enum",
-        "cache_dtype",
-        "dtype of the caches; default: the model's",
-        enum_values=models.CACHE_DTYPES,
-    )
+    longest = "most tokens of a prompt and its answer; default: what the prompts need"
+    define("integer", "max_length", longest)
+    define("enum", "cache_dtype", models.CACHE_DTYPE, enum_values=models.CACHE_DTYPES)
     define("integer", "prefill_chunk", "most tokens of prompts that are read at once")
     define("integer", "draft", models.DRAFT)
 
 
 def main(argv: list[str]) -> int:
-    """Runs the command; `argv` is what follows its name."""
-    values, mesh = models.parse(argv, USAGE, _define)
+    values, mesh = models.parse(argv, USAGE, _define_flags)
     prompts = list(values.prompt)
     if values.prompts_file is not None:
         prompts += read_lines(values.prompts_file)

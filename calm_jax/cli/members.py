@@ -4,25 +4,16 @@ from contextlib import AbstractContextManager
 
 from absl import flags
 
+from calm_jax.cli.config import Define
 
-def define(values: flags.FlagValues) -> None:
+
+def define_flags(define: Define) -> None:
     """Defines what `joined` reads."""
-    flags.DEFINE_string(
-        "coordinator", None, "HOST:PORT on which process 0 listens", flag_values=values
-    )
-    flags.DEFINE_integer(
-        "process_count", None, "number of processes in the run", flag_values=values
-    )
-    flags.DEFINE_integer(
-        "process_index", None, "number of this process, from 0", flag_values=values
-    )
-    flags.DEFINE_integer(
-        "coordinator_seconds",
-        300,
-        "how long to wait for all processes to find the coordinator",
-        lower_bound=1,
-        flag_values=values,
-    )
+    define("string", "coordinator", "HOST:PORT on which process 0 listens")
+    define("integer", "process_count", "number of processes in the run")
+    define("integer", "process_index", "number of this process, from 0")
+    waits = "how long to wait for all processes to find the coordinator"
+    define("integer", "coordinator_seconds", waits, 300, lower_bound=1)
 
 
 def joined(values: flags.FlagValues) -> AbstractContextManager[None]:

@@ -11,25 +11,17 @@ from calm_jax.cli import config
 from calm_jax.programs import cache_programs
 
 CACHE_DTYPES = ["float32", "bfloat16", "float16", "int8"]
+CACHE_DTYPE = "dtype of the caches; default: the model's"
 DRAFT = "most tokens that an augment drafts at a time; fewer or none where drafts do not pay"
 
 MESH = {"slices": 0, "data": -1, "fsdp": 1, "tensor": 1}
 
 
-def define(values: flags.FlagValues) -> None:
+def define_flags(define: config.Define) -> None:
     """Defines `--step`, `--anchor` and `--augments`."""
-    flags.DEFINE_integer(
-        "step", None, "checkpoint of a composed run; default: its best", flag_values=values
-    )
-    flags.DEFINE_string(
-        "anchor", None, "where the anchor of a bridge is now, if it has moved", flag_values=values
-    )
-    flags.DEFINE_list(
-        "augments",
-        None,
-        "where a bridge's augments are now, separated by commas",
-        flag_values=values,
-    )
+    define("integer", "step", "checkpoint of a composed run; default: its best")
+    define("string", "anchor", "where the anchor of a bridge is now, if it has moved")
+    define("list", "augments", "where a bridge's augments are now, separated by commas")
 
 
 def moved(values: flags.FlagValues) -> dict[str, Any]:
@@ -43,14 +35,14 @@ def mesh_as_config(argv: Sequence[str]) -> list[str]:
 
 
 def parse(
-    argv: list[str], usage: str, define: Callable[[flags.FlagValues], None]
+    argv: list[str], usage: str, define_flags: Callable[[config.Define], None]
 ) -> tuple[flags.FlagValues, dict[str, int] | None]:
     """The flags of a command that needs `--workdir`, and its mesh axes; None if none are given."""
     given = mesh_as_config(argv)
     values, settings = config.parse(
         given,
         usage,
-        define,
+        define_flags,
         required=("workdir",),
         load_config=lambda _: ConfigDict({"mesh": MESH}),
     )

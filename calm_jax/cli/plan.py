@@ -2,8 +2,6 @@
 
 import textwrap
 
-from absl import flags
-
 from calm_jax.cli import config
 from calm_jax.presets import PRESETS
 from calm_jax.shell import command_line
@@ -24,25 +22,20 @@ Anchor and augments are frozen folders, or presets, which need no weights, such 
 {textwrap.indent(textwrap.fill(", ".join(PRESETS), 98), "  ")}"""
 
 
-def _define(values: flags.FlagValues) -> None:
-    flags.DEFINE_string(
-        "config", None, "Python file whose get_config() returns the config", flag_values=values
-    )
-    flags.DEFINE_string("topology", None, "CHIP:SHAPE or CHIP:SHAPE*SLICES", flag_values=values)
-    flags.DEFINE_float("tokens", None, "tokens to train on", lower_bound=1, flag_values=values)
-    flags.DEFINE_float(
-        "dollars_per_chip_hour", None, "price, with --tokens", lower_bound=0, flag_values=values
-    )
-    flags.DEFINE_bool("search", False, "look for the fastest way that fits", flag_values=values)
-    flags.DEFINE_string("output", None, "folder for plan.json and plan.md", flag_values=values)
+def _define_flags(define: config.Define) -> None:
+    define("string", "config", "Python file whose get_config() returns the config")
+    define("string", "topology", "CHIP:SHAPE or CHIP:SHAPE*SLICES")
+    define("float", "tokens", "tokens to train on", lower_bound=1)
+    define("float", "dollars_per_chip_hour", "price, with --tokens", lower_bound=0)
+    define("bool", "search", "look for the fastest way that fits", False)
+    define("string", "output", "folder for plan.json and plan.md")
 
 
 def main(argv: list[str]) -> int:
-    """Runs the command; `argv` is what follows its name."""
     values, run_config = config.parse(
         argv,
         USAGE,
-        _define,
+        _define_flags,
         required=("config", "topology"),
         load_config=lambda values: config.load_file(values.config),
     )

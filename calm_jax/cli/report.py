@@ -1,7 +1,5 @@
 """`calm report`: the runs of an experiment as one page."""
 
-from absl import flags
-
 from calm_jax.cli import config
 from calm_jax.errors import CalmError
 from calm_jax.shell import command_line
@@ -14,16 +12,13 @@ EXPERIMENT holds run directories. If they are those of the key-value experiment 
 composed), Table 1 is also printed, and written to EXPERIMENT/table1.json."""
 
 
-def _define(values: flags.FlagValues) -> None:
-    flags.DEFINE_string("experiment", None, "folder of run directories", flag_values=values)
-    flags.DEFINE_string(
-        "output", None, "the page; default: EXPERIMENT/report.html", flag_values=values
-    )
+def _define_flags(define: config.Define) -> None:
+    define("string", "experiment", "folder of run directories")
+    define("string", "output", "the page; default: EXPERIMENT/report.html")
 
 
 def main(argv: list[str]) -> int:
-    """Runs the command; `argv` is what follows its name."""
-    values, _ = config.parse(argv, USAGE, _define, required=("experiment",))
+    values, _ = config.parse(argv, USAGE, _define_flags, required=("experiment",))
 
     from calm_jax.checkpoints.files import absolute, read_json
     from calm_jax.checkpoints.kinds import kind_of

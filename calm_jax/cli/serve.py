@@ -8,7 +8,7 @@ from typing import Any
 
 from absl import flags
 
-from calm_jax.cli import models
+from calm_jax.cli import config, models
 from calm_jax.errors import CalmError
 from calm_jax.quiet import quiet_libtpu
 
@@ -26,37 +26,24 @@ The model runs on the first device; --mesh.tensor=8 and the like spread it over 
 KEY = "CALM_API_KEY"
 
 
-def _define(values: flags.FlagValues) -> None:
-    flags.DEFINE_string("workdir", None, "folder that holds a model", flag_values=values)
-    models.define(values)
-    flags.DEFINE_string("name", None, "the model's name; default: its folder's", flag_values=values)
-    flags.DEFINE_string("host", "127.0.0.1", "address to listen on", flag_values=values)
-    flags.DEFINE_integer("port", 8000, "port to listen on; 0: any free one", flag_values=values)
-    flags.DEFINE_integer("slots", 8, "answers generated at once", flag_values=values)
-    flags.DEFINE_integer(
-        "max_length", 2048, "most tokens of a prompt and its answer", flag_values=values
-    )
-    flags.DEFINE_integer(
-        "prefill_chunk", 512, "most tokens of prompts that are read at once", flag_values=values
-    )
-    flags.DEFINE_enum(
-        "cache_dtype",
-        None,
-        models.CACHE_DTYPES,
-        "dtype of the caches; default: the model's",
-        flag_values=values,
-    )
-    flags.DEFINE_integer("draft", 0, models.DRAFT, flag_values=values)
-    flags.DEFINE_integer(
-        "max_queue", 64, "answers that may wait; more are refused", flag_values=values
-    )
-    flags.DEFINE_integer("max_tokens", 1024, "most tokens of an answer", flag_values=values)
-    flags.DEFINE_float("request_seconds", 300.0, "most seconds of a request", flag_values=values)
+def _define_flags(define: config.Define) -> None:
+    define("string", "workdir", "folder that holds a model")
+    models.define_flags(define)
+    define("string", "name", "the model's name; default: its folder's")
+    define("string", "host", "address to listen on", "127.0.0.1")
+    define("integer", "port", "port to listen on; 0: any free one", 8000)
+    define("integer", "slots", "answers generated at once", 8)
+    define("integer", "max_length", "most tokens of a prompt and its answer", 2048)
+    define("integer", "prefill_chunk", "most tokens of prompts that are read at once", 512)
+    define("enum", "cache_dtype", models.CACHE_DTYPE, enum_values=models.CACHE_DTYPES)
+    define("integer", "draft", models.DRAFT, 0)
+    define("integer", "max_queue", "answers that may wait; more are refused", 64)
+    define("integer", "max_tokens", "most tokens of an answer", 1024)
+    define("float", "request_seconds", "most seconds of a request", 300.0)
 
 
 def main(argv: list[str]) -> int:
-    """Runs the command; `argv` is what follows its name."""
-    values, mesh = models.parse(argv, USAGE, _define)
+    values, mesh = models.parse(argv, USAGE, _define_flags)
     _check(values)
     for package in ("starlette", "uvicorn", "prometheus_client"):
         if importlib.util.find_spec(package) is None:

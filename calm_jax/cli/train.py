@@ -1,7 +1,5 @@
 """`calm train`: a decoder, or the bridge of a composed model."""
 
-from absl import flags
-
 from calm_jax.cli import config, members
 from calm_jax.quiet import quiet_libtpu
 from calm_jax.shell import command_line
@@ -25,23 +23,18 @@ status: 0 finished, 2 bad input, 75 stopped by SIGTERM, 130 stopped by Ctrl-C, a
 failure, such as a lost process or a full disk. After all but 2, the same command continues."""
 
 
-def _define(values: flags.FlagValues) -> None:
-    flags.DEFINE_string(
-        "config", None, "Python file whose get_config() returns the config", flag_values=values
-    )
-    flags.DEFINE_string("workdir", None, "directory of the run", flag_values=values)
-    flags.DEFINE_bool(
-        "overwrite", False, "remove an earlier run and start anew", flag_values=values
-    )
-    members.define(values)
+def _define_flags(define: config.Define) -> None:
+    define("string", "config", "Python file whose get_config() returns the config")
+    define("string", "workdir", "directory of the run")
+    define("bool", "overwrite", "remove an earlier run and start anew", False)
+    members.define_flags(define)
 
 
 def main(argv: list[str]) -> int:
-    """Runs the command; `argv` is what follows its name."""
     values, run_config = config.parse(
         argv,
         USAGE,
-        _define,
+        _define_flags,
         required=("config", "workdir"),
         load_config=lambda values: config.load_file(values.config),
     )

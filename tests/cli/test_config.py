@@ -20,9 +20,9 @@ def get_config():
 """
 
 
-def define(values):
-    flags.DEFINE_string("config", None, "a file", flag_values=values)
-    flags.DEFINE_integer("count", 4, "a number", flag_values=values)
+def define_flags(define):
+    define("string", "config", "a file")
+    define("integer", "count", "a number", 4)
 
 
 @pytest.fixture
@@ -36,7 +36,7 @@ def parse(*argv):
     return config.parse(
         argv,
         "Usage here.",
-        define,
+        define_flags,
         required=("config",),
         load_config=lambda values: config.load_file(values.config),
     )
@@ -104,7 +104,7 @@ def test_a_meaningless_argument_is_named(path, arguments, message):
 
 def test_an_override_is_an_error_where_there_is_no_config():
     with pytest.raises(CalmError, match=r"unknown flag --config\.train"):
-        config.parse(["--config.train=3"], "", lambda values: None)
+        config.parse(["--config.train=3"], "", lambda define: None)
 
 
 def test_a_required_flag_is_asked_for():
