@@ -28,7 +28,7 @@ def reader(decoder: dict[str, Any] | None, whose: str) -> Callable[[str], bytes]
             "anchor with a byte-level or SentencePiece tokenizer"
         )
     if "ByteLevel" in kinds:
-        bytes_of = _bytes_of_characters()
+        bytes_of = bytes_of_characters()
         return lambda token: (
             bytes(map(bytes_of.get, token)) if bytes_of.keys() >= set(token) else token.encode()
         )
@@ -85,7 +85,7 @@ def _steps(decoder: dict[str, Any] | None) -> list[dict[str, Any]]:
     return [step for part in decoder["decoders"] for step in _steps(part)]
 
 
-def _bytes_of_characters() -> dict[str, int]:
+def bytes_of_characters() -> dict[str, int]:
     """The byte that each character stands for in byte-level tokens, as GPT-2 numbers them."""
     shown = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in shown]

@@ -32,12 +32,7 @@ def attention(model: ComposedDecoder, answers: Mapping[str, Records]) -> dict[st
         "inputs": example["inputs"],
         "tokens": token_texts(vocabulary, ids),
         "connections": [
-            {
-                "augment": found["augment"],
-                "from": found["from"],
-                "to": found["to"],
-                "weights": np.round(np.asarray(found["weights"])[0].mean(0), 4).tolist(),
-            }
+            found | {"weights": np.round(np.asarray(found["weights"])[0].mean(0), 4).tolist()}
             for found in maps
         ],
     }

@@ -15,11 +15,6 @@ from calm_jax.evaluation.results import Run
 from calm_jax.evaluation.table1 import interval, percent
 
 
-def render(**values: Any) -> str:
-    """The whole page as text."""
-    return environment().get_template("page.html").render(**values)
-
-
 def run_colour(run: Run) -> str:
     """The CSS colour of a run: that of its role if it has one, else one of six by its name."""
     if run.composed or run.name in ("augment", "anchor"):

@@ -7,7 +7,7 @@ from etils import epath
 
 from calm_jax.checkpoints.files import absolute, write_json, write_text
 from calm_jax.evaluation import score_sections, setting, training_sections
-from calm_jax.evaluation.page import render
+from calm_jax.evaluation.page import environment
 from calm_jax.evaluation.results import Run, read_runs
 from calm_jax.evaluation.table1 import MODELS, PAPER, SETS, Table1, as_text, table1
 
@@ -42,7 +42,7 @@ def write_report(
     page = absolute(output) if output else folder / "report.html"
     runs = read_runs(folder)
     scores = table1(runs)
-    write_text(page, build_page(runs, scores, folder.name, command))
+    write_text(page, _page(runs, scores, folder.name, command))
     if scores:
         write_json(folder / "table1.json", scores.percentages())
     else:
@@ -50,10 +50,10 @@ def write_report(
     return Report(page, scores)
 
 
-def build_page(runs: Sequence[Run], scores: Table1 | None, experiment: str, command: str) -> str:
-    """The page as text. `experiment` is its name, `command` the one that asks for the page."""
+def _page(runs: Sequence[Run], scores: Table1 | None, experiment: str, command: str) -> str:
     is_key_value = any(run.records(set=name) for run in runs for name in SETS)
-    return render(
+    template = environment().get_template("page.html")
+    return template.render(
         title="Two frozen models, one trained bridge" if scores else "Experiment report",
         experiment=experiment,
         runs=runs,

@@ -177,11 +177,5 @@ def read_runs(experiment: epath.PathLike) -> list[Run]:
     return [read_run(path) for path in found]
 
 
-def compositions(run: Run) -> list[dict[str, Any]]:
-    """The composition of each augment in the run's config."""
-    given = run.config.get("composition") or []
-    return given if isinstance(given, list) else [given] * len(run.config.get("augments", [""]))
-
-
 def _is_finite(value: Any) -> bool:
     return isinstance(value, int | float) and math.isfinite(value)

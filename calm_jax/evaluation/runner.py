@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import datetime
 import functools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -143,7 +143,8 @@ def evaluate(
         return before
     check_writable(output)
 
-    with _mesh(mesh) as built:
+    built = None if mesh is None else sharding.make_mesh(mesh)
+    with contextlib.nullcontext() if built is None else jax.set_mesh(built):
         loaded = load_model(
             folder,
             step=step if kind == COMPOSED_RUN else None,
@@ -282,10 +283,10 @@ def _step(folder: epath.Path, config: Mapping[str, Any], step: int | None) -> in
         if step is not None:
             raise CalmError(f"--step={step}: {folder} is {kind}, which has no checkpoints")
         return None
-    if not (folder / "checkpoints").exists():
-        raise CalmError(f"{folder} has no checkpoint yet")
-    with TrainingCheckpoints(folder / "checkpoints", read_only=True) as checkpoints:
-        best = checkpoints.best
+    best = None
+    if (folder / "checkpoints").exists():
+        with TrainingCheckpoints(folder / "checkpoints", read_only=True) as checkpoints:
+            best = checkpoints.best
     if best is None:
         raise CalmError(f"{folder} has no checkpoint yet")
     if kind == DECODER_RUN and step not in (None, best):
@@ -293,13 +294,3 @@ def _step(folder: epath.Path, config: Mapping[str, Any], step: int | None) -> in
             f"--step={step}: a decoder's run is scored by its frozen folder, step {best}"
         )
     return best if step is None else step
-
-
-@contextlib.contextmanager
-def _mesh(shape: Mapping[str, int] | None) -> Iterator[jax.sharding.Mesh | None]:
-    if shape is None:
-        yield None
-        return
-    mesh = sharding.make_mesh(shape)
-    with jax.set_mesh(mesh):
-        yield mesh

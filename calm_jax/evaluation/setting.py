@@ -3,13 +3,14 @@
 import datetime
 import importlib.metadata
 import platform
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from calm_jax import units
 from calm_jax.data.key_value import HALVES, parse_task
-from calm_jax.evaluation.results import Run, compositions
+from calm_jax.evaluation.results import Run
 from calm_jax.models import CompositionConfig
+from calm_jax.training.config_keys import flatten
 
 _MODELS = {
     "augment": (
@@ -81,7 +82,10 @@ def made(runs: Sequence[Run], command: str) -> dict[str, Any]:
     return {
         "commands": [line for line in (*commands, command) if line],
         "unrecorded": [run.name for run in runs if not run.commands],
-        "configs": [(run, list(_keys(run.config))) for run in runs],
+        "configs": [
+            (run, [(key, repr(value)) for key, value in flatten(run.config).items() if value != {}])
+            for run in runs
+        ],
         "scored": [
             (run.name, f"{run.scored['step']:,}", run.scored["date"], run.scored["device"])
             for run in runs
@@ -91,15 +95,6 @@ def made(runs: Sequence[Run], command: str) -> dict[str, Any]:
         "versions": ", ".join(f"{name} {version}" for name, version in installed().items()),
         "today": datetime.datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z"),
     }
-
-
-def _keys(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
-    """Every key of a config, dotted, with its value as Python writes it."""
-    for key, value in values.items():
-        if isinstance(value, Mapping):
-            yield from _keys(value, f"{prefix}{key}.")
-        else:
-            yield prefix + key, repr(value)
 
 
 def _data(run: Run, split: str) -> str:
@@ -134,7 +129,9 @@ def _decoder(run: Run) -> str:
 
 
 def _bridge(run: Run) -> str:
-    sections = compositions(run)
+    given = run.config.get("composition") or []  # of each augment, or one for all
+    several = isinstance(given, list)
+    sections = given if several else [given] * len(run.config.get("augments", [""]))
     parts = []
     for augment, values in enumerate(sections):
         config = CompositionConfig.from_dict(values)

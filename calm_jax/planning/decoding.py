@@ -36,20 +36,19 @@ def of_plan(config: ConfigDict, plan: Plan) -> list[dict[str, Any]]:
         token = token_bytes(anchor, augments, compositions, dtype, mesh)
         row = token.of_row(length, own)
         rows = free // row * sharding.ways("batch", mesh.size, mesh)
-        cross = [
-            {
-                "kept": each.kept,
-                "latent": each.is_latent,
-                "other": each.projected if each.is_latent else each.latent,
-            }
-            for each in token.cross
-        ]
         found.append(
             {
                 "dtype": dtype or "models' dtype",
                 "anchor": token.anchor,
                 "augments": list(token.augments),
-                "cross": cross,
+                "cross": [
+                    {
+                        "kept": each.kept,
+                        "latent": each.is_latent,
+                        "other": each.projected if each.is_latent else each.latent,
+                    }
+                    for each in token.cross
+                ],
                 "total": round(row / length),
                 "rows": rows,
                 "tokens": rows * length,

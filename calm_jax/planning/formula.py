@@ -166,13 +166,13 @@ class Formula:
 
         if not self.composed:
             (decoder,) = self.configs
-            weights = _bytes_of_layer(self.trainable["layers"], decoder.num_layers)
+            weights = size_in_bytes(self.trainable["layers"]) / decoder.num_layers
             return [sizes(decoder, decoder.num_layers, True, weights * self.cast, **row(T))]
         anchor, *augments = self.configs
         connected = plan_connections(
             self.compositions, anchor.num_layers, [augment.num_layers for augment in augments]
         )
-        weights = _bytes_of_layer(self.frozen["anchor"]["layers"], anchor.num_layers)
+        weights = size_in_bytes(self.frozen["anchor"]["layers"]) / anchor.num_layers
         below = connected.connections[0].anchor_layer + 1
         groups = [
             sizes(anchor, below, False, weights, **row(T)),
@@ -182,10 +182,10 @@ class Formula:
         for tree, augment, taps, length in zip(
             self.frozen["augments"].values(), augments, connected.tap_layers, lengths, strict=True
         ):
-            weights = _bytes_of_layer(tree["layers"], augment.num_layers)
+            weights = size_in_bytes(tree["layers"]) / augment.num_layers
             groups.append(sizes(augment, taps[-1] + 1, False, weights, **row(length)))
         number = len(connected.connections)
-        weights = _bytes_of_layer(self.trainable, number) * self.cast
+        weights = size_in_bytes(self.trainable) / number * self.cast
         N, H = heads(self.compositions[0], anchor)
         crossing = DecoderConfig.palm(
             vocab_size=1,
@@ -245,10 +245,6 @@ def _layers(
         logits=4 * tokens * config.num_heads / tensor * keys,
         exchanges=2 if config.block == "parallel" else 4,
     )
-
-
-def _bytes_of_layer(tree: Any, number: int) -> float:
-    return size_in_bytes(tree) / number
 
 
 def abstract_mesh(sizes: Mapping[str, int]) -> jax.sharding.AbstractMesh:

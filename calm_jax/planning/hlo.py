@@ -5,6 +5,7 @@ XLA's own figures count the body of a loop once; here it counts as often as the 
 
 import dataclasses
 import functools
+import math
 import re
 from collections.abc import Iterator
 
@@ -45,10 +46,7 @@ class Array:
 
     @property
     def bytes(self) -> int:
-        size = 1
-        for length in self.shape:
-            size *= length
-        return -(-size * _bits(self.dtype) // 8)
+        return -(-math.prod(self.shape) * _bits(self.dtype) // 8)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,21 +131,19 @@ class Module:
             return int(known[1])
         condition = loop.called("condition")
         compare = self.root(condition)
+        values = [self._value(name, condition, loop, computation) for name in compare.operands]
         if compare.opcode == "fusion":
-            inner = self.root(compare.called("calls"))
-            outer = [self._value(name, condition, loop, computation) for name in compare.operands]
+            called = compare.called("calls")
             numbers = {
-                x.name: outer[int(x.argument)]
-                for x in self.computations[compare.called("calls")].values()
+                x.name: values[int(x.argument)]
+                for x in self.computations[called].values()
                 if x.opcode == "parameter"
             }
+            compare = self.root(called)
             values = [
-                numbers[name] if name in numbers else self._constant(name, compare.called("calls"))
-                for name in inner.operands
+                numbers[name] if name in numbers else self._constant(name, called)
+                for name in compare.operands
             ]
-            compare = inner
-        else:
-            values = [self._value(name, condition, loop, computation) for name in compare.operands]
         start, limit = values if "direction=LT" in compare.attributes else reversed(values)
         if compare.opcode != "compare" or limit is None:
             raise ValueError(f"the text of the loop {loop.name} does not show how often it runs")

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import dataclasses
+import functools
 import hmac
 import importlib.resources
 import time
@@ -12,6 +13,7 @@ from types import MappingProxyType
 from typing import Any
 
 from absl import logging
+from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.applications import Starlette
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import HTMLResponse, JSONResponse, Response
@@ -22,7 +24,7 @@ from calm_jax.decoding.scheduler import Scheduler
 from calm_jax.serving.answering import Answer, event
 from calm_jax.serving.engine_thread import EngineThread, Flight, ServedModel
 from calm_jax.serving.errors import Refused, one_line
-from calm_jax.serving.metrics import CONTENT_TYPE, Metrics
+from calm_jax.serving.metrics import Metrics
 from calm_jax.serving.protocol import Asked, parse_chat, parse_completion
 from calm_jax.serving.token_texts import TokenTexts
 
@@ -84,8 +86,8 @@ class Server:
             ("/metrics", "GET", self._metrics),
             ("/v1/models", "GET", self._list_models),
             ("/v1/models/{name:path}", "GET", self._show_model),
-            ("/v1/completions", "POST", self._completions),
-            ("/v1/chat/completions", "POST", self._chat),
+            ("/v1/completions", "POST", functools.partial(self._answered, parse_completion)),
+            ("/v1/chat/completions", "POST", functools.partial(self._answered, parse_chat)),
         ]
         handlers = {404: _refuse_http, 405: _refuse_http, Exception: _refuse_failure}
         self._starlette = Starlette(
@@ -145,7 +147,7 @@ class Server:
         return JSONResponse({"status": status}, 200 if is_well else 503)
 
     async def _metrics(self, _: Request) -> Response:
-        return Response(self.metrics.page(), media_type=CONTENT_TYPE)
+        return Response(self.metrics.page(), media_type=CONTENT_TYPE_LATEST)
 
     async def _list_models(self, _: Request) -> Response:
         return JSONResponse({"object": "list", "data": list(map(self._model, self.models))})
@@ -167,13 +169,7 @@ class Server:
             "chat": model.vocabulary.chat_template is not None,
         }
 
-    async def _completions(self, request: Request) -> Response:
-        return await self._answered(request, parse_completion)
-
-    async def _chat(self, request: Request) -> Response:
-        return await self._answered(request, parse_chat)
-
-    async def _answered(self, request: Request, parse: Callable[..., Asked]) -> Response:
+    async def _answered(self, parse: Callable[..., Asked], request: Request) -> Response:
         if self.draining:
             raise Refused(503, "the server is stopping", code="stopping")
         start = time.perf_counter()

@@ -231,10 +231,7 @@ class EngineThread:
             self._flights[model.name].remove(flight)
             for request in flight.requests:
                 self._schedulers[model.name].cancel(request)
-        self.call_in_loop(self._release_all, model, flight)
-
-    def _release_all(self, model: ServedModel, flight: Flight) -> None:
-        self.release(model, flight, flight.answers)
+        self.call_in_loop(lambda: self.release(model, flight, flight.answers))
 
     def _look(self, name: str) -> None:
         scheduler = self._schedulers.get(name)

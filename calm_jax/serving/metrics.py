@@ -4,7 +4,8 @@
 cumulative buckets and their locks would double the code in this file.
 """
 
-from prometheus_client import CONTENT_TYPE_LATEST as CONTENT_TYPE
+import functools
+
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 from calm_jax.serving.engine_thread import EngineThread
@@ -13,52 +14,30 @@ _FIRST_TOKEN = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 _REQUEST = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
 
 
-__all__ = ["CONTENT_TYPE", "Metrics"]
-
-
 class Metrics:
     """Counters of one server; the engine's are read when a client asks for metrics."""
 
     def __init__(self, engine: EngineThread):
         self._engine = engine
-        self._registry = registry = CollectorRegistry()
-        model = ["model"]
-        self.requests = Counter(
-            "calm_requests", "Requests by status", ["path", "status"], registry=registry
+        self._registry = CollectorRegistry()
+        counter, histogram, gauge = (
+            functools.partial(kind, registry=self._registry) for kind in (Counter, Histogram, Gauge)
         )
-        self.prompt_tokens = Counter(
-            "calm_prompt_tokens", "Tokens of prompts", model, registry=registry
+        path, model = ["path"], ["model"]
+        self.requests = counter("calm_requests", "Requests by status", [*path, "status"])
+        self.prompt_tokens = counter("calm_prompt_tokens", "Tokens of prompts", model)
+        self.generated_tokens = counter("calm_generated_tokens", "Tokens of answers", model)
+        what = "From the request to the first token of its answer"
+        self.first_token = histogram(
+            "calm_time_to_first_token_seconds", what, model, buckets=_FIRST_TOKEN
         )
-        self.generated_tokens = Counter(
-            "calm_generated_tokens", "Tokens of answers", model, registry=registry
-        )
-        self.first_token = Histogram(
-            "calm_time_to_first_token_seconds",
-            "From the request to the first token of its answer",
-            model,
-            buckets=_FIRST_TOKEN,
-            registry=registry,
-        )
-        self.seconds = Histogram(
-            "calm_request_seconds",
-            "From the start of a request to its end",
-            ["path"],
-            buckets=_REQUEST,
-            registry=registry,
-        )
-        self._waiting = Gauge(
-            "calm_waiting_answers", "Answers that wait for a row", model, registry=registry
-        )
-        self._running = Gauge("calm_running_rows", "Rows in use", model, registry=registry)
-        self._acceptance = Gauge(
-            "calm_draft_acceptance_ratio", "Share of accepted drafts", model, registry=registry
-        )
-        self._draft = Gauge(
-            "calm_draft_length",
-            "Tokens drafted at a time; 0: drafts do not pay",
-            model,
-            registry=registry,
-        )
+        what = "From the start of a request to its end"
+        self.seconds = histogram("calm_request_seconds", what, path, buckets=_REQUEST)
+        self._waiting = gauge("calm_waiting_answers", "Answers that wait for a row", model)
+        self._running = gauge("calm_running_rows", "Rows in use", model)
+        self._acceptance = gauge("calm_draft_acceptance_ratio", "Share of accepted drafts", model)
+        what = "Tokens drafted at a time; 0: drafts do not pay"
+        self._draft = gauge("calm_draft_length", what, model)
 
     def page(self) -> bytes:
         for name in self._engine.models:

@@ -27,7 +27,7 @@ from calm_jax.errors import CalmError
 from calm_jax.evaluation.sandbox import system_calls
 
 log = logging.getLogger("absl")
-_INSIDE = pathlib.Path(__file__).with_name("inside.py")
+_INSIDE = pathlib.Path(__file__).with_name("inside.py").read_text()
 _MOST_TOLD = 4096  # bytes that are read of what comes out
 _DEVICES = ("null", "zero", "random", "urandom")
 _NOBODY, _ALL_IDS = 65534, 2**32 - 1
@@ -71,7 +71,16 @@ def run(program: str, tests: str, limits: Limits | None = None) -> Outcome:
         CalmError: there is no sandbox on this machine (`check`).
     """
     _need("a program")
-    return _run(program, tests, limits or Limits())
+    limits = limits or Limits()
+    token = secrets.token_hex(16)
+    told, in_time, status, _ = _tried(program, tests, token, limits, _form()[0], limits.wait)
+    if told == token:
+        return Outcome(True, "passed")
+    if not in_time:
+        return Outcome(False, f"timed out after {limits.wait:g} s")
+    if not told and status == 128 + signal.SIGKILL:
+        return Outcome(False, f"killed, as after {limits.seconds:g} s of a processor")
+    return Outcome(False, told or "ended before its tests did")
 
 
 def check(what: str) -> None:
@@ -99,16 +108,15 @@ def missing() -> list[str]:
 
 def _need(what: str) -> None:
     if sys.platform != "linux":
-        raise CalmError(_refusal(what, f"it needs Linux, and this is {sys.platform}"))
-    if shutil.which("bwrap") is None:
-        line = "bubblewrap is not installed (apt-get install bubblewrap)"
-        raise CalmError(_refusal(what, line))
-    if problem := _form()[1]:
-        raise CalmError(_refusal(what, problem))
-
-
-def _refusal(what: str, problem: str) -> str:
-    return f"{what} is run in a sandbox only, which this machine does not offer: {problem}"
+        problem = f"it needs Linux, and this is {sys.platform}"
+    elif shutil.which("bwrap") is None:
+        problem = "bubblewrap is not installed (apt-get install bubblewrap)"
+    else:
+        problem = _form()[1]
+    if problem:
+        raise CalmError(
+            f"{what} is run in a sandbox only, which this machine does not offer: {problem}"
+        )
 
 
 @functools.cache
@@ -126,34 +134,19 @@ def _form() -> tuple[bool, str | None]:
 
 def _probe(has_namespace: bool) -> str | None:
     """Why the smallest program does not pass; None if it does."""
-    process, result = _start(Limits(), has_namespace)
-    job = json.dumps(_job("", "", Limits(), "token", has_namespace))
-    told, _ = _talk(process, result, job, 20.0)
-    _, errors = process.communicate()
+    told, _, _, errors = _tried("", "", "token", Limits(), has_namespace, 20.0)
     if told == "token":
         return None
     lines = errors.decode(errors="replace").strip().splitlines() or [told or "it does not answer"]
     return lines[-1]
 
 
-def _run(program: str, tests: str, limits: Limits) -> Outcome:
-    token = secrets.token_hex(16)
-    has_namespace, _ = _form()
+def _tried(
+    program: str, tests: str, token: str, limits: Limits, has_namespace: bool, wait: float
+) -> tuple[str, bool, int, bytes]:
+    """What `_talk` returns of a job; the sandbox's exit status, and its errors."""
     process, result = _start(limits, has_namespace)
-    job = json.dumps(_job(program, tests, limits, token, has_namespace))
-    told, in_time = _talk(process, result, job, limits.wait)
-    process.communicate()
-    if told == token:
-        return Outcome(True, "passed")
-    if not in_time:
-        return Outcome(False, f"timed out after {limits.wait:g} s")
-    if not told and process.returncode == 128 + signal.SIGKILL:
-        return Outcome(False, f"killed, as after {limits.seconds:g} s of a processor")
-    return Outcome(False, told or "ended before its tests did")
-
-
-def _job(program: str, tests: str, limits: Limits, token: str, has_namespace: bool) -> dict:
-    return {
+    job = {
         "program": program,
         "tests": tests,
         "token": token,
@@ -163,6 +156,9 @@ def _job(program: str, tests: str, limits: Limits, token: str, has_namespace: bo
         "file": limits.folder // 4,
         "uid": None if has_namespace else _uid(),
     }
+    told, in_time = _talk(process, result, json.dumps(job), wait)
+    _, errors = process.communicate()
+    return told, in_time, process.returncode, errors
 
 
 def _start(limits: Limits, has_namespace: bool) -> tuple[subprocess.Popen, int]:
@@ -189,7 +185,7 @@ def _start(limits: Limits, has_namespace: bool) -> tuple[subprocess.Popen, int]:
         fds.append(calls)
         command += ["--seccomp", str(calls)]
     python = os.path.realpath(getattr(sys, "_base_executable", sys.executable))
-    command += [python, "-I", "-S", "-c", _inside(), str(inner)]
+    command += [python, "-I", "-S", "-c", _INSIDE, str(inner)]
     try:
         process = subprocess.Popen(
             command,
@@ -256,8 +252,3 @@ def _uid() -> int:
 def _id_map() -> list[int]:
     """The last range of users' ids: the first here, what it is outside, and their number."""
     return [*map(int, pathlib.Path("/proc/self/uid_map").read_text().split()[-3:])]
-
-
-@functools.cache
-def _inside() -> str:
-    return _INSIDE.read_text()

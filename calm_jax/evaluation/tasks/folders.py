@@ -19,7 +19,8 @@ def folder(place: Place, what: str) -> epath.Path:
         raise CalmError(f"{place.family} needs the folder of {what}: {place.family}:FOLDER")
     path = absolute(place.path)
     if not path.is_dir():
-        raise CalmError(f"{path} is not a folder of {what}: it {_is_instead(path)}")
+        is_instead = "is a file" if path.exists() else "does not exist"
+        raise CalmError(f"{path} is not a folder of {what}: it {is_instead}")
     return path
 
 
@@ -77,10 +78,6 @@ def in_order(found: Sequence[str], order: Sequence[str]) -> list[str]:
     """The names in the given order, then the others by name."""
     rank = {name: number for number, name in enumerate(order)}
     return sorted(found, key=lambda name: (rank.get(name, len(rank)), name))
-
-
-def _is_instead(path: epath.Path) -> str:
-    return "is a file" if path.exists() else "does not exist"
 
 
 def _has(where: epath.Path) -> str:

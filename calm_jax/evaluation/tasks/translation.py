@@ -46,7 +46,8 @@ def flores(place: Place) -> list[Task]:
     where = folders.folder(place, _FLORES)
     splits = {}
     for split in ("dev", "devtest"):
-        found = folders.languages(where / split, "", f".{split}") if _has(where, split) else {}
+        inner = where / split
+        found = folders.languages(inner, "", f".{split}") if inner.is_dir() else {}
         if "eng_Latn" not in found:
             folders.needed(where, f"{split}/eng_Latn.{split}", _FLORES)
         splits[split] = found
@@ -61,10 +62,6 @@ def flores(place: Place) -> list[Task]:
             pairs[split] = _pairs(other, english)
         tasks.append(_task("flores", name, pairs["devtest"], pairs["dev"]))
     return tasks
-
-
-def _has(where: epath.Path, split: str) -> bool:
-    return (where / split).is_dir()
 
 
 def _ordered(names: list[str]) -> list[str]:
