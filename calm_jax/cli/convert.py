@@ -6,7 +6,7 @@ from typing import Any
 
 from absl import flags
 
-from calm_jax.cli import config
+from calm_jax.cli import config, models
 from calm_jax.errors import CalmError
 from calm_jax.quiet import quiet_libtpu
 
@@ -75,11 +75,9 @@ def main(argv: list[str]) -> int:
         for name in ("anchor", "augments"):
             if not values[name].value:
                 raise CalmError(f"--{name} is missing: frozen folders of what the bridge joins")
-        places = {"anchor": values.anchor, "augments": values.augments}
-        import_bridge(values.source, values.target, **places)
+        import_bridge(values.source, values.target, **models.moved(values))
     elif values.to is None:
         _refuse(values, OF_A_BRIDGE, "without --to=huggingface")
-        options = _options(values.option)
         convert(
             values.source,
             values.target,
@@ -87,7 +85,7 @@ def main(argv: list[str]) -> int:
             dtype=values.dtype,
             adapter=values.adapter,
             verify=values.verify,
-            **options,
+            **_options(values.option),
         )
     else:
         _refuse(values, OF_A_CHECKPOINT, f"with --to={values.to}")

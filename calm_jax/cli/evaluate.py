@@ -116,12 +116,10 @@ def _load_config(values: flags.FlagValues) -> ConfigDict:
         raise CalmError(f"{folder} is not {wanted} but {kind}{hint}")
     defaults = to_dict(composed_run())
     used = {section: found.get(section, defaults[section]) for section in SECTIONS}
-    used["evaluate"] = used["evaluate"] | {"tasks": tuple(used["evaluate"]["tasks"])}
-    for name in ("limit", "max_new_tokens"):
+    for name in ("tasks", "limit", "max_new_tokens"):
         if values[name].value is not None:
             used["evaluate"][name] = values[name].value
-    if values.tasks is not None:
-        used["evaluate"]["tasks"] = tuple(values.tasks)
+    used["evaluate"]["tasks"] = tuple(used["evaluate"]["tasks"])
     return ConfigDict(used)
 
 

@@ -4,7 +4,6 @@ import contextlib
 import importlib.util
 import os
 import pathlib
-from typing import Any
 
 from absl import flags
 
@@ -24,6 +23,7 @@ requests are refused and running answers are completed; a second SIGTERM ends th
 The model runs on the first device; --mesh.tensor=8 and the like spread it over all."""
 
 KEY = "CALM_API_KEY"
+OF_SCHEDULERS = ("slots", "max_length", "prefill_chunk", "cache_dtype", "draft")
 
 
 def _define_flags(define: config.Define) -> None:
@@ -58,18 +58,13 @@ def main(argv: list[str]) -> int:
     with contextlib.closing(bind(values.host, values.port)) as bound:
         model = models.load(values, mesh)
         name = values.name or pathlib.Path(values.workdir).resolve().name
-        served = served_models(model, name, _options(values))
+        options = {name: values[name].value for name in OF_SCHEDULERS}
+        served = served_models(model, name, options)
         limits = Limits(values.max_queue, values.max_tokens, values.request_seconds)
         schedulers = built(served)
         served = [one for one in served if one.name in schedulers]
         run(Server(served, limits, os.environ.get(KEY), schedulers), bound)
     return 0
-
-
-def _options(values: flags.FlagValues) -> dict[str, Any]:
-    """The arguments of every scheduler."""
-    names = ("slots", "max_length", "prefill_chunk", "cache_dtype", "draft")
-    return {name: getattr(values, name) for name in names}
 
 
 def _check(values: flags.FlagValues) -> None:

@@ -201,7 +201,6 @@ def _handed_over(
     options: Options,
     batch_size: int,
 ) -> list[Asked]:
-    """The prompts with the augment's answers in them."""
     if task.answered != "generation":
         raise CalmError(f"--hand_over: {task.name} is not answered by text")
     samplings = [
@@ -299,7 +298,6 @@ def _generated(
 
 
 def _cut(text: str, stops: Sequence[str]) -> str:
-    """The text before the first of `stops`."""
     places = [text.find(stop) for stop in stops if stop in text]
     return text[: min(places)] if places else text
 

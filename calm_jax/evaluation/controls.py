@@ -170,7 +170,6 @@ class Recomputed:
         return jax.tree.map(sharding.on_host, result)
 
     def _own(self, tokens_BT, length_B, asked_B) -> dict[str, np.ndarray]:
-        """The arrays of augments with tokens of their own."""
         rows = [row[:length].tolist() for row, length in zip(tokens_BT, length_B, strict=True)]
         arrays = {}
         for number, alignment in self._alignments.items():

@@ -130,7 +130,6 @@ class HarnessModel(TemplateLM):
         return said
 
     def _sampling(self, given: Mapping[str, Any]) -> Sampling:
-        """What a request's `generation_kwargs` ask for."""
         values = normalize_gen_kwargs(dict(given), _NEW_TOKENS)
         draws = values.pop("do_sample", False)
         stop = values.pop("until", None) or []
@@ -199,8 +198,7 @@ def run_harness(
         tasks: their names.
         include_path: a folder with tasks of one's own, as YAML.
         shots, limit: as of the harness, where they are given.
-        context: tokens of a prompt with its answer; 0: `CONTEXT`.
-        batch_size: rows that are decoded at once at most.
+        context, batch_size: as of `HarnessModel`; a context of 0 is `CONTEXT`.
 
     Raises:
         CalmError: an unknown task, or as `HarnessModel` does.

@@ -219,7 +219,6 @@ def _check_names(tasks: Mapping[str, Sequence[Task] | None], output: epath.Path)
 
 
 def _limited(tasks: Sequence[Task] | None, limit: int) -> list[Task] | None:
-    """The tasks with at most `limit` examples; 0 is all."""
     if tasks is None or not limit:
         return tasks
     return [dataclasses.replace(task, examples=task.examples[:limit]) for task in tasks]
@@ -269,7 +268,6 @@ def _metrics(task: Task, options: Options) -> tuple[str, ...]:
 
 
 def _write_or_remove(path: epath.Path, value: Any) -> None:
-    """Writes JSON, or removes an earlier evaluation's file if there is nothing to write."""
     if value:
         write_json(path, value)
     else:

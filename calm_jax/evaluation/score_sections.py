@@ -109,7 +109,6 @@ def scores_by_task(runs: Sequence[Run]) -> list[dict[str, Any]]:
 
 
 def _shown(cell: Mapping[str, Any]) -> dict[str, Any]:
-    """A task's score as shown in the table."""
     name = metric_table.main_name(cell)
     digits = metric_table.find(name).digits
     low, high = cell["interval"]
@@ -177,7 +176,6 @@ def examples(runs: Sequence[Run]) -> dict[str, Any] | None:
 
 
 def _judged(record: Mapping[str, Any]) -> bool:
-    """Whether a record has an answer that was found right or wrong."""
     return {"inputs", "targets", "prediction", "correct"} <= record.keys()
 
 
@@ -203,7 +201,6 @@ def _by_operands(series: Sequence[tuple[str, list, str, bool]]) -> list[Group]:
 
 
 def _spaced(records: list, count: int) -> list:
-    """`count` of the records, evenly spaced."""
     if len(records) <= count:
         return records
     return [records[index * len(records) // count] for index in range(count)]

@@ -98,7 +98,6 @@ def made(runs: Sequence[Run], command: str) -> dict[str, Any]:
 
 
 def _data(run: Run, split: str) -> str:
-    """The tasks and files of a split."""
     entries = run.config.get("data", {}).get(split) or ()
     named = [entry.get("task") or entry.get("jsonl") or entry.get("parquet") for entry in entries]
     return ", ".join(map(str, named))

@@ -76,8 +76,7 @@ def group_tables(
     experiment: Experiment, rows: Sequence[Row]
 ) -> list[tuple[str, str, list[GroupRow]]]:
     """Each group of tasks with its metric, and the arms that were scored on all of its rows."""
-    by_name = {row.arm.name: row for row in rows}
-    reference = by_name.get(experiment.reference)
+    reference = next((row for row in rows if row.arm.name == experiment.reference), None)
     groups: dict[str, list[str]] = {}
     for task, cell in reference.cells.items() if reference else ():
         if cell.group:
@@ -85,20 +84,14 @@ def group_tables(
     found = []
     for group, tasks in groups.items():
         metric = metric_table.find(reference.cells[tasks[0]].metric)
-        anchor = by_name.get(reference.arm.anchor)
-        if anchor and any(task not in anchor.cells for task in tasks):
-            anchor = None
+        scored = [row for row in rows if row.cells.keys() >= set(tasks)]
+        anchor = next((row for row in scored if row.arm.name == reference.arm.anchor), None)
         of_group = []
-        for row in rows:
-            if any(task not in row.cells for task in tasks):
-                continue
-            means = [row.cells[task].mean for task in tasks]
-            gains = [
-                (mean - anchor.cells[task].mean) * (-1 if metric.descends else 1)
-                for task, mean in zip(tasks, means, strict=True)
-                if anchor and row is not anchor
-            ]
-            wins = sum(gain > 0 for gain in gains) if gains else None
+        for row in scored:
+            means, wins = [row.cells[task].mean for task in tasks], None
+            if anchor and row is not anchor:
+                gains = [row.cells[task].mean - anchor.cells[task].mean for task in tasks]
+                wins = sum((gain < 0) if metric.descends else (gain > 0) for gain in gains)
             of_group.append(GroupRow(row.arm, float(np.mean(means)), len(tasks), wins))
         found.append((group, metric.name, of_group))
     return found
@@ -110,12 +103,11 @@ def compare(experiment: Experiment, jobs: Sequence[Job]) -> list[Row]:
     read = {name: _read(of_arm) for name, of_arm in by_arm.items()}
     rows = []
     for arm in experiment.arms:
-        cells = {}
-        for task, of_task in read[arm.name].items():
-            other = (
-                read[experiment.reference].get(task) if arm.name != experiment.reference else None
-            )
-            cells[task] = _cell(of_task, other, arm.name, task)
+        others = {} if arm.name == experiment.reference else read[experiment.reference]
+        cells = {
+            task: _cell(of_task, others.get(task), arm.name, task)
+            for task, of_task in read[arm.name].items()
+        }
         rows.append(Row(arm, cells, tuple(by_arm[arm.name])))
     return rows
 

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from calm_jax.checkpoints.files import read_json
-from calm_jax.evaluation.results import Run, read_run
+from calm_jax.evaluation.results import read_run
 from calm_jax.evaluation.setting import median_speed
 from calm_jax.experiment import decoding
 from calm_jax.experiment.arms import Experiment, Job
@@ -119,17 +119,13 @@ def _measured(job: Job, speeds: Mapping[str, Mapping[str, float]]) -> Cost:
     if not trees:
         return Cost(**known)
     a_step = run.costs["tokens_per_step"]
+    steps = max((line["step"] for line in run.metrics if line.get("split") == "train"), default=0)
     return Cost(
         parameters=sum(tree["parameters"] for tree in trees),
         trained=sum(tree["parameters"] for tree in trees if tree["trained"]),
         flops=run.costs["flops_per_step"] / a_step,
         memory=run.costs["memory_bytes"],
         speed=median_speed(run),
-        tokens=_steps(run) * a_step,
+        tokens=steps * a_step,
         **known,
     )
-
-
-def _steps(run: Run) -> int:
-    """The number of steps that a run has logged."""
-    return max((line["step"] for line in run.metrics if line.get("split") == "train"), default=0)

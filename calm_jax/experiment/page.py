@@ -31,6 +31,7 @@ def write_page(experiment: Experiment, jobs: Sequence[Job], folder: epath.Path, 
     order = list(KINDS)
     rows = [row for row in compare(experiment, jobs) if row.cells]
     rows.sort(key=lambda row: order.index(row.arm.kind))
+    reference = next((row for row in rows if row.arm.name == experiment.reference), None)
     scored, speeds = tasks(experiment, rows), decoding.measured(folder)
     of_arms = costs(experiment, rows, speeds["seconds"])
     results, page = folder / "results.json", folder / "report.html"
@@ -40,7 +41,7 @@ def write_page(experiment: Experiment, jobs: Sequence[Job], folder: epath.Path, 
         page,
         template.render(
             experiment=experiment,
-            seeds=_seeds(experiment, rows),
+            seeds=_seeds(experiment, reference),
             answer=answer(experiment, rows, scored),
             kinds=[
                 (kind, label, [r for r in rows if r.arm.kind == kind])
@@ -53,7 +54,7 @@ def write_page(experiment: Experiment, jobs: Sequence[Job], folder: epath.Path, 
             figures=[figure for task in scored if (figure := figures.bars(task, rows))],
             groups=group_tables(experiment, rows),
             gains=figures.gains(experiment, rows),
-            bridge=_bridge(experiment, rows),
+            bridge=_bridge(reference),
             curves=figures.curves(experiment, rows, scored),
             digits=lambda cell: metric_table.find(cell.metric).digits,
             costs=[(row, of_arms[row.arm.name]) for row in rows],
@@ -111,11 +112,10 @@ def tasks(experiment: Experiment, rows: Sequence[Row]) -> list[str]:
     return list(dict.fromkeys(task for row in ordered for task in row.cells))
 
 
-def _seeds(experiment: Experiment, rows: Sequence[Row]) -> str:
+def _seeds(experiment: Experiment, reference: Row | None) -> str:
     """The number of seeds, and for how many of them the reference was scored."""
     asked = len(experiment.seeds)
     words = f"{asked} seed{'s' if asked > 1 else ''}"
-    reference = next((row for row in rows if row.arm.name == experiment.reference), None)
     if reference is None:
         return f"0 of {words}"
     scored = min(len(cell.values) for cell in reference.cells.values())
@@ -127,12 +127,11 @@ def _is_stale(job: Job) -> bool:
     return (job.folder / DONE).exists() and not is_done(job)
 
 
-def _bridge(experiment: Experiment, rows: Sequence[Row]) -> dict[str, Any] | None:
+def _bridge(reference: Row | None) -> dict[str, Any] | None:
     """What the connections of the reference add, and look at; None if it is no composed run."""
-    row = next((row for row in rows if row.arm.name == experiment.reference), None)
-    if row is None or not row.arm.anchor:
+    if reference is None or not reference.arm.anchor:
         return None
-    runs = [read_run(first_scored(row).folder)]
+    runs = [read_run(first_scored(reference).folder)]
     return {
         "usage": training_sections.usage(runs),
         "attention": training_sections.attention(runs),
@@ -187,7 +186,6 @@ def _best(rows: Sequence[Row], task: str) -> Row:
 
 
 def _shown(cell: Cell) -> str:
-    digits = metric_table.find(cell.metric).digits
-    low, high = cell.interval
-    unit = metric_table.find(cell.metric).unit
-    return f"{cell.mean:.{digits}f}{unit} [{low:.{digits}f}–{high:.{digits}f}]"
+    metric, (low, high) = metric_table.find(cell.metric), cell.interval
+    digits = metric.digits
+    return f"{cell.mean:.{digits}f}{metric.unit} [{low:.{digits}f}–{high:.{digits}f}]"

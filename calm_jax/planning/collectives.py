@@ -168,7 +168,6 @@ def _of_named_axes(axes: str, order_shape: str | None, order: str | None, used: 
 
 
 def _axes(groups: Sequence[Sequence[int]], mesh: jax.sharding.Mesh) -> tuple[str, ...]:
-    """Names of the mesh axes along which the members of a group differ."""
     shape = tuple(mesh.shape.values())
     moved = set()
     for group in groups:

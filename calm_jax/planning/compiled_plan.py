@@ -47,7 +47,10 @@ def make_plan(config: ConfigDict, topology: Topology) -> Plan:
             "available": topology.chip.hbm_bytes,
         },
         "flops": counting.flops(config) / chips,
-        "versions": _versions(),
+        "versions": {
+            "calm_jax": calm_jax.__version__,
+            **{name: importlib.metadata.version(name) for name in ("jax", "libtpu")},
+        },
     }
     try:
         compiled, text = program.compile_program(traced)
@@ -140,8 +143,3 @@ def training_cost(
     if dollars_per_chip_hour is not None:
         cost["dollars"] = [dollars_per_chip_hour * each for each in chip_hours]
     return cost
-
-
-def _versions() -> dict[str, str]:
-    packages = {name: importlib.metadata.version(name) for name in ("jax", "libtpu")}
-    return {"calm_jax": calm_jax.__version__, **packages}

@@ -81,22 +81,24 @@ def _memory(plan: Plan) -> str:
         (tree["name"], units.count(tree["parameters"]), units.size(tree["bytes"]))
         for tree in memory["trees"]
     ]
+
+    def add(name: str, size: float | None) -> None:
+        rows.append((name, "", units.size(size) if size is not None else "more"))
+
+    needed, rest = memory["peak"], "activations, gradients, buffers"
     if "temporaries" in memory:
-        rows.append(("arguments of the step", "", units.size(memory["arguments"])))
-        rest = memory["peak_of_step"] - memory["arguments"]
-        rows.append(("activations, gradients, buffers", "", units.size(rest)))
-        rows.append(("peak of the step", "", units.size(memory["peak_of_step"])))
-        rows.append(("loaded, but unused by the step", "", units.size(memory["unused"])))
-    needed = memory["peak"]
+        add("arguments of the step", memory["arguments"])
+        add(rest, memory["peak_of_step"] - memory["arguments"])
+        add("peak of the step", memory["peak_of_step"])
+        add("loaded, but unused by the step", memory["unused"])
     if not plan["compiled"]:
-        rest = needed - sum(tree["bytes"] for tree in memory["trees"])
-        rows.append(("activations, gradients, buffers", "", units.size(rest)))
-    rows.append(("needed", "", units.size(needed) if needed else "more"))
-    rows.append(("a chip has", "", units.size(memory["available"])))
+        add(rest, needed - sum(tree["bytes"] for tree in memory["trees"]))
+    add("needed", needed or None)
+    add("a chip has", memory["available"])
     if needed:
-        rows.append(("left over", "", units.size(memory["available"] - needed)))
+        add("left over", memory["available"] - needed)
     if memory.get("host"):
-        rows.append(("offloaded to the host", "", units.size(memory["host"])))
+        add("offloaded to the host", memory["host"])
     verdict = "" if memory["fits"] else "\n\n**It does not fit.**"
     return table(("memory of a chip", "parameters", "size"), rows) + verdict
 

@@ -96,11 +96,7 @@ def trace(config: ConfigDict, mesh: Mesh) -> Program:
         if length is not None:
             own = jax.ShapeDtypeStruct((config.train.batch_size, length), jnp.int32)
             batch |= dict.fromkeys(own_keys(number), own)
-    arguments = (
-        *run.trees(),
-        batch,
-        jax.ShapeDtypeStruct((), jnp.int32),
-    )
+    arguments = (*run.trees(), batch, jax.ShapeDtypeStruct((), jnp.int32))
     with jax.sharding.use_abstract_mesh(mesh) if abstract else jax.set_mesh(mesh):
         return Program(mesh, run.parts, run.shardings, arguments, step.trace(*arguments))
 

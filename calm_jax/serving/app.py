@@ -15,6 +15,7 @@ from typing import Any
 from absl import logging
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import HTMLResponse, JSONResponse, Response
 from starlette.routing import Route
@@ -89,10 +90,9 @@ class Server:
             ("/v1/completions", "POST", functools.partial(self._answered, parse_completion)),
             ("/v1/chat/completions", "POST", functools.partial(self._answered, parse_chat)),
         ]
-        handlers = {404: _refuse_http, 405: _refuse_http, Exception: _refuse_failure}
         self._starlette = Starlette(
             routes=[Route(path, call, methods=[method]) for path, method, call in routes],
-            exception_handlers={**handlers, Refused: _refuse},
+            exception_handlers=dict.fromkeys((404, 405, Refused, Exception), _refuse),
             lifespan=self._lifespan,
         )
         self._known = {path for path, _, _ in routes if "{" not in path}
@@ -274,15 +274,10 @@ def _answer_refused(error: Refused) -> Response:
     return JSONResponse(error.body, error.status, headers=error.headers)
 
 
-async def _refuse(_: Request, error: Exception) -> Response:
-    assert isinstance(error, Refused)
+async def _refuse(request: Request, error: Exception) -> Response:
+    if isinstance(error, HTTPException):
+        line = f"{request.method} {request.url.path}: {error.detail}"
+        error = Refused(error.status_code, line)
+    elif not isinstance(error, Refused):
+        error = Refused(500, f"the server failed: {one_line(error)}")
     return _answer_refused(error)
-
-
-async def _refuse_failure(_: Request, error: Exception) -> Response:
-    return _answer_refused(Refused(500, f"the server failed: {one_line(error)}"))
-
-
-async def _refuse_http(request: Request, error: Any) -> Response:
-    refused = Refused(error.status_code, f"{request.method} {request.url.path}: {error.detail}")
-    return _answer_refused(refused)

@@ -329,7 +329,6 @@ def _flag(given: Mapping[str, Any], name: str) -> bool:
 
 
 def _kind(value: Any) -> str:
-    """The kind of a JSON value, in words."""
     if value is None:
         return "null"
     if value == "":

@@ -1,7 +1,6 @@
 """A user's own files: choices by probability, and texts by bits per byte."""
 
-import os
-import pathlib
+from etils import epath
 
 from calm_jax.checkpoints.files import absolute, read_bytes
 from calm_jax.errors import CalmError
@@ -19,24 +18,16 @@ def choices(place: Place) -> list[Task]:
         _choice(record, f"{path}:{number}")
         for number, record in enumerate(folders.records(path, "choices", fields), 1)
     ]
-    return [
-        Task(
-            f"choices/{_stem(path)}",
-            examples,
-            TEMPLATES["choices"],
-            ("accuracy", "accuracy_normalized"),
-            answered="choices",
-        )
-    ]
+    name, metrics = f"choices/{_stem(path)}", ("accuracy", "accuracy_normalized")
+    return [Task(name, examples, TEMPLATES["choices"], metrics, answered="choices")]
 
 
 def text(place: Place) -> list[Task]:
     """A text, or a file of JSON lines `{"text": …}`, each a text of its own."""
     path = _file(place, "a text")
-    name = os.fspath(path)
-    if name.endswith((".jsonl", ".jsonl.gz")):
+    if path.name.endswith((".jsonl", ".jsonl.gz")):
         texts = [one["text"] for one in folders.records(path, "texts", {"text": str})]
-    elif name.endswith(".gz"):
+    elif path.name.endswith(".gz"):
         texts = ["\n".join(read_lines(path))]
     else:
         try:
@@ -44,25 +35,18 @@ def text(place: Place) -> list[Task]:
         except UnicodeDecodeError as error:
             raise CalmError(f"{path}: not UTF-8 text at byte {error.start:,}") from None
     examples = [{"text": one} for one in texts if one]
-    return [
-        Task(
-            f"text/{_stem(path)}",
-            examples,
-            TEMPLATES["text"],
-            ("bits_per_byte",),
-            answered="reading",
-        )
-    ]
+    name = f"text/{_stem(path)}"
+    return [Task(name, examples, TEMPLATES["text"], ("bits_per_byte",), answered="reading")]
 
 
-def _file(place: Place, what: str) -> str | os.PathLike:
+def _file(place: Place, what: str) -> epath.Path:
     if not place.path:
         raise CalmError(f"{place.family} needs {what}: {place.family}:FILE")
     return absolute(place.path)
 
 
-def _stem(path: str | os.PathLike) -> str:
-    return pathlib.PurePath(path).name.removesuffix(".gz").rpartition(".")[0] or "text"
+def _stem(path: epath.Path) -> str:
+    return path.name.removesuffix(".gz").rpartition(".")[0] or "text"
 
 
 def _choice(record: dict, where: str) -> Example:
