@@ -9,10 +9,9 @@ from calm_jax.data.vocabulary import Vocabulary
 from calm_jax.models import ComposedDecoder, Inputs
 
 ATTENTION_TOKENS = 32  # tokens of the prompt whose attention is kept: more are not legible
-Records = list[dict[str, Any]]
 
 
-def attention(model: ComposedDecoder, answers: Mapping[str, Records]) -> dict[str, Any] | None:
+def attention(model: ComposedDecoder, answers: Mapping[str, list[dict]]) -> dict[str, Any] | None:
     """What each connection attends to in one prompt, as a mean over heads; None without prompts.
 
     None too where an augment's tokens are not the anchor's: one row of labels could not name both.

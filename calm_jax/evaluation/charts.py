@@ -137,11 +137,11 @@ def _spans_much(values: Sequence[float]) -> bool:
     return min(values) > _FLAT and max(values) / min(values) > 8
 
 
-def even_ticks(low: float, high: float, count: int = 4) -> list[float]:
-    """Round numbers that span low to high, about `count` steps of 1, 2 or 5 times a power of 10."""
+def even_ticks(low: float, high: float) -> list[float]:
+    """Round numbers that span low to high, about four steps of 1, 2 or 5 times a power of 10."""
     if high - low < _FLAT:
         high = low + 1
-    rough = (high - low) / count
+    rough = (high - low) / 4
     power = 10.0 ** math.floor(math.log10(rough))
     step = next(power * unit for unit in (1, 2, 5, 10) if power * unit >= rough * 0.999)
     first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)

@@ -76,5 +76,4 @@ def environment() -> jinja2.Environment:
         "digits": lambda number: f"{number:.4g}",
         "size": units.size,
     }
-    found.globals |= {"run_colour": run_colour}
     return found

@@ -146,20 +146,20 @@ def _read(jobs: Sequence[Job]) -> dict[str, _Scored]:
 def _cell(mine: _Scored, other: _Scored | None, arm: str, task: str) -> Cell:
     seeds = list(mine.seeds.values())
     values = tuple(seed.value for seed in seeds)
-    interval = _interval(_resampled(mine.metric, [seeds], arm, task))
+    interval = _interval(mine.metric, [seeds], arm, task)
     cell = Cell(mine.metric.name, values, float(np.mean(values)), interval, mine.group)
     pairs = [] if other is None else _paired(mine, other)
     if not pairs or any(a.examples != b.examples for a, b in pairs):
         return cell
-    interval = _interval(_resampled(mine.metric, list(zip(*pairs, strict=True)), arm, task))
+    interval = _interval(mine.metric, list(zip(*pairs, strict=True)), arm, task)
     difference = float(np.mean([a.value - b.value for a, b in pairs]))
     return dataclasses.replace(cell, difference=difference, difference_interval=interval)
 
 
-def _resampled(
+def _interval(
     metric: metric_table.Metric, sides: Sequence[Sequence[_Seed]], arm: str, task: str
-) -> np.ndarray:
-    """The mean over seeds, or the difference of two, of resampled seeds and examples, [R].
+) -> tuple[float, float]:
+    """The interval of the mean over seeds, or of the difference of two means.
 
     All seeds and both sides have the same examples, and are resampled alike.
     """
@@ -173,10 +173,7 @@ def _resampled(
     for side in sides:
         values = [metric.sums.value(drawn_RN @ seed.values_NK) for seed in side]
         means.append(np.sum(np.stack(values, axis=1) * drawn_RS, axis=1))
-    return means[0] if len(means) == 1 else means[0] - means[1]
-
-
-def _interval(sampled_R: np.ndarray) -> tuple[float, float]:
+    sampled_R = means[0] if len(means) == 1 else means[0] - means[1]
     low, high = np.quantile(sampled_R, (0.025, 0.975))
     return float(low), float(high)
 

@@ -2,7 +2,7 @@
 
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -23,7 +23,7 @@ _REPEATED = 3  # times in a round
 _MOST_WARM_UPS = 6
 
 
-def measure(jobs: Sequence[Job], folder: epath.Path, *, say: Callable[[str], Any] = print) -> None:
+def measure(jobs: Sequence[Job], folder: epath.Path) -> None:
     """Measures the models that were scored, and writes `costs.json` into the experiment's folder.
 
     An arm that only scores a model in another way has none. Nothing is measured if the file is of
@@ -41,7 +41,7 @@ def measure(jobs: Sequence[Job], folder: epath.Path, *, say: Callable[[str], Any
     before = read_optional(folder / FILE).get("decoding", {})
     if not models or before.get("of") == of:
         return
-    say(f"decoding with {len(models)} models in turns")
+    print(f"decoding with {len(models)} models in turns")
     times = decode_times({name: job.model for name, job in models.items()})
     device = f"{jax.device_count()} × {jax.devices()[0].device_kind}"
     write_json(folder / FILE, {"decoding": {"of": of, "device": device, "seconds": times}})

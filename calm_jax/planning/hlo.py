@@ -11,25 +11,11 @@ from collections.abc import Iterator
 
 BITS = {"pred": 8, "c64": 64, "c128": 128, "token": 0, "opaque": 0}
 # These move no data: they name, group or reserve arrays, or their bodies are counted instead.
-FREE = frozenset(
-    {
-        "add-dependency",
-        "after-all",
-        "bitcast",
-        "call",
-        "conditional",
-        "constant",
-        "domain",
-        "get-tuple-element",
-        "iota",
-        "opt-barrier",
-        "parameter",
-        "partition-id",
-        "replica-id",
-        "tuple",
-        "while",
-    }
-)
+FREE = {
+    "add-dependency", "after-all", "bitcast", "call", "conditional", "constant", "domain",
+    "get-tuple-element", "iota", "opt-barrier", "parameter", "partition-id", "replica-id", "tuple",
+    "while",
+}  # fmt: skip
 _ARRAY = re.compile(r"\b([a-z]\w*)\[([\d,]*)\](?:\{([^{}]*)\})?")
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.$-]+) \(.*\{\s*$")
 _NAME = re.compile(r"^\s+(ROOT )?%?([\w.$-]+) = ")
