@@ -72,17 +72,14 @@ class Mixture(nnx.Module):
 class HandOver:
     """How an augment's text comes into the anchor's prompt.
 
-    Attributes:
-        question: what the augment is asked, where {inputs} is the prompt.
-        prompt: what the anchor then reads, where {answer} is the augment's answer.
-        replace: (text, replacement) in the prompt before it is put into `question`.
-
     Raises:
         CalmError: a template with an unknown field, or a `prompt` without the answer.
     """
 
-    question: str = "{inputs}"
+    question: str = "{inputs}"  # what the augment is asked, where {inputs} is the prompt
+    # what the anchor then reads, where {answer} is the augment's answer
     prompt: str = "{answer}\n{inputs}"
+    # (text, replacement) in the prompt before it is put into `question`
     replace: tuple[str, str] | None = None
 
     def __post_init__(self):

@@ -12,19 +12,15 @@ Cell = Mapping[str, Any]
 
 @dataclasses.dataclass(frozen=True)
 class Group:
-    """The rows of a group.
-
-    Attributes:
-        mean: of the rows' main metric, each of which counts alike.
-        interval: of the mean, from those of the rows as if their examples had nothing in common.
-        wins: rows in which the model scores better than the anchor alone; None: it was not scored.
-    """
+    """The rows of a group."""
 
     name: str
     metric: str
     rows: int
-    mean: float
+    mean: float  # of the rows' main metric, each of which counts alike
+    # of the mean, from those of the rows as if their examples had nothing in common
     interval: tuple[float, float]
+    # rows in which the model scores better than the anchor alone; None: it was not scored
     wins: int | None = None
 
     def __str__(self) -> str:

@@ -19,22 +19,15 @@ from calm_jax.evaluation.controls import CONTROLS, OF_TAPS, PERMUTED, Recomputed
 class Variant:
     """A change of the scored model, at most one; none by default.
 
-    Attributes:
-        control: a name of `CONTROLS`: how the augments of a pair are destroyed.
-        mix: folder of a decoder whose probabilities are mixed into those of a decoder.
-        mix_weight: its weight, from 0 to 1.
-        hand_over: folder of a decoder whose answers come into the prompts of a decoder.
-        rule: how they come in.
-
     Raises:
         CalmError: several changes, or an unknown control.
     """
 
-    control: str = ""
-    mix: str = ""
-    mix_weight: float = 0.5
-    hand_over: str = ""
-    rule: HandOver = dataclasses.field(default_factory=HandOver)
+    control: str = ""  # a name of `CONTROLS`: how the augments of a pair are destroyed
+    mix: str = ""  # folder of a decoder whose probabilities are mixed into those of a decoder
+    mix_weight: float = 0.5  # its weight, from 0 to 1
+    hand_over: str = ""  # folder of a decoder whose answers come into the prompts of a decoder
+    rule: HandOver = dataclasses.field(default_factory=HandOver)  # how they come in
 
     def __post_init__(self):
         given = [name for name in ("control", "mix", "hand_over") if getattr(self, name)]

@@ -19,23 +19,15 @@ _SEED = 0
 
 @dataclasses.dataclass(frozen=True)
 class Cell:
-    """An arm's score on a task.
+    """An arm's score on a task."""
 
-    Attributes:
-        metric: the task's main metric.
-        values: of each seed.
-        mean: of the seeds.
-        interval: 95 % interval of the mean; seeds and examples are resampled.
-        group: the rows that the task belongs to, such as languages; "" of a task alone.
-        difference, difference_interval: from the reference, of the same seeds and examples;
-            None of the reference itself, and where it was not scored on the same examples.
-    """
-
-    metric: str
-    values: tuple[float, ...]
-    mean: float
-    interval: tuple[float, float]
-    group: str = ""
+    metric: str  # the task's main metric
+    values: tuple[float, ...]  # of each seed
+    mean: float  # of the seeds
+    interval: tuple[float, float]  # 95 % interval of the mean; seeds and examples are resampled
+    group: str = ""  # the rows that the task belongs to, such as languages; "" of a task alone
+    # from the reference, of the same seeds and examples; None of the reference itself, and where it
+    # was not scored on the same examples
     difference: float | None = None
     difference_interval: tuple[float, float] | None = None
 

@@ -26,37 +26,23 @@ class Ratio:
 
 @dataclasses.dataclass(frozen=True)
 class Cost:
-    """What an arm costs, from the run of its first seed; None where it was not measured.
+    """What an arm costs, from the run of its first seed; None where it was not measured."""
 
-    Attributes:
-        parameters: of all its trees but the optimizer.
-        trained: those that are trained.
-        flops: of a training token, forward and backward.
-        memory: of the compiled training step at its peak, in bytes.
-        speed: tokens a second of training, the median.
-        tokens: that it was trained on, padding included.
-        seconds: of the commands of its job, when they last ran.
-        latency: milliseconds of a decoded token, one row.
-        throughput: decoded tokens a second, eight rows.
-        share: its training tokens ÷ those of its reference's augments: of the bridge, D_C's share.
-        a_token: the cost of a training token ÷ one of fine-tuning the anchor.
-        whole: of its training ÷ fine-tuning the anchor on as many tokens as the augments saw.
-        with_augments: the same with the training of the augments that it joins.
-    """
-
-    parameters: int | None = None
-    trained: int | None = None
-    flops: float | None = None
-    memory: int | None = None
-    speed: float | None = None
-    tokens: int | None = None
-    seconds: float | None = None
-    latency: float | None = None
-    throughput: float | None = None
+    parameters: int | None = None  # of all its trees but the optimizer
+    trained: int | None = None  # those that are trained
+    flops: float | None = None  # of a training token, forward and backward
+    memory: int | None = None  # of the compiled training step at its peak, in bytes
+    speed: float | None = None  # tokens a second of training, the median
+    tokens: int | None = None  # that it was trained on, padding included
+    seconds: float | None = None  # of the commands of its job, when they last ran
+    latency: float | None = None  # milliseconds of a decoded token, one row
+    throughput: float | None = None  # decoded tokens a second, eight rows
+    # its training tokens ÷ those of its reference's augments: of the bridge, D_C's share
     share: float | None = None
-    a_token: Ratio | None = None
+    a_token: Ratio | None = None  # the cost of a training token ÷ one of fine-tuning the anchor
+    # of its training ÷ fine-tuning the anchor on as many tokens as the augments saw
     whole: Ratio | None = None
-    with_augments: Ratio | None = None
+    with_augments: Ratio | None = None  # the same with the training of the augments that it joins
 
 
 def costs(

@@ -16,22 +16,14 @@ KINDS = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective
 
 @dataclasses.dataclass(frozen=True)
 class Collective:
-    """One instruction with which chips exchange data.
-
-    Attributes:
-        kind: one of `KINDS`.
-        axes: mesh axes along which the members of a group differ.
-        group: positions in the mesh of the first group's chips.
-        times: how often it runs in a step.
-        bytes: what each chip sends in all runs together, with the best algorithm on a ring.
-    """
+    """One instruction with which chips exchange data."""
 
     name: str
-    kind: str
-    axes: tuple[str, ...]
-    group: tuple[int, ...]
-    times: int
-    bytes: float
+    kind: str  # one of `KINDS`
+    axes: tuple[str, ...]  # mesh axes along which the members of a group differ
+    group: tuple[int, ...]  # positions in the mesh of the first group's chips
+    times: int  # how often it runs in a step
+    bytes: float  # what each chip sends in all runs together, with the best algorithm on a ring
 
 
 def find(module: Module, mesh: jax.sharding.Mesh) -> list[Collective]:

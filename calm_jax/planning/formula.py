@@ -32,25 +32,15 @@ _BLOCK = 512  # keys whose logits exist at once, unless the attention backend is
 
 @dataclasses.dataclass(frozen=True)
 class _Layers:
-    """Equal layers that run one after another, on one chip and for one micro-batch.
+    """Equal layers that run one after another, on one chip and for one micro-batch."""
 
-    Attributes:
-        number: how many layers there are.
-        learns: whether a gradient flows through them.
-        weights: bytes of one layer, gathered.
-        stream: bytes of the residual stream over the whole length.
-        inner: bytes of the products that one layer computes.
-        logits: bytes of the attention logits that exist at once, in float32.
-        exchanges: how often one pass over a layer exchanges the stream along `tensor`.
-    """
-
-    number: int
-    learns: bool
-    weights: float
-    stream: float
-    inner: float
-    logits: float
-    exchanges: int
+    number: int  # how many layers there are
+    learns: bool  # whether a gradient flows through them
+    weights: float  # bytes of one layer, gathered
+    stream: float  # bytes of the residual stream over the whole length
+    inner: float  # bytes of the products that one layer computes
+    logits: float  # bytes of the attention logits that exist at once, in float32
+    exchanges: int  # how often one pass over a layer exchanges the stream along `tensor`
 
     @property
     def working(self) -> float:

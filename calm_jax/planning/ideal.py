@@ -14,24 +14,16 @@ from calm_jax.models.connections import plan_connections
 
 @dataclasses.dataclass(frozen=True)
 class IdealFlops:
-    """FLOPs of one step, by part.
+    """FLOPs of one step, by part."""
 
-    Attributes:
-        augments: forward, each up to its last tap, without a head.
-        anchor_forward: once, with its head.
-        anchor_backward: gradients of activations only, in the head and in the layers above the
-            first connected one.
-        bridge_forward: every connection.
-        bridge_backward: gradients of parameters and of activations.
-        recomputed: added by full rematerialisation: a second forward pass of the layers above the
-            first connected one, and of the bridge.
-    """
-
-    augments: int
-    anchor_forward: int
+    augments: int  # forward, each up to its last tap, without a head
+    anchor_forward: int  # once, with its head
+    # gradients of activations only, in the head and in the layers above the first connected one
     anchor_backward: int
-    bridge_forward: int
-    bridge_backward: int
+    bridge_forward: int  # every connection
+    bridge_backward: int  # gradients of parameters and of activations
+    # added by full rematerialisation: a second forward pass of the layers above the first connected
+    # one, and of the bridge
     recomputed: int
 
     @property

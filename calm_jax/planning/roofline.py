@@ -16,19 +16,12 @@ from calm_jax.planning.topologies import Topology
 
 @dataclasses.dataclass(frozen=True)
 class StepTime:
-    """Seconds that each part of a chip needs for one step.
+    """Seconds that each part of a chip needs for one step."""
 
-    Attributes:
-        compute: matrix products, at the chip's peak.
-        memory: to and from the chip's memory.
-        links: between neighbouring chips.
-        network: between slices.
-    """
-
-    compute: float
-    memory: float
-    links: float
-    network: float
+    compute: float  # matrix products, at the chip's peak
+    memory: float  # to and from the chip's memory
+    links: float  # between neighbouring chips
+    network: float  # between slices
 
     @property
     def bound(self) -> float:

@@ -40,17 +40,11 @@ class _Gone(Exception):
 
 @dataclasses.dataclass(frozen=True)
 class Limits:
-    """The limits of one request.
+    """The limits of one request."""
 
-    Attributes:
-        max_queue: most answers of a model that wait for a row.
-        max_tokens: most tokens of an answer.
-        request_seconds: most seconds from the start of a request to its end.
-    """
-
-    max_queue: int = 64
-    max_tokens: int = 1024
-    request_seconds: float = 300.0
+    max_queue: int = 64  # most answers of a model that wait for a row
+    max_tokens: int = 1024  # most tokens of an answer
+    request_seconds: float = 300.0  # most seconds from the start of a request to its end
 
 
 class Server:

@@ -28,19 +28,13 @@ STEPS = 8  # tokens for each row between two checks for commands
 
 @dataclasses.dataclass(frozen=True)
 class ServedModel:
-    """A model under its name.
-
-    Attributes:
-        vocabulary: encodes and decodes its texts.
-        slots: number of rows of its scheduler.
-        max_length: most tokens of a prompt and its answer.
-        make_scheduler: called in the engine's thread before the model's first request.
-    """
+    """A model under its name."""
 
     name: str
-    vocabulary: Any
-    slots: int
-    max_length: int
+    vocabulary: Any  # encodes and decodes its texts
+    slots: int  # number of rows of its scheduler
+    max_length: int  # most tokens of a prompt and its answer
+    # called in the engine's thread before the model's first request
     make_scheduler: Callable[[], Scheduler]
 
 

@@ -53,25 +53,18 @@ _MOST = 1e30  # largest number allowed, which float32 can hold
 
 @dataclasses.dataclass(frozen=True)
 class Asked:
-    """What a body asks for.
-
-    Attributes:
-        texts: the texts of the prompts, for an echo; prompts of ids are decoded.
-        prompts: the ids of the prompts.
-        sampling: options of the answers; if no token is asked for, answers have one token.
-        scores_only: whether no token is asked for.
-        logprobs: None: none; otherwise the number of most probable tokens to list at each position.
-    """
+    """What a body asks for."""
 
     model: ServedModel
     is_chat: bool
-    texts: list[str]
-    prompts: list[list[int]]
-    sampling: Sampling
+    texts: list[str]  # the texts of the prompts, for an echo; prompts of ids are decoded
+    prompts: list[list[int]]  # the ids of the prompts
+    sampling: Sampling  # options of the answers; if no token is asked for, answers have one token
     stop: tuple[str, ...]
     n: int
+    # None: none; otherwise the number of most probable tokens to list at each position
     logprobs: int | None
-    scores_only: bool = False
+    scores_only: bool = False  # whether no token is asked for
     echo: bool = False
     stream: bool = False
     include_usage: bool = False

@@ -36,20 +36,14 @@ _GONE = 5.0  # seconds at most
 
 @dataclasses.dataclass(frozen=True)
 class Limits:
-    """What a program may use.
+    """What a program may use."""
 
-    Attributes:
-        seconds: of a processor, for each process.
-        wait: seconds from its start to its end; more, since a busy machine makes it wait.
-        memory: bytes of the address space of each process.
-        processes: and threads, at once.
-        folder: bytes of its folder, which is in memory; a file has a quarter of it at most.
-    """
-
-    seconds: float = 10.0
+    seconds: float = 10.0  # of a processor, for each process
+    # seconds from its start to its end; more, since a busy machine makes it wait
     wait: float = 30.0
-    memory: int = 2**30
-    processes: int = 32
+    memory: int = 2**30  # bytes of the address space of each process
+    processes: int = 32  # and threads, at once
+    # bytes of its folder, which is in memory; a file has a quarter of it at most
     folder: int = 64 * 2**20
 
 

@@ -15,34 +15,25 @@ Example = dict[str, Any]
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """One row of a table.
+    """One row of a table."""
 
-    Attributes:
-        name: of its predictions and its scores, such as "mgsm/sw".
-        group: the rows that belong together, "mgsm"; "" of a row alone.
-        examples: each has the fields that the template names, "targets", the right answer, and what
-            else is kept beside the prediction.
-        metrics: names of `metric_table`, the main one first.
-        pool: examples of a split that is never scored, of which the shots are drawn.
-        shots: how many of them a prompt has where nothing else is asked.
-        answered: by a text ("generation"); by the more probable of "choices"; or ("reading") only
-            by how probable "text" is.
-        max_new_tokens: of a generated answer.
-        judge: of generated programs: runs those of all records, and adds "passed" and "outcomes".
-        needs: fails where the task cannot be judged on this machine.
-    """
-
-    name: str
+    name: str  # of its predictions and its scores, such as "mgsm/sw"
+    # each has the fields that the template names, "targets", the right answer, and what else is
+    # kept beside the prediction
     examples: Sequence[Example]
     template: Template
-    metrics: tuple[str, ...]
-    group: str = ""
+    metrics: tuple[str, ...]  # names of `metric_table`, the main one first
+    group: str = ""  # the rows that belong together, "mgsm"; "" of a row alone
+    # examples of a split that is never scored, of which the shots are drawn
     pool: Sequence[Example] = ()
-    shots: int = 0
+    shots: int = 0  # how many of them a prompt has where nothing else is asked
+    # by a text ("generation"); by the more probable of "choices"; or ("reading") only by how
+    # probable "text" is
     answered: Literal["generation", "choices", "reading"] = "generation"
-    max_new_tokens: int = 0
+    max_new_tokens: int = 0  # of a generated answer
+    # of generated programs: runs those of all records, and adds "passed" and "outcomes"
     judge: Callable[[list[Example]], None] | None = None
-    needs: Callable[[], None] | None = None
+    needs: Callable[[], None] | None = None  # fails where the task cannot be judged on this machine
 
     def drawn(self, shots: int | None, seed: int) -> list[Example]:
         """The examples that stand before every question; `None` shots are the task's own number.
