@@ -137,7 +137,6 @@ def main(argv: list[str]) -> int:
     values, settings = config.parse(given, USAGE, _define_flags, load_config=_load_config)
 
     from calm_jax.evaluation import groups, metric_table, results, runner
-    from calm_jax.evaluation.answering import Options
     from calm_jax.membership import refuse_several
 
     quiet_libtpu()
@@ -162,7 +161,7 @@ def main(argv: list[str]) -> int:
         mesh=settings.mesh.to_dict(),
         batch_size=values.batch_size,
         parts=values.parts,
-        options=_options(values, Options),
+        options=_options(values),
         variant=variant,
         output=output,
         command=command_line("evaluate", *argv),
@@ -222,10 +221,11 @@ def _variant(values: flags.FlagValues) -> Any:
     return Variant(values.control, values.mix, values.mix_weight, values.hand_over, rule)
 
 
-def _options(values: flags.FlagValues, make: type) -> Any:
-    """`answering.Options`, whose class is given since its module is loaded late."""
+def _options(values: flags.FlagValues) -> Any:
+    from calm_jax.evaluation.answering import Options
+
     several = {"stop": tuple(values.stop)} | (
         {"metrics": tuple(values.metric)} if values.metric else {}
     )
-    names = {field.name for field in dataclasses.fields(make)} - {"metrics", "stop"}
-    return make(**several, **{name: values[name].value for name in names})
+    names = {field.name for field in dataclasses.fields(Options)} - {"metrics", "stop"}
+    return Options(**several, **{name: values[name].value for name in names})

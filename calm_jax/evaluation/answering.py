@@ -63,19 +63,15 @@ class Options:
 
 @dataclasses.dataclass(frozen=True)
 class Asked:
-    """A prompt, in ids, with the continuations to score, if any, and its number of shots.
+    """A prompt, in ids, with the continuations to score, if any, and its number of shots."""
 
-    `example` is the number of its example, of which a long text is several prompts; `handed` is the
-    answer of another model that is in the prompt.
-    """
-
-    example: int
+    example: int  # the number of its example, of which a long text is several prompts
     prompt: list[int]
     continuations: list[list[int]]
     room: int
     shots: int
     text: str = ""
-    handed: str | None = None
+    handed: str | None = None  # the answer of another model that is in the prompt
 
     @property
     def length(self) -> int:

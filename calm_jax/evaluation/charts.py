@@ -20,17 +20,14 @@ Points = list[tuple[float, float]]
 
 @dataclasses.dataclass(frozen=True)
 class Series:
-    """A line over `xs`. `label`, if given, is written at its end; `colour` is a CSS colour.
-
-    `band` are the lower and the upper bound of each value, if there are such.
-    """
+    """A line over `xs`."""
 
     xs: Sequence[float]
     ys: Sequence[float]
-    colour: str
+    colour: str  # of CSS
     style: str = "line"  # "line", "faint", "dashed" or "dots"
-    label: str = ""
-    band: Sequence[tuple[float, float]] = ()
+    label: str = ""  # is written at its end
+    band: Sequence[tuple[float, float]] = ()  # lower and upper bound of each value
 
 
 @dataclasses.dataclass(frozen=True)

@@ -47,18 +47,14 @@ class Sums:
 
 @dataclasses.dataclass(frozen=True)
 class Metric:
-    """A score of records.
-
-    `judge`, of metrics that find each record right or wrong, says which. `unit` stands behind the
-    value; less is better where `descends`.
-    """
+    """A score of records."""
 
     name: str
     score: Callable[[Sequence[Record]], Score]
     sums: Sums
-    judge: Callable[[Record], bool] | None = None
-    unit: str = ""
-    descends: bool = False
+    judge: Callable[[Record], bool] | None = None  # of metrics that find each right or wrong
+    unit: str = ""  # behind the value
+    descends: bool = False  # whether less is better
 
     @property
     def digits(self) -> int:

@@ -83,19 +83,12 @@ KINDS = {
 
 @dataclasses.dataclass(frozen=True)
 class PaperTable:
-    """Figures of the paper in the experiment's form, which the page shows beside its own.
+    """Figures of the paper in the experiment's form, which the page shows beside its own."""
 
-    Attributes:
-        name: of the table in the paper.
-        columns: what was scored, and how.
-        rows: the figures of each arm, by its name; None where the paper has none.
-        note: what differs.
-    """
-
-    name: str
-    columns: tuple[str, ...]
-    rows: Mapping[str, tuple[float | None, ...]]
-    note: str = ""
+    name: str  # of the table in the paper
+    columns: tuple[str, ...]  # what was scored, and how
+    rows: Mapping[str, tuple[float | None, ...]]  # by the arm's name; None: the paper has none
+    note: str = ""  # what differs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -179,18 +172,15 @@ class Experiment:
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """An arm with one seed: its folder under the experiment's, and its commands.
-
-    `needs` are the jobs that must be done first; `config` is that of the arm's training, as JSON.
-    """
+    """An arm with one seed: its folder under the experiment's, and its commands."""
 
     arm: Arm
     seed: int
     folder: epath.Path
     train: tuple[str, ...]
     score: tuple[str, ...]
-    needs: tuple["Job", ...]
-    config: str = ""
+    needs: tuple["Job", ...]  # that must be done first
+    config: str = ""  # of the arm's training, as JSON
 
     @property
     def commands(self) -> list[tuple[str, ...]]:

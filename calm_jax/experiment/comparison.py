@@ -53,15 +53,12 @@ class Row:
 
 @dataclasses.dataclass(frozen=True)
 class GroupRow:
-    """An arm's scores on the rows of a group.
-
-    `wins` are the rows on which it is better than the anchor alone, None of the anchor itself.
-    """
+    """An arm's scores on the rows of a group."""
 
     arm: Arm
     mean: float
     count: int
-    wins: int | None
+    wins: int | None  # rows on which it is better than the anchor alone; None of the anchor itself
 
 
 def group_tables(

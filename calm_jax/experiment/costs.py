@@ -15,13 +15,10 @@ from calm_jax.experiment.running import DONE
 
 @dataclasses.dataclass(frozen=True)
 class Ratio:
-    """A cost of training ÷ the same of fine-tuning the anchor.
+    """A cost of training ÷ the same of fine-tuning the anchor."""
 
-    `arithmetic` is counted, and the same on every machine; `time` is measured.
-    """
-
-    arithmetic: float
-    time: float
+    arithmetic: float  # is counted, and the same on every machine
+    time: float  # is measured
 
 
 @dataclasses.dataclass(frozen=True)

@@ -70,17 +70,14 @@ def curves(
 
 @dataclasses.dataclass(frozen=True)
 class Gain:
-    """What the reference gains over its anchor on a row of a group, in SVG units.
-
-    `top` and `height` are those of its bar, `low` and `high` the ends of its 95 % interval.
-    """
+    """What the reference gains over its anchor on a row of a group, in SVG units."""
 
     task: str
     value: float
     x: float
-    top: float
+    top: float  # of its bar
     height: float
-    low: float
+    low: float  # end of its 95 % interval
     high: float
 
 

@@ -105,13 +105,8 @@ def parse_completion(body: bytes, models: Mapping[str, ServedModel], most_tokens
         _whole("logprobs", logprobs, 0, 5)
     tokens = _DEFAULT_TOKENS if given["max_tokens"] is None else given["max_tokens"]
     _whole("max_tokens", tokens, 0 if echo else 1, most_tokens)
-    texts, ids = [], []
-    for prompt in prompts:
-        is_text = isinstance(prompt, str)
-        ids.append(_encoded(model, prompt) if is_text else prompt)
-        texts.append(prompt if is_text else "")
-        if echo and not is_text:
-            texts[-1] = _decoded(model, prompt)
+    ids = [_encoded(model, x) if isinstance(x, str) else x for x in prompts]
+    texts = [x if isinstance(x, str) else _decoded(model, x) if echo else "" for x in prompts]
     asked = _asked(given, model, False, texts, ids, tokens, logprobs)
     return dataclasses.replace(asked, echo=echo)
 
