@@ -50,9 +50,10 @@ mesh."""
 
 SECTIONS = ("evaluate", "mesh")
 CONTROLS = ("shuffled", "zeroed", "noise", "permuted")  # of `evaluation.controls`
-_OF_TASKS = ("tasks", "metric", "stop", "columns", "max_new_tokens", "drop_shots")
-_OF_VARIANTS = ("control", "mix", "hand_over")
-_OF_ANSWERS = ("samples", "temperature", "top_p", "seed")
+_NOT_OF_HARNESS = (
+    "tasks", "metric", "stop", "columns", "max_new_tokens", "drop_shots", "control", "mix",
+    "hand_over", "samples", "temperature", "top_p", "seed",
+)  # fmt: skip
 
 
 def _define_flags(define: config.Define) -> None:
@@ -180,11 +181,7 @@ def main(argv: list[str]) -> int:
 
 def _by_harness(folder: epath.Path, output: epath.Path, values: flags.FlagValues) -> str:
     """The tables of the harness; of the flags for tasks those that it knows."""
-    unused = [
-        name
-        for name in (*_OF_TASKS, *_OF_VARIANTS, *_OF_ANSWERS)
-        if values[name].value != values[name].default
-    ]
+    unused = [name for name in _NOT_OF_HARNESS if values[name].value != values[name].default]
     if unused or not values.harness:
         raise CalmError(f"--{unused[0]} is not for --harness" if unused else "give --harness=TASK")
     try:

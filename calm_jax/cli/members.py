@@ -8,7 +8,6 @@ from calm_jax.cli.config import Define
 
 
 def define_flags(define: Define) -> None:
-    """Defines what `joined` reads."""
     define("string", "coordinator", "HOST:PORT on which process 0 listens")
     define("integer", "process_count", "number of processes in the run")
     define("integer", "process_index", "number of this process, from 0")

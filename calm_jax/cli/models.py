@@ -18,7 +18,6 @@ MESH = {"slices": 0, "data": -1, "fsdp": 1, "tensor": 1}
 
 
 def define_flags(define: config.Define) -> None:
-    """Defines `--step`, `--anchor` and `--augments`."""
     define("integer", "step", "checkpoint of a composed run; default: its best")
     define("string", "anchor", "where the anchor of a bridge is now, if it has moved")
     define("list", "augments", "where a bridge's augments are now, separated by commas")

@@ -35,7 +35,6 @@ def shuffled(x_BTE: jax.Array, augment: int, layer: int) -> jax.Array:
 
 
 def zeroed(x_BTE: jax.Array, augment: int, layer: int) -> jax.Array:
-    """All taps are zero."""
     return jnp.zeros_like(x_BTE)
 
 

@@ -103,7 +103,6 @@ def main_value(cell: Mapping[str, Any]) -> float:
 
 
 def main_name(cell: Mapping[str, Any]) -> str:
-    """The name of a cell's main metric."""
     return cell.get("metric", "exact_match")
 
 

@@ -19,7 +19,6 @@ log = logging.getLogger("absl")
 
 
 def validation_files(config: Mapping[str, Any]) -> list[str]:
-    """The files that a run validates on."""
     return list(filter(None, map(files_of, config.get("data", {}).get("validation", ()))))
 
 

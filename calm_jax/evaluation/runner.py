@@ -111,14 +111,14 @@ def evaluate(
         raise CalmError(f"{folder}: there is nothing to score; name a task or a file by --tasks")
     step = _step(folder, config, step)
     options = options or Options()
-    opened = {name: open_tasks(name) for name in settings["tasks"]}
+    tasks = {name: _limited(open_tasks(name), settings["limit"]) for name in settings["tasks"]}
     entries = {
         name: own_prompts.entry_of(name, config, columns)
-        for name, tasks in opened.items()
-        if tasks is None
+        for name, of_name in tasks.items()
+        if of_name is None
     }
-    tasks = {name: _limited(of_name, settings["limit"]) for name, of_name in opened.items()}
-    _check_options(options, [task for of_name in tasks.values() for task in of_name or ()], entries)
+    opened = [task for of_name in tasks.values() for task in of_name or ()]
+    _check_options(options, opened, entries)
     _check_names(tasks, output)
     scored = {
         "step": step,
@@ -127,11 +127,7 @@ def evaluate(
         "options": _told(options),
         "files": [
             *(identity(entry) for entry in entries.values() if files_of(entry)),
-            *(
-                [task.name, task.fingerprint(options.shots, options.seed)]
-                for of_name in tasks.values()
-                for task in of_name or ()
-            ),
+            *([task.name, task.fingerprint(options.shots, options.seed)] for task in opened),
         ],
     }
     if variant.name:

@@ -45,16 +45,12 @@ def ladders(scores: Table1) -> list[Figure]:
     """The bars of each set of Table 1."""
     found = []
     for name, what in SETS.items():
-        bars = [
-            Bar(
-                model,
-                scores.scores[model][name]["exact_match"],
-                f"var(--{model})",
-                scores.scores[model][name]["interval"],
-                PAPER[model][name],
+        bars = []
+        for model in MODELS:
+            cell, colour = scores.scores[model][name], f"var(--{model})"
+            bars.append(
+                Bar(model, cell["exact_match"], colour, cell["interval"], PAPER[model][name])
             )
-            for model in MODELS
-        ]
         bars.insert(2, Bar("best constant", scores.constants[name][1], "var(--constant)"))
         found.append(Figure(f"{name.upper()}: {what}", [Group(bars)]))
     return found

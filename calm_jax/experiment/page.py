@@ -132,10 +132,7 @@ def _bridge(reference: Row | None) -> dict[str, Any] | None:
     if reference is None or not reference.arm.anchor:
         return None
     runs = [read_run(first_scored(reference).folder)]
-    return {
-        "usage": training_sections.usage(runs),
-        "attention": training_sections.attention(runs),
-    }
+    return {"usage": training_sections.usage(runs), "attention": training_sections.attention(runs)}
 
 
 def _as_json(row: Row, of_row: Cost) -> dict[str, Any]:

@@ -103,10 +103,7 @@ def description(
 
 
 def times(
-    config: ConfigDict,
-    topology: Topology,
-    seconds: roofline.StepTime,
-    own: Sequence[int | None],
+    config: ConfigDict, topology: Topology, seconds: roofline.StepTime, own: Sequence[int | None]
 ) -> Plan:
     """The entries "seconds", "bottleneck" and, for a composed model, "mfu_bound" of a plan."""
     bound = None

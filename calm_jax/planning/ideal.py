@@ -39,7 +39,6 @@ class IdealFlops:
 
     @property
     def total_rematerialised(self) -> int:
-        """The whole step, under full rematerialisation."""
         return self.total + self.recomputed
 
 

@@ -61,9 +61,7 @@ def devices(topology: Topology) -> list[Any]:
     several = {"num_slices": topology.slices} if topology.slices > 1 else {}
     with _silent_stderr():
         return jax_topologies.get_topology_desc(
-            platform="tpu",
-            topology_name=f"{topology.chip.name}:{topology.shape_name}",
-            **several,
+            platform="tpu", topology_name=f"{topology.chip.name}:{topology.shape_name}", **several
         ).devices
 
 

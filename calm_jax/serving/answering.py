@@ -8,13 +8,7 @@ import time
 from collections.abc import AsyncGenerator, AsyncIterator
 from typing import Any
 
-from calm_jax.serving.choices import (
-    Choice,
-    Piece,
-    chat_logprobs,
-    legacy_logprobs,
-    prompt_pieces,
-)
+from calm_jax.serving.choices import Choice, Piece, chat_logprobs, legacy_logprobs, prompt_pieces
 from calm_jax.serving.engine_thread import Flight
 from calm_jax.serving.errors import Refused
 from calm_jax.serving.metrics import Metrics
@@ -171,5 +165,4 @@ class Answer:
 
 
 def event(value: dict[str, Any]) -> bytes:
-    """A server-sent event."""
     return f"data: {json.dumps(value, ensure_ascii=False, allow_nan=False)}\n\n".encode()

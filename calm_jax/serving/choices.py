@@ -35,11 +35,11 @@ class Choice:
         self.index = index
         self.tokens = 0
         self.finish_reason: str | None = None
-        self._vocabulary, self._prompt = asked.model.vocabulary, asked.prompts[number]
-        self._text = TextStream(self._vocabulary, self._prompt, asked.stop)
+        vocabulary, prompt = asked.model.vocabulary, asked.prompts[number]
+        self._text = TextStream(vocabulary, prompt, asked.stop)
         self._wants_pieces = asked.logprobs is not None
         # Text that may begin a stop text is held back, but token positions must count it.
-        self._all = TextStream(self._vocabulary, self._prompt) if self._wants_pieces else None
+        self._all = TextStream(vocabulary, prompt) if self._wants_pieces else None
         self._by_token = self._wants_pieces or bool(asked.stop)
         self._start = len(asked.texts[number]) if asked.echo else 0
         self._waiting: list[Piece] = []

@@ -21,7 +21,6 @@ class Refused(Exception):
 
     @property
     def body(self) -> dict[str, Any]:
-        """OpenAI's error object."""
         kind = "server_error" if self.status >= 500 else "invalid_request_error"
         error = {"message": self.message, "type": kind, "param": self.param, "code": self.code}
         return {"error": error}

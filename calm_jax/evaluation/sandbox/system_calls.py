@@ -89,14 +89,11 @@ def _filter() -> bytes:
         refuse("clone", argument=new_user)
         # Its flags are in memory, which a filter cannot read; C libraries then use clone.
         refuse("clone3", errno.ENOSYS)
-        file = os.memfd_create("rules")
-        try:
-            failed = library.seccomp_export_bpf(rules, file)
+        with open(os.memfd_create("rules"), "rb") as file:
+            failed = library.seccomp_export_bpf(rules, file.fileno())
             if failed:
                 raise OSError(-failed, "libseccomp cannot write the filter")
-            os.lseek(file, 0, os.SEEK_SET)
-            return os.read(file, 2**20)
-        finally:
-            os.close(file)
+            file.seek(0)
+            return file.read()
     finally:
         library.seccomp_release(rules)

@@ -26,7 +26,11 @@ _LABEL = re.compile(r"([^:：]{1,40}[:：])\s*")
 
 def gsm8k(place: Place) -> list[Task]:
     """`train.jsonl` and `test.jsonl` of the authors' folder; or TFDS's, where it is prepared."""
-    splits = _of_folder(place) if place.path else _of_tfds()
+    if place.path:
+        where = folders.folder(place, _GSM8K)
+        splits = {split: _problems(where, split) for split in ("train", "test")}
+    else:
+        splits = _of_tfds()
     return [
         Task(
             "gsm8k",
@@ -53,11 +57,6 @@ def mgsm(place: Place) -> list[Task]:
     names = place.chosen(folders.in_order(list(found), _ORDER.split()))
     english = [] if all(name in own for name in names) else _english(where)
     return [_translated(name, found[name], own.get(name), english) for name in names]
-
-
-def _of_folder(place: Place) -> dict[str, list[Example]]:
-    where = folders.folder(place, _GSM8K)
-    return {split: _problems(where, split) for split in ("train", "test")}
 
 
 def _problems(where: epath.Path, split: str) -> list[Example]:

@@ -20,7 +20,6 @@ class Template:
     between: str = "\n\n"
 
     def ask(self, example: Mapping[str, Any]) -> str:
-        """The question of an example."""
         return self.question.format(**example)
 
     def shot(self, example: Mapping[str, Any]) -> str:
@@ -28,7 +27,6 @@ class Template:
         return self.ask(example) + self.answer.format(**example) + self.between
 
     def stops(self, example: Mapping[str, Any]) -> tuple[str, ...]:
-        """The texts that end the answer."""
         return tuple(text.format(**example) for text in self.stop)
 
 

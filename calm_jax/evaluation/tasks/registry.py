@@ -4,13 +4,7 @@ from collections.abc import Callable
 
 from calm_jax.data.example_files import kind_of
 from calm_jax.errors import CalmError
-from calm_jax.evaluation.tasks import (
-    arithmetic,
-    code_to_text,
-    own_files,
-    programs,
-    translation,
-)
+from calm_jax.evaluation.tasks import arithmetic, code_to_text, own_files, programs, translation
 from calm_jax.evaluation.tasks.task import Place, Task
 
 FAMILIES: dict[str, Callable[[Place], list[Task]]] = {
