@@ -129,10 +129,10 @@ def _decoder(run: Run) -> str:
 
 def _bridge(run: Run) -> str:
     given = run.config.get("composition") or []  # of each augment, or one for all
-    several = isinstance(given, list)
-    sections = given if several else [given] * len(run.config.get("augments", [""]))
+    if not isinstance(given, list):
+        given = [given] * len(run.config.get("augments", [""]))
     parts = []
-    for augment, values in enumerate(sections):
+    for augment, values in enumerate(given):
         config = CompositionConfig.from_dict(values)
         pairs = config.connections
         places = (
@@ -140,7 +140,7 @@ def _bridge(run: Run) -> str:
             if pairs
             else f"every {_ordinal(config.every)}augment layer"
         )
-        parts.append(f"augment {augment}: {places}" if len(sections) > 1 else places)
+        parts.append(f"augment {augment}: {places}" if len(given) > 1 else places)
         extras = [
             word
             for word, on in (

@@ -77,7 +77,8 @@ def group_tables(
         anchor = next((row for row in scored if row.arm.name == reference.arm.anchor), None)
         of_group = []
         for row in scored:
-            means, wins = [row.cells[task].mean for task in tasks], None
+            means = [row.cells[task].mean for task in tasks]
+            wins = None
             if anchor and row is not anchor:
                 gains = [row.cells[task].mean - anchor.cells[task].mean for task in tasks]
                 wins = sum((gain < 0) if metric.descends else (gain > 0) for gain in gains)
@@ -148,7 +149,7 @@ def _cell(mine: _Scored, other: _Scored | None, arm: str, task: str) -> Cell:
 def _interval(
     metric: metric_table.Metric, sides: Sequence[Sequence[_Seed]], arm: str, task: str
 ) -> tuple[float, float]:
-    """The interval of the mean over seeds, or of the difference of two means.
+    """The 95 % interval of the mean over seeds, or of the difference of two means.
 
     All seeds and both sides have the same examples, and are resampled alike.
     """

@@ -39,9 +39,7 @@ class Answer:
         self._asked, self._flight, self._texts = asked, flight, texts
         self._metrics, self._start = metrics, start
         self._choices = [
-            Choice(asked, number, number * asked.n + sample)
-            for number in range(len(asked.prompts))
-            for sample in range(asked.n)
+            Choice(asked, index // asked.sampling.n, index) for index in range(asked.answers)
         ]
         kind = "chatcmpl" if asked.is_chat else "cmpl"
         self._head = {
@@ -85,6 +83,7 @@ class Answer:
 
     async def _parts(self) -> AsyncIterator[Part]:
         asked, left = self._asked, len(self._choices)
+        n = asked.sampling.n
         begun, scored, early = set(), set(), []
         while left:
             number, news = await self._flight.next()
@@ -96,7 +95,7 @@ class Answer:
             if news.sample == -1:
                 scored.add(number)
                 pieces = await asyncio.to_thread(prompt_pieces, asked, number, news.logprobs)
-                of_prompt = self._choices[number * asked.n :][: asked.n]
+                of_prompt = self._choices[number * n :][:n]
                 for choice in of_prompt:
                     if asked.scores_only:
                         choice.finish_reason, left = "length", left - 1
@@ -110,7 +109,7 @@ class Answer:
             else:
                 ready = [(number, news)]
             for number, news in ready:
-                choice = self._choices[number * asked.n + news.sample]
+                choice = self._choices[number * n + news.sample]
                 if choice.finish_reason is not None:
                     continue  # a stop text has ended the choice; these tokens came too late
                 before = choice.tokens
@@ -147,7 +146,7 @@ class Answer:
     def _with_logprobs(
         self, choice: Choice, said: dict[str, Any], pieces: list[Piece]
     ) -> dict[str, Any]:
-        logprobs, top = None, self._asked.logprobs
+        logprobs, top = None, self._asked.sampling.logprobs
         if top is not None:
             listed = chat_logprobs if self._asked.is_chat else legacy_logprobs
             logprobs = listed(self._texts, pieces, top)

@@ -36,11 +36,11 @@ class Choice:
         self.tokens = 0
         self.finish_reason: str | None = None
         vocabulary, prompt = asked.model.vocabulary, asked.prompts[number]
-        self._text = TextStream(vocabulary, prompt, asked.stop)
-        self._wants_pieces = asked.logprobs is not None
+        self._text = TextStream(vocabulary, prompt, asked.sampling.stop)
+        self._wants_pieces = asked.sampling.logprobs is not None
         # Text that may begin a stop text is held back, but token positions must count it.
         self._all = TextStream(vocabulary, prompt) if self._wants_pieces else None
-        self._by_token = self._wants_pieces or bool(asked.stop)
+        self._by_token = self._wants_pieces or bool(asked.sampling.stop)
         self._start = len(asked.texts[number]) if asked.echo else 0
         self._waiting: list[Piece] = []
 

@@ -60,10 +60,6 @@ class Asked:
     texts: list[str]  # the texts of the prompts, for an echo; prompts of ids are decoded
     prompts: list[list[int]]  # the ids of the prompts
     sampling: Sampling  # options of the answers; if no token is asked for, answers have one token
-    stop: tuple[str, ...]
-    n: int
-    # None: none; otherwise the number of most probable tokens to list at each position
-    logprobs: int | None
     scores_only: bool = False  # whether no token is asked for
     echo: bool = False
     stream: bool = False
@@ -71,11 +67,12 @@ class Asked:
 
     @property
     def answers(self) -> int:
-        return self.n * len(self.prompts)
+        return self.sampling.n * len(self.prompts)
 
     @property
     def score_from(self) -> int | None:
-        return 1 if self.scores_only or (self.echo and self.logprobs is not None) else None
+        scores_prompt = self.echo and self.sampling.logprobs is not None
+        return 1 if self.scores_only or scores_prompt else None
 
 
 def parse_json(body: bytes) -> dict[str, Any]:
@@ -189,9 +186,6 @@ def _asked(given, model, is_chat, texts, ids, tokens, logprobs) -> Asked:
         texts,
         ids,
         sampling,
-        tuple(stop),
-        given["n"],
-        logprobs,
         scores_only=tokens == 0,
         stream=stream,
         include_usage=_flag(options, "include_usage"),
