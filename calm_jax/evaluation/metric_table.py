@@ -35,14 +35,10 @@ class Score:
 
 @dataclasses.dataclass(frozen=True)
 class Sums:
-    """A score as a function of sums over records, by which records are resampled.
+    """A score as a function of sums over records, by which records are resampled."""
 
-    `of_records` gives K numbers for each of N records, float64 [N, K], and `value` the scores [R]
-    of R sums of them, [R, K].
-    """
-
-    of_records: Callable[[Sequence[Record]], np.ndarray]
-    value: Callable[[np.ndarray], np.ndarray]
+    of_records: Callable[[Sequence[Record]], np.ndarray]  # K numbers for each of N, float64 [N, K]
+    value: Callable[[np.ndarray], np.ndarray]  # the scores [R] of R sums of them, [R, K]
 
 
 @dataclasses.dataclass(frozen=True)

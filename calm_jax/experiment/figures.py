@@ -53,11 +53,9 @@ def curves(
     for metric, of_metric in by_metric.items():
         lines = []
         for number, task in enumerate(of_metric):
-            cells = [(row.arm.x, row.cells[task]) for row in points if task in row.cells]
-            xs = [x for x, _ in cells]
-            means, intervals = (
-                [getattr(cell, name) for _, cell in cells] for name in ("mean", "interval")
-            )
+            scored = [row for row in points if task in row.cells]
+            xs, cells = [row.arm.x for row in scored], [row.cells[task] for row in scored]
+            means, intervals = [cell.mean for cell in cells], [cell.interval for cell in cells]
             label = cut(task.rpartition("/")[2], _LABEL)
             colour = shade(number, len(of_metric))
             lines.append(Series(xs, means, colour, "dots", label, intervals))

@@ -140,36 +140,24 @@ def _training(cost: dict[str, Any]) -> str:
 
 
 def _decoding(plan: Plan) -> str:
-    found = plan["decoding"]
+    found, rows = plan["decoding"], []
 
-    def row(name: str, value: Callable[[dict[str, Any]], Any], shown=units.size) -> Sequence[Any]:
-        return (name, *(shown(value(each)) for each in found))
+    def add(name: str, values: Sequence[Any], shown: Callable[[Any], str] = units.size) -> None:
+        rows.append((name, *map(shown, values)))
 
-    rows = [row(f"{plan['memory']['trees'][0]['name']}'s keys and values", lambda x: x["anchor"])]
+    add(f"{plan['memory']['trees'][0]['name']}'s keys and values", [x["anchor"] for x in found])
     for number in range(len(found[0]["augments"])):
-        name = f"augment {number}'s"
-        rows.append(row(f"{name} keys and values", lambda x, n=number: x["augments"][n]))
-        rows.append(row(f"{name} f_cross", lambda x, n=number: x["cross"][n]["kept"]))
-        rows.append(row("its form", lambda x, n=number: x["cross"][n]["latent"], _form))
-        rows.append(row("in the other form", lambda x, n=number: x["cross"][n]["other"], _or_none))
-    rows.append(row("together", lambda x: x["total"]))
-    rows.append(
-        row(
-            f"rows of {plan['length']:,} tokens that fit all chips",
-            lambda x: x["rows"],
-            "{:,}".format,
-        )
-    )
-    rows.append(row("their tokens", lambda x: x["tokens"], "{:,}".format))
-    return table(("decoding: a token on a chip", *(each["dtype"] for each in found)), rows)
-
-
-def _form(latent: bool) -> str:
-    return "latent" if latent else "projected"
-
-
-def _or_none(size: int | None) -> str:
-    return "none" if size is None else units.size(size)
+        name, cross = f"augment {number}'s", [x["cross"][number] for x in found]
+        add(f"{name} keys and values", [x["augments"][number] for x in found])
+        add(f"{name} f_cross", [x["kept"] for x in cross])
+        add("its form", ["latent" if x["latent"] else "projected" for x in cross], str)
+        other = ["none" if x["other"] is None else units.size(x["other"]) for x in cross]
+        add("in the other form", other, str)
+    add("together", [x["total"] for x in found])
+    fit = f"rows of {plan['length']:,} tokens that fit all chips"
+    add(fit, [x["rows"] for x in found], "{:,}".format)
+    add("their tokens", [x["tokens"] for x in found], "{:,}".format)
+    return table(("decoding: a token on a chip", *(x["dtype"] for x in found)), rows)
 
 
 def _candidates(plan: Plan) -> str:

@@ -59,10 +59,7 @@ class Task:
 
 @dataclasses.dataclass(frozen=True)
 class Place:
-    """What `FAMILY/LANGUAGE+LANGUAGE:PATH` names.
-
-    `languages` are empty, and `path` too, where it does not say them.
-    """
+    """What `FAMILY/LANGUAGE+LANGUAGE:PATH` names; what it does not say is empty."""
 
     family: str
     languages: tuple[str, ...] = ()
