@@ -1,11 +1,12 @@
-"""The key-value task between the demo and the paper (section 4.1): what a CPU trains in hours.
+"""The key-value task between the demo and the paper (section 4.1), for a CPU.
 
   calm experiment --config=configs/kv_medium.py --workdir=runs/medium
 
 5,000 keys of 2 to 6 letters, values from 1 to 999, 3 or 4 operands, + and -, a digit a token, a
 fifth of the keys in the bridge's training. A value of several digits is never whole at its key, so
 the answer begins with the values, which the augment writes digit by digit, and then takes one
-operation after another: `<math>abc+de-3=` is answered by `412+7-3=419-3=416`.
+operation after another: `<math>abc+de-3000=` may be answered by `2140+7000-3000=9140-3000=6140`.
+Numbers have four digits, units first: so a small model learns to add.
 """
 
 from calm_jax.experiment.arms import Arm, Experiment, control

@@ -88,6 +88,7 @@ class KeyValueConfig:
       written_out: answers of num and math are the expression in numbers, and what is left of it
         after each operation; else the result alone.
       units_first: the digits of a number are written from its units on.
+      width: every number has at least so many digits, with zeros where it needs fewer.
       bridge_keys: share of the keys that the bridge's training may contain.
       evaluation_fold, validation_fold: shares of all expressions kept from training.
       augment_inline: share of inline texts in the augment's training.
@@ -112,6 +113,7 @@ class KeyValueConfig:
     number_tokens: bool = True
     written_out: bool = False
     units_first: bool = False
+    width: int = 1
     bridge_keys: float = 0.2
     evaluation_fold: float = 0.27
     validation_fold: float = 0.06
@@ -149,8 +151,8 @@ class KeyValueConfig:
             f"{self.keys} keys of {self.key_length} letters do not exist": (
                 self.keys > sum(26**n for n in range(self.key_length[0], self.key_length[1] + 1))
             ),
-            "units_first needs digits as tokens, number_tokens=False": (
-                self.units_first and self.number_tokens
+            "units_first and width are of digits, so number_tokens must be False": (
+                self.number_tokens and (self.units_first or self.width > 1)
             ),
             f"number_tokens would take {self.largest_number:,} tokens": (
                 self.number_tokens and self.largest_number > MAX_NUMBER_TOKENS
@@ -201,7 +203,7 @@ CONFIGS: dict[str, KeyValueConfig] = {
                 evaluation_examples=200,
             )
         ),
-        # Between the demo and the paper: what a few hours of two CPU cores can train.
+        # Between the demo and the paper, for a CPU.
         KeyValueConfig(
             "medium",
             keys=5_000,
@@ -212,6 +214,7 @@ CONFIGS: dict[str, KeyValueConfig] = {
             number_tokens=False,
             written_out=True,
             units_first=True,
+            width=4,
             evaluation_fold=0.05,
             augment_inline=0.0,
             augment_examples=200_000,

@@ -291,7 +291,7 @@ class World:
         return "".join(part if isinstance(part, str) else self._numeral(part) for part in parts)
 
     def _numeral(self, number: int) -> str:
-        digits = str(abs(number))
+        digits = str(abs(number)).zfill(self.config.width)
         return "-" * (number < 0) + (digits[::-1] if self.config.units_first else digits)
 
     def _unseen(self, group: Expressions, strange_NK: np.ndarray | bool = False) -> list[bool]:

@@ -25,7 +25,13 @@ PAPER = dataclasses.replace(
     evaluation_examples=300,
 )
 DIGITS = dataclasses.replace(
-    SMALL, name="digits", values=(1, 99), number_tokens=False, written_out=True, units_first=True
+    SMALL,
+    name="digits",
+    values=(1, 99),
+    number_tokens=False,
+    written_out=True,
+    units_first=True,
+    width=3,
 )
 WORLDS = [SMALL, PAPER, DIGITS, key_value.CONFIGS["tiny"]]
 
@@ -74,7 +80,7 @@ def substituted(world: World, expression: str) -> str:
 
     def number(operand: re.Match) -> str:
         digits = re.sub("[a-z]", "", operand[0])
-        return digits or natural(world.config, str(values.get(operand[0], "?")))
+        return digits or numeral(world.config, values.get(operand[0], "?"))
 
     return re.sub("[a-z0-9]+", number, expression)
 
@@ -91,9 +97,14 @@ def evaluated(expression: str) -> int:
     return value(ast.parse(expression, mode="eval").body)
 
 
+def numeral(config: KeyValueConfig, value: int | str) -> str:
+    digits = str(value).rjust(config.width, "0") if value != "?" else value
+    return digits[::-1] if config.units_first else digits
+
+
 def natural(config: KeyValueConfig, text: str) -> str:
-    """The text with every number's units last."""
-    return re.sub("[0-9]+", lambda n: n[0][::-1] if config.units_first else n[0], text)
+    """The text with every number as Python writes it."""
+    return re.sub("[0-9]+", lambda n: str(int(n[0][:: -1 if config.units_first else 1])), text)
 
 
 def check_answer(config: KeyValueConfig, answer: str, numbers: str) -> None:
@@ -294,6 +305,7 @@ def test_numbers_are_one_token_or_digits():
         ({"operands": (1, 3)}, "operands"),
         ({"values": (1, 60_000)}, "number_tokens"),
         ({"units_first": True}, "units_first"),
+        ({"width": 2}, "width"),
         ({"bridge_rates": (0.5, 0.2, 0.2)}, "bridge_rates"),
     ],
 )
