@@ -6,11 +6,11 @@
 fifth of the keys in the bridge's training. A value of several digits is never whole at its key, so
 the answer begins with the values, which the augment writes digit by digit, and then takes one
 operation after another: `<math>abc+de-3000=` may be answered by `2140+7000-3000=9140-3000=6140`.
-Numbers have four digits, units first: so a small model learns to add.
+Numbers have four digits, units first, which makes sums easier for a small model.
 """
 
 from calm_jax.experiment.arms import Arm, Experiment, control
-from calm_jax.experiment.matching import matched_rank
+from calm_jax.experiment.matching import matched_rank, trained_as
 from calm_jax.models import CompositionConfig, DecoderConfig
 from calm_jax.training.configuration import composed_run, decoder_run
 from calm_jax.training.run_model import composition_configs, decoder_config
@@ -73,9 +73,8 @@ def calm():
 
 def lora():
     bridge = calm()
-    config = decoder_run()
-    for section in ("name", "vocabulary", "data", "optimizer", "train", "evaluate"):
-        config[section] = bridge[section]
+    config = trained_as(bridge)
+    config.name, config.vocabulary = bridge.name, bridge.vocabulary
     models = [decoder_config(get_config(name)) for name in ("anchor", "augment")]
     config.lora.rank = matched_rank(models[0], models[1:], composition_configs(bridge))
     return config

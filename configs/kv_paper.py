@@ -13,7 +13,7 @@ import pathlib
 
 from calm_jax.cli.config import call_file
 from calm_jax.experiment.arms import Experiment
-from calm_jax.experiment.matching import matched_rank
+from calm_jax.experiment.matching import matched_rank, trained_as
 from calm_jax.models import CompositionConfig, DecoderConfig
 from calm_jax.training.configuration import composed_run, decoder_run
 from calm_jax.training.run_model import composition_configs, decoder_config
@@ -61,9 +61,8 @@ def calm():
 
 def lora():
     bridge = calm()
-    config = decoder_run()
-    for section in ("name", "vocabulary", "data", "optimizer", "train", "evaluate"):
-        config[section] = bridge[section]
+    config = trained_as(bridge)
+    config.name, config.vocabulary = bridge.name, bridge.vocabulary
     # Of all matrices, no rank gives as many parameters as the bridge has, within 1 %.
     targets = config.lora.targets = ("query", "key", "value", "output")
     models = [decoder_config(get_config(name)) for name in ("anchor", "augment")]

@@ -11,8 +11,7 @@ import pathlib
 
 from calm_jax.cli.config import load_file
 from calm_jax.experiment.arms import Arm, Experiment, PaperTable, control
-from calm_jax.experiment.matching import matched_rank, untrained
-from calm_jax.training.configuration import decoder_run
+from calm_jax.experiment.matching import matched_rank, trained_as, untrained
 from calm_jax.training.run_model import composition_configs, decoder_config
 
 TASK = "calm_jax/key_value/demo"
@@ -124,11 +123,8 @@ def _encoder_only():
 
 def _finetuned():
     """The anchor, all of it, trained on the bridge's data."""
-    bridge = _bridge()
-    config = decoder_run()
+    config = trained_as(_bridge())
     config.vocabulary = _file("kv_anchor").vocabulary
-    for section in ("data", "optimizer", "train", "evaluate"):
-        config[section] = bridge[section]
     config.optimizer.learning_rate = 1e-3
     return config
 

@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import math
 import zlib
-from collections.abc import Callable, Iterator, Sequence, Set
+from collections.abc import Callable, Iterator, Set
 
 import numpy as np
 
@@ -18,6 +18,7 @@ from calm_jax.data.key_value import (
     UNKNOWN,
     KeyValueConfig,
 )
+from calm_jax.data.key_value_sums import as_text, carried_out
 from calm_jax.errors import CalmError
 
 # What a fold of the expressions is used for; a hash assigns expressions to folds.
@@ -81,7 +82,7 @@ class World:
         self.seen[rng.permutation(config.keys)[: round(config.bridge_keys * config.keys)]] = True
         self.half = np.repeat(HALVES, (config.keys // 2, config.keys - config.keys // 2))
         self._numbers = np.array([*self.values.tolist(), *range(high + 1)], object)
-        self._numerals = np.array([self._numeral(number) for number in self._numbers], object)
+        self._numerals = np.array([as_text([n], config) for n in self._numbers], object)
         self._names = np.array([*self.keys, *self._numerals[config.keys :]], object)
 
     def examples(self, corpus: str, split: str) -> Iterator[dict]:
@@ -282,17 +283,9 @@ class World:
         """What MATH asks for: the result, or the whole way to it if the config is `written_out`."""
         numbers_NK = self._numbers[group.operands_NK]
         signs_NJ = np.array(list(OPERATORS))[group.operators_NJ]
-        ways = map(_carried_out, numbers_NK.tolist(), signs_NJ.tolist())
+        ways = map(carried_out, numbers_NK.tolist(), signs_NJ.tolist())
         shown = slice(None) if self.config.written_out else slice(-1, None)
-        return ["=".join(map(self._expression, way[shown])) for way in ways]
-
-    def _expression(self, parts: Sequence[int | str]) -> str:
-        """Numbers and operators, in turns, as text."""
-        return "".join(part if isinstance(part, str) else self._numeral(part) for part in parts)
-
-    def _numeral(self, number: int) -> str:
-        digits = str(abs(number)).zfill(self.config.width)
-        return "-" * (number < 0) + (digits[::-1] if self.config.units_first else digits)
+        return ["=".join(as_text(parts, self.config) for parts in way[shown]) for way in ways]
 
     def _unseen(self, group: Expressions, strange_NK: np.ndarray | bool = False) -> list[bool]:
         is_key_NK = (group.operands_NK < self.config.keys) & ~np.asarray(strange_NK)
@@ -363,21 +356,6 @@ def _key_strings(config: KeyValueConfig, rng: np.random.Generator) -> list[str]:
                 f"letters, but only {len(keys)} were found"
             )
     return list(keys)[: config.keys]
-
-
-def _carried_out(numbers: list[int], operators: list[str]) -> list[list[int | str]]:
-    """The expression, numbers and operators in turns, and what each operation leaves of it."""
-    parts: list[int | str] = [numbers[0]]
-    for operator, number in zip(operators, numbers[1:], strict=True):
-        parts += [operator, number]
-    way = [parts]
-    while len(parts) > 1:
-        at = parts.index("*") if "*" in parts else 1  # products first
-        left, operator, right = parts[at - 1 : at + 2]
-        result = {"+": left + right, "-": left - right, "*": left * right}[operator]
-        parts = [*parts[: at - 1], result, *parts[at + 2 :]]
-        way.append(parts)
-    return way
 
 
 def _letters(rng: np.random.Generator, number: int, length: int) -> list[str]:

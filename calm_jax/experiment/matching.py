@@ -9,6 +9,7 @@ from calm_jax.errors import CalmError
 from calm_jax.models import CompositionConfig, Decoder, DecoderConfig, compose
 from calm_jax.models.lora import LoRAConfig, LoRAParam, add_lora
 from calm_jax.models.parameters import count
+from calm_jax.training.configuration import decoder_run
 
 TOLERANCE = 0.01
 
@@ -35,6 +36,14 @@ def matched_rank(
             f"has {rank * of_rank_1:,} at rank {rank}, the nearest; choose other targets"
         )
     return rank
+
+
+def trained_as(bridge: ConfigDict) -> ConfigDict:
+    """A decoder's run on the data of a bridge's run, with its optimizer, steps and evaluation."""
+    config = decoder_run()
+    for section in ("data", "optimizer", "train", "evaluate"):
+        config[section] = bridge[section]
+    return config
 
 
 def untrained(config: ConfigDict) -> ConfigDict:
