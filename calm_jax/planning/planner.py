@@ -1,11 +1,9 @@
 """`calm plan` as a function: checks the input, plans, prints and saves."""
 
-import tempfile
-
 from etils import epath
 from ml_collections import ConfigDict
 
-from calm_jax.checkpoints.files import absolute, is_bucket, write_json, write_text
+from calm_jax.checkpoints.files import absolute, check_writable, write_json, write_text
 from calm_jax.errors import CalmError
 from calm_jax.planning import compiled_plan, decoding, formula, page, program, search, topologies
 from calm_jax.planning.compiled_plan import Plan
@@ -32,7 +30,7 @@ def run(
         raise CalmError("--dollars_per_chip_hour needs --tokens")
     configuration.validate(config)
     if output is not None:
-        _check_writable(absolute(output))
+        check_writable(output)
     program.use_no_device()
     plan = _plan(config, found, search)
     if tokens is not None and "seconds" in plan:
@@ -45,19 +43,6 @@ def run(
         write_json(folder / "plan.json", plan)
         write_text(folder / "plan.md", page.document(plan))
     return plan
-
-
-def _check_writable(folder: epath.Path) -> None:
-    """Raises `CalmError` now rather than after minutes of compiling; leaves no file behind."""
-    if is_bucket(folder):
-        return
-    nearest = next(path for path in (folder, *folder.parents) if path.exists())
-    try:
-        tempfile.TemporaryFile(dir=nearest).close()
-    except OSError as error:
-        raise CalmError(
-            f"--output={folder}: cannot write in {nearest}: {error.strerror or error}"
-        ) from None
 
 
 def _plan(config: ConfigDict, topology: topologies.Topology, searched: bool) -> Plan:

@@ -218,7 +218,7 @@ def test_an_output_that_cannot_be_written_is_told_first(
     folder = tmp_path / output
     assert main(["plan", f"--config={config}", "--topology=h200:8", f"--output={folder}"]) == 2
     shown = capsys.readouterr().err
-    assert f"--output={folder}: cannot write in " in shown and shown.count("\n") == 1
+    assert f"cannot write {folder}: " in shown and shown.count("\n") == 1
 
 
 def test_a_missing_compiler_is_told(config, capsys, monkeypatch):
