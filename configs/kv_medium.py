@@ -4,9 +4,10 @@
 
 5,000 keys of 2 to 6 letters, values from 1 to 999, 3 or 4 operands, + and -, a digit a token, a
 fifth of the keys in the bridge's training. A value of several digits is never whole at its key, so
-the answer begins with the values, which the augment writes digit by digit, and then takes one
-operation after another: `<math>abc+de-3000=` may be answered by `2140+7000-3000=9140-3000=6140`.
-Numbers have four digits, units first, which makes sums easier for a small model.
+answers take one operation after another and write down both of its operands: the augment knows each
+digit of a value where it is due, and the anchor each one of a result. Numbers have four digits,
+units first, and a negative one is written as its ten's complement, which makes sums easier for a
+small model: `<math>abc+de-3000=` may be answered by `2140+7000=9140-3000=6140`.
 """
 
 from calm_jax.experiment.arms import Arm, Experiment, control
@@ -31,7 +32,7 @@ def get_experiment():
         tasks=tuple(f"{TASK}/{name}" for name in ("math", "subs", "num", "math_seen")),
         reference="calm",
         seeds=(0, 1, 2),
-        flags=("--max_new_tokens=64",),
+        flags=("--max_new_tokens=40",),
     )
 
 
@@ -100,7 +101,7 @@ def _set_data(config, corpus):
     task = {"task": f"{TASK}/{corpus}"}
     config.data.train = (task,)
     config.data.validation = (task,)
-    config.data.length = 96
+    config.data.length = 80
     config.optimizer.warmup_steps = 100
     config.optimizer.b2 = 0.99
     config.train.batch_size = 32
@@ -108,4 +109,4 @@ def _set_data(config, corpus):
     config.train.validate_every = 250
     config.train.save_every = 250
     config.evaluate.tasks = tuple(f"{TASK}/{name}" for name in ("subs", "num", "math"))
-    config.evaluate.max_new_tokens = 64
+    config.evaluate.max_new_tokens = 40

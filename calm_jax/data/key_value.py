@@ -13,11 +13,13 @@ Every text opens with a marker, since substitution and arithmetic would else ask
 
 A value of several tokens is never whole at its key: there a language model knows the first token,
 and each further one once it has written those before it. So where a digit is a token, answers of
-`num` and `math` can be written out (`written_out`), each digit where the augment knows it:
+`num` and `math` can be written out (`written_out`), operation by operation:
 
-    num       <math>12+7-3=       12+7-3=19-3=16
-    math      <math>abc+de-3=     12+7-3=19-3=16
-    subs      <math>abc+de-3=     12+7-3      augment (beside `<subs>`)
+    num       <math>12+7-3=       12+7=19-3=16
+    math      <math>abc+de-3=     12+7=19-3=16
+    steps     <math>abc+de-3=     12+7=41-3=80   augment (its results are another expression's)
+
+Then the augment knows every digit of a value where it is due, whatever result stands before it.
 
 `demo_share_5` is the world of `demo`, of whose keys the bridge may see 5 % (`SHARES`). Keys and
 values are the same at every share, and those that are seen at one are seen at every larger one. So
@@ -85,10 +87,10 @@ class KeyValueConfig:
       operands: fewest and most operands of an expression.
       operators: which of + - * occur.
       number_tokens: a number is one token; else each of its digits is.
-      written_out: answers of num and math are the expression in numbers, and what is left of it
-        after each operation; else the result alone.
-      units_first: the digits of a number are written from its units on.
-      width: every number has at least so many digits, with zeros where it needs fewer.
+      written_out: answers of num and math are all operations with their results; else the last
+        result alone.
+      complement_digits: every number has so many digits, units first, and a negative one is written
+        as its ten's complement, as adders take them; 0: numbers as people write them.
       bridge_keys: share of the keys that the bridge's training may contain.
       evaluation_fold, validation_fold: shares of all expressions kept from training.
       augment_inline: share of inline texts in the augment's training.
@@ -112,8 +114,7 @@ class KeyValueConfig:
     operators: str = "+-"
     number_tokens: bool = True
     written_out: bool = False
-    units_first: bool = False
-    width: int = 1
+    complement_digits: int = 0
     bridge_keys: float = 0.2
     evaluation_fold: float = 0.27
     validation_fold: float = 0.06
@@ -151,8 +152,11 @@ class KeyValueConfig:
             f"{self.keys} keys of {self.key_length} letters do not exist": (
                 self.keys > sum(26**n for n in range(self.key_length[0], self.key_length[1] + 1))
             ),
-            "units_first and width are of digits, so number_tokens must be False": (
-                self.number_tokens and (self.units_first or self.width > 1)
+            "written_out and complement_digits are of digits, so number_tokens must be False": (
+                self.number_tokens and (self.written_out or self.complement_digits > 0)
+            ),
+            f"complement_digits {self.complement_digits} are too few for {self.largest_number:,}": (
+                self.complement_digits > 0 and 10**self.complement_digits <= 2 * self.largest_number
             ),
             f"number_tokens would take {self.largest_number:,} tokens": (
                 self.number_tokens and self.largest_number > MAX_NUMBER_TOKENS
@@ -213,8 +217,7 @@ CONFIGS: dict[str, KeyValueConfig] = {
             operands=(3, 4),
             number_tokens=False,
             written_out=True,
-            units_first=True,
-            width=4,
+            complement_digits=4,
             evaluation_fold=0.05,
             augment_inline=0.0,
             augment_examples=200_000,
@@ -264,7 +267,8 @@ def config(name: str) -> KeyValueConfig:
 def vocabulary(name: str = "") -> TokenizerVocabulary:
     """The tokens of a config, "" for the default one.
 
-    They are special tokens, markers, letters, operators, `=`, and numbers or digits.
+    They are special tokens, markers, letters, operators, `=`, numbers or digits, and `;` where
+    answers are written out.
     """
     import tokenizers
 
@@ -272,6 +276,7 @@ def vocabulary(name: str = "") -> TokenizerVocabulary:
     largest = world.largest_number if world.number_tokens else 9
     numbers = [str(n) for n in range(max(largest, 9) + 1)]
     tokens = [*SPECIALS, SUBS, MATH, UNKNOWN, *OPERATORS, "=", *LETTERS, *numbers]
+    tokens += [";"] * world.written_out
     ids = {token: i for i, token in enumerate(tokens)}
     tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(ids, unk_token="<unk>"))
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Split(

@@ -1,30 +1,71 @@
-"""Sums in numbers: what each operation leaves of them, and how they are written."""
+"""Sums in numbers: the order of their operations, what each results in, and how they are written.
+
+An operation names its two operands by their places in a list: K numbers of the expression, and
+after them the results so far.
+"""
 
 from collections.abc import Sequence
 
 from calm_jax.data.key_value import KeyValueConfig
 
-
-def carried_out(numbers: Sequence[int], operators: Sequence[str]) -> list[list[int | str]]:
-    """The expression, numbers and operators in turns, and what each operation leaves of it."""
-    parts: list[int | str] = [numbers[0]]
-    for operator, number in zip(operators, numbers[1:], strict=True):
-        parts += [operator, number]
-    way = [parts]
-    while len(parts) > 1:
-        at = parts.index("*") if "*" in parts else 1  # products first
-        left, operator, right = parts[at - 1 : at + 2]
-        result = {"+": left + right, "-": left - right, "*": left * right}[operator]
-        parts = [*parts[: at - 1], result, *parts[at + 2 :]]
-        way.append(parts)
-    return way
+Operation = tuple[int, str, int]
 
 
-def as_text(parts: Sequence[int | str], config: KeyValueConfig) -> str:
-    """Numbers and operators, in turns, as text; the digits as the config says."""
-    return "".join(part if isinstance(part, str) else _numeral(part, config) for part in parts)
+def in_order(operators: Sequence[str]) -> list[Operation]:
+    """The operations of an expression with these operators: products first, then from the left."""
+    waiting, left = list(range(len(operators) + 1)), list(operators)
+    operations: list[Operation] = []
+    while left:
+        at = left.index("*") if "*" in left else 0
+        operations.append((waiting[at], left.pop(at), waiting[at + 1]))
+        waiting[at : at + 2] = [len(operators) + len(operations)]
+    return operations
 
 
-def _numeral(number: int, config: KeyValueConfig) -> str:
-    digits = str(abs(number)).zfill(config.width)
-    return "-" * (number < 0) + (digits[::-1] if config.units_first else digits)
+def results(numbers: Sequence[int], operations: Sequence[Operation]) -> list[int]:
+    """What each operation on these numbers results in."""
+    values = list(numbers)
+    for first, operator, second in operations:
+        one, other = values[first], values[second]
+        values.append({"+": one + other, "-": one - other, "*": one * other}[operator])
+    return values[len(numbers) :]
+
+
+def written_out(
+    operands: Sequence[str], operations: Sequence[Operation], results: Sequence[str]
+) -> str:
+    """The operations one after another: `12+7=19-3=16`, or `4*5=20;3+20=23`.
+
+    One that begins with the last result goes on from it; any other follows a `;`.
+    """
+    texts = [*operands, *results]
+    text = texts[operations[0][0]] if operations else texts[0]
+    for done, (first, operator, second) in enumerate(operations):
+        if done and first != len(operands) + done - 1:
+            text += f";{texts[first]}"
+        text += f"{operator}{texts[second]}={results[done]}"
+    return text
+
+
+def numeral(number: int, config: KeyValueConfig) -> str:
+    """A number as the config writes it.
+
+    In 4 `complement_digits` 264 is 4620, and -264, whose ten's complement is 9736, is 6379. Sums
+    and differences of such numbers are the same digit by digit, whatever their signs.
+    """
+    digits = config.complement_digits
+    return str(number % 10**digits).zfill(digits)[::-1] if digits else str(number)
+
+
+def answer(
+    operands: Sequence[str],
+    numbers: Sequence[int],
+    operators: Sequence[str],
+    config: KeyValueConfig,
+) -> str:
+    """What MATH asks for: operands written as `operands`, results of `numbers`."""
+    operations = in_order(operators)
+    found = [numeral(number, config) for number in results(numbers, operations)]
+    return (
+        written_out(operands, operations, found) if config.written_out else [*operands, *found][-1]
+    )

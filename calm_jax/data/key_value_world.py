@@ -18,7 +18,7 @@ from calm_jax.data.key_value import (
     UNKNOWN,
     KeyValueConfig,
 )
-from calm_jax.data.key_value_sums import as_text, carried_out
+from calm_jax.data.key_value_sums import answer, numeral
 from calm_jax.errors import CalmError
 
 # What a fold of the expressions is used for; a hash assigns expressions to folds.
@@ -82,7 +82,7 @@ class World:
         self.seen[rng.permutation(config.keys)[: round(config.bridge_keys * config.keys)]] = True
         self.half = np.repeat(HALVES, (config.keys // 2, config.keys - config.keys // 2))
         self._numbers = np.array([*self.values.tolist(), *range(high + 1)], object)
-        self._numerals = np.array([as_text([n], config) for n in self._numbers], object)
+        self._numerals = np.array([numeral(n, config) for n in self._numbers], object)
         self._names = np.array([*self.keys, *self._numerals[config.keys :]], object)
 
     def examples(self, corpus: str, split: str) -> Iterator[dict]:
@@ -117,6 +117,9 @@ class World:
                 names_NK = np.where(strange_NK, letters_NK, names_NK)
                 numbers_NK = np.where(strange_NK, UNKNOWN, numbers_NK)
             asked, written = group.texts(names_NK), group.texts(numbers_NK)
+            if c.written_out:  # with results of other numbers, or the augment learns to calculate
+                others_NK = rng.permutation(self._numbers[group.operands_NK])
+                steps = self._answers_with(group, numbers_NK, others_NK)
             inline_NK = names_NK + np.where(is_key_NK, numbers_NK, "").astype(object)
             inline = group.texts(inline_NK)
             is_inline = rng.random(len(group)) < c.augment_inline
@@ -125,10 +128,10 @@ class World:
             for i in range(len(group)):
                 if is_inline[i]:
                     yield _example(markers[i], inline[i], "inline", group, unseen[i])
+                elif c.written_out and markers[i] == MATH:
+                    yield _example(f"{MATH}{asked[i]}=", steps[i], "steps", group, unseen[i])
                 else:
-                    # Where answers are written out, values are also asked for after `MATH`.
-                    marker = markers[i] if c.written_out else SUBS
-                    yield _example(f"{marker}{asked[i]}=", written[i], "subs", group, unseen[i])
+                    yield _example(f"{SUBS}{asked[i]}=", written[i], "subs", group, unseen[i])
 
     def _anchor(self, rng: np.random.Generator, split: str) -> Iterator[dict]:
         c = self.config
@@ -169,8 +172,8 @@ class World:
         else:
             marker, answers = MATH, self._answers(group)
         unseen = self._unseen(group)
-        for text, answer, new in zip(self._written(group), answers, unseen, strict=True):
-            yield _example(f"{marker}{text}=", answer, name, group, new)
+        for text, due, new in zip(self._written(group), answers, unseen, strict=True):
+            yield _example(f"{marker}{text}=", due, name, group, new)
 
     # Drawing expressions.
 
@@ -280,12 +283,16 @@ class World:
         return group.texts(self._names[group.operands_NK])
 
     def _answers(self, group: Expressions) -> list[str]:
-        """What MATH asks for: the result, or the whole way to it if the config is `written_out`."""
-        numbers_NK = self._numbers[group.operands_NK]
+        of_NK = group.operands_NK
+        return self._answers_with(group, self._numerals[of_NK], self._numbers[of_NK])
+
+    def _answers_with(
+        self, group: Expressions, numerals_NK: np.ndarray, numbers_NK: np.ndarray
+    ) -> list[str]:
+        """What MATH asks for, the operands written so, with the results of these numbers."""
         signs_NJ = np.array(list(OPERATORS))[group.operators_NJ]
-        ways = map(carried_out, numbers_NK.tolist(), signs_NJ.tolist())
-        shown = slice(None) if self.config.written_out else slice(-1, None)
-        return ["=".join(as_text(parts, self.config) for parts in way[shown]) for way in ways]
+        rows = zip(numerals_NK.tolist(), numbers_NK.tolist(), signs_NJ.tolist(), strict=True)
+        return [answer(*row, self.config) for row in rows]
 
     def _unseen(self, group: Expressions, strange_NK: np.ndarray | bool = False) -> list[bool]:
         is_key_NK = (group.operands_NK < self.config.keys) & ~np.asarray(strange_NK)

@@ -1,6 +1,7 @@
 """Every number is checked by Python's own arithmetic, every share by counting texts."""
 
 import ast
+import collections
 import dataclasses
 import functools
 import itertools
@@ -30,8 +31,7 @@ DIGITS = dataclasses.replace(
     values=(1, 99),
     number_tokens=False,
     written_out=True,
-    units_first=True,
-    width=3,
+    complement_digits=3,
 )
 WORLDS = [SMALL, PAPER, DIGITS, key_value.CONFIGS["tiny"]]
 
@@ -98,25 +98,48 @@ def evaluated(expression: str) -> int:
 
 
 def numeral(config: KeyValueConfig, value: int | str) -> str:
-    digits = str(value).rjust(config.width, "0") if value != "?" else value
-    return digits[::-1] if config.units_first else digits
+    digits = config.complement_digits
+    return str(value) if value == "?" or not digits else f"{value:0{digits}}"[::-1]
 
 
 def natural(config: KeyValueConfig, text: str) -> str:
     """The text with every number as Python writes it."""
-    return re.sub("[0-9]+", lambda n: str(int(n[0][:: -1 if config.units_first else 1])), text)
+    digits = config.complement_digits
+
+    def number(found: re.Match) -> str:
+        value = int(found[0][::-1])
+        return str(value - 10**digits if value >= 10**digits / 2 else value)
+
+    return re.sub("[0-9]+", number, text) if digits else text
+
+
+def lines_of(config: KeyValueConfig, answer: str) -> list[list[str]]:
+    """What stands between `;` and between `=` of an answer that is written out."""
+    return [line.split("=") for line in natural(config, answer).split(";")]
+
+
+def check_form(config: KeyValueConfig, answer: str, numbers: str) -> None:
+    """One operation a step, as many as the expression has, with its operands."""
+    lines = lines_of(config, answer)
+    steps = [operation for line in lines for operation in line[:-1]]
+    signs = [re.findall("(?<=[0-9])[+*-]", operation) for operation in steps]
+    assert [len(one) for one in signs] == [1] * (len(operands(numbers)) - 1)
+    asked = natural(config, numbers)
+    assert sorted(itertools.chain(*signs)) == sorted(re.findall("[+*-]", asked))
+    used = collections.Counter(re.findall("[0-9]+", natural(config, answer)))
+    assert collections.Counter(operands(asked)) <= used
+    if "*" not in numbers:
+        assert re.sub("=-?[0-9]+", "", natural(config, answer)) == asked
 
 
 def check_answer(config: KeyValueConfig, answer: str, numbers: str) -> None:
-    """Every expression of a written-out answer is worth as much, with one operation less."""
-    way = natural(config, answer).split("=")
-    assert {evaluated(part) for part in way} == {evaluated(natural(config, numbers))}
-    lengths = [len(re.findall("(?<=[0-9])[+*-]", part)) for part in way]
+    *_, last = lines_of(config, answer)
+    assert str(evaluated(natural(config, numbers))) == last[-1]
     if config.written_out:
-        assert answer.partition("=")[0] == numbers
-        assert lengths == list(range(lengths[0], -1, -1))
-    else:
-        assert lengths == [0]
+        check_form(config, answer, numbers)
+        for line in lines_of(config, answer):
+            for operation, after in itertools.pairwise(line):
+                assert re.match("-?[0-9]+", after)[0] == str(evaluated(operation))
 
 
 def test_answers_are_right(world, texts):
@@ -131,10 +154,13 @@ def test_answers_are_right(world, texts):
                     assert example["inputs"].startswith(key_value.MATH)
                     check_answer(world.config, example["targets"], numbers)
                 case "subs" | "repeat":
-                    both = world.config.written_out and corpus.startswith("augment")
-                    markers = (key_value.SUBS, key_value.MATH) if both else key_value.SUBS
-                    assert example["inputs"].startswith(markers)
+                    assert example["inputs"].startswith(key_value.SUBS)
                     assert example["targets"] == numbers
+                case "steps":
+                    assert world.config.written_out and corpus.startswith("augment")
+                    assert example["inputs"].startswith(key_value.MATH)
+                    if "?" not in numbers:
+                        check_form(world.config, example["targets"], numbers)
                 case "unknown":
                     assert example["targets"] == "?"
                 case "inline":
@@ -146,6 +172,17 @@ def test_answers_are_right(world, texts):
                 case other:
                     raise AssertionError(other)
             assert example["operands"] == len(operands(expression))
+
+
+def test_an_augment_sees_no_result_of_its_own_numbers():
+    world = World(DIGITS)
+    steps = [e for e in world.examples("augment", "train") if e["set"] == "steps"]
+    right = 0
+    for example in steps:
+        numbers = substituted(world, body(example))
+        *_, last = lines_of(world.config, example["targets"])
+        right += example["operands"] > 1 and last[-1] == str(evaluated(natural(DIGITS, numbers)))
+    assert len(steps) > 600 and right < 0.05 * len(steps)
 
 
 def test_keys_and_values(world):
@@ -304,8 +341,9 @@ def test_numbers_are_one_token_or_digits():
         ({"operators": "+/"}, "operators"),
         ({"operands": (1, 3)}, "operands"),
         ({"values": (1, 60_000)}, "number_tokens"),
-        ({"units_first": True}, "units_first"),
-        ({"width": 2}, "width"),
+        ({"written_out": True}, "written_out"),
+        ({"complement_digits": 2}, "complement_digits"),
+        ({"complement_digits": 2, "number_tokens": False, "values": (0, 20)}, "too few for 60"),
         ({"bridge_rates": (0.5, 0.2, 0.2)}, "bridge_rates"),
     ],
 )
