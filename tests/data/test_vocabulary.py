@@ -1,3 +1,4 @@
+import dataclasses
 import functools
 import json
 import pathlib
@@ -11,6 +12,7 @@ import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from calm_jax.data import key_value
 from calm_jax.data.vocabularies import load_vocabulary, vocabulary_of_folder
 from calm_jax.data.vocabulary import ByteVocabulary
 from calm_jax.errors import CalmError
@@ -106,10 +108,12 @@ def test_the_first_difference_is_named():
     assert demo.first_difference(bytes_) == (1, "<bos>", "</s>")
 
 
-def test_a_longer_vocabulary_differs_where_the_other_ends():
-    paper, tiny = load_vocabulary("key_value/paper"), load_vocabulary("key_value/tiny")
-    index, in_tiny, in_paper = tiny.first_difference(paper)
-    assert (index, in_tiny, in_paper) == (paper.size, "10", None)
+def test_a_longer_vocabulary_differs_where_the_other_ends(monkeypatch):
+    few = dataclasses.replace(key_value.CONFIGS["tiny"], name="few", values=(0, 3))
+    monkeypatch.setitem(key_value.CONFIGS, "few", few)
+    short, tiny = load_vocabulary("key_value/few"), load_vocabulary("key_value/tiny")
+    index, in_tiny, in_short = tiny.first_difference(short)
+    assert (index, in_tiny, in_short) == (short.size, "10", None)
 
 
 @pytest.mark.parametrize(
