@@ -38,13 +38,12 @@ def written_out(
 
     One that begins with the last result goes on from it; any other follows a `;`.
     """
-    texts = [*operands, *results]
-    text = texts[operations[0][0]] if operations else texts[0]
-    for done, (first, operator, second) in enumerate(operations):
-        if done and first != len(operands) + done - 1:
+    texts, text = [*operands, *results], ""
+    for place, (first, operator, second) in enumerate(operations, len(operands)):
+        if first != place - 1:
             text += f";{texts[first]}"
-        text += f"{operator}{texts[second]}={results[done]}"
-    return text
+        text += f"{operator}{texts[second]}={texts[place]}"
+    return text.removeprefix(";") or operands[0]
 
 
 def numeral(number: int, config: KeyValueConfig) -> str:
@@ -66,6 +65,6 @@ def answer(
     """What MATH asks for: operands written as `operands`, results of `numbers`."""
     operations = in_order(operators)
     found = [numeral(number, config) for number in results(numbers, operations)]
-    return (
-        written_out(operands, operations, found) if config.written_out else [*operands, *found][-1]
-    )
+    if config.written_out:
+        return written_out(operands, operations, found)
+    return [*operands, *found][-1]
