@@ -173,7 +173,7 @@ class RandomStep:
         model.execution = execution(Need.of_bridge(pair.composition, pair.anchor), remat)
         self.backend = model.anchor.execution.attention
         self.parts = Parts(model)
-        self.optimizer, schedule = make_optimizer(OPTIMIZER, num_steps=1000)
+        self.optimizer, schedule = make_optimizer(OPTIMIZER, 1000, {})
         self.shardings = Shardings.of(self.parts, self.optimizer, mesh)
         self.step = make_train_step(
             self.parts,

@@ -6,8 +6,9 @@
 fifth of the keys in the bridge's training. A value of several digits is never whole at its key, so
 answers take one operation after another and write down both of its operands: the augment knows each
 digit of a value where it is due, and the anchor each one of a result. Numbers have four digits,
-units first, and a negative one is written as its ten's complement, which makes sums easier for a
-small model: `<math>abc+de-3000=` may be answered by `2140+7000=9140-3000=6140`.
+units first, a negative one is its ten's complement, and an operation is written in columns: a digit
+of both operands, then that of the result. Where abc is 412 and de is 7, `<math>abc+de-3000=` is
+answered by `+279101404000-936101404000`.
 """
 
 from calm_jax.experiment.arms import Arm, Experiment, control
@@ -41,34 +42,24 @@ def get_config(arm: str = "calm"):
 
 
 def anchor():
-    config = decoder_run(_form(num_layers=6))
-    _set_data(config, "anchor")
-    config.optimizer.learning_rate = 3e-3
-    config.optimizer.weight_decay = 0.1
-    config.train.num_steps = 4_000
-    return config
+    return _part("anchor", num_steps=900)
 
 
 def augment():
-    config = decoder_run(_form(num_layers=4))
-    _set_data(config, "augment")
-    config.optimizer.learning_rate = 4e-3
-    config.optimizer.weight_decay = 0.1
-    config.train.num_steps = 4_000
-    return config
+    return _part("augment", num_steps=1_200)
 
 
 def calm():
     # A digit is what the augment predicts at its last layer: the anchor needs it once it knows from
     # the marker and its own place that a digit comes next, in its last layers.
-    connections = ((3, 2), (3, 3), (3, 4), (3, 5))
+    connections = ((3, 1), (3, 2), (3, 3))
     config = composed_run(CompositionConfig(connections=connections, rotary=True))
     config.anchor = "runs/medium/seed_0/anchor/frozen"
     config.augments = ("runs/medium/seed_0/augment/frozen",)
     _set_data(config, "bridge")
     config.optimizer.learning_rate = 3e-3
     config.optimizer.weight_decay = 0.1
-    config.train.num_steps = 1_000
+    config.train.num_steps = 600
     return config
 
 
@@ -81,11 +72,11 @@ def lora():
     return config
 
 
-def _form(num_layers):
-    return DecoderConfig.llama(
+def _part(corpus, num_steps):
+    decoder = DecoderConfig.llama(
         vocab_size=64,
         embed_dim=96,
-        num_layers=num_layers,
+        num_layers=4,
         num_heads=4,
         num_kv_heads=4,
         head_dim=24,
@@ -93,6 +84,13 @@ def _form(num_layers):
         tied_head=True,
         embed_scale=96**0.5,
     )
+    config = decoder_run(decoder)
+    _set_data(config, corpus)
+    config.optimizer.name = "muon"  # learns sums and keys in a third of Adam's steps
+    config.optimizer.learning_rate = 4e-3
+    config.optimizer.weight_decay = 0.1
+    config.train.num_steps = num_steps
+    return config
 
 
 def _set_data(config, corpus):
@@ -101,12 +99,12 @@ def _set_data(config, corpus):
     task = {"task": f"{TASK}/{corpus}"}
     config.data.train = (task,)
     config.data.validation = (task,)
-    config.data.length = 80
+    config.data.length = 88
     config.optimizer.warmup_steps = 100
     config.optimizer.b2 = 0.99
     config.train.batch_size = 32
     config.train.log_every = 20
-    config.train.validate_every = 250
-    config.train.save_every = 250
+    config.train.validate_every = 100
+    config.train.save_every = 100
     config.evaluate.tasks = tuple(f"{TASK}/{name}" for name in ("subs", "num", "math"))
     config.evaluate.max_new_tokens = 40

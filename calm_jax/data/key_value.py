@@ -20,6 +20,10 @@ and each further one once it has written those before it. So where a digit is a 
     steps     <math>abc+de-3=     12+7=41-3=80   augment (its results are another expression's)
 
 Then the augment knows every digit of a value where it is due, whatever result stands before it.
+With `complement_digits` a number is written as adders take it, and an operation in columns: after
+the operator, for every digit, that of both operands and of the result. In two digits:
+
+    num       <math>21+70-30=     +279101-936101
 
 `demo_share_5` is the world of `demo`, of whose keys the bridge may see 5 % (`SHARES`). Keys and
 values are the same at every share, and those that are seen at one are seen at every larger one. So
@@ -90,7 +94,8 @@ class KeyValueConfig:
       written_out: answers of num and math are all operations with their results; else the last
         result alone.
       complement_digits: every number has so many digits, units first, and a negative one is written
-        as its ten's complement, as adders take them; 0: numbers as people write them.
+        as its ten's complement, as adders take them; operations are written out in columns of
+        digits. 0: numbers and operations as people write them.
       bridge_keys: share of the keys that the bridge's training may contain.
       evaluation_fold, validation_fold: shares of all expressions kept from training.
       augment_inline: share of inline texts in the augment's training.
@@ -220,6 +225,8 @@ CONFIGS: dict[str, KeyValueConfig] = {
             complement_digits=4,
             evaluation_fold=0.05,
             augment_inline=0.0,
+            augment_plain=0.1,
+            augment_single=0.9,  # else a small model does not begin to learn so many keys
             augment_examples=200_000,
             anchor_examples=200_000,
             bridge_examples=100_000,

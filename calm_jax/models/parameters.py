@@ -79,6 +79,20 @@ class Structure:
             if variable.has_metadata("summed")
         }
 
+    def projections(self) -> dict[str, tuple[tuple[int, ...], tuple[int, ...]]]:
+        """The axes that each matrix's product sums over, and its others, by path.
+
+        As negative indices, since stacked layers have axes in front of them. Embeddings and heads,
+        which have a row for each token, are left out.
+        """
+        found = {}
+        for path, summed in self.summed().items():
+            axes = self.variables()[tuple(path.split("/"))].get_metadata("axes")
+            if "vocab" not in axes:
+                others = tuple(axis for axis in range(-len(axes), 0) if axis not in summed)
+                found[path] = (summed, others)
+        return found
+
     def shardings(self, mesh: jax.sharding.Mesh, rules: sharding.Rules = sharding.RULES) -> Tree:
         """`NamedSharding` of every array; raises `CalmError` as `sharding.array_sharding`."""
         found = {}

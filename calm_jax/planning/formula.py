@@ -66,7 +66,9 @@ class Formula:
         self.own_lengths = own_lengths(config)
         self.parts = abstract_parts(config, topology.device)
         self.trainable, self.frozen = self.parts.abstract()
-        self.optimizer, _ = make_optimizer(config.optimizer, config.train.num_steps)
+        self.optimizer, _ = make_optimizer(
+            config.optimizer, config.train.num_steps, self.parts.structure.projections()
+        )
         self.opt_state = jax.eval_shape(self.optimizer.init, self.trainable)
         self.composed = config.kind == "composed"
         self.compositions = composition_configs(config) if self.composed else []

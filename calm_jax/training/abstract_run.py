@@ -52,7 +52,8 @@ def abstract_run(config: ConfigDict, mesh: Mesh, device: jax.Device) -> Abstract
             or an `attention` or `train.remat` that the device does not support.
     """
     parts = abstract_parts(config, device)
-    optimizer, schedule = make_optimizer(config.optimizer, config.train.num_steps)
+    projections = parts.structure.projections()
+    optimizer, schedule = make_optimizer(config.optimizer, config.train.num_steps, projections)
     rules = sharding.WEIGHT_RULES[config.weight_sharding]
     return AbstractRun(parts, optimizer, schedule, Shardings.of(parts, optimizer, mesh, rules))
 

@@ -78,14 +78,14 @@ def _common(kind: str) -> ConfigDict:
     config.data.cache_dir = ""  # folder of tokenised rows; "": $CALM_CACHE, else ~/.cache/calm_jax
 
     config.optimizer = ConfigDict()
-    config.optimizer.name = "adamw"  # "adamw" or "adafactor"
+    config.optimizer.name = "adamw"  # "adamw", "adafactor" or "muon"
     config.optimizer.learning_rate = 1e-3  # the peak, reached after the warm-up
     config.optimizer.schedule = "cosine"  # after the warm-up: "cosine", "linear" or "constant"
     config.optimizer.warmup_steps = 0  # steps in which the rate grows linearly
     config.optimizer.final_fraction = 0.0  # rate at the last step, as a fraction of the peak
     config.optimizer.weight_decay = 0.0  # only of matrices; multiplied by the learning rate
-    config.optimizer.b1 = 0.9  # decay of the first moment; only adamw
-    config.optimizer.b2 = 0.999  # decay of the second moment; only adamw
+    config.optimizer.b1 = 0.9  # decay of the first moment; adamw, and muon's Adam
+    config.optimizer.b2 = 0.999  # decay of the second moment; adamw, and muon's Adam
     config.optimizer.clip_norm = 1.0  # largest global norm of the gradient; 0: no clipping
 
     config.mesh = ConfigDict()
@@ -163,7 +163,7 @@ MAY_CHANGE = (
 
 _CHOICES = {
     "attention": ("auto", *BACKENDS),
-    "optimizer.name": ("adamw", "adafactor"),
+    "optimizer.name": ("adamw", "adafactor", "muon"),
     "optimizer.schedule": ("cosine", "linear", "constant"),
     "train.remat": REMAT,
     "weight_sharding": tuple(WEIGHT_RULES),
@@ -214,7 +214,7 @@ def validate(config: ConfigDict) -> None:
             check_entry(entry, split)
     if not config.data.train:
         raise CalmError("data.train is empty; name a task or a JSON-lines file")
-    if optimizer.name != "adamw":
+    if optimizer.name == "adafactor":
         defaults = _common("decoder").optimizer
         for key in ("b1", "b2"):
             if optimizer[key] != defaults[key]:

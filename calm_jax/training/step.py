@@ -48,14 +48,21 @@ class Shardings:
         trainable, frozen = parts.shardings(mesh, rules)
         replicated = sharding.replicated(mesh)
         abstract, _ = parts.abstract()
+
+        def sharding_of(x, param, sharding):
+            if isinstance(x, optax.MaskedNode):  # a parameter of another part of the optimizer
+                return x
+            # Moments have their parameter's shape; Adafactor's factors do not, and are small.
+            return sharding if x.shape == param.shape else replicated
+
         opt_state = optax.tree_map_params(
             optimizer,
-            # Moments have their parameter's shape; Adafactor's factors do not, and are small.
-            lambda x, param, sharding: sharding if x.shape == param.shape else replicated,
+            sharding_of,
             jax.eval_shape(optimizer.init, abstract),
             abstract,
             trainable,
             transform_non_params=lambda _: replicated,
+            is_leaf=lambda x: isinstance(x, optax.MaskedNode),
         )
         return cls(trainable, opt_state, frozen, sharding.batch_sharding(mesh), replicated)
 

@@ -113,9 +113,22 @@ def natural(config: KeyValueConfig, text: str) -> str:
     return re.sub("[0-9]+", number, text) if digits else text
 
 
+def in_rows(config: KeyValueConfig, answer: str) -> str:
+    """An answer in columns as one without: `+279101-936101` is `21+70=91-30=61`."""
+    if not config.complement_digits or answer[0] not in "+-":
+        return answer
+    rows = ""
+    for operator, columns in re.findall("([+-])([0-9]+)", answer):
+        first, second, result = (columns[place::3] for place in range(3))
+        assert len(columns) == 3 * config.complement_digits
+        assert not rows or rows.endswith(f"={first}")
+        rows = f"{rows or first}{operator}{second}={result}"
+    return rows
+
+
 def lines_of(config: KeyValueConfig, answer: str) -> list[list[str]]:
     """What stands between `;` and between `=` of an answer that is written out."""
-    return [line.split("=") for line in natural(config, answer).split(";")]
+    return [line.split("=") for line in natural(config, in_rows(config, answer)).split(";")]
 
 
 def check_form(config: KeyValueConfig, answer: str, numbers: str) -> None:
@@ -126,6 +139,7 @@ def check_form(config: KeyValueConfig, answer: str, numbers: str) -> None:
     assert [len(one) for one in signs] == [1] * (len(operands(numbers)) - 1)
     asked = natural(config, numbers)
     assert sorted(itertools.chain(*signs)) == sorted(re.findall("[+*-]", asked))
+    answer = in_rows(config, answer)
     used = collections.Counter(re.findall("[0-9]+", natural(config, answer)))
     assert collections.Counter(operands(asked)) <= used
     if "*" not in numbers:
@@ -160,8 +174,9 @@ def test_answers_are_right(world, texts):
                     assert world.config.written_out and corpus.startswith("augment")
                     assert example["inputs"].startswith(key_value.MATH)
                     zero = numeral(world.config, 0)  # in place of what a half does not know
-                    both = (example["targets"], numbers)
-                    check_form(world.config, *(text.replace("?", zero) for text in both))
+                    in_columns = world.config.complement_digits and example["operands"] > 1
+                    answer = example["targets"].replace("?", "0" if in_columns else zero)
+                    check_form(world.config, answer, numbers.replace("?", zero))
                 case "unknown":
                     assert example["targets"] == "?"
                 case "inline":

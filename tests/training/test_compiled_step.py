@@ -39,7 +39,7 @@ def compiled_step(anchor, composition: CompositionConfig, execution: Execution, 
     )  # fmt: skip
     model.execution = model.anchor.execution = model.augments[0].execution = execution
     parts, mesh = Parts(model), sharding.make_mesh({}, jax.devices()[:1])
-    optimizer, schedule = make_optimizer(configuration.composed_run().optimizer, 100)
+    optimizer, schedule = make_optimizer(configuration.composed_run().optimizer, 100, {})
     shardings = Shardings.of(parts, optimizer, mesh)
     step = make_train_step(parts, optimizer, shardings, schedule=schedule, **options)
     trainable, frozen = parts.abstract()

@@ -115,7 +115,7 @@ def test_a_composed_run_trains_all_that_it_saves(rank, trainable, refused):
         ("train.seed", -1, "train.seed is -1; it must be at least 0"),
         ("train.accumulate", 3, "train.batch_size 64 is not divisible by train.accumulate 3"),
         ("train", 7, "train is 7; it must be a section of keys"),
-        ("optimizer.name", "sgd", "optimizer.name is 'sgd'; known are 'adamw', 'adafactor'"),
+        ("optimizer.name", "sgd", "is 'sgd'; known are 'adamw', 'adafactor', 'muon'"),
         ("optimizer.schedule", "step", "known are 'cosine', 'linear', 'constant'"),
         ("optimizer.learning_rate", float("nan"), "optimizer.learning_rate is nan"),
         ("optimizer.learning_rate", -0.1, "optimizer.learning_rate is -0.1"),

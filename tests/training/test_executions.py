@@ -35,7 +35,7 @@ def losses(mesh, *, remat="none", attention="xla", weights="fsdp", loss_chunk=0,
     model.augments[0].execution = Execution(attention, weight_sharding=weights)
     parts = Parts(model)
     config = configuration.composed_run()
-    optimizer, schedule = make_optimizer(config.optimizer, STEPS)
+    optimizer, schedule = make_optimizer(config.optimizer, STEPS, {})
     mesh = sharding.make_mesh(mesh, devices)
     shardings = Shardings.of(parts, optimizer, mesh, sharding.WEIGHT_RULES[weights])
     step = make_train_step(parts, optimizer, shardings, schedule=schedule, loss_chunk=loss_chunk)
