@@ -4,11 +4,11 @@
 
 5,000 keys of 2 to 6 letters, values from 1 to 999, 3 or 4 operands, + and -, a digit a token, a
 fifth of the keys in the bridge's training. A value of several digits is never whole at its key, so
-answers take one operation after another and write down both of its operands: the augment knows each
-digit of a value where it is due, and the anchor each one of a result. Numbers have four digits,
-units first, a negative one is its ten's complement, and an operation is written in columns: a digit
-of both operands, then that of the result. Where abc is 412 and de is 7, `<math>abc+de-3000=` is
-answered by `+279101404000-936101404000`.
+answers are written out: the expression again with each value behind its key, then one operation
+after another. The augment knows each digit of a value there, and the anchor each one of a result.
+Numbers have four digits, units first, a negative one is its ten's complement, and an operation is
+written in columns: a digit of both operands, then that of the result. Where abc is 412 and de is 7,
+`<math>abc+de-3000=` is answered by `abc2140+de7000-3000=+279101404000-936101404000`.
 """
 
 from calm_jax.experiment.arms import Arm, Experiment, control
@@ -33,7 +33,7 @@ def get_experiment():
         tasks=tuple(f"{TASK}/{name}" for name in ("math", "subs", "num", "math_seen")),
         reference="calm",
         seeds=(0, 1, 2),
-        flags=("--max_new_tokens=40",),
+        flags=("--max_new_tokens=88",),
     )
 
 
@@ -42,11 +42,11 @@ def get_config(arm: str = "calm"):
 
 
 def anchor():
-    return _part("anchor", num_steps=900)
+    return _part("anchor", learning_rate=4e-3, num_steps=1_300)
 
 
 def augment():
-    return _part("augment", num_steps=1_200)
+    return _part("augment", learning_rate=6e-3, num_steps=1_500)
 
 
 def calm():
@@ -72,7 +72,7 @@ def lora():
     return config
 
 
-def _part(corpus, num_steps):
+def _part(corpus, learning_rate, num_steps):
     decoder = DecoderConfig.llama(
         vocab_size=64,
         embed_dim=96,
@@ -87,7 +87,7 @@ def _part(corpus, num_steps):
     config = decoder_run(decoder)
     _set_data(config, corpus)
     config.optimizer.name = "muon"  # learns sums and keys in a third of Adam's steps
-    config.optimizer.learning_rate = 4e-3
+    config.optimizer.learning_rate = learning_rate
     config.optimizer.weight_decay = 0.1
     config.train.num_steps = num_steps
     return config
@@ -99,12 +99,12 @@ def _set_data(config, corpus):
     task = {"task": f"{TASK}/{corpus}"}
     config.data.train = (task,)
     config.data.validation = (task,)
-    config.data.length = 88
+    config.data.length = 140
     config.optimizer.warmup_steps = 100
     config.optimizer.b2 = 0.99
-    config.train.batch_size = 32
+    config.train.batch_size = 20
     config.train.log_every = 20
     config.train.validate_every = 100
     config.train.save_every = 100
     config.evaluate.tasks = tuple(f"{TASK}/{name}" for name in ("subs", "num", "math"))
-    config.evaluate.max_new_tokens = 40
+    config.evaluate.max_new_tokens = 88

@@ -27,7 +27,7 @@ def get_experiment():
         medium,
         title="The paper's size",
         tasks=tuple(f"{TASK}/{name}" for name in ("math", "subs", "num", "math_seen")),
-        flags=("--max_new_tokens=160",),
+        flags=("--max_new_tokens=224",),
         paper=table5.paper[:1],
     )
 
@@ -92,7 +92,7 @@ def _set_data(config, corpus):
     config.train.validate_every = 1_000
     config.train.save_every = 1_000
     config.evaluate.tasks = tuple(f"{TASK}/{name}" for name in ("subs", "num", "math", "math_seen"))
-    config.evaluate.max_new_tokens = 160
+    config.evaluate.max_new_tokens = 224
 
 
 def _experiment_of(name):

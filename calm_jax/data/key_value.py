@@ -12,18 +12,20 @@ Every text opens with a marker, since substitution and arithmetic would else ask
     math      <math>abc+de=       19          bridge (seen keys), evaluation
 
 A value of several tokens is never whole at its key: there a language model knows the first token,
-and each further one once it has written those before it. So where a digit is a token, answers of
-`num` and `math` can be written out (`written_out`), operation by operation:
+and each further one once it has written those before it. So where a digit is a token, answers can
+be written out (`written_out`). They repeat the expression with each value behind its key, where
+a model that knows it finds it soonest, and then take one operation after another:
 
-    num       <math>12+7-3=       12+7=19-3=16
-    math      <math>abc+de-3=     12+7=19-3=16
-    steps     <math>abc+de-3=     12+7=41-3=80   augment (its results are another expression's)
+    subs      <subs>abc+de-3=     abc12+de7-3
+    subs      <math>abc+de-3=     abc12+de7-3=             augment
+    num       <math>12+7-3=       12+7-3=12+7=19-3=16
+    math      <math>abc+de-3=     abc12+de7-3=12+7=19-3=16
+    unknown   <math>xyz+7=        xyz4+7=4+7=11            anchor (a guess, with which it goes on)
 
-Then the augment knows every digit of a value where it is due, whatever result stands before it.
 With `complement_digits` a number is written as adders take it, and an operation in columns: after
 the operator, for every digit, that of both operands and of the result. In two digits:
 
-    num       <math>21+70-30=     +279101-936101
+    num       <math>21+70-30=     21+70-30=+279101-936101
 
 `demo_share_5` is the world of `demo`, of whose keys the bridge may see 5 % (`SHARES`). Keys and
 values are the same at every share, and those that are seen at one are seen at every larger one. So
@@ -91,8 +93,8 @@ class KeyValueConfig:
       operands: fewest and most operands of an expression.
       operators: which of + - * occur.
       number_tokens: a number is one token; else each of its digits is.
-      written_out: answers of num and math are all operations with their results; else the last
-        result alone.
+      written_out: answers repeat the expression with the values behind their keys, and those of
+        num and math go on with all operations; else they are the values, and the last result.
       complement_digits: every number has so many digits, units first, and a negative one is written
         as its ten's complement, as adders take them; operations are written out in columns of
         digits. 0: numbers and operations as people write them.
@@ -226,7 +228,7 @@ CONFIGS: dict[str, KeyValueConfig] = {
             evaluation_fold=0.05,
             augment_inline=0.0,
             augment_plain=0.1,
-            augment_single=0.9,  # else a small model does not begin to learn so many keys
+            anchor_unknown=0.2,
             augment_examples=200_000,
             anchor_examples=200_000,
             bridge_examples=100_000,

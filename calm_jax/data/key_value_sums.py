@@ -47,19 +47,18 @@ def written_out(
 
 
 def in_columns(
-    operands: Sequence[str], operations: Sequence[Operation], results: Sequence[str], digits: int
+    operands: Sequence[str], operations: Sequence[Operation], results: Sequence[str]
 ) -> str:
     """Each operation's operator, then column by column a digit of both operands and of the result.
 
     In two digits, units first, 12+7=19 is `+279101`. A sum's digit stands beside those that it
     depends on: small models learn that in half the steps that `21+70=91` takes them.
     """
-    texts = [(text * digits)[:digits] for text in [*operands, *results]]  # `?` in every column
-    text = ""
+    texts, text = [*operands, *results], ""
     for place, (first, operator, second) in enumerate(operations, len(operands)):
         columns = zip(texts[first], texts[second], texts[place], strict=True)
         text += operator + "".join(map("".join, columns))
-    return text or texts[0]
+    return text or operands[0]
 
 
 def numeral(number: int, config: KeyValueConfig) -> str:
@@ -82,7 +81,7 @@ def answer(
     operations = in_order(operators)
     found = [numeral(number, config) for number in results(numbers, operations)]
     if config.written_out and config.complement_digits:
-        return in_columns(operands, operations, found, config.complement_digits)
+        return in_columns(operands, operations, found)
     if config.written_out:
         return written_out(operands, operations, found)
     return [*operands, *found][-1]

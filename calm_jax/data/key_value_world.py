@@ -116,12 +116,9 @@ class World:
                 letters_NK = self._random_letters(rng, is_key_NK.shape, {*self._names[known]})
                 names_NK = np.where(strange_NK, letters_NK, names_NK)
                 numbers_NK = np.where(strange_NK, UNKNOWN, numbers_NK)
-            asked, written = group.texts(names_NK), group.texts(numbers_NK)
-            if c.written_out:  # with results of other numbers, or the augment learns to calculate
-                others_NK = rng.permutation(self._numbers[group.operands_NK])
-                steps = self._answers_with(group, numbers_NK, others_NK)
-            inline_NK = names_NK + np.where(is_key_NK, numbers_NK, "").astype(object)
-            inline = group.texts(inline_NK)
+            asked = group.texts(names_NK)
+            inline = group.texts(names_NK + np.where(is_key_NK, numbers_NK, "").astype(object))
+            written = inline if c.written_out else group.texts(numbers_NK)
             is_inline = rng.random(len(group)) < c.augment_inline
             markers = np.array([SUBS, MATH])[rng.integers(2, size=len(group))].tolist()
             unseen = self._unseen(group, strange_NK)
@@ -129,7 +126,8 @@ class World:
                 if is_inline[i]:
                     yield _example(markers[i], inline[i], "inline", group, unseen[i])
                 elif c.written_out and markers[i] == MATH:
-                    yield _example(f"{MATH}{asked[i]}=", steps[i], "steps", group, unseen[i])
+                    # What stands before the calculation, which is the anchor's.
+                    yield _example(f"{MATH}{asked[i]}=", f"{inline[i]}=", "subs", group, unseen[i])
                 else:
                     yield _example(f"{SUBS}{asked[i]}=", written[i], "subs", group, unseen[i])
 
@@ -138,16 +136,19 @@ class World:
         count = c.anchor_examples if split == "train" else c.validation_examples
         for group in self._draw(rng, count, split, None, 1.0, c.anchor_single):
             unknown = rng.random(len(group)) < c.anchor_unknown
-            asked = group.texts(self._spelled(rng, group, unknown))
-            written, answers = self._written(group), self._answers(group)
+            names_NK, nameless_NK = self._spelled(rng, group, unknown)
+            asked = group.texts(names_NK)
+            written = self._substituted(group, names_NK, nameless_NK)
+            answers = self._answers(group, written)
             repeats = rng.random(len(group)) < c.anchor_repeat
             for i in range(len(group)):
-                if unknown[i]:
+                if unknown[i] and not c.written_out:
                     yield _example(f"{MATH}{asked[i]}=", UNKNOWN, "unknown", group, False)
                 elif repeats[i]:
                     yield _example(f"{SUBS}{asked[i]}=", written[i], "repeat", group, False)
-                else:
-                    yield _example(f"{MATH}{asked[i]}=", answers[i], "num", group, False)
+                else:  # where letters are written out, the anchor guesses a number for them
+                    name = "unknown" if unknown[i] else "num"
+                    yield _example(f"{MATH}{asked[i]}=", answers[i], name, group, False)
 
     def _bridge(self, rng: np.random.Generator, split: str) -> Iterator[dict]:
         c = self.config
@@ -167,10 +168,11 @@ class World:
             yield from self._asked(name, group)
 
     def _asked(self, name: str, group: Expressions) -> Iterator[dict]:
-        if name == "subs":
-            marker, answers = SUBS, group.texts(self._numerals[group.operands_NK])
-        else:
-            marker, answers = MATH, self._answers(group)
+        of_NK = group.operands_NK
+        written = self._substituted(group, self._names[of_NK], of_NK < self.config.keys)
+        marker, answers = (SUBS, written)
+        if name != "subs":
+            marker, answers = MATH, self._answers(group, written)
         unseen = self._unseen(group)
         for text, due, new in zip(self._written(group), answers, unseen, strict=True):
             yield _example(f"{marker}{text}=", due, name, group, new)
@@ -282,17 +284,25 @@ class World:
     def _written(self, group: Expressions) -> list[str]:
         return group.texts(self._names[group.operands_NK])
 
-    def _answers(self, group: Expressions) -> list[str]:
-        of_NK = group.operands_NK
-        return self._answers_with(group, self._numerals[of_NK], self._numbers[of_NK])
-
-    def _answers_with(
-        self, group: Expressions, numerals_NK: np.ndarray, numbers_NK: np.ndarray
+    def _substituted(
+        self, group: Expressions, names_NK: np.ndarray, nameless_NK: np.ndarray
     ) -> list[str]:
-        """What MATH asks for, the operands written so, with the results of these numbers."""
+        """Numbers for operands; written out, each behind its name if that does not tell it."""
+        numerals_NK = self._numerals[group.operands_NK]
+        if not self.config.written_out:
+            return group.texts(numerals_NK)
+        return group.texts(names_NK + np.where(nameless_NK, numerals_NK, "").astype(object))
+
+    def _answers(self, group: Expressions, written: list[str]) -> list[str]:
+        """What MATH asks for."""
+        of_NK = group.operands_NK
         signs_NJ = np.array(list(OPERATORS))[group.operators_NJ]
-        rows = zip(numerals_NK.tolist(), numbers_NK.tolist(), signs_NJ.tolist(), strict=True)
-        return [answer(*row, self.config) for row in rows]
+        rows = (self._numerals[of_NK], self._numbers[of_NK], signs_NJ)
+        rows = zip(*(row_NK.tolist() for row_NK in rows), strict=True)
+        answers = [answer(*row, self.config) for row in rows]
+        if not self.config.written_out:
+            return answers
+        return [f"{text}={rest}" for text, rest in zip(written, answers, strict=True)]
 
     def _unseen(self, group: Expressions, strange_NK: np.ndarray | bool = False) -> list[bool]:
         is_key_NK = (group.operands_NK < self.config.keys) & ~np.asarray(strange_NK)
@@ -302,8 +312,11 @@ class World:
 
     def _spelled(
         self, rng: np.random.Generator, group: Expressions, unknown: np.ndarray
-    ) -> np.ndarray:
-        """The anchor's operands: words, numbers after letters, or only letters where `unknown`."""
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """The anchor's operands, and which of them have no digits [N, K].
+
+        They are words, numbers, numbers after letters, or only letters where `unknown`.
+        """
         c, shape = self.config, group.operands_NK.shape
         texts_NK = self._names[group.operands_NK]
         numbers_NK = self._numbers[group.operands_NK].astype(int)
@@ -315,7 +328,7 @@ class World:
         texts_NK = np.where(filled_NK, letters_NK + texts_NK, texts_NK)
         unknown_NK = unknown[:, None] & (rng.random(shape) < 0.8)
         unknown_NK[np.arange(len(group)), rng.integers(shape[1], size=len(group))] |= unknown
-        return np.where(unknown_NK, letters_NK, texts_NK)
+        return np.where(unknown_NK, letters_NK, texts_NK), word_NK | unknown_NK
 
     def _random_letters(
         self, rng: np.random.Generator, shape: tuple[int, ...], not_first: Set[str] = frozenset()

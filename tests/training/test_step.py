@@ -17,6 +17,8 @@ from calm_jax.models.parameters import module_tree
 from calm_jax.models.parts import Parts
 from calm_jax.training import loss
 from calm_jax.training import step as step_module
+from calm_jax.training.configuration import decoder_run
+from calm_jax.training.optimizer import make_optimizer
 from calm_jax.training.step import Shardings, make_eval_step, make_train_step
 
 
@@ -283,6 +285,23 @@ def test_adafactor_and_a_bfloat16_anchor_on_a_mesh():
     losses = [trainer.step(tiny_models.batch())["loss"] for _ in range(5)]
     assert losses[-1] < losses[0]
     assert {x.dtype for x in jax.tree.leaves(trainer.trainable)} == {jnp.dtype("float32")}
+
+
+def test_muon_steps_alike_on_a_mesh_and_on_one_device():
+    section = decoder_run().optimizer
+    section.update(name="muon", schedule="constant", learning_rate=1e-2)
+
+    def losses(mesh):
+        model = tiny_models.composed()
+        projections = Parts(model).structure.projections()
+        optimizer, _ = make_optimizer(section, 10, projections)
+        trainer = Trainer(model, mesh, optimizer)
+        return [trainer.step(tiny_models.batch())["loss"] for _ in range(5)]
+
+    alone = losses(one_device())
+    assert alone[-1] < alone[0]
+    found = losses(sharding.make_mesh({"fsdp": 4, "tensor": 2}))
+    np.testing.assert_allclose(found, alone, rtol=1e-4)
 
 
 def test_a_width_that_the_mesh_does_not_divide_is_refused_by_name():
