@@ -18,6 +18,7 @@ from calm_jax.data.key_value import (
     UNKNOWN,
     KeyValueConfig,
 )
+from calm_jax.data.key_value_keys import MAX_BARREN_ROUNDS, key_strings, random_letters
 from calm_jax.data.key_value_sums import answer, numeral
 from calm_jax.errors import CalmError
 
@@ -27,9 +28,6 @@ FOLDS = {"train": TRAIN, "validation": VALIDATION, "evaluation": EVALUATION}
 
 # If an augment knows one half of the keys: share of its texts' keys that are unknown letters.
 STRANGERS = 0.3
-
-# After this many draws without a new expression, there are assumed to be no more.
-MAX_BARREN_ROUNDS = 20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,7 +71,7 @@ class World:
         self.config = config
         rng = self._rng("keys")
         low, high = config.values
-        self.keys = _key_strings(config, rng)
+        self.keys = key_strings(config, rng)
         if config.unique_values:
             self.values = low + rng.permutation(high - low + 1)[: config.keys]
         else:
@@ -170,9 +168,8 @@ class World:
     def _asked(self, name: str, group: Expressions) -> Iterator[dict]:
         of_NK = group.operands_NK
         written = self._substituted(group, self._names[of_NK], of_NK < self.config.keys)
-        marker, answers = (SUBS, written)
-        if name != "subs":
-            marker, answers = MATH, self._answers(group, written)
+        marker = SUBS if name == "subs" else MATH
+        answers = written if name == "subs" else self._answers(group, written)
         unseen = self._unseen(group)
         for text, due, new in zip(self._written(group), answers, unseen, strict=True):
             yield _example(f"{marker}{text}=", due, name, group, new)
@@ -342,7 +339,7 @@ class World:
         strings: list[str] = []
         while len(strings) < math.prod(shape):
             lengths = rng.integers(1, longest + 1, math.prod(shape))
-            drawn = _letters(rng, len(lengths), longest)
+            drawn = random_letters(rng, len(lengths), longest)
             cut = (letters[:n] for letters, n in zip(drawn, lengths, strict=True))
             strings += [
                 letters
@@ -351,37 +348,6 @@ class World:
                 and not_first.isdisjoint(letters[:end] for end in range(1, len(letters)))
             ]
         return np.array(strings[: math.prod(shape)], object).reshape(shape)
-
-
-def _key_strings(config: KeyValueConfig, rng: np.random.Generator) -> list[str]:
-    """Different random strings, none of them a number's word."""
-    shortest, longest = config.key_length
-    keys: dict[str, None] = {}  # keeps the order in which they were drawn
-    starts: set[str] = set()
-    barren = 0
-    while len(keys) < config.keys:
-        before = len(keys)
-        lengths = rng.integers(shortest, longest + 1, config.keys)
-        for letters, n in zip(_letters(rng, config.keys, longest), lengths, strict=True):
-            key = letters[:n]
-            shorter = {key[:end] for end in range(1, n)}
-            clash = key in starts or not shorter.isdisjoint(keys)
-            if key not in NUMBER_WORDS and not (config.prefix_free and clash):
-                keys[key] = None
-                starts |= shorter
-        barren = 0 if len(keys) > before else barren + 1
-        if barren == MAX_BARREN_ROUNDS:
-            raise CalmError(
-                f"key-value config {config.name!r} needs {config.keys} keys of {config.key_length} "
-                f"letters, but only {len(keys)} were found"
-            )
-    return list(keys)[: config.keys]
-
-
-def _letters(rng: np.random.Generator, number: int, length: int) -> list[str]:
-    """`number` strings of `length` random letters."""
-    letters = rng.integers(ord("a"), ord("z") + 1, (number, length)).astype(np.uint8)
-    return letters.view(f"S{length}")[:, 0].astype(str).tolist()
 
 
 def _mix(x: np.ndarray) -> np.ndarray:
