@@ -46,7 +46,7 @@ def anchor():
 
 
 def augment():
-    return _part("augment", learning_rate=6e-3, num_steps=1_500)
+    return _part("augment", learning_rate=4e-3, num_steps=2_200)
 
 
 def calm():

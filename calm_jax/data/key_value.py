@@ -228,6 +228,7 @@ CONFIGS: dict[str, KeyValueConfig] = {
             evaluation_fold=0.05,
             augment_inline=0.0,
             augment_plain=0.1,
+            augment_single=0.5,  # a small model learns keys sooner where they stand alone
             anchor_unknown=0.2,
             augment_examples=200_000,
             anchor_examples=200_000,
