@@ -52,7 +52,7 @@ def in_columns(
     """Each operation's operator, then column by column a digit of both operands and of the result.
 
     In two digits, units first, 12+7=19 is `+279101`. A sum's digit stands beside those that it
-    depends on: small models learn that in half the steps that `21+70=91` takes them.
+    depends on: small models learn that in fewer steps than `21+70=91`.
     """
     texts, text = [*operands, *results], ""
     for place, (first, operator, second) in enumerate(operations, len(operands)):

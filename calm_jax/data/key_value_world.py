@@ -115,7 +115,7 @@ class World:
                 names_NK = np.where(strange_NK, letters_NK, names_NK)
                 numbers_NK = np.where(strange_NK, UNKNOWN, numbers_NK)
             asked = group.texts(names_NK)
-            inline = group.texts(names_NK + np.where(is_key_NK, numbers_NK, "").astype(object))
+            inline = group.texts(_behind(names_NK, numbers_NK, is_key_NK))
             written = inline if c.written_out else group.texts(numbers_NK)
             is_inline = rng.random(len(group)) < c.augment_inline
             markers = np.array([SUBS, MATH])[rng.integers(2, size=len(group))].tolist()
@@ -288,7 +288,7 @@ class World:
         numerals_NK = self._numerals[group.operands_NK]
         if not self.config.written_out:
             return group.texts(numerals_NK)
-        return group.texts(names_NK + np.where(nameless_NK, numerals_NK, "").astype(object))
+        return group.texts(_behind(names_NK, numerals_NK, nameless_NK))
 
     def _answers(self, group: Expressions, written: list[str]) -> list[str]:
         """What MATH asks for."""
@@ -348,6 +348,11 @@ class World:
                 and not_first.isdisjoint(letters[:end] for end in range(1, len(letters)))
             ]
         return np.array(strings[: math.prod(shape)], object).reshape(shape)
+
+
+def _behind(names_NK: np.ndarray, numerals_NK: np.ndarray, which_NK: np.ndarray) -> np.ndarray:
+    """The names, some of them with their number behind them."""
+    return names_NK + np.where(which_NK, numerals_NK, "").astype(object)
 
 
 def _mix(x: np.ndarray) -> np.ndarray:

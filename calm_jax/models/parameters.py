@@ -85,9 +85,9 @@ class Structure:
         As negative indices, since stacked layers have axes in front of them. Embeddings and heads,
         which have a row for each token, are left out.
         """
-        found = {}
+        found, variables = {}, self.variables()
         for path, summed in self.summed().items():
-            axes = self.variables()[tuple(path.split("/"))].get_metadata("axes")
+            axes = variables[tuple(path.split("/"))].get_metadata("axes")
             if "vocab" not in axes:
                 others = tuple(axis for axis in range(-len(axes), 0) if axis not in summed)
                 found[path] = (summed, others)
