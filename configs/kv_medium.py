@@ -15,21 +15,9 @@ from calm_jax.experiment.arms import Arm, Experiment, control
 from calm_jax.experiment.matching import matched_rank, trained_as
 from calm_jax.models import CompositionConfig, DecoderConfig
 from calm_jax.training.configuration import composed_run, decoder_run
-from calm_jax.training.run_model import composition_configs
+from calm_jax.training.run_model import composition_configs, decoder_config
 
 TASK = "calm_jax/key_value/medium"
-
-DECODER = DecoderConfig.llama(  # of the anchor and of the augment
-    vocab_size=64,
-    embed_dim=96,
-    num_layers=4,
-    num_heads=4,
-    num_kv_heads=4,
-    head_dim=24,
-    mlp_dim=288,
-    tied_head=True,
-    embed_scale=96**0.5,
-)
 
 
 def get_experiment():
@@ -37,8 +25,7 @@ def get_experiment():
         title="Values of several tokens",
         arms=(
             Arm("anchor", kind="part"),
-            Arm("keys", kind="part"),
-            Arm("augment", kind="part", decoder="keys"),
+            Arm("augment", kind="part"),
             Arm("calm", "CALM", kind="calm", anchor="anchor", augments=("augment",)),
             Arm("lora", "anchor with LoRA", decoder="anchor"),
             control("zeroed", "taps zeroed"),
@@ -51,22 +38,15 @@ def get_experiment():
 
 
 def get_config(arm: str = "calm"):
-    return {"anchor": anchor, "keys": keys, "augment": augment, "calm": calm, "lora": lora}[arm]()
+    return {"anchor": anchor, "augment": augment, "calm": calm, "lora": lora}[arm]()
 
 
 def anchor():
-    return _part(DECODER, "anchor", num_steps=1_300)
-
-
-def keys():
-    """The augment's first steps: it learns keys sooner where each stands alone."""
-    return _part(DECODER, "augment", num_steps=900, world="medium_keys")
+    return _part("anchor", num_steps=1_300)
 
 
 def augment():
-    config = _part(None, "augment", num_steps=1_300)
-    config.decoder["from"] = "runs/medium/seed_0/keys/frozen"
-    return config
+    return _part("augment", num_steps=2_200)
 
 
 def calm():
@@ -87,13 +67,25 @@ def lora():
     bridge = calm()
     config = trained_as(bridge)
     config.name, config.vocabulary = bridge.name, bridge.vocabulary
-    config.lora.rank = matched_rank(DECODER, [DECODER], composition_configs(bridge))
+    models = [decoder_config(get_config(name)) for name in ("anchor", "augment")]
+    config.lora.rank = matched_rank(models[0], models[1:], composition_configs(bridge))
     return config
 
 
-def _part(decoder, corpus, num_steps, world="medium"):
+def _part(corpus, num_steps):
+    decoder = DecoderConfig.llama(
+        vocab_size=64,
+        embed_dim=96,
+        num_layers=4,
+        num_heads=4,
+        num_kv_heads=4,
+        head_dim=24,
+        mlp_dim=288,
+        tied_head=True,
+        embed_scale=96**0.5,
+    )
     config = decoder_run(decoder)
-    _set_data(config, corpus, world)
+    _set_data(config, corpus)
     config.optimizer.name = "muon"  # begins to learn sums and keys in fewer steps than Adam
     config.optimizer.learning_rate = 4e-3
     config.optimizer.weight_decay = 0.1
@@ -101,11 +93,12 @@ def _part(decoder, corpus, num_steps, world="medium"):
     return config
 
 
-def _set_data(config, corpus, world="medium"):
+def _set_data(config, corpus):
     config.name = f"kv_medium:{corpus}"
     config.vocabulary = "key_value/medium"
-    config.data.train = ({"task": f"calm_jax/key_value/{world}/{corpus}"},)
-    config.data.validation = ({"task": f"{TASK}/{corpus}"},)
+    task = {"task": f"{TASK}/{corpus}"}
+    config.data.train = (task,)
+    config.data.validation = (task,)
     config.data.length = 140
     config.optimizer.warmup_steps = 100
     config.optimizer.b2 = 0.99

@@ -16,20 +16,9 @@ from calm_jax.experiment.arms import Experiment
 from calm_jax.experiment.matching import matched_rank, trained_as
 from calm_jax.models import CompositionConfig, DecoderConfig
 from calm_jax.training.configuration import composed_run, decoder_run
-from calm_jax.training.run_model import composition_configs
+from calm_jax.training.run_model import composition_configs, decoder_config
 
 TASK = "calm_jax/key_value/paper"
-
-
-def _form(**sizes):
-    width, heads = sizes["embed_dim"], sizes["num_heads"]
-    return DecoderConfig.palm(
-        vocab_size=128, head_dim=width // heads, mlp_dim=4 * width, dtype="bfloat16", **sizes
-    )
-
-
-ANCHOR = _form(embed_dim=1024, num_layers=24, num_heads=16)
-AUGMENT = _form(embed_dim=512, num_layers=12, num_heads=8)
 
 
 def get_experiment():
@@ -44,29 +33,20 @@ def get_experiment():
 
 
 def get_config(arm: str = "calm"):
-    return {"anchor": anchor, "keys": keys, "augment": augment, "calm": calm, "lora": lora}[arm]()
-
-
-def anchor():
-    config = decoder_run(ANCHOR)
-    _set_data(config, "anchor")
-    config.train.num_steps = 100_000
-    return config
-
-
-def keys():
-    """The augment's first steps, as in kv_medium.py."""
-    config = decoder_run(AUGMENT)
-    _set_data(config, "augment", world="paper_keys")
-    config.train.num_steps = 20_000
-    return config
+    return {"anchor": anchor, "augment": augment, "calm": calm, "lora": lora}[arm]()
 
 
 def augment():
-    config = decoder_run()
-    config.decoder["from"] = "runs/paper/seed_0/keys/frozen"
+    config = decoder_run(_form(embed_dim=512, num_layers=12, num_heads=8))
     _set_data(config, "augment")
-    config.train.num_steps = 30_000
+    config.train.num_steps = 50_000
+    return config
+
+
+def anchor():
+    config = decoder_run(_form(embed_dim=1024, num_layers=24, num_heads=16))
+    _set_data(config, "anchor")
+    config.train.num_steps = 100_000
     return config
 
 
@@ -85,15 +65,24 @@ def lora():
     config.name, config.vocabulary = bridge.name, bridge.vocabulary
     # Of all matrices, no rank gives as many parameters as the bridge has, within 1 %.
     targets = config.lora.targets = ("query", "key", "value", "output")
-    config.lora.rank = matched_rank(ANCHOR, [AUGMENT], composition_configs(bridge), targets)
+    models = [decoder_config(get_config(name)) for name in ("anchor", "augment")]
+    config.lora.rank = matched_rank(models[0], models[1:], composition_configs(bridge), targets)
     return config
 
 
-def _set_data(config, corpus, world="paper"):
+def _form(**sizes):
+    width, heads = sizes["embed_dim"], sizes["num_heads"]
+    return DecoderConfig.palm(
+        vocab_size=128, head_dim=width // heads, mlp_dim=4 * width, dtype="bfloat16", **sizes
+    )
+
+
+def _set_data(config, corpus):
     config.name = f"kv_paper:{corpus}"
     config.vocabulary = "key_value/paper"
-    config.data.train = ({"task": f"calm_jax/key_value/{world}/{corpus}"},)
-    config.data.validation = ({"task": f"{TASK}/{corpus}"},)
+    task = {"task": f"{TASK}/{corpus}"}
+    config.data.train = (task,)
+    config.data.validation = (task,)
     config.data.length = 256
     config.optimizer.learning_rate = 5e-4
     config.optimizer.warmup_steps = 1_000

@@ -31,9 +31,6 @@ the operator, for every digit, that of both operands and of the result. In two d
 values are the same at every share, and those that are seen at one are seen at every larger one. So
 `math` and `subs` of `demo_share_50` ask for keys that the bridge sees at no share.
 
-`medium_keys` is the world of `medium` with an augment that reads each key alone, as its first
-lesson; so is `paper_keys` that of `paper`.
-
 Instead of one augment that knows every key there may be two. Each knows one half of the keys
 (`HALVES`), never sees a key of the other half, and writes `?` for letters that it does not know.
 
@@ -201,11 +198,6 @@ def _with_shares(config: KeyValueConfig) -> list[KeyValueConfig]:
     return [config, *shared]
 
 
-def _with_keys_alone(config: KeyValueConfig) -> list[KeyValueConfig]:
-    """The config, and the same with an augment that reads each key alone."""
-    return [config, dataclasses.replace(config, name=f"{config.name}_keys", augment_single=1.0)]
-
-
 DEFAULT = "demo"
 CONFIGS: dict[str, KeyValueConfig] = {
     config.name: config
@@ -223,46 +215,42 @@ CONFIGS: dict[str, KeyValueConfig] = {
             )
         ),
         # Between the demo and the paper, for a CPU.
-        *_with_keys_alone(
-            KeyValueConfig(
-                "medium",
-                keys=5_000,
-                key_length=(2, 6),
-                prefix_free=False,
-                values=(1, 999),
-                operands=(3, 4),
-                number_tokens=False,
-                written_out=True,
-                complement_digits=4,
-                evaluation_fold=0.05,
-                augment_inline=0.0,
-                augment_plain=0.1,
-                augment_single=0.5,
-                anchor_unknown=0.2,
-                augment_examples=200_000,
-                anchor_examples=200_000,
-                bridge_examples=100_000,
-            )
+        KeyValueConfig(
+            "medium",
+            keys=5_000,
+            key_length=(2, 6),
+            prefix_free=False,
+            values=(1, 999),
+            operands=(3, 4),
+            number_tokens=False,
+            written_out=True,
+            complement_digits=4,
+            evaluation_fold=0.05,
+            augment_inline=0.0,
+            augment_plain=0.1,
+            augment_single=0.5,  # a small model learns keys sooner where they stand alone
+            anchor_unknown=0.2,
+            augment_examples=200_000,
+            anchor_examples=200_000,
+            bridge_examples=100_000,
         ),
         # The paper's sizes; it does not say how many expressions it trained on.
-        *_with_keys_alone(
-            KeyValueConfig(
-                "paper",
-                keys=25_000,
-                key_length=(2, 6),
-                prefix_free=False,
-                values=(1, 25_000),
-                unique_values=True,
-                operands=(3, 6),
-                operators="+-*",
-                number_tokens=False,
-                written_out=True,
-                evaluation_fold=0.05,
-                augment_inline=0.0,
-                augment_examples=2_000_000,
-                anchor_examples=2_000_000,
-                bridge_examples=1_000_000,
-            )
+        KeyValueConfig(
+            "paper",
+            keys=25_000,
+            key_length=(2, 6),
+            prefix_free=False,
+            values=(1, 25_000),
+            unique_values=True,
+            operands=(3, 6),
+            operators="+-*",
+            number_tokens=False,
+            written_out=True,
+            evaluation_fold=0.05,
+            augment_inline=0.0,
+            augment_examples=2_000_000,
+            anchor_examples=2_000_000,
+            bridge_examples=1_000_000,
         ),
         KeyValueConfig(
             "tiny",
