@@ -46,7 +46,7 @@ def anchor():
 
 
 def augment():
-    return _part("augment", num_steps=2_200)
+    return _part("augment", num_steps=2_000)
 
 
 def calm():
