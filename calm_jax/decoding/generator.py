@@ -12,7 +12,7 @@ import numpy as np
 from calm_jax.data.own_features import Placed
 from calm_jax.decoding.completion import Completion, WrittenAnswer
 from calm_jax.decoding.draft_length import Drafting
-from calm_jax.decoding.requests import News, Request, by_beginning
+from calm_jax.decoding.requests import News, Request, by_beginning, in_common
 from calm_jax.decoding.sampling import Sampling, TokenLogprob
 from calm_jax.decoding.scheduler import MOST_STEPS, Scheduler
 from calm_jax.errors import CalmError
@@ -201,11 +201,13 @@ class Generator:
     ) -> list[Score]:
         """How probable each continuation is after its prompt.
 
-        Texts are encoded as one: the continuation's tokens are those after the prompt's. `items`
-        are those of each prompt, as for `generate`.
+        Texts are encoded as one: the continuation's tokens are all that hold text of it, so a token
+        across the border, with text of both, is one of them. `items` are those of each prompt, as
+        for `generate`.
 
         Raises:
-            CalmError: as `generate`; lists of different lengths; an empty continuation; NaN logits.
+            CalmError: as `generate`; lists of different lengths; an empty continuation; no token
+                that holds only text of the prompt; NaN logits.
         """
         prompts, continuations = _listed(prompts), _listed(continuations)
         if len(prompts) != len(continuations):
@@ -249,7 +251,13 @@ class Generator:
             if not isinstance(prompt, str):
                 raise CalmError("a prompt of ids has a continuation of ids, not of text")
             whole = encode(self.vocabulary, prompt + continuation)
-            before, after = whole[: len(before)], whole[len(before) :]
+            cut = in_common(before, whole)
+            if before and not cut:
+                raise CalmError(
+                    f"{prompt[:40]!r} and {continuation[:40]!r} share their first token, which "
+                    "nothing precedes"
+                )
+            before, after = whole[:cut], whole[cut:]
         else:
             after = encode(self.vocabulary, continuation)
         if not before or not after:

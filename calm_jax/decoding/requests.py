@@ -218,7 +218,7 @@ def _by_family(by_ids: list[Request], shared: int, generations: int) -> list[Req
         else:
             families.append([request])
     for index, family in enumerate(families):
-        all_share = _in_common(family[0].prompt, family[-1].prompt)
+        all_share = in_common(family[0].prompt, family[-1].prompt)
         if generations and len(family) > 1 and all_share > shared:
             families[index] = _by_family(family, all_share, generations - 1)
     families.sort(key=lambda family: len(family[0].prompt))
@@ -226,11 +226,12 @@ def _by_family(by_ids: list[Request], shared: int, generations: int) -> list[Req
 
 
 def _are_family(ours: list[int], theirs: list[int], shared: int) -> bool:
-    more = _in_common(ours, theirs) - shared
+    more = in_common(ours, theirs) - shared
     return more >= SHARED and 2 * more >= min(len(ours), len(theirs)) - shared
 
 
-def _in_common(ours: list[int], theirs: list[int]) -> int:
+def in_common(ours: list[int], theirs: list[int]) -> int:
+    """Length of the common prefix of two lists."""
     return common(ours, theirs, min(len(ours), len(theirs)))
 
 

@@ -331,6 +331,29 @@ def test_an_answer_ends_before_a_text_that_stops(writer):
     assert generator.scheduler.running == 0
 
 
+@pytest.mark.parametrize(
+    ("prompt", "continuation", "after"),
+    [("mit ", "der", " der"), ("Es d", "er Wind", " der Wind"), ("mit", " der", " der")],
+)
+def test_a_token_with_text_of_prompt_and_continuation_is_scored(
+    writer, prompt, continuation, after
+):
+    encode = writer.vocabulary.encode
+    before = (prompt + continuation).removesuffix(after)
+    # No token crosses this border, so both sides may be encoded alone.
+    assert encode(before) + encode(after) == encode(prompt + continuation)
+    (score,) = Generator(writer, max_length=64, slots=2).score([prompt], [continuation])
+    expected_NV = logprobs_of(writer, encode(before), encode(after))
+    expected_N = expected_NV[range(len(encode(after))), encode(after)]
+    np.testing.assert_allclose(score.tokens_logprobs, expected_N, atol=2e-5)
+
+
+def test_a_continuation_in_the_first_token_is_refused(writer):
+    assert len(writer.vocabulary.encode("und")) == 1
+    with pytest.raises(CalmError, match="prompt 1: 'u' and 'nd' share their first token"):
+        Generator(writer, max_length=64, slots=2).score(["a", "u"], [" b", "nd"])
+
+
 # Bad input.
 
 
