@@ -59,6 +59,16 @@ class Dataset:
     def __len__(self) -> int:
         return sum(map(len, self.parts))
 
+    @property
+    def names(self) -> list[str]:
+        """A name for each part: the last word of its own, or all of it, or that with a number."""
+        whole = [part.name for part in self.parts]
+        short = [name.rpartition("/")[2] for name in whole]
+        if len(set(short)) == len(short):
+            return short
+        earlier = [whole[:index].count(name) for index, name in enumerate(whole)]
+        return [f"{name}.{n + 1}" if n else name for name, n in zip(whole, earlier, strict=True)]
+
     @functools.cached_property
     def _starts(self) -> np.ndarray:
         return np.cumsum([0, *map(len, self.parts)])

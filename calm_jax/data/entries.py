@@ -70,7 +70,9 @@ def open_dataset(
             weight = entry.get("weight", 1.0) * part["rate"]
             digests.append(part["digest"])
             arrays = cache.read_part(folder / str(number))
-            parts.append(TaskRows(part["name"], weight, entry.get("loss_on_inputs", False), arrays))
+            # The rows may have been cached from a file of another name.
+            name = ExampleFiles(entry).name if files_of(entry) else part["name"]
+            parts.append(TaskRows(name, weight, entry.get("loss_on_inputs", False), arrays))
     if not parts:
         raise CalmError(f"data.{split} names no task")
     fingerprint = hashlib.sha256(json.dumps(digests).encode()).hexdigest()

@@ -57,7 +57,7 @@ class ExampleFiles:
     def identity(self) -> list[Any]:
         """All that determines the examples, as JSON values."""
         hashes = [file_hash(path) for path in self._paths]
-        return [self._kind, hashes, sorted(self._columns.items())]
+        return [self._kind, hashes, [list(pair) for pair in sorted(self._columns.items())]]
 
     def examples(self, vocabulary: Vocabulary | None = None) -> Iterator[dict[str, Any]]:
         """The examples of every record, as `records.examples` describes them.

@@ -289,10 +289,8 @@ class _Session:
         Plain text has no answers and so no "exact". Raises `CalmError`, naming `what`, if the loss
         is not finite.
         """
-        parts = self.datasets["validation"].parts
-        short = [part.name.rpartition("/")[2] for part in parts]
-        names = short if len(set(short)) == len(short) else [part.name for part in parts]
-        sums = [self._sums(eval_step, trainable, part) for part in parts]
+        validation = self.datasets["validation"]
+        sums = [self._sums(eval_step, trainable, part) for part in validation.parts]
         totals = jax.tree.map(lambda *x: np.sum(x, axis=0), *sums)
         scores = as_numbers(means(totals))
         if not math.isfinite(scores["loss"]):
@@ -302,7 +300,7 @@ class _Session:
             )
         exact = {
             f"exact/{name}": float(of_set["exact"] / of_set["sequences"])
-            for name, of_set in zip(names, sums, strict=True)
+            for name, of_set in zip(validation.names, sums, strict=True)
             if len(sums) > 1 and of_set["sequences"]
         }
         return scores | exact

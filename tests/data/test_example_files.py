@@ -132,6 +132,31 @@ def test_columns_are_mapped_and_nothing_else_is_read(tmp_path):
         read(path, columns={"input": "question"})
 
 
+def test_files_are_told_apart_by_their_names_of_today(tmp_path):
+    """Rows are cached by content, and two files may have one name and one content."""
+    vocabulary = ByteVocabulary()
+    data = {"length": 16, "pack": True, "limit": 0, "strict": False, "augment_length": 0}
+    data["cache_dir"] = str(tmp_path / "cache")
+
+    def names(*paths):
+        for path in paths:
+            path.parent.mkdir(exist_ok=True)
+            write(path, GOOD)
+        entries = tuple({"jsonl": str(path)} for path in paths)
+        return open_dataset(data | {"validation": entries}, "validation", vocabulary).names
+
+    assert names(tmp_path / "a.jsonl") == ["a"]
+    assert names(tmp_path / "b.jsonl", tmp_path / "c.jsonl") == ["b", "c"]
+    twice = [tmp_path / folder / "val.jsonl" for folder in ("en", "de", "fr")]
+    assert names(*twice) == ["jsonl/val", "jsonl/val.2", "jsonl/val.3"]
+
+
+def test_an_identity_is_the_same_after_json(tmp_path):
+    path = write(tmp_path / "a.jsonl", GOOD)
+    found = ExampleFiles({"jsonl": str(path), "columns": {"inputs": "a", "targets": "b"}})
+    assert json.loads(json.dumps(found.identity())) == found.identity()
+
+
 def test_wildcards_and_gzip(tmp_path, monkeypatch):
     (tmp_path / "deep").mkdir()
     lines = {name: f'{{"text": "{name}"}}\n' for name in ("b.jsonl", "a.jsonl", "deep/c.jsonl")}
