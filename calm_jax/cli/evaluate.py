@@ -54,6 +54,8 @@ _NOT_OF_HARNESS = (
     "tasks", "metric", "stop", "columns", "max_new_tokens", "drop_shots", "control", "mix",
     "hand_over", "samples", "temperature", "top_p", "seed",
 )  # fmt: skip
+_OF_MIX = ("mix_weight",)
+_OF_HAND_OVER = ("hand_over_question", "hand_over_prompt", "hand_over_replace")
 
 
 def _define_flags(define: config.Define) -> None:
@@ -149,7 +151,7 @@ def main(argv: list[str]) -> int:
     if values.output:
         output = absolute(values.output)
     if values.harness or values.include_path:
-        print(_by_harness(folder, output, values))
+        print(_by_harness(folder, output, values, settings))
         return 0
     summary = runner.evaluate(
         folder,
@@ -179,7 +181,9 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def _by_harness(folder: epath.Path, output: epath.Path, values: flags.FlagValues) -> str:
+def _by_harness(
+    folder: epath.Path, output: epath.Path, values: flags.FlagValues, settings: ConfigDict
+) -> str:
     """The tables of the harness; of the flags for tasks those that it knows."""
     unused = [name for name in _NOT_OF_HARNESS if values[name].value != values[name].default]
     if unused or not values.harness:
@@ -198,8 +202,9 @@ def _by_harness(folder: epath.Path, output: epath.Path, values: flags.FlagValues
         output=output,
         moved=models.moved(values),
         step=values.step,
+        mesh=settings.mesh.to_dict(),
         shots=values.shots,
-        limit=values.limit or 0,
+        limit=settings.evaluate.limit,
         context=values.context,
         batch_size=values.batch_size,
     )
@@ -209,6 +214,10 @@ def _variant(values: flags.FlagValues) -> Any:
     from calm_jax.evaluation.baselines import HandOver
     from calm_jax.evaluation.variants import Variant
 
+    for parent, names in (("mix", _OF_MIX), ("hand_over", _OF_HAND_OVER)):
+        given = [name for name in names if values[name].present]
+        if given and not values[parent].value:
+            raise CalmError(f"--{given[0]} needs --{parent}")
     replace = values.hand_over_replace
     if replace is not None and len(replace) != 2:
         raise CalmError(f"--hand_over_replace={','.join(replace)} is not TEXT,REPLACEMENT")

@@ -45,7 +45,8 @@ def parse(
         required=("workdir",),
         load_config=lambda _: ConfigDict({"mesh": MESH}),
     )
-    return values, settings.mesh.to_dict() if given != argv else None
+    has_mesh = any(re.match(r"--?config\.mesh\.", argument) for argument in given)
+    return values, settings.mesh.to_dict() if has_mesh else None
 
 
 def load(values: flags.FlagValues, mesh: dict[str, int] | None) -> Any:

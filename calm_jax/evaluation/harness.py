@@ -15,6 +15,7 @@ from lm_eval.models.utils import normalize_gen_kwargs, postprocess_generated_tex
 from lm_eval.tasks import TaskManager
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window, make_table
 
+from calm_jax import sharding
 from calm_jax.checkpoints.any_model import load_model
 from calm_jax.checkpoints.files import check_writable, write_text
 from calm_jax.decoding import Generator, Sampling
@@ -151,6 +152,7 @@ def evaluate_harness(
     output: epath.PathLike,
     moved: Mapping[str, Any],
     step: int | None = None,
+    mesh: Mapping[str, int] | None = None,
     **options: Any,
 ) -> str:
     """Scores a run, a frozen folder or a bridge; returns its tables, and those of its parts.
@@ -161,13 +163,15 @@ def evaluate_harness(
     Args:
         parts: whether the anchor and the augments of a pair are scored alone as well.
         moved: `anchor` and `augments`, where these have moved.
+        step, mesh: as in `runner.evaluate`.
         options: of `run_harness`.
 
     Raises:
         CalmError: as `load_model` and `run_harness` do; parts of a model that has none.
     """
     check_writable(output)
-    loaded = load_model(folder, step=step, **moved)
+    built = None if mesh is None else sharding.make_mesh(mesh)
+    loaded = load_model(folder, step=step, mesh=built, **moved)
     if parts and not isinstance(loaded, ComposedDecoder):
         raise CalmError(f"{folder} has no parts to score")
     found = {}

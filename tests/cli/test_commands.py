@@ -258,7 +258,9 @@ def test_generate_on_a_mesh(frozen, capsys, monkeypatch):
     expected = capsys.readouterr().out
     assert main([*arguments, "--mesh.fsdp=4"]) == 0
     assert capsys.readouterr().out == expected
-    assert meshes == [{"slices": 0, "data": -1, "fsdp": 4, "tensor": 1}]
+    assert main([*arguments, "--config.mesh.fsdp=4"]) == 0
+    assert capsys.readouterr().out == expected
+    assert meshes == 2 * [{"slices": 0, "data": -1, "fsdp": 4, "tensor": 1}]
     assert main([*arguments, "--mesh.tensr=4"]) == 2
     assert "'mesh.tensr'; did you mean 'mesh.tensor'?" in capsys.readouterr().err
 
