@@ -214,7 +214,7 @@ def in_evaluation(pair) -> list[tuple]:
     generator = Generator(pair, max_length=max(map(len, prompts)) + NEW.value, slots=8)
 
     def evaluated():
-        answers(pair, pair.vocabulary, "", [task], options, batch_size=8)
+        answers(pair, "", [task], options, batch_size=8)
 
     def alone():
         generator.generate(prompts, Sampling(max_new_tokens=NEW.value))

@@ -95,7 +95,6 @@ def models_by_name(model: Any, *, parts: bool) -> dict[str, Any]:
 
 def answers(
     model: Any,
-    vocabulary: Vocabulary,
     name: str,
     tasks: Sequence[Task],
     options: Options,
@@ -124,7 +123,7 @@ def answers(
     most = max(map(len, asked.values()))
     generator = variant.generator(model, length, rows(min(batch_size, most), length))
     return {
-        task.name: _records(generator, vocabulary, task, asked[task.name], name, options)
+        task.name: _records(generator, model.vocabulary, task, asked[task.name], name, options)
         for task in tasks
     }
 

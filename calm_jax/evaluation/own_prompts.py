@@ -25,11 +25,16 @@ def validation_files(config: Mapping[str, Any]) -> list[str]:
 def entry_of(
     task: str, config: Mapping[str, Any], columns: Mapping[str, str] | None
 ) -> Mapping[str, Any]:
-    """What a name stands for: files that the run validates on are read as it reads them."""
-    if columns:
-        return {**named_entry(task), "columns": dict(columns)}
-    entries = config.get("data", {}).get("validation", ())
-    return next((entry for entry in entries if files_of(entry) == task), None) or named_entry(task)
+    """What a name stands for: files that the run validates on are read as it reads them, and a
+    seqio Task that it trains or validates on comes from the same module."""
+    entry = named_entry(task)
+    if columns and files_of(entry):
+        return {**entry, "columns": dict(columns)}
+    data_of = config.get("data", {})
+    known = [*data_of.get("validation", ())]
+    if "task" in entry:
+        known += data_of.get("train", ())
+    return next((one for one in known if task in (files_of(one), one.get("task"))), entry)
 
 
 def task_of(
@@ -56,18 +61,15 @@ def of_part(
     entries: Mapping[str, Mapping[str, Any]],
     own: Callable[..., Task],
 ) -> Task:
-    """A task for a part alone, whose chats stand in its own template if it has another one."""
-    vocabulary = part.vocabulary
-    if vocabulary is None or vocabulary.chat_template is None:
-        return task
-    if not any(example.get("is_turn") for example in task.examples):
-        return task
-    if vocabulary.tokenization_fingerprint == whole.vocabulary.tokenization_fingerprint:
+    """A task for a part alone: a part with a tokenizer of its own has its own chat template, and
+    other answers that it can write."""
+    theirs, ours = part.vocabulary, whole.vocabulary
+    if task.name not in entries or theirs.tokenization_fingerprint == ours.tokenization_fingerprint:
         return task
     try:
         return own(part, task.name, entries[task.name])
     except CalmError as error:
-        log.warning("%s stands in the anchor's template for a part alone: %s", task.name, error)
+        log.warning("%s is asked of a part alone as it is of the pair: %s", task.name, error)
         return task
 
 
@@ -93,10 +95,11 @@ def examples_of(
         raise CalmError(f"{task}: none of {found} examples has a prompt whose answer can be scored")
     if len(examples) < found:
         log.warning("%s: %d of %d have no prompt to answer", task, found - len(examples), found)
-    if by[0] != "exact_match":
+    exact = by[0] == "exact_match"
+    lengths = [_write_target(one, vocabulary) for one in examples if exact or one.get("is_turn")]
+    if not exact:
         return examples
-    longest = max(_write_target(example, vocabulary) for example in examples)
-    if longest > room:
+    if (longest := max(lengths)) > room:
         raise CalmError(
             f"--max_new_tokens is {room}, but an answer of {task} with its end token has {longest}"
         )

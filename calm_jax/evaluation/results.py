@@ -11,6 +11,7 @@ from etils import epath
 from calm_jax.checkpoints.files import absolute, is_bucket, read_json, write_text
 from calm_jax.checkpoints.kinds import COMPOSED_RUN, DECODER_RUN, kind_of
 from calm_jax.errors import CalmError
+from calm_jax.evaluation import metric_table
 from calm_jax.text_files import parse_json
 
 # Keys of summary.json besides the tasks: what was scored and how, and the scores of the parts.
@@ -98,11 +99,13 @@ class Run:
         steps = sorted(points)
         return steps, [points[step] for step in steps]
 
-    def records(self, **fields: Any) -> list[dict[str, Any]]:
-        """The predictions of all tasks whose metadata has these values."""
+    def records(self, metric: str | None = None, **fields: Any) -> list[dict[str, Any]]:
+        """The predictions whose metadata has these values, of all tasks or of those whose main
+        metric is this one."""
         return [
             record
-            for records in self.predictions.values()
+            for task, records in self.predictions.items()
+            if metric in (None, metric_table.main_name(self.scores[task]))
             for record in records
             if all(record.get(key) == value for key, value in fields.items())
         ]
@@ -136,12 +139,20 @@ def _read_parts(
         if scores is None and not is_bucket(place):  # a report needs no network
             folder = evaluation_folder(absolute(place))
             scores = read_optional(folder / "summary.json")
-        found = _evaluated(folder, scores or {})
-        found["scores"] = {task: x for task, x in found["scores"].items() if task in summary}
+            if not _asked_alike(scores.get(SCORED, {}), summary.get(SCORED, {})):
+                continue
+        found = _evaluated(folder, {key: x for key, x in (scores or {}).items() if key in summary})
         if found["scores"]:
             short = name.removesuffix(" 0") if len(places) == 2 else name
             label = f"{run}: {short} alone"
             yield Run(label, {}, [], [], {}, **found, attention={})
+
+
+def _asked_alike(part: Mapping[str, Any], pair: Mapping[str, Any]) -> bool:
+    """Whether a part that was scored by itself had the examples and the options of the pair."""
+    files = part.get("files", ())
+    same = all(part.get(key) == pair.get(key) for key in ("limit", "options"))
+    return same and all(one in files for one in pair.get("files", ()))
 
 
 def _evaluated(folder: epath.Path, summary: Mapping[str, Any]) -> dict[str, Any]:

@@ -117,12 +117,15 @@ def evaluate(
         for name, of_name in tasks.items()
         if of_name is None
     }
+    if columns and not any(map(files_of, entries.values())):
+        raise CalmError(f"--columns names columns of files, and {', '.join(tasks)} is no file")
     opened = [task for of_name in tasks.values() for task in of_name or ()]
     _check_options(options, opened, entries)
     _check_names(tasks, output)
     scored = {
         "step": step,
-        "fingerprint": config.get("fingerprint"),
+        "fingerprint": _fingerprint(folder, config, kind),
+        "trained": _trained(folder, kind, step),
         **settings,
         "options": _told(options),
         "files": [
@@ -131,7 +134,7 @@ def evaluate(
         ],
     }
     if variant.name:
-        scored["variant"] = variant.described() | {"trained": _trained(folder, kind, step)}
+        scored["variant"] = variant.described()
     before = read_optional(output / "summary.json")
     earlier = before.get(SCORED, {})
     is_same = scored.items() <= earlier.items() and ("variant" in scored) == ("variant" in earlier)
@@ -148,7 +151,9 @@ def evaluate(
             anchor=anchor,
             augments=augments,
         )
-        loaded, handing = variant.changed(loaded, built), variant.handing(built)
+        models = models_by_name(loaded, parts=parts)  # a variant leaves the parts as they are
+        loaded = models[""] = variant.changed(loaded, built)
+        handing = variant.handing(built)
         own = functools.partial(
             own_prompts.task_of, config=config, settings=settings, options=options
         )
@@ -160,15 +165,14 @@ def evaluate(
         said = {
             name: answers(
                 one,
-                loaded.vocabulary,
                 name,
                 [own_prompts.of_part(task, one, loaded, entries, own) for task in asked],
                 options,
                 batch_size,
-                Variant() if name else variant,  # parts are scored as they are
+                Variant() if name else variant,
                 None if name else handing,
             )
-            for name, one in models_by_name(loaded, parts=parts).items()
+            for name, one in models.items()
         }
         # Until the new summary is written, none describes predictions that are not its own.
         (output / "summary.json").unlink(missing_ok=True)
@@ -197,11 +201,17 @@ def evaluate(
     return summary
 
 
+def _fingerprint(folder: epath.Path, config: Mapping[str, Any], kind: str) -> str | None:
+    """The values of a frozen model, or of the one that a decoder's run has made."""
+    if kind == DECODER_RUN:
+        config = read_optional(folder / "frozen" / "config.json")
+    return config.get("fingerprint")
+
+
 def _trained(folder: epath.Path, kind: str, step: int | None) -> float | None:
     """When the checkpoint of a run was written: a run trained anew may end at the same step."""
-    if kind != COMPOSED_RUN:
-        return None
-    return (folder / "checkpoints" / str(step)).stat().mtime
+    checkpoint = folder / "checkpoints" / str(step)
+    return checkpoint.stat().mtime if kind == COMPOSED_RUN and checkpoint.exists() else None
 
 
 def _check_names(tasks: Mapping[str, Sequence[Task] | None], output: epath.Path) -> None:

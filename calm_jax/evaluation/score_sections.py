@@ -122,7 +122,8 @@ def grouped(runs: Sequence[Run]) -> list[tuple[Run, groups.Group]]:
     """The groups of rows of every run and part, beside the anchor's where it was scored."""
     found = []
     for run in runs:
-        anchor = run.parts[0].scores if run.parts else None
+        name = f"{run.name}: anchor alone"
+        anchor = next((part.scores for part in run.parts if part.name == name), None)
         for one in (*run.parts, run):
             of_one = groups.groups(one.scores, anchor if one is run else None)
             found += [(one, group) for group in of_one]
@@ -134,7 +135,12 @@ def breakdown(runs: Sequence[Run]) -> list[Figure]:
     figures = []
     for run in runs:
         both = [
-            (label, run.records(set="math", unseen=unseen), run_colour(run), not unseen)
+            (
+                label,
+                run.records(metric="exact_match", set="math", unseen=unseen),
+                run_colour(run),
+                not unseen,
+            )
             for label, unseen in (("seen keys", False), ("unseen keys", True))
         ]
         if run.composed and all(records for _, records, *_ in both):

@@ -43,7 +43,8 @@ class Table1:
 
 def expressions(run: Run, name: str) -> list[dict[str, Any]]:
     """The predictions of a run on one set: of MATH those whose keys the bridge never saw."""
-    return run.records(set=name, unseen=True) if name == "math" else run.records(set=name)
+    unseen = {"unseen": True} if name == "math" else {}
+    return run.records(metric="exact_match", set=name, **unseen)
 
 
 def table1(runs: Sequence[Run]) -> Table1 | None:

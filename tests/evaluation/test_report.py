@@ -305,6 +305,47 @@ def test_parts_stand_beside_the_pair(experiment, folder):
     )
 
 
+def test_nothing_is_better_than_an_anchor_that_has_no_scores(experiment):
+    parts_scored(experiment, "models", anchor=3, augment=1)
+    for folder in ("mine", "models/augment"):
+        path = experiment / folder / "evaluation" / "summary.json"
+        summary = json.loads(path.read_text())
+        summary["test.jsonl"]["group"] = "files"
+        path.write_text(json.dumps(summary))
+    shutil.rmtree(experiment / "models" / "anchor" / "evaluation")
+    rows = table_rows(write_report(experiment).page.read_text())
+    assert next(row for row in rows if row[:2] == ["mine", "files, exact_match"])[-1] == ""
+
+
+@pytest.mark.parametrize("scored", [{"limit": 3}, {"options": {"shots": 2}}, {"files": [["b"]]}])
+def test_a_part_that_was_asked_otherwise_is_not_compared(experiment, scored):
+    parts_scored(experiment, "models", anchor=3, augment=1)
+    path = experiment / "mine" / "evaluation" / "summary.json"
+    summary = json.loads(path.read_text())
+    path.write_text(json.dumps(summary | {"_run": summary["_run"] | {"files": [["a"]]}}))
+    for name, more in (("anchor", {"files": [["a"], ["b"]]}), ("augment", scored)):
+        path = experiment / "models" / name / "evaluation" / "summary.json"
+        summary = json.loads(path.read_text())
+        path.write_text(json.dumps(summary | {"_run": {"files": [["a"]], **more}}))
+    rows = table_rows(write_report(experiment).page.read_text())
+    assert {row[0] for row in rows if row[0].startswith("mine:")} == {"mine: anchor alone"}
+
+
+def test_scores_by_another_metric_are_no_exact_matches(experiment):
+    """They have no "correct", or one that means something else."""
+    path = experiment / "composed" / "evaluation" / "summary.json"
+    summary = json.loads(path.read_text())
+    for name, cell in summary.items():
+        if not name.startswith("_"):
+            cell.update(metric="chrf1", chrf1=cell.pop("exact_match"), intervals={})
+            file = path.parent / f"{name.replace('/', '_')}.jsonl"
+            records = [json.loads(line) for line in file.read_text().splitlines()]
+            kept = [{k: v for k, v in one.items() if k != "correct"} for one in records]
+            file.write_text("".join(json.dumps(one) + "\n" for one in kept))
+    path.write_text(json.dumps(summary))
+    assert write_report(experiment).table is None
+
+
 def test_scores_of_every_kind_stand_in_the_table(experiment):
     """Corpus scores and bits per byte; rows of a group are summed up beside the anchor's."""
     parts_scored(experiment, "run", anchor=3, augment=1)

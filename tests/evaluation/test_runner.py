@@ -2,6 +2,8 @@
 
 import functools
 import json
+import os
+import sys
 import types
 
 import jax
@@ -247,6 +249,39 @@ def test_parts_are_scored_on_what_the_pair_is_scored_on(composed_run, ask, capsy
     assert not read_run(folder).parts
 
 
+def test_parts_of_a_pair_whose_augment_is_destroyed_are_whole(composed_run, ask):
+    folder, composed = composed_run
+    ask(composed.anchor)
+    variant = variants.Variant(control="permuted")
+    runner.evaluate(folder, tasks=[MATH], batch_size=BATCH, parts=True, variant=variant)
+    where = folder / "evaluation" / "permuted"
+    for name, model in (("anchor", composed.anchor), ("augment_0", composed.augments[0])):
+        found = predictions_file(where / name, MATH).read_text().splitlines()
+        assert tuple(json.loads(line)["prediction"] for line in found) == said_by(model)
+
+
+def test_a_run_that_is_trained_anew_is_scored_anew(composed_run, ask, monkeypatch):
+    """Its best step may be the same again."""
+    folder, composed = composed_run
+    ask(composed.anchor)
+    evaluate = functools.partial(runner.evaluate, folder, limit=1, batch_size=BATCH)
+    before = evaluate()
+    monkeypatch.setattr(variants, "Generator", None)  # fails if called
+    assert evaluate() == before
+    os.utime(folder / "checkpoints" / "5")
+    with pytest.raises(TypeError, match="NoneType"):
+        evaluate()
+
+
+def test_the_harness_has_the_mesh_and_the_limit(decoder_run, monkeypatch):
+    found = {}
+    harness = types.SimpleNamespace(evaluate_harness=lambda *_, **given: found.update(given) or "")
+    monkeypatch.setitem(sys.modules, "calm_jax.evaluation.harness", harness)
+    flags = [f"--workdir={decoder_run[0]}", "--harness=mine", "--mesh.fsdp=4", "--limit=3"]
+    assert command.main(flags) == 0
+    assert found["mesh"] == {"data": -1, "fsdp": 4, "tensor": 1} and found["limit"] == 3
+
+
 def test_frozen_folder_is_scored(decoder_run, ask, tmp_path, capsys):
     folder, decoder = decoder_run
     examples = ask(decoder)
@@ -280,8 +315,10 @@ def test_frozen_folder_is_scored(decoder_run, ask, tmp_path, capsys):
         (["--model=RUN/frozen", "--tasks=a.jsonl", "--columns=a"], "is not FIELD:COLUMN"),
         (
             ["--model=RUN/frozen", f"--tasks={MATH}", "--columns=inputs:a"],
-            "does not apply to 'task'",
+            "--columns names columns of files, and .* is no file",
         ),
+        (["--workdir=RUN", "--mix_weight=0.5"], "--mix_weight needs --mix"),
+        (["--workdir=RUN", "--hand_over_prompt={answer}"], "--hand_over_prompt needs --hand_over"),
     ],
 )
 def test_flags_that_do_not_fit(decoder_run, flags, message):
@@ -460,7 +497,7 @@ def test_a_perfect_model_is_right_where_its_vocabulary_cannot_write_the_targets(
     generator = types.SimpleNamespace(as_completed=lambda *_: enumerate(answers))
     monkeypatch.setattr(variants, "Generator", lambda *_, **__: generator)
     task = Task("a", examples, TEMPLATES["own"], ("exact_match",), max_new_tokens=30)
-    records = answering.answers(model, vocabulary, "", [task], Options(), len(rows))["a"]
+    records = answering.answers(model, "", [task], Options(), len(rows))["a"]
     assert [record["correct"] for record in records] == [True] * len(rows)
     found = {r["targets"]: r["written"].strip() for r in records if "written" in r}
     assert found == written

@@ -16,6 +16,7 @@ from calm_jax.data.entries import open_dataset
 from calm_jax.data.tokenizer_files import TokenizerFiles
 from calm_jax.data.tokenizer_vocabulary import TokenizerVocabulary
 from calm_jax.data.vocabularies import load_vocabulary
+from calm_jax.decoding import Generator, Sampling
 from calm_jax.errors import CalmError
 from calm_jax.evaluation.runner import evaluate
 from calm_jax.models import CompositionConfig, Inputs
@@ -132,7 +133,7 @@ def test_a_trained_pair_is_restored(shared, trained):
     assert pair.vocabulary.decode([int(logits[0, -1].argmax())]) == answer
 
 
-def test_a_trained_pair_and_its_parts_are_evaluated(trained, tmp_path):
+def test_a_trained_pair_and_its_parts_are_evaluated(shared, trained, tmp_path):
     """Each part is asked in its own tokens; the pair alone knows the answers. On a mesh too."""
     mesh = {"data": 2, "tensor": 2, "fsdp": 2}
     summary = evaluate(trained, parts=True, limit=8, batch_size=4, mesh=mesh, output=tmp_path)
@@ -141,6 +142,15 @@ def test_a_trained_pair_and_its_parts_are_evaluated(trained, tmp_path):
     parts = summary["_parts"]
     assert set(parts) == {"anchor", "augment 0"}
     assert all(one["exact_match"] < 30 for of in parts.values() for one in of.values())
+    (file,) = (tmp_path / "augment_0").glob("*.jsonl")
+    records = [json.loads(line) for line in file.read_text().splitlines()]
+    augment = frozen.load(shared / "augment")
+    generator = Generator(augment, max_length=64, slots=4)
+    texts = [record["inputs"] for record in records]
+    said = generator.generate(texts, Sampling(max_new_tokens=32))
+    own = [augment.vocabulary.decode_after(augment.vocabulary.encode_sequence(text), one.tokens)
+           for text, (one,) in zip(texts, said, strict=True)]  # fmt: skip
+    assert [record["prediction"] for record in records] == own and any(own)
 
 
 @pytest.mark.parametrize("pack", [True, False])
