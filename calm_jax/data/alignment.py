@@ -152,8 +152,8 @@ class Alignment:
                 index = list(row).index(self.anchor.unknown_id)
                 before = self.anchor.decode(row[max(index - 8, 0) : index])
                 raise CalmError(
-                    f"the anchor's tokenizer has no token for a character after {before!r}, so "
-                    f"{self.name} could not read it; remove that text"
+                    f"after {before!r} stands the anchor's token for text that its tokenizer "
+                    f"cannot spell, so {self.name} could not read it; remove that text"
                 )
         for text in dict.fromkeys(piece.text for row in pieces for piece in row):
             lost = self.augment.lost_character(text)

@@ -145,10 +145,12 @@ class SentencePieceVocabulary(Vocabulary):
         return self._processor.unk_id()
 
     def lost_character(self, text: str) -> str | None:
-        unknown = self.unknown_id
-        if unknown not in self.encode_inside([text])[0]:
-            return None
-        return next((c for c in text if unknown in self.encode_inside([c])[0]), text)
+        unknown, (pattern, _) = self.unknown_id, self._whole_tokens
+        # Between whole tokens, of which the token of unknown text may be one.
+        for part in pattern.split(text)[:: pattern.groups + 1]:
+            if unknown in self.encode_inside([part])[0]:
+                return next((c for c in part if unknown in self.encode_inside([c])[0]), part)
+        return None
 
     def token_bytes(self) -> list[bytes]:
         processor, hidden = self._processor, self._specials

@@ -125,10 +125,13 @@ class TokenizerVocabulary(Vocabulary):
 
     def lost_character(self, text: str) -> str | None:
         encoding = self._inner.encode(text, add_special_tokens=False)
+        unknown = self.unknown_id
+        # A text may also spell the token of unknown text, which loses nothing.
+        spelled = None if unknown is None else self._tokenizer.id_to_token(unknown)
         kept = {
             index
             for token, (start, end) in zip(encoding.ids, encoding.offsets, strict=True)
-            if token != self.unknown_id
+            if token != unknown or text[start:end].strip() == spelled
             for index in range(start, end)
         }
         lost = (

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from calm_jax.data import key_value
 from calm_jax.data.vocabularies import load_vocabulary, vocabulary_of_folder
 from calm_jax.data.vocabulary import ByteVocabulary
+from calm_jax.decoding.generator import encode
 from calm_jax.errors import CalmError
 
 
@@ -246,6 +247,28 @@ def test_special_tokens_in_text_become_ids_and_say_nothing(model_path, published
     assert bytes_.decode([*bytes_.encode("a"), end, *bytes_.encode("b")]) == "a"
     # What is added but not special is text.
     assert bytes_.decode(bytes_.encode("x<tool_call>")) == "x<tool_call>"
+
+
+@pytest.mark.parametrize("family", ["gemma", "mistral"])
+def test_a_text_may_spell_the_token_of_unknown_text(family, tmp_path):
+    folder = tiny_tokenizers.FAMILIES[family](tmp_path)
+    library = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    text = "What does <unk> mean?"
+    ids = library.encode(text).ids
+    assert library.token_to_id("<unk>") in ids
+    assert encode(vocabulary_of_folder(folder), text) == ids
+
+
+def test_what_is_lost_beside_the_token_of_unknown_text(tokenizer_path, model_path, tmp_path):
+    shutil.copy(model_path, tmp_path / "tokenizer.model")
+    edit(tmp_path, "tokenizer_config.json", unk_token="<unk>")
+    pieces = vocabulary_of_folder(tmp_path)
+    assert pieces.lost_character("first <unk>") is None
+    assert pieces.encode("first <unk>").count(pieces.unknown_id) == 1
+    assert pieces.lost_character("first <unk> <Z>") == "<"
+    words = load_vocabulary(str(tokenizer_path))  # its unknown text becomes "</s>"
+    assert words.lost_character("one </s> two") is None
+    assert words.lost_character("one </s> zwei") == "z"
 
 
 def test_names_of_special_tokens_by_file(published):
