@@ -177,7 +177,7 @@ class SentencePieceVocabulary(Vocabulary):
         spec = self._proto.normalizer_spec
         return spec.add_dummy_prefix or spec.remove_extra_whitespaces
 
-    @property
+    @functools.cached_property
     def whole_texts(self) -> tuple[str, ...]:
         kind = self._proto.SentencePiece.USER_DEFINED
         defined = [p.piece.replace("▁", " ") for p in self._proto.pieces if p.type == kind]

@@ -163,7 +163,7 @@ class TokenizerVocabulary(Vocabulary):
     def space_before_text(self) -> bool:
         return token_texts.omits_first_space(self._json["decoder"])
 
-    @property
+    @functools.cached_property
     def whole_texts(self) -> tuple[str, ...]:
         added = [token.content for token in self._tokenizer.get_added_tokens_decoder().values()]
         words = self.tokens() if self._json["model"]["type"] == "WordLevel" else []

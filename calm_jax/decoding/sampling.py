@@ -35,7 +35,7 @@ class Sampling:
         min_p: only tokens at least this fraction as probable as the most probable one.
         repetition_penalty: divides positive logits, and multiplies negative ones, of tokens in the
             prompt or the answer (CTRL, arXiv 1909.05858 §4.1).
-        stop: texts before which an answer ends.
+        stop: texts before which an answer ends; special tokens may be written in them.
         n: number of answers.
         seed: seed of all random numbers.
         logprobs: None: none are returned; k: those of the tokens and of the k most probable.

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import tiny_models
 import tiny_tokenizers
+import tokenizers
 from random_models import gemma, llama, palm, random_composed, random_decoder
 
 from calm_jax import sharding
@@ -352,6 +353,26 @@ def test_a_continuation_in_the_first_token_is_refused(writer):
     assert len(writer.vocabulary.encode("und")) == 1
     with pytest.raises(CalmError, match="prompt 1: 'u' and 'nd' share their first token"):
         Generator(writer, max_length=64, slots=2).score(["a", "u"], [" b", "nd"])
+
+
+def test_an_answer_ends_at_a_special_token_that_stops(tmp_path):
+    folder = tiny_tokenizers.qwen(tmp_path)
+    model = tiny_models.decoder(num_layers=2, vocab_size=vocabulary_of_folder(folder).size)
+    free = Sampling(max_new_tokens=30, temperature=2.0, seed=3)
+    generator = Generator(model, max_length=64, slots=2)
+    ((answer,),) = generator.generate([[65]], free)
+    library = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    end = next(n for n, t in enumerate(answer.tokens) if n > 5 and len(library.id_to_token(t)) > 1)
+    library.add_special_tokens([stop := library.id_to_token(answer.tokens[end])])
+    library.save(str(folder / "tokenizer.json"))
+    generator.vocabulary = vocabulary_of_folder(folder)
+    stopping = dataclasses.replace(free, stop=stop)
+    ((stopped,),) = generator.generate([[65]], stopping)
+    assert stopped.tokens == answer.tokens[: end + 1]
+    assert stopped.finish_reason == "stop"
+    assert stopped.text == library.decode(answer.tokens[:end])
+    assert "".join(generator.stream([65], stopping)) == stopped.text
+    assert generator.scheduler.running == 0
 
 
 # Bad input.

@@ -73,3 +73,33 @@ def test_what_may_become_a_stop_is_held_back(vocabulary):
     assert stream.text.endswith("The ")
     assert stream.stopped
     assert stream.finish() == ""
+
+
+SPECIAL = {
+    "qwen": "<|im_start|>",
+    "gemma": "<mask>",
+    "llama3": "<|start_header_id|>",
+    "mistral": "<s>",
+}
+
+
+@pytest.mark.parametrize("size", [1, 3, 40])
+@pytest.mark.parametrize("name", SPECIAL)
+def test_a_special_token_stops(name, size, tmp_path):
+    """Its text, alone or beside other text, is a stop like any other."""
+    vocabulary = vocabulary_of_folder(tiny_tokenizers.FAMILIES[name](tmp_path))
+    special = SPECIAL[name]
+    token = vocabulary.token_id(special)
+    assert token not in vocabulary.eos_ids
+    dog, fox = map(vocabulary.encode, ("the dog.", "the fox!"))
+    tokens = [*dog, token, *fox, token, *dog]
+    for stop, expected in (
+        (special, "the dog."),
+        ("g." + special, "the do"),
+        ("!" + special, f"{vocabulary.decode([*dog, *fox])[:-1]}"),
+        ("." + special + special, vocabulary.decode([*dog, *fox, *dog])),
+    ):
+        stream = TextStream(vocabulary, [], (stop, "never"))
+        pieces = [stream.push(tokens[i : i + size]) for i in range(0, len(tokens), size)]
+        assert "".join([*pieces, stream.finish()]) == stream.text == expected
+        assert stream.stopped == (len(expected) < len(vocabulary.decode(tokens)))
