@@ -16,7 +16,7 @@ import jax.numpy as jnp
 
 from calm_jax import sharding
 from calm_jax.models.attention_choice import is_one_of_many
-from calm_jax.models.attention_kernels import cudnn_attention, splash_attention
+from calm_jax.models.attention_kernels import SPLASH_BLOCKS, cudnn_attention, splash_attention
 from calm_jax.models.chunked_attention import MASKED_LOGIT, chunked_attention
 from calm_jax.models.inputs import Inputs
 
@@ -68,7 +68,9 @@ class Attention:
         else:
             self.orders = (_order(queries), _order(keys))
         decodes = backend == "cudnn" and window is None and is_one_of_many(queries, keys)
-        if backend in _KERNELS and not decodes and (self.orders or queries.shape[1] != length):
+        fits = not self.orders and queries.shape[1] == length
+        fits &= backend != "splash" or length % min(SPLASH_BLOCKS) == 0
+        if backend in _KERNELS and not (decodes or fits):
             backend = "chunked"
         self.backend, self.scale, self.logit_cap, self.window = backend, scale, logit_cap, window
         self.segments = (queries.segments_BT, keys.segments_BT)

@@ -9,6 +9,7 @@ from flax import nnx
 
 from calm_jax import sharding
 from calm_jax.models import CompositionConfig
+from calm_jax.models.execution import Execution
 from calm_jax.models.parts import Parts
 from calm_jax.training.costs import shard_bytes, tree_costs
 
@@ -44,6 +45,14 @@ def test_a_lone_decoder():
     }
     assert rows["optimizer"]["parameters"] == 2 * parameters + 1  # two moments and a count
     assert rows["optimizer"]["bytes"] == 4 * (2 * parameters + 1)
+
+
+def test_a_kernel_for_long_rows_changes_no_cost():
+    """Costs are those of a row that is shorter than Splash attention takes."""
+    model = tiny_models.decoder(family="llama")
+    expected = costs_of(model)
+    model.execution = Execution("splash")
+    assert costs_of(model) == expected
 
 
 def test_a_composed_model():
