@@ -109,6 +109,7 @@ case $command in
     require_name
     require_numbers retries
     require_run 'gs://*' "pods share no disk; name a bucket, gs://…"
+    require_continuing
     slice_shape
     if [[ $command == render ]]; then
       render train "${rest[@]}"

@@ -68,6 +68,18 @@ require_run() {
     fail "--config=$config: name it from $PWD on, the checkout that is copied"
 }
 
+# require_continuing: what starts a training again by itself must not remove what that has saved.
+require_continuing() {
+  local flag
+  for flag in ${rest[@]+"${rest[@]}"}; do
+    case $flag in
+      --overwrite | --overwrite=[tTyY1]*)
+        fail "$flag: a training that is started again would begin anew; remove its --workdir first"
+        ;;
+    esac
+  done
+}
+
 # commands_file FOLDER: the one file after --, named from FOLDER on.
 commands_file() {
   local file=${rest[0]:-}

@@ -27,6 +27,7 @@ done
 [[ ! $time || $time =~ ^([0-9]+-)?[0-9]+(:[0-9]+){0,2}$ ]] ||
   fail "--time=$time is neither minutes nor of a form such as 12:00:00 or 2-12:00:00"
 require_run '*' ''
+require_continuing
 
 # The signal goes to the steps alone, so the script that waits for them hears nothing of it.
 run sbatch "--job-name=$name" "--nodes=$nodes" "--ntasks-per-node=$gpus" "--gpus-per-node=$gpus" \

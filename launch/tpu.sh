@@ -47,6 +47,7 @@ require name zone
 require_numbers worker poll retries
 case $command in create | resume) require topology ;; esac
 case $command in train | resume) require_run 'gs://*' "workers share no disk; name a bucket, gs://…" ;; esac
+[[ $command != resume ]] || require_continuing
 slices=1
 [[ ! $topology ]] || split_topology "$topology"
 

@@ -20,7 +20,8 @@ WORKDIR must be on a file system or bucket that all of them share.
 
 Ctrl-C and SIGTERM finish the step and save it; a second signal ends the process at once. Exit
 status: 0 finished, 2 bad input, 75 stopped by SIGTERM, 130 stopped by Ctrl-C, anything else a
-failure, such as a lost process or a full disk. After all but 2, the same command continues."""
+failure, such as a lost process or a full disk. After all but 2, the same command continues, but
+with --overwrite it begins anew."""
 
 
 def _define_flags(define: config.Define) -> None:

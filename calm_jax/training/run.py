@@ -2,6 +2,7 @@
 
 import math
 import shlex
+from collections.abc import Iterator
 from typing import Any
 
 from etils import epath
@@ -10,6 +11,7 @@ from ml_collections import ConfigDict
 from calm_jax.checkpoints.files import absolute, check_writable, read_json, storage, write_json
 from calm_jax.checkpoints.kinds import kind_of
 from calm_jax.checkpoints.training import TrainingCheckpoints
+from calm_jax.data.entries import files_of
 from calm_jax.errors import CalmError
 from calm_jax.training import config_keys, configuration
 
@@ -34,11 +36,19 @@ def check_run(
                 _check_same(old, config_keys.to_dict(config), folder)
         elif folder.exists() and any(not x.name.startswith(".") for x in folder.iterdir()):
             raise CalmError(f"{folder} is neither empty nor a run: it has no config.json")
-    for model in (config.get("anchor"), *config.get("augments", ())):
-        if overwrite and model and folder in (absolute(model), *absolute(model).parents):
-            raise CalmError(f"--overwrite would remove {model} with the run {folder}")
+    for path in _paths(config) if overwrite else ():
+        if folder in (absolute(path), *absolute(path).parents):
+            raise CalmError(f"--overwrite would remove {path} with the run {folder}")
     check_writable(folder)
     return folder
+
+
+def _paths(config: ConfigDict) -> Iterator[str]:
+    """The folders and files that a config names, with some names that are no paths."""
+    yield from filter(None, (config.get("anchor"), *config.get("augments", ()), config.vocabulary))
+    if config.kind == "decoder" and config.decoder["from"]:
+        yield config.decoder["from"]
+    yield from filter(None, map(files_of, (*config.data.train, *config.data.validation)))
 
 
 def start_run(

@@ -225,6 +225,10 @@ def test_an_experiment_needs_a_bucket_and_one_host(tmp_path):
             ("render", *FLAGS, "--topology=v5e:4x8", "--", "--config=c", "--workdir=runs/x"),
             "--workdir=runs/x: pods share no disk",
         ),
+        (
+            ("render", *FLAGS, "--topology=v5e:4x8", *TRAIN, "--overwrite=true"),
+            "--overwrite=true: a training that is started again",
+        ),
         (("pools", "--name=pair", "--topology=v5e:4x8"), "--cluster is missing"),
     ],
 )

@@ -181,6 +181,11 @@ def test_every_form_of_a_time_limit_is_taken(limit):
         ),
         ("slurm_array_job.sh", (), "SLURM runs this; bash launch/slurm_array.sh submits it"),
         ("slurm_job.sh", TRAIN[1:], "SLURM runs this; bash launch/slurm.sh submits it"),
+        (
+            "slurm.sh",
+            ("--nodes=1", "--gpus=1", *TRAIN, "--overwrite"),
+            "--overwrite: a training that is started again",
+        ),
         ("gpu.sh", ("--", "--config=c"), "--workdir=DIR, a flag of `calm train`, is missing"),
         ("gpu.sh", ("--", "--config=c", "--workdir=d"), "--config=c: there is no such file in"),
         ("demo.sh", ("--quick",), "unknown flag --quick"),

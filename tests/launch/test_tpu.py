@@ -143,6 +143,10 @@ def test_dry_run_of_resume_is_what_follows_a_preemption():
         (("status", *SLICE, "--worker=all"), "--worker=all is not a number"),
         (("create", *SLICE, "--sport"), "unknown flag --sport"),
         (("create", *SLICE, "--spot=no"), "unknown flag --spot=no"),
+        (
+            ("resume", *SLICE, "--topology=v5e:16x16", *TRAIN, "--overwrite"),
+            "--overwrite: a training that is started again",
+        ),
         (("train", *SLICE), "--config=FILE, a flag of `calm train`, is missing after --"),
         (("train", *SLICE, "--", "--config=c"), "--workdir=DIR, a flag of `calm"),
         (("train", *SLICE, "--", "--config=c", "--workdir=runs/x"), "--workdir=runs/x: workers"),

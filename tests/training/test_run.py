@@ -99,6 +99,20 @@ def test_overwrite_starts_anew(tmp_path):
     assert json.loads((tmp_path / "config.json").read_text())["train"]["seed"] == 5
 
 
+@pytest.mark.parametrize("key", ["decoder.from", "vocabulary", "data.train"])
+def test_overwriting_leaves_what_the_config_needs(tmp_path, key):
+    needed = str(tmp_path / "run" / "frozen")
+    open_run(tmp_path / "run", config())
+    changed = config()
+    value = ({"jsonl": needed},) if key == "data.train" else needed
+    with changed.ignore_type():
+        changed.update_from_flattened_dict({key: value})
+    with pytest.raises(CalmError, match=f"--overwrite would remove {needed} with the run"):
+        open_run(tmp_path / "run", changed, overwrite=True)
+    assert (tmp_path / "run" / "config.json").exists()
+    open_run(tmp_path / "other", changed, overwrite=True)
+
+
 @pytest.mark.parametrize("overwrite", [False, True])
 def test_a_directory_of_something_else_is_left_alone(tmp_path, overwrite):
     (tmp_path / "thesis.tex").write_text("years of work")
