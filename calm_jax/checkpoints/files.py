@@ -167,9 +167,13 @@ def is_bucket(path: epath.PathLike) -> bool:
 
 @contextlib.contextmanager
 def storage(
-    action: str, path: epath.PathLike, *, but: tuple[type[Exception], ...] = ()
+    action: str,
+    path: epath.PathLike,
+    *,
+    but: tuple[type[Exception], ...] = (),
+    failure: type[CalmError] = CalmError,
 ) -> Iterator[None]:
-    """Turns the errors of a disk or a bucket in the block, except `but`, into a `CalmError`."""
+    """Turns the errors of a disk or a bucket in the block, except `but`, into a `failure`."""
     try:
         yield
     except Exception as error:
@@ -179,7 +183,7 @@ def storage(
         ):
             raise
         reason = getattr(error, "strerror", None) or first_line(error)
-        raise CalmError(f"cannot {action} {path}: {reason}") from error
+        raise failure(f"cannot {action} {path}: {reason}") from error
 
 
 @contextlib.contextmanager

@@ -13,8 +13,8 @@ from absl import logging
 from etils import epath
 
 from calm_jax import units
-from calm_jax.checkpoints.files import is_bucket
-from calm_jax.errors import CalmError
+from calm_jax.checkpoints.files import is_bucket, storage
+from calm_jax.errors import RunFailed
 from calm_jax.quiet import import_tensorflow
 
 TERMINAL_SECONDS = 0.2  # between updates of the line on a terminal
@@ -75,6 +75,7 @@ class Progress:
     def anchor(self, metrics: Mapping[str, float]) -> None:
         """Reports the validation scores of the anchor alone, before step 1."""
         self._scores("anchor", 0, metrics, "the anchor alone, before step 1")
+        self._started = time.perf_counter()  # what is done once says nothing of the time left
 
     def validation(self, step: int, metrics: Mapping[str, float]) -> None:
         """Reports the validation scores after a step; their time does not count in later speeds."""
@@ -177,14 +178,14 @@ class MetricsFile:
     """metrics.jsonl, whose last line may be incomplete if an earlier process was killed.
 
     Opening it atomically removes incomplete lines and those of steps after `keep_to`. Raises
-    `CalmError` if it cannot be written.
+    `RunFailed` if it cannot be written.
     """
 
     def __init__(self, path: epath.Path, *, keep_to: int):
         self.path = path
         self._file, self._bucket = None, is_bucket(path)
         self._lines = _lines_up_to(path, keep_to)
-        try:
+        with storage("write", path, failure=RunFailed):
             if self._bucket:
                 self._upload()
                 return
@@ -192,13 +193,11 @@ class MetricsFile:
             temporary.write_text("".join(self._lines))
             temporary.replace(path)
             self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 - `close` closes it
-        except OSError as error:
-            raise self._failed(error) from error
 
     def write(self, record: Mapping[str, Any]) -> None:
         """Appends a line: on a disk at once, in a bucket within `BUCKET_SECONDS`."""
         line = json.dumps(record) + "\n"
-        try:
+        with storage("write", self.path, failure=RunFailed):
             if self._bucket:
                 self._lines.append(line)
                 if time.perf_counter() - self._uploaded > BUCKET_SECONDS:
@@ -206,22 +205,18 @@ class MetricsFile:
             else:
                 self._file.write(line)
                 self._file.flush()
-        except OSError as error:
-            raise self._failed(error) from error
 
     def close(self) -> None:
         """Writes the remaining lines."""
-        if self._bucket:
-            self._upload()
-        else:
-            self._file.close()
+        with storage("write", self.path, failure=RunFailed):
+            if self._bucket:
+                self._upload()
+            else:
+                self._file.close()
 
     def _upload(self) -> None:
         self.path.write_text("".join(self._lines))
         self._uploaded = time.perf_counter()
-
-    def _failed(self, error: OSError) -> CalmError:
-        return CalmError(f"cannot write {self.path}: {error.strerror or error}")
 
 
 def _lines_up_to(path: epath.Path, step: int) -> list[str]:

@@ -8,7 +8,7 @@ from absl import logging
 from hypothesis import given
 from hypothesis import strategies as st
 
-from calm_jax.errors import CalmError
+from calm_jax.errors import CalmError, RunFailed
 from calm_jax.training import progress as progress_module
 from calm_jax.training.progress import MetricsFile, Progress, costs_table, duration
 
@@ -69,6 +69,17 @@ def test_the_line_says_speed_waiting_and_time_left(tmp_path, clock):
         "step 1,003/1,100 · loss 1.5000 · 33 tokens/s · 3000 ms a step, 25% waiting for data"
         " · 3 min 14 s left"
     )
+
+
+def test_what_is_done_before_step_1_is_not_counted_as_steps(tmp_path, clock):
+    screen = io.StringIO()
+    progress = start(tmp_path, screen, num_steps=101)
+    clock.now += 600.0
+    progress.anchor({"loss": 1.0})
+    clock.now += 2.0
+    progress.train(1, {"loss": 1.0}, 0.0)
+    progress.close()
+    assert screen.getvalue().splitlines()[-1].endswith(" · 3 min 20 s left")
 
 
 def test_validation_does_not_slow_the_steps_around_it(tmp_path, clock):
@@ -139,7 +150,8 @@ def test_a_full_disk_is_named(tmp_path, monkeypatch):
     file = MetricsFile(tmp_path / "metrics.jsonl", keep_to=0)
     with open("/dev/full", "w") as full:
         monkeypatch.setattr(file, "_file", full)
-        with pytest.raises(CalmError, match=r"cannot write .*metrics\.jsonl: No space left"):
+        # Not a bad input: launchers start it again.
+        with pytest.raises(RunFailed, match=r"cannot write .*metrics\.jsonl: No space left"):
             file.write({"step": 1})
         monkeypatch.undo()
         os.dup2(os.open(os.devnull, os.O_WRONLY), full.fileno())  # its closing must succeed
