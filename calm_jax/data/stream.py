@@ -60,12 +60,16 @@ class Stream:
         process_count: int = 1,
     ):
         local = _local_batch_size(batch_size, process_count)
+        weights = [part.weight for part in dataset.parts]
+        rows = min(len(part) * sum(weights) / part.weight for part in dataset.parts)
+        # Batches before a row comes again.
+        self.first_epoch = int(rows // batch_size)
         parts, start = [], 0
         for number, part in enumerate(dataset.parts):
             parts.append(grain.MapDataset.source(_ShuffledRows(start, len(part), [seed, number])))
             start += len(part)
-        rows = grain.MapDataset.mix(parts, [part.weight for part in dataset.parts])
-        self._batches = rows.batch(local)[process_index::process_count].map(dataset.batch)
+        mixed = grain.MapDataset.mix(parts, weights)
+        self._batches = mixed.batch(local)[process_index::process_count].map(dataset.batch)
 
     def __getitem__(self, index: int) -> Batch:
         """This process' rows of the global batch `index`: six arrays [B, T], as `Dataset.batch`."""

@@ -21,7 +21,8 @@ from calm_jax.training.run import check_run
 from calm_jax.training.run_model import composition_configs, describe_models, load_run_model
 
 FILE = "probe.json"  # in the run's folder
-BATCHES = 96  # micro-batches
+BATCHES = 96  # micro-batches, if there are as many different rows
+LEAST = 3  # one for what the anchor knows by itself, and one for each half
 
 
 def is_asked(config: ConfigDict) -> bool:
@@ -42,6 +43,8 @@ def with_chosen(
     path = absolute(workdir) / FILE
     if path.exists() and not overwrite:
         record = read_json(path, "a probe")
+        if len(record["augments"]) != len(config.augments):
+            check_run(workdir, config)  # refuses what is another config
     else:
         check_run(workdir, config, overwrite=overwrite)
         record = _probed(config, mesh)
@@ -52,8 +55,8 @@ def with_chosen(
 def _probed(config: ConfigDict, mesh: jax.sharding.Mesh) -> dict[str, Any]:
     """Loads the models of a config, probes them on its training data, and says what was found."""
     wanted = composition_configs(config)
-    # Any connection will do: the bridge is not run.
-    known = _with(config, [_connected(each, ((0, 0),)) for each in wanted])
+    # The bridge is not run; the probe chooses as many connections as there are by default.
+    known = _with(config, [_connected(each, None) for each in wanted])
     described = describe_models(known)
     if any(described.augments):
         raise CalmError(
@@ -72,17 +75,23 @@ def _probed(config: ConfigDict, mesh: jax.sharding.Mesh) -> dict[str, Any]:
         process_index=share,
         process_count=shares,
     )
+    # A row in both halves would be predicted from itself.
+    count = min(BATCHES, stream.first_epoch)
+    if count < LEAST:
+        raise CalmError(
+            f"composition.connections='probe' needs {LEAST} batches of {rows} rows, but data.train "
+            f"has {len(dataset)} rows; give connections or every"
+        )
     found = []
     for number, (augment, composition) in enumerate(zip(model.augments, wanted, strict=True)):
         if composition.connections != PROBE:
             found.append({"connections": composition.connections})
             continue
-        processes.say(f"Probing the taps of augment {number} on {BATCHES} batches of {rows} rows …")
-        batches = (sharding.put_batch(stream[index], mesh) for index in range(BATCHES))
+        processes.say(f"Probing the taps of augment {number} on {count} batches of {rows} rows …")
+        batches = (sharding.put_batch(stream[index], mesh) for index in range(count))
         of_augment = gains(model.anchor, augment, batches, chunk=config.train.loss_chunk)
         evenly = dataclasses.replace(composition, connections=None)
-        count = len(evenly.resolve(augment.depth, model.anchor.depth))
-        chosen = of_augment.choose(count)
+        chosen = of_augment.choose(len(evenly.resolve(augment.depth, model.anchor.depth)))
         processes.say(
             "Gain of a connection in thousandths of a nat a token: a row for each augment layer, a "
             f"column for each anchor layer; brackets: chosen\n{of_augment.table(chosen)}"
@@ -94,7 +103,7 @@ def _probed(config: ConfigDict, mesh: jax.sharding.Mesh) -> dict[str, Any]:
                 "explained": of_augment.explained_IJ.tolist(),
             }
         )
-    return {"batches": BATCHES, "augments": found}
+    return {"batches": count, "augments": found}
 
 
 def _connected(composition: CompositionConfig, connections: Any) -> CompositionConfig:

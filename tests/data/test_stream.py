@@ -54,6 +54,20 @@ def test_each_epoch_has_every_row_once_in_a_new_order(size, batch_size, epoch):
     assert sorted(this_epoch) == [(0, n) for n in range(size)]
 
 
+@settings(max_examples=50, deadline=None)
+@given(
+    parts=st.lists(st.tuples(st.integers(1, 40), st.integers(1, 4)), min_size=1, max_size=3),
+    batch_size=st.integers(1, 9),
+)
+def test_no_row_comes_twice_in_the_first_epoch(parts, batch_size):
+    sizes, weights = zip(*parts, strict=True)
+    stream = Stream(source_of(*sizes, weights=weights), batch_size=batch_size, seed=3)
+    drawn = [row for index in range(stream.first_epoch) for row in rows(stream[index])]
+    assert len(set(drawn)) == len(drawn) == stream.first_epoch * batch_size
+    if len(sizes) == 1:
+        assert stream.first_epoch == sizes[0] // batch_size
+
+
 def test_epochs_and_seeds_shuffle_differently():
     first, second = (rows(Stream(source_of(50), batch_size=50, seed=0)[i]) for i in (0, 1))
     other = rows(Stream(source_of(50), batch_size=50, seed=1)[0])

@@ -160,6 +160,32 @@ def test_one_of_two_augments(folder, tmp_path):
     assert len(second["connections"]) == 1
 
 
+def test_no_row_is_predicted_from_itself(folder, tmp_path, monkeypatch):
+    """Every row is probed once at most, and too few rows are refused."""
+    seen = []
+    monkeypatch.setattr(probed_connections, "BATCHES", 1000)
+    monkeypatch.setattr(probed_connections, "gains", lambda *given, **_: seen.extend(given[2]))
+    config = run_config(folder, CompositionConfig(connections="probe"))
+    with pytest.raises(AttributeError):  # of the result, which is None
+        loop.train(config, tmp_path / "run")
+    rows = [tuple(row) for x in seen for row in np.asarray(x["decoder_target_tokens"]).tolist()]
+    assert len(seen) > 6 and len(set(rows)) == len(rows)
+    config.train.batch_size = 64
+    with pytest.raises(CalmError, match=r"needs 3 batches of 64 rows, but data\.train has"):
+        loop.train(config, tmp_path / "run")
+
+
+def test_what_is_refused_is_refused_before_weights_are_loaded(folder, tmp_path, monkeypatch):
+    config = run_config(folder, CompositionConfig(connections="probe"))
+    run = loop.train(config, tmp_path / "run")
+    monkeypatch.setattr(probed_connections, "load_run_model", None)
+    two = run_config(folder, CompositionConfig(connections="probe"), augments=2)
+    with pytest.raises(CalmError, match="was started with another config: augments was"):
+        loop.train(two, run)
+    with pytest.raises(CalmError, match="every"):
+        loop.train(run_config(folder, CompositionConfig(connections="probe", every=5)), run / "a")
+
+
 def test_elsewhere_it_is_refused(anchor):
     with pytest.raises(CalmError, match="only training resolves"):
         compose(anchor, anchor, CompositionConfig(connections="probe"), rngs=nnx.Rngs(0))
