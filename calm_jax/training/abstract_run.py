@@ -69,7 +69,7 @@ def abstract_parts(config: ConfigDict, device: jax.Device) -> Parts:
         return compose(first, augments, composition_configs(config), rngs=nnx.Rngs(0))
 
     model = nnx.eval_shape(make)
-    set_execution(model, config, device)
+    set_execution(model, config, device, own_lengths(config))
     return Parts(model, config.train.trainable)
 
 

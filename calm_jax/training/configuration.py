@@ -219,6 +219,18 @@ def validate(config: ConfigDict) -> None:
         for key in ("b1", "b2"):
             if optimizer[key] != defaults[key]:
                 raise CalmError(f"optimizer.{key} is set, but optimizer.name is {optimizer.name!r}")
+    if optimizer.schedule == "constant" and optimizer.final_fraction:
+        raise CalmError(
+            f"optimizer.final_fraction is {optimizer.final_fraction}, but optimizer.schedule is "
+            "'constant'"
+        )
+    if not config.lora.rank and (config.lora.alpha or config.lora.targets):
+        key = "alpha" if config.lora.alpha else "targets"
+        raise CalmError(f"lora.{key} is set, but lora.rank is 0, so there is no update")
+    if train.validate_every and not config.data.validation:
+        raise CalmError(
+            f"train.validate_every is {train.validate_every}, but data.validation is empty"
+        )
     # A composed run identifies its models by fingerprint, so it must not change their weights.
     known = ("bridge", "lora") if config.kind == "composed" else ("all", "lora")
     for name in train.trainable:

@@ -268,7 +268,7 @@ class _Session:
                     self.checkpoints.wait()
                     raise preemption.stopped(
                         f"{self.run} stopped after step {done:,}, which is saved; the same "
-                        "command continues it"
+                        "command continues it (without --overwrite)"
                     )
 
     def _anchor_scores(self, eval_step) -> dict[str, float]:

@@ -1,6 +1,8 @@
 """The models that a run's config names, split into trainable and frozen arrays."""
 
 import dataclasses
+import itertools
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -162,7 +164,9 @@ def load_run_model(config: ConfigDict, mesh: jax.sharding.Mesh) -> RunModel:
         set_execution(model, config, device)
         return RunModel(Parts(model, trained), None, {})
     add_update(model.anchor, config)
-    set_execution(model, config, device)
+    length = config.data.augment_length or config.data.length
+    own = [length if reads else None for reads in getattr(model, "own_tokens", ())]
+    set_execution(model, config, device, own)
     parts = Parts(model, trained)
     trainable, frozen = parts.of(model)
     # Until now a bridge is sharded by the default rules, and an update is on one device.
@@ -170,15 +174,23 @@ def load_run_model(config: ConfigDict, mesh: jax.sharding.Mesh) -> RunModel:
     return RunModel(parts, sharding.resharded(trainable, shardings), frozen)
 
 
-def set_execution(model: Decoder | ComposedDecoder, config: ConfigDict, device: jax.Device) -> None:
+def set_execution(
+    model: Decoder | ComposedDecoder,
+    config: ConfigDict,
+    device: jax.Device,
+    own_lengths: Sequence[int | None] = (),
+) -> None:
     """Sets how each part of a model is computed, by the config and one of the devices.
+
+    `own_lengths`: for each augment the tokens in a row of its own; None where it reads the
+    anchor's, as all do by default.
 
     Raises `CalmError` if the devices do not support `attention` or `train.remat`.
     """
     check_remat(config.train.remat, device)
 
-    def execution(need: Need, remat: str) -> Execution:
-        length, packed = config.data.length, config.data.pack
+    def execution(need: Need, remat: str, own: int | None = None) -> Execution:
+        length, packed = own or config.data.length, config.data.pack
         backend = choose(config.attention, device, need, length=length, packed=packed)
         return Execution(backend, remat, config.weight_sharding)
 
@@ -189,10 +201,10 @@ def set_execution(model: Decoder | ComposedDecoder, config: ConfigDict, device: 
     anchor = model.anchor
     anchor.execution = execution(Need.of_decoder("the anchor", anchor.config), config.train.remat)
     # No gradient flows through an augment, so there is nothing to rematerialise.
-    for number, augment in enumerate(model.augments):
+    for number, (augment, own) in enumerate(itertools.zip_longest(model.augments, own_lengths)):
         if isinstance(augment, Decoder):
             need = Need.of_decoder(f"augment {number}", augment.config)
-            augment.execution = execution(need, "none")
+            augment.execution = execution(need, "none", own)
     # All connections share one backend; "chunked" meets every need.
     needs = [Need.of_bridge(composition, anchor.config) for composition in model.configs]
     chosen = {execution(need, config.train.remat) for need in needs}

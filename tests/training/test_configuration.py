@@ -120,6 +120,9 @@ def test_a_composed_run_trains_all_that_it_saves(rank, trainable, refused):
         ("optimizer.learning_rate", float("nan"), "optimizer.learning_rate is nan"),
         ("optimizer.learning_rate", -0.1, "optimizer.learning_rate is -0.1"),
         ("optimizer.final_fraction", 1.5, "optimizer.final_fraction is 1.5; it must be at most 1"),
+        ("lora.alpha", 32.0, "lora.alpha is set, but lora.rank is 0"),
+        ("lora.targets", ("query",), "lora.targets is set, but lora.rank is 0"),
+        ("train.validate_every", 5, "validate_every is 5, but data.validation is empty"),
         ("optimizer.warmup_steps", 1000, "warmup_steps 1000 is not less than train.num_steps 1000"),
         ("data.train", (), "data.train is empty"),
         ("data.length", 0, "data.length is 0"),
@@ -182,6 +185,14 @@ def test_the_moments_decays_belong_to_adamw():
     configuration.validate(config)
     config.optimizer.b2 = 0.95
     with pytest.raises(CalmError, match=r"optimizer\.b2 is set, but .* 'adafactor'"):
+        configuration.validate(config)
+
+
+def test_a_constant_rate_has_no_final_fraction():
+    config = changed(decoder_config(), "optimizer.schedule", "constant")
+    configuration.validate(config)
+    config.optimizer.final_fraction = 0.1
+    with pytest.raises(CalmError, match=r"final_fraction is 0\.1, but optimizer\.schedule is 'con"):
         configuration.validate(config)
 
 

@@ -9,6 +9,7 @@ import pytest
 import tiny_models
 import tokenizers
 
+from calm_jax import sharding
 from calm_jax.checkpoints import frozen
 from calm_jax.checkpoints.composed import load_composed
 from calm_jax.data import own_tokens
@@ -23,8 +24,8 @@ from calm_jax.models import CompositionConfig, Inputs
 from calm_jax.planning import planner
 from calm_jax.planning.ideal import ideal_flops
 from calm_jax.training import configuration, loop
-from calm_jax.training.abstract_run import decoder_configs
-from calm_jax.training.run_model import composition_configs
+from calm_jax.training.abstract_run import abstract_parts, decoder_configs
+from calm_jax.training.run_model import composition_configs, load_run_model
 
 # Names that only their tokens tell apart at once: each is one token of the augment.
 NAMES = [a + b + c for a in "kl" for b in "ae" for c in "st"]
@@ -151,6 +152,17 @@ def test_a_trained_pair_and_its_parts_are_evaluated(shared, trained, tmp_path):
     own = [augment.vocabulary.decode_after(augment.vocabulary.encode_sequence(text), one.tokens)
            for text, (one,) in zip(texts, said, strict=True)]  # fmt: skip
     assert [record["prediction"] for record in records] == own and any(own)
+
+
+def test_an_augment_is_computed_as_its_own_rows_need(shared):
+    """Its rows are longer than the anchor's, in a run as in its plan."""
+    config = run_config(shared, augment_length=2048)
+    device, mesh = jax.devices()[0], sharding.make_mesh(config.mesh)
+    run = load_run_model(config, mesh)
+    planned = abstract_parts(config, device).structure
+    for model in (run.parts.merge(run.trainable, run.frozen), planned.merge(planned.abstract())):
+        assert model.anchor.execution.attention == "xla"
+        assert model.augments[0].execution.attention == "chunked"
 
 
 @pytest.mark.parametrize("pack", [True, False])
