@@ -10,6 +10,7 @@ from tqdm import tqdm
 
 from calm_jax.data.vocabulary import Vocabulary
 from calm_jax.decoding import Generator, Sampling
+from calm_jax.decoding.requests import in_common
 from calm_jax.errors import CalmError
 from calm_jax.evaluation import metric_table
 from calm_jax.evaluation.controls import Recomputed
@@ -178,13 +179,16 @@ def _with_shots(
     prompt = vocabulary.encode_sequence(text)
     if task.answered == "generation":
         return Asked(number, prompt, [], answer_length(task, options), len(shots), text)
-    continuations = []
-    for choice in example["choices"]:
-        whole = vocabulary.encode_sequence(text + task.template.answer.format(targets=choice))
-        if len(whole) <= len(prompt):
+    choices = [task.template.answer.format(targets=choice) for choice in example["choices"]]
+    whole = [vocabulary.encode_sequence(text + choice) for choice in choices]
+    # A token may hold the end of the prompt with the beginning of a choice. All choices are scored
+    # from the same place on, or they would not be probabilities of the same text's ends.
+    border = min(in_common(prompt, ids) for ids in whole)
+    continuations = [ids[border:] for ids in whole]
+    for choice, ids in zip(example["choices"], continuations, strict=True):
+        if not ids or not border:
             raise CalmError(f"{task.name}: the choice {choice!r} has no tokens of its own")
-        continuations.append(whole[len(prompt) :])
-    return Asked(number, prompt, continuations, max(map(len, continuations)), len(shots))
+    return Asked(number, prompt[:border], continuations, max(map(len, continuations)), len(shots))
 
 
 def _handed_over(

@@ -23,6 +23,7 @@ from calm_jax.checkpoints.frozen import load, save_frozen
 from calm_jax.checkpoints.training import TrainingCheckpoints
 from calm_jax.cli import evaluate as command
 from calm_jax.data import key_value
+from calm_jax.data.tokenizer_vocabulary import TokenizerVocabulary
 from calm_jax.data.vocabularies import load_vocabulary, vocabulary_of_folder
 from calm_jax.decoding import Completion, Generator, Sampling
 from calm_jax.errors import CalmError
@@ -455,6 +456,31 @@ def test_bad_input(decoder_run, composed_run, ask, tmp_path):
     write_config(tmp_path, "decoder")
     with pytest.raises(CalmError, match="has no checkpoint yet"):
         runner.evaluate(tmp_path)
+
+
+def test_choices_are_scored_from_the_same_place_on(monkeypatch):
+    """Two spaces are one token, of which the prompt's end is the first and a choice's start the
+    second."""
+    tokens = ["Ġ", "a", "b", "c", "ĠĠ", "</s>"]
+    tokenizer = Tokenizer(BPE({name: i for i, name in enumerate(tokens)}, [("Ġ", "Ġ")]))
+    tokenizer.pre_tokenizer, tokenizer.decoder = (
+        ByteLevel(False, use_regex=False),
+        ByteLevelDecoder(),
+    )
+    vocabulary = TokenizerVocabulary(tokenizer.to_str(), None, 5)
+    asked = []
+
+    def score(before, after):
+        asked.extend(zip(before, after, strict=True))
+        return [types.SimpleNamespace(logprob=-float(len(ids))) for ids in after]
+
+    generator = types.SimpleNamespace(score=score)
+    monkeypatch.setattr(variants, "Generator", lambda *_, **__: generator)
+    examples = [{"inputs": "a ", "choices": ["bc", "b"], "answer": 1, "targets": "b"}]
+    task = Task("a", examples, TEMPLATES["choices"], ("accuracy",), answered="choices")
+    model = types.SimpleNamespace(vocabulary=vocabulary)
+    (record,) = answering.answers(model, "", [task], Options(), 1)["a"]
+    assert asked == [([1], [4, 2, 3]), ([1], [4, 2])] and record["prediction"] == "b"
 
 
 def nfc_vocabulary(folder):
