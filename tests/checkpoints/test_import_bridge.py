@@ -58,6 +58,39 @@ def test_back_again(composed, exported, frozen, tmp_path, capsys):
     assert "--augments is missing" in capsys.readouterr().err
 
 
+NO_PLACES = [
+    "models/typo",
+    "a file",
+    "/nowhere/model",
+    "a/b/c",
+    "./x",
+    "~/x",
+    "file.gguf",
+    "gs://b/m",
+]
+
+
+@pytest.mark.parametrize("place", NO_PLACES)
+@pytest.mark.parametrize("key", PLACES)
+def test_a_mistyped_path_is_no_name_on_the_hub(key, place, composed, tmp_path, monkeypatch):
+    (tmp_path / "models").mkdir()
+    (tmp_path / "file.gguf").touch()
+    monkeypatch.chdir(tmp_path)
+    places = PLACES | {key: place if key == "anchor" else [place, "someone/other"]}
+    role = key.replace("augments", "augment 0")
+    with pytest.raises(CalmError, match=f"the {role} '{place}' is neither a folder of Hugging Fac"):
+        calm_jax.export_bridge(composed, "new", to="huggingface", **places)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file.gguf", "models"]
+
+
+def test_names_on_the_hub(composed, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names = {"anchor": "gpt2", "augments": ["Qwen/Qwen2.5-0.5B_x", "models/there-0"]}
+    calm_jax.export_bridge(composed, "new", to="huggingface", **names)
+    values = json.loads((tmp_path / "new/config.json").read_text())
+    assert {key: values[key] for key in names} == names
+
+
 def test_a_tensor_is_the_matrix_of_its_connection(composed, exported):
     """Written out for one connection of each kind: in which order axes are, and which is which."""
     held = safetensors.numpy.load_file(exported / "model.safetensors")

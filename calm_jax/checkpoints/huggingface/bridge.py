@@ -10,6 +10,7 @@ folder/
 
 import os
 import pathlib
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -36,6 +37,7 @@ from calm_jax.sharding import on_host
 CODE = pathlib.Path(__file__).with_name("modeling_calm.py")
 # Fields of `CompositionConfig` that `modeling_calm.CrossAttention` reads, besides its heads.
 OPTIONS = ("bias", "output_projection", "norms", "gate", "rotary", "encoder_only")
+_HUB_NAME = re.compile(r"(\w[\w.-]*/)?\w[\w.-]*", re.ASCII)
 
 
 def base_models(
@@ -44,8 +46,9 @@ def base_models(
     """Folders or names on the hub of the anchor and the augments; by default what they came from.
 
     Raises:
-        CalmError: an augment does not read the anchor's tokens; a place is not known; a folder does
-            not hold the model of the bridge's training; the number of augments is another one.
+        CalmError: an augment does not read the anchor's tokens; a place is not known, or neither a
+            folder nor a name on the hub; a folder does not hold the model of the bridge's training;
+            the number of augments is another one.
     """
     check_shared(composed, "the form of transformers")
     count = len(composed.augments)
@@ -132,6 +135,13 @@ def _checked(role: str, model: Decoder, place: str) -> str:
     """`place`; of a local folder the absolute path, once every weight in it has been compared."""
     folder = epath.Path(place).expanduser()
     if not folder.is_dir():
+        # Nobody on the hub is meant by the name of a folder here.
+        is_path = folder.exists() or ("/" in place and folder.parent.is_dir())
+        if is_path or not _HUB_NAME.fullmatch(place):
+            raise CalmError(
+                f"the {role} {place!r} is neither a folder of Hugging Face nor a name on its hub, "
+                "NAME or OWNER/NAME"
+            )
         return place
     source = open_source(folder)
     reading = find_family(source).read(source)
