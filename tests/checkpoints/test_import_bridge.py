@@ -58,16 +58,7 @@ def test_back_again(composed, exported, frozen, tmp_path, capsys):
     assert "--augments is missing" in capsys.readouterr().err
 
 
-NO_PLACES = [
-    "models/typo",
-    "a file",
-    "/nowhere/model",
-    "a/b/c",
-    "./x",
-    "~/x",
-    "file.gguf",
-    "gs://b/m",
-]
+NO_PLACES = ["models/typo", "a file", "/nowhere/model", "a/b/c", "./x", "~/x", "file.gguf"]
 
 
 @pytest.mark.parametrize("place", NO_PLACES)
