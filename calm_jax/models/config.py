@@ -144,6 +144,25 @@ class DecoderConfig:
         pattern = self.window_pattern if self.window else (False,)
         return tuple(pattern[layer % len(pattern)] for layer in range(self.num_layers))
 
+    def as_computed(self) -> "DecoderConfig":
+        """The same model with each field in one form: models that compute the same from the same
+        weights have equal ones, however their fields say it."""
+        local = self.local_layers
+        scaling = self.rope_scaling
+        if scaling is not None and scaling.kind == "linear":
+            # Only llama3 reads the other fields.
+            scaling = None if scaling.factor == 1 else RopeScaling("linear", scaling.factor)
+        same_base = scaling is None and self.local_rope_base == self.rope_base
+        return dataclasses.replace(
+            self,
+            query_scale=self.scale,
+            rope_dim=self.head_dim if self.rope_dim is None else self.rope_dim,
+            rope_scaling=scaling,
+            local_rope_base=self.local_rope_base if any(local) and not same_base else None,
+            window=self.window if any(local) else None,
+            window_pattern=local,
+        )
+
     @classmethod
     def palm(cls, **fields) -> "DecoderConfig":
         """PaLM (arXiv 2204.02311 §2): parallel block, multi-query, SwiGLU, zero-centred RMSNorm."""

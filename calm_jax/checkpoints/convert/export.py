@@ -68,15 +68,16 @@ def export(source: epath.PathLike, target: epath.PathLike, *, to: str = "hugging
 def _find_family(described: frozen.Description) -> tuple[HuggingFaceFamily, dict[str, Any]]:
     """The family that computes the same as the model, and its config.json.
 
-    A family's config.json describes the model exactly if reading it gives the model's config.
+    A family's config.json describes the model exactly if what is read from it computes the same.
     """
     origin = described.origin or {}
     known = [family for family in FAMILIES.values() if isinstance(family, HuggingFaceFamily)]
     known.sort(key=lambda family: family.name != origin.get("family"))
-    wanted = {**described.config.to_dict(), "dtype": ""}
+    model = described.config.as_computed()
+    wanted = {**model.to_dict(), "dtype": ""}
     others: list[tuple[int, str]] = []  # how many fields differ, and the first one in words
     for family in known:
-        values = family.huggingface_config(described.config)
+        values = family.huggingface_config(model)
         own = origin.get("config") or {}
         # The config of a model with vision does not describe the language model taken from it.
         same = own.get("model_type") == values["model_type"]
@@ -85,7 +86,7 @@ def _find_family(described: frozen.Description) -> tuple[HuggingFaceFamily, dict
                 reading = family.decoder_config(config, "config.json")
             except CalmError:
                 continue
-            found = {**reading.to_dict(), "dtype": ""}
+            found = {**reading.as_computed().to_dict(), "dtype": ""}
             if found == wanted:
                 return family, config
             unlike = [key for key in wanted if found[key] != wanted[key]]

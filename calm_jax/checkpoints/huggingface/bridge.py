@@ -145,8 +145,10 @@ def _checked(role: str, model: Decoder, place: str) -> str:
         return place
     source = open_source(folder)
     reading = find_family(source).read(source)
-    unlike = {**model.config.to_dict(), "dtype": "", "weights": None}
-    found = {**reading.config.to_dict(), "dtype": "", "weights": None}
+    unlike, found = (
+        {**config.as_computed().to_dict(), "dtype": "", "weights": None}
+        for config in (model.config, reading.config)
+    )
     for key, value in unlike.items():
         if found[key] != value:
             raise CalmError(f"{folder}: {key} is {found[key]!r}, but the {role} has {value!r}")
