@@ -1,6 +1,7 @@
 """GGUF files against transformers: its reading of the file, and the model that the file is of."""
 
 import json
+import logging
 
 import numpy as np
 import pytest
@@ -13,6 +14,8 @@ import tiny_tokenizers  # noqa: E402
 from gguf import GGMLQuantizationType as Kind  # noqa: E402
 
 import calm_jax  # noqa: E402
+from calm_jax.checkpoints.convert import verification  # noqa: E402
+from calm_jax.errors import CalmError  # noqa: E402
 from tests.parity.random_huggingface import logits_of, randomise  # noqa: E402
 from tests.parity.test_tokenizers import CHATS, HARD, SPECIALS, real_text  # noqa: E402
 
@@ -126,6 +129,40 @@ def test_logits(name, tmp_path):
     if whole:
         assert difference(logits, logits_of(read_by_transformers(path), tokens)) <= TOLERANCE
     assert whole or kind in (Kind.F32, Kind.F16)
+
+
+UNREAD = ("gemma", "mistral_window")  # by transformers
+
+
+@pytest.mark.parametrize("name", ["llama", "llama_scaled", "gemma2_caps", "gemma3_scaled", *UNREAD])
+def test_verified(name, tmp_path, caplog):
+    """Also where transformers itself would read another config from the file."""
+    family, own, kind, _ = MODELS[name]
+    random_file(tmp_path / "model.gguf", CONFIGS[family](**own), stored_as=kind)
+    with caplog.at_level(logging.INFO, "absl"):
+        calm_jax.convert(tmp_path / "model.gguf", tmp_path / "model", verify=True)
+    compared = json.loads((tmp_path / "model/verification.json").read_text())["compared_with"]
+    if name in UNREAD:
+        assert compared is None
+        assert "does not read the file: " in caplog.text
+    else:
+        assert compared["difference"] <= TOLERANCE
+        assert "Logits are those of transformers" in caplog.text
+
+
+def test_a_wrong_conversion_is_found(tmp_path, monkeypatch):
+    def wrong(described, **options):
+        decoder = load_described(described, **options)
+        scale = decoder.final_norm.scale
+        scale[...] = scale[...].at[0].add(1.0)
+        return decoder
+
+    load_described = verification.load_described
+    monkeypatch.setattr(verification, "load_described", wrong)
+    random_file(tmp_path / "model.gguf", CONFIGS["llama"]())
+    with pytest.raises(CalmError, match=r"model\.gguf: converted, its logits differ by"):
+        calm_jax.convert(tmp_path / "model.gguf", tmp_path / "model", verify=True)
+    assert not (tmp_path / "model").exists()
 
 
 @pytest.mark.parametrize("kind", gguf_files.KINDS, ids=lambda kind: kind.name)

@@ -10,6 +10,7 @@ import jax
 import numpy as np
 from etils import epath
 
+from calm_jax.checkpoints.convert.registry import FAMILIES
 from calm_jax.checkpoints.files import explained, write_json
 from calm_jax.checkpoints.frozen import Description, load_described
 from calm_jax.checkpoints.sources.source import Source
@@ -86,7 +87,7 @@ def _compare(
     adapter: epath.PathLike | None,
 ) -> dict[str, Any] | None:
     """The program that the logits were compared with, and the largest difference; or None."""
-    if source.kind != "huggingface":
+    if source.kind not in ("huggingface", "gguf"):
         log.info("Logits computed and recorded, but there is nothing here to compare them with")
         return None
     for package in ("transformers", "torch") + ("peft",) * (adapter is not None):
@@ -99,9 +100,14 @@ def _compare(
     program = f"transformers {transformers.__version__}"
     # transformers raises many kinds of exceptions.
     with explained(f"{source.path}: {program} cannot run it"):
-        model = transformers.AutoModelForCausalLM.from_pretrained(
-            str(source.path), dtype=torch.float32, attn_implementation="eager"
-        )
+        try:
+            model = _loaded_by_transformers(source, described)
+        except (NotImplementedError, ValueError) as error:
+            if source.kind != "gguf":
+                raise
+            reason = str(error).partition("\n")[0]
+            log.info("Logits computed and recorded; %s does not read the file: %s", program, reason)
+            return None
         if adapter is not None:
             model = importlib.import_module("peft").PeftModel.from_pretrained(model, str(adapter))
         with torch.no_grad():
@@ -116,5 +122,23 @@ def _compare(
             f"{source.path}: converted, its logits differ by {difference:.1e} of their scale from "
             f"those of transformers; at most {tolerance:.0e} is allowed"
         )
+    if source.kind == "gguf":
+        log.info("Not covered: the config of a GGUF file, of which transformers reads only parts")
     log.info("Logits are those of transformers, within %.1e of their scale", difference)
     return {"program": program, "difference": difference}
+
+
+def _loaded_by_transformers(source: Source, described: Description) -> Any:
+    """The model in transformers; of a GGUF file the tensors, with the config that was read here."""
+    import torch
+    import transformers
+
+    options = {"dtype": torch.float32, "attn_implementation": "eager"}
+    path = source.path
+    if source.kind == "gguf":
+        # transformers itself leaves out scaled rotary positions, windows, caps and more.
+        values = FAMILIES[described.origin["family"]].huggingface_config(described.config)
+        config = transformers.CONFIG_MAPPING[values["model_type"]].from_dict(values)
+        options |= {"gguf_file": path.name, "config": config}
+        path = path.parent
+    return transformers.AutoModelForCausalLM.from_pretrained(str(path), **options)
