@@ -94,7 +94,9 @@ class Answer:
                 self._metrics.first_token.labels(asked.model.name).observe(seconds)
             if news.sample == -1:
                 scored.add(number)
-                pieces = await asyncio.to_thread(prompt_pieces, asked, number, news.logprobs)
+                pieces = await asyncio.to_thread(
+                    prompt_pieces, asked, number, news.logprobs, self._texts
+                )
                 of_prompt = self._choices[number * n :][:n]
                 for choice in of_prompt:
                     if asked.scores_only:

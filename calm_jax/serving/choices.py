@@ -10,6 +10,7 @@ from calm_jax.decoding.text_stream import TextStream
 from calm_jax.serving.protocol import Asked
 from calm_jax.serving.token_texts import TokenTexts
 
+_NEAR = 8  # most characters by which a normalised text may be away from its place
 _NEVER = -9999.0  # OpenAI's log-probability for probability 0; JSON has no minus infinity
 
 
@@ -72,14 +73,47 @@ class Choice:
         return ready
 
 
-def prompt_pieces(asked: Asked, number: int, scores: list[TokenLogprob]) -> list[Piece]:
-    """The tokens of an echoed prompt; the first has no log-probability."""
-    stream, pieces = TextStream(asked.model.vocabulary, []), []
+def prompt_pieces(
+    asked: Asked, number: int, scores: list[TokenLogprob], texts: TokenTexts
+) -> list[Piece]:
+    """The tokens of an echoed prompt; the first has no log-probability.
+
+    Decoding omits special tokens, but the echoed text has those that are written in it.
+    """
+    vocabulary, text = asked.model.vocabulary, asked.texts[number]
+    stream, pieces, end = TextStream(vocabulary, []), [], 0
     for token, score in zip(asked.prompts[number], [None, *scores], strict=True):
-        pieces.append(Piece(token, score, len(stream.text)))
-        if token not in asked.model.vocabulary.eos_ids:
+        pieces.append(Piece(token, score, end))
+        if texts.raw(token) is None:
+            is_put = len(pieces) <= len(vocabulary.start_ids)  # before the text, not written in it
+            end = _end_of_special(text, texts.text(token), end, may_be_apart=not is_put)
+        if token not in vocabulary.eos_ids:
+            before = len(stream.text)
             stream.push([token])
+            end = _end_of(text, stream.text[before:], end)
     return pieces
+
+
+def _end_of_special(text: str, name: str, start: int, *, may_be_apart: bool) -> int:
+    """Where a special token at `start` of a text ends; `start` if it is not written there.
+
+    It may be apart: some special tokens include the white space before them.
+    """
+    if may_be_apart and not text.startswith(name, start):
+        apart = len(text) - len(text[start:].lstrip())
+        start = apart if text.startswith(name, apart) else start
+    return start + len(name) if text.startswith(name, start) else start
+
+
+def _end_of(text: str, piece: str, start: int) -> int:
+    """Where the next piece of a text ends; a tokenizer may have added a space, or normalised it."""
+    if text.startswith(piece, start):
+        return start + len(piece)
+    core = piece.strip()
+    if not core:
+        return start
+    found = text.find(core, start, start + len(core) + _NEAR)
+    return min(start + len(piece), len(text)) if found < 0 else found + len(core)
 
 
 def legacy_logprobs(texts: TokenTexts, pieces: list[Piece], top: int) -> dict[str, Any]:

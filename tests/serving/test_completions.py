@@ -129,6 +129,17 @@ def test_echo_alone_repeats_the_prompt(served):
     assert (none["text"], none["finish_reason"]) == ("Hello", "length")
 
 
+def test_offsets_point_into_an_echoed_prompt_with_special_tokens(served, vocabulary):
+    prompt = "<|start_header_id|>user<|end_header_id|>\n\nHello<|eot_id|> dog"
+    choice = served.completion(prompt=prompt, echo=True, logprobs=1, max_tokens=2)["choices"][0]
+    told, text = choice["logprobs"], choice["text"]
+    count = len(vocabulary.encode(prompt))
+    asked = list(zip(told["tokens"], told["text_offset"], strict=True))[1:][:count]
+    assert "".join(token for token, _ in asked) == prompt
+    assert all(text.startswith(token, offset) for token, offset in asked)
+    assert told["text_offset"][1 + count] == len(prompt)
+
+
 def test_tokens_of_logprobs_are_the_text(served):
     choice = served.completion(max_tokens=20, logprobs=5)["choices"][0]
     told, text = choice["logprobs"], choice["text"]
