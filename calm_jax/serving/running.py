@@ -56,7 +56,7 @@ class _Uvicorn(uvicorn.Server):
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """The socket of an address, which does not listen yet.
+    """The socket of an address, whose connections wait until `run`.
 
     Raises `CalmError` if the address is not available.
     """
@@ -64,6 +64,8 @@ def bind(host: str, port: int) -> socket.socket:
     bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         bound.bind((host, port))
+        # Until somebody listens, others may bind the address too.
+        bound.listen()
     except OSError as error:
         bound.close()
         raise CalmError(

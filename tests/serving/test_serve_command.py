@@ -4,6 +4,7 @@ import contextlib
 import importlib.util
 import json
 import signal
+import socket
 import subprocess
 import sys
 
@@ -15,6 +16,8 @@ from child_processes import environment
 import calm_jax
 from calm_jax.__main__ import main
 from calm_jax.data.vocabulary import ByteVocabulary
+from calm_jax.errors import CalmError
+from calm_jax.serving.running import bind
 
 
 @pytest.fixture(scope="module")
@@ -45,6 +48,23 @@ def serving(frozen, *flags):
             yield process, line.split()[-1]
         finally:
             process.kill()
+
+
+def test_a_server_that_is_still_loading_has_its_address():
+    with contextlib.closing(bind("127.0.0.1", 0)) as loading:
+        port = loading.getsockname()[1]
+        with pytest.raises(CalmError, match=f"--port={port}: the address is not available"):
+            bind("127.0.0.1", port).close()
+
+
+def test_an_address_is_free_again_at_once():
+    """Though connections that the server has closed stay known for a minute."""
+    with contextlib.closing(bind("127.0.0.1", 0)) as bound:
+        address = bound.getsockname()
+        with socket.create_connection(address) as client:
+            bound.accept()[0].close()
+            assert client.recv(1) == b""
+    bind(*address).close()
 
 
 LONG = {"prompt": "a", "max_tokens": 20_000, "stream": True, "temperature": 0}
