@@ -28,7 +28,7 @@ def get_experiment():
             Arm("augment", kind="part"),
             Arm("calm", "CALM", kind="calm", anchor="anchor", augments=("augment",)),
             Arm("lora", "anchor with LoRA", decoder="anchor"),
-            control("zeroed", "taps zeroed"),
+            control("permuted", "augment's weights permuted"),
         ),
         tasks=tuple(f"{TASK}/{name}" for name in ("math", "subs", "num", "math_seen")),
         reference="calm",
