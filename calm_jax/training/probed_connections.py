@@ -56,7 +56,8 @@ def _probed(config: ConfigDict, mesh: jax.sharding.Mesh) -> dict[str, Any]:
     """Loads the models of a config, probes them on its training data, and says what was found."""
     wanted = composition_configs(config)
     # The bridge is not run; the probe chooses as many connections as there are by default.
-    known = _with(config, [_connected(each, None) for each in wanted])
+    evenly = [_connected(each, None) for each in wanted]
+    known = _with(config, evenly)
     described = describe_models(known)
     if any(described.augments):
         raise CalmError(
@@ -83,15 +84,15 @@ def _probed(config: ConfigDict, mesh: jax.sharding.Mesh) -> dict[str, Any]:
             f"has {len(dataset)} rows; give connections or every"
         )
     found = []
-    for number, (augment, composition) in enumerate(zip(model.augments, wanted, strict=True)):
+    of_each = zip(model.augments, wanted, evenly, strict=True)
+    for number, (augment, composition, spaced) in enumerate(of_each):
         if composition.connections != PROBE:
             found.append({"connections": composition.connections})
             continue
         processes.say(f"Probing the taps of augment {number} on {count} batches of {rows} rows …")
         batches = (sharding.put_batch(stream[index], mesh) for index in range(count))
         of_augment = gains(model.anchor, augment, batches, chunk=config.train.loss_chunk)
-        evenly = dataclasses.replace(composition, connections=None)
-        chosen = of_augment.choose(len(evenly.resolve(augment.depth, model.anchor.depth)))
+        chosen = of_augment.choose(len(spaced.resolve(augment.depth, model.anchor.depth)))
         processes.say(
             "Gain of a connection in thousandths of a nat a token: a row for each augment layer, a "
             f"column for each anchor layer; brackets: chosen\n{of_augment.table(chosen)}"
