@@ -239,7 +239,7 @@ def test_what_cannot_be_trained_is_refused(shared, tmp_path):
     )
     data = run_config(shared, augment_length=24).data
     refused("no augment has another tokenizer", augments=(str(shared / "alike"),), data=data)
-    probed = configuration.composed_run(CompositionConfig(connections="probe")).composition
+    probed = configuration.composed_run(CompositionConfig(connections="probe", every=1)).composition
     refused("'probe' does not support augments with another tokenizer", composition=probed)
     assert not (tmp_path / "run").exists()
 
