@@ -136,6 +136,7 @@ def test_queries_that_are_not_the_keys(backend, queries, keys, orders, window, l
     attend = Attention(
         backend, *sides(*segments, *order), scale=0.5, window=window, logit_cap=logit_cap
     )
+    hypothesis.assume(attend.backend != "cudnn")  # its program needs a GPU
     found = attend(*map(jnp.asarray, (q, k, v)), True)
 
     allowed = visible(*segments, window, *order)[:, None]
