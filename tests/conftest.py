@@ -16,6 +16,8 @@ os.environ["XLA_FLAGS"] = (
 # it, and a device begins several at once. With one thread a device, XLA's choice on a machine of
 # few cores, all of them can wait for a device that has none left; XLA then aborts.
 os.environ["PJRT_NPROC"] = "64"
+# A place in the source for every operation takes a tenth of the time of a program.
+os.environ["JAX_TRACEBACK_IN_LOCATIONS_LIMIT"] = "0"
 
 import browsers
 import hypothesis

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from cases import some_slow
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 from random_models import (
@@ -71,7 +72,7 @@ def on_one_device():
 @pytest.mark.parametrize(
     "name",
     # Those of one axis are parts of "all" and "slices"; 8 devices that share 2 key heads are not.
-    [pytest.param(n, marks=pytest.mark.slow) if n in ("data", "fsdp") else n for n in MESHES],
+    some_slow(MESHES, ("data", "fsdp")),
 )
 def test_eight_devices_compute_what_one_does(name, on_one_device):
     mesh = sharding.make_mesh(MESHES[name])

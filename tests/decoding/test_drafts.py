@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny_models  # noqa: F401, for its setting of the compiler
+from cases import some_slow
 from flax import nnx
 from random_models import llama, palm, random_composed, random_decoder
 from scipy import stats
@@ -32,7 +33,6 @@ FORMS = {
         palm(), (palm(),), CompositionConfig(every=1, encoder_only=True)
     ),
 }
-DEFAULT = ("taps below the last layer", "several")  # the others are slow tests
 ASKED = [  # greedy, sampled and penalised answers, of several lengths, in one batch
     ([9], Sampling(max_new_tokens=17, temperature=0.7, top_k=9, repetition_penalty=1.4)),
     ([3, 4], Sampling(max_new_tokens=21, logprobs=0)),
@@ -41,10 +41,7 @@ ASKED = [  # greedy, sampled and penalised answers, of several lengths, in one b
 ]
 
 
-@pytest.mark.parametrize(
-    "form",
-    [name if name in DEFAULT else pytest.param(name, marks=pytest.mark.slow) for name in FORMS],
-)
+@pytest.mark.parametrize("form", some_slow(FORMS, [*FORMS][1:]))
 def test_a_draft_changes_no_token(form, monkeypatch):
     monkeypatch.setattr(draft_length, "COMPARED", np.inf)  # it stays at its length
     model = FORMS[form]()
@@ -77,8 +74,9 @@ def test_the_same_model_twice_accepts_every_token(monkeypatch):
     assert drafting.accepted == drafting.compared > 40
 
 
-def test_the_distribution_is_that_of_the_model(monkeypatch):
-    """20,000 answers of three tokens, counted against exact probabilities."""
+@pytest.mark.parametrize("n", [2_000, pytest.param(20_000, marks=pytest.mark.slow)])
+def test_the_distribution_is_that_of_the_model(n, monkeypatch):
+    """Answers of three tokens, counted against exact probabilities."""
     monkeypatch.setattr(draft_length, "COMPARED", np.inf)
     model = random_composed(
         llama(vocab_size=6, num_layers=2),
@@ -86,7 +84,7 @@ def test_the_distribution_is_that_of_the_model(monkeypatch):
         CompositionConfig(every=1),
     )
     generator = Generator(model, max_length=16, slots=256, draft=2)
-    sampling = Sampling(max_new_tokens=3, temperature=0.8, n=20_000, seed=1)
+    sampling = Sampling(max_new_tokens=3, temperature=0.8, n=n, seed=1)
     (answers,) = generator.generate([[1, 4]], sampling)
     counts = collections.Counter(tuple(answer.tokens) for answer in answers)
     V = 6
@@ -97,8 +95,8 @@ def test_the_distribution_is_that_of_the_model(monkeypatch):
         for c in range(V):
             expected.append(p_TV[1, a] * p_TV[2, b] * p_TV[3, c])
             found.append(counts[a, b, c])
-    expected, found = 20_000 * np.array(expected), np.array(found)
-    assert found.sum() == 20_000
+    expected, found = n * np.array(expected), np.array(found)
+    assert found.sum() == n
     common = expected >= 5
     groups = [np.append(x[common], x[~common].sum()) for x in (found, expected)]
     groups = [x[: -1 if groups[1][-1] == 0 else None] for x in groups]

@@ -12,6 +12,7 @@ import pytest
 import tiny_models
 import tiny_tokenizers
 import tokenizers
+from cases import some_slow
 from random_models import gemma, llama, palm, random_composed, random_decoder
 
 from calm_jax import sharding
@@ -78,7 +79,7 @@ def assert_greedy(model, prompt, completion):
     np.testing.assert_allclose(found, expected_NV.max(1), atol=2e-5)
 
 
-@pytest.mark.parametrize("name", FORMS)
+@pytest.mark.parametrize("name", some_slow(FORMS, ("several, rotary",)))
 def test_cached_is_recomputed(name):
     """More prompts than rows, longer than windows and chunks, some with a shared beginning."""
     model = model_of(name)

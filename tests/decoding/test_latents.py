@@ -85,7 +85,7 @@ PROJECTED = ("biases and a gate", "only the prompt", "several augments")
             name,
             form,
             marks=pytest.mark.slow
-            if name == "a loop" or (form == "projected" and name not in PROJECTED)
+            if name in ("a loop", "one by one") or (form == "projected" and name not in PROJECTED)
             else (),
         )
         for name in (*LATENT, *ROTARY)

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import tiny_models
 import tiny_tokenizers
+from cases import some_slow
 from flax import nnx
 from random_models import llama, palm, random_decoder
 
@@ -66,7 +67,9 @@ def pair(vocabularies, name):
 
 @pytest.fixture(
     scope="module",
-    params=["paper", pytest.param("rotary", marks=pytest.mark.slow), *list(CONFIGS)[3:]],
+    params=some_slow(
+        [name for name in CONFIGS if name != "templates"], ("rotary", "several augments")
+    ),
 )
 def model(request, vocabularies):
     return pair(vocabularies, request.param)
@@ -122,9 +125,8 @@ def test_every_boundary_of_chunks(paper, chunk):
     assert_greedy(paper, prompts, generator.generate(prompts, Sampling(5, logprobs=0)))
 
 
-@pytest.mark.parametrize(
-    "name", ["paper", pytest.param("several augments", marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["paper", "several augments"])
 def test_random_tokens(vocabularies, name):
     """Special tokens and parts of characters, anywhere in prompts and answers."""
     model, random = pair(vocabularies, name), np.random.default_rng(0)
@@ -201,6 +203,7 @@ def test_what_is_shared_is_read_once(paper, monkeypatch):
     assert sum(anchor) <= 5  # the last token for each answer, and what the end of the prompt closes
 
 
+@pytest.mark.slow
 def test_samples_do_not_depend_on_the_rows_beside_them(paper):
     sampling = Sampling(max_new_tokens=5, temperature=1.0, n=2, seed=3, repetition_penalty=1.2)
     together = Generator(paper, **SIZES | {"slots": 4}).generate(PROMPTS[:5], sampling)
@@ -238,7 +241,7 @@ def test_slots_are_added_for_texts_that_need_more(vocabularies, monkeypatch):
     assert state.own[0].order_BS.shape[1] == generator.scheduler._own.slots[0] > 32
 
 
-@pytest.mark.parametrize("name", ["paper", "rotary"])
+@pytest.mark.parametrize("name", some_slow(["paper", "rotary"], ("paper",)))
 def test_int8_caches_differ_by_rounding_alone(vocabularies, name):
     model = pair(vocabularies, name)
     exact, rounded = (
@@ -259,6 +262,7 @@ def test_bytes_of_the_state_equal_the_formula(model, dtype):
     assert held == 2 * bytes_per_row(model, 32, dtype, own=own)
 
 
+@pytest.mark.slow
 def test_few_programs_answer_many_lengths(paper):
     programs = (steps.prefill, steps.decode, steps.read_own)
     before = [step._cache_size() for step in programs]
@@ -273,6 +277,7 @@ def test_few_programs_answer_many_lengths(paper):
         assert step._cache_size() - old <= bound
 
 
+@pytest.mark.slow
 def test_eight_devices_answer_as_one(vocabularies):
     """The layers and rounds of a model on a mesh run in loops."""
     names, models = ("words", "bytes"), []

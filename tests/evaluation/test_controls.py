@@ -75,6 +75,7 @@ def test_without_a_change_it_answers_as_the_generator(pair, monkeypatch):
         assert ours.is_greedy == other.is_greedy
 
 
+@pytest.mark.slow
 def test_with_another_tokenizer_too(monkeypatch):
     """Of two augments one reads the anchor's tokens."""
     models = [tiny_models.decoder(seed, vocab_size=264, num_layers=2) for seed in range(3)]

@@ -114,6 +114,7 @@ def frozen_jobs(folder, layers):
     return found
 
 
+@pytest.mark.slow
 def test_decoding_is_measured_once_for_the_same_models(tmp_path, monkeypatch):
     monkeypatch.setattr(decoding, "_ROUNDS", 1)
     folder = epath.Path(tmp_path)

@@ -89,6 +89,7 @@ def test_a_composed_model(remat):
         assert_close(ours["weights"], theirs["weights"])
 
 
+@pytest.mark.slow
 def test_a_composed_model_on_a_mesh():
     # Four devices share the anchor's two key heads.
     composed = tiny_models.randomised(tiny_models.composed(window=5, attention_logit_cap=5.0))

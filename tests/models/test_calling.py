@@ -83,7 +83,10 @@ def test_the_default_device_may_be_named_by_its_platform():
     np.testing.assert_array_equal(found, model(TOKENS))
 
 
-@pytest.mark.parametrize("config", [{"every": 1}, {"connections": ((0, 0), (1, 1), (2, 2))}])
+@pytest.mark.parametrize(
+    "config",
+    [{"connections": ((0, 0), (1, 1), (2, 2))}, pytest.param({"every": 1}, marks=pytest.mark.slow)],
+)
 def test_noise_does_not_depend_on_how_layers_are_stacked(config):
     """Nor does anything else of the loss."""
     batch, losses = tiny_models.batch(), []

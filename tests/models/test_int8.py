@@ -228,6 +228,7 @@ def composed_pair():
     return [compose(*pair, COMPOSITION, rngs=nnx.Rngs(5)) for pair in (models, twins)]
 
 
+@pytest.mark.slow
 def test_the_bridges_gradient_on_eight_devices_is_that_over_the_float_twins():
     composed, twin = composed_pair()
     tokens = np.random.default_rng(0).integers(64, size=(8, 9)).astype(np.int32)

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny_models
+from cases import some_slow
 from feature_encoders import Encoder, random_items
 from flax import nnx
 from random_models import assert_close, llama, palm, random_composed, random_decoder
@@ -79,7 +80,7 @@ def in_pieces(model, inputs, own, cuts, ahead=0):
 
 
 @pytest.mark.parametrize("cuts", [[3, 4], pytest.param([*range(1, T)], marks=pytest.mark.slow)])
-@pytest.mark.parametrize("name", OPTIONS)
+@pytest.mark.parametrize("name", some_slow(OPTIONS, ("latent", "several")))
 def test_what_is_read_in_pieces_is_what_is_read_at_once(name, cuts):
     shared = (1,) if name == "several" else ()
     model, inputs = model_of(name, shared), anchor_inputs()

@@ -106,6 +106,7 @@ def test_items_of_a_row_are_read_in_the_order_of_their_places():
     assert np.all(np.any(np.asarray(found[0] != found[1]), axis=-1))
 
 
+@pytest.mark.slow
 def test_a_bridge_to_it_is_trained_on_a_mesh():
     anchor = tiny_models.decoder()
     composed = compose(anchor, Encoder(nnx.Rngs(1)), config(), rngs=nnx.Rngs(2))

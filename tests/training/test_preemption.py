@@ -72,7 +72,10 @@ def handlers():
     signal.signal(signal.SIGINT, was)
 
 
-@pytest.mark.parametrize(("sent", "status"), [(signal.SIGTERM, 75), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(
+    ("sent", "status"),
+    [pytest.param(signal.SIGTERM, 75, marks=pytest.mark.slow), (signal.SIGINT, 130)],
+)
 def test_the_step_is_finished_and_saved_and_the_run_continues(
     config, tmp_path, monkeypatch, capfd, handlers, sent, status
 ):

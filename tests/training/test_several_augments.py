@@ -138,6 +138,7 @@ def test_goes_on_exactly_where_it_stopped(whole, stopped, shared):
     assert stored_bytes(resumed.model.trainable) == stored_bytes(whole.model.trainable)
 
 
+@pytest.mark.slow
 def test_goes_on_on_another_mesh(whole, stopped, shared):
     resumed = trained(run_config(shared, data=2, fsdp=4), stopped)
     assert resumed.first_step == STOPPED_AT

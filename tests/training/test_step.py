@@ -7,6 +7,7 @@ import numpy as np
 import optax
 import pytest
 import tiny_models
+from cases import some_slow
 from jax.sharding import NamedSharding, PartitionSpec
 from tiny_models import stored_bytes
 
@@ -94,12 +95,9 @@ def trainer_of(name):
     return trainer_of_option(name)
 
 
-def some_slow(names, slow):
-    """The names; those whose parts another name has too are slow tests."""
-    return [pytest.param(x, marks=pytest.mark.slow) if x in slow else x for x in names]
-
-
-@pytest.mark.parametrize("name", some_slow(OPTIONS, ("gate", "no output projection")))
+@pytest.mark.parametrize(
+    "name", some_slow(OPTIONS, ("gate", "bias", "no output projection", "stacked rounds"))
+)
 def test_five_steps_trace_once_and_move_every_leaf_of_the_bridge_alone(name, monkeypatch):
     traces = []
 
@@ -214,7 +212,7 @@ MESHES = {
 }
 
 
-@pytest.mark.parametrize("name", some_slow(MESHES, ("data",)))
+@pytest.mark.parametrize("name", some_slow(MESHES, ("data", "fsdp")))
 def test_eight_devices_do_what_one_does(name):
     expected = trainer_of("stacked rounds")
     expected_metrics = [expected.step(tiny_models.batch(k, rows=16)) for k in range(4)]
