@@ -83,7 +83,7 @@ def _set_data(config, corpus):
     task = {"task": f"{TASK}/{corpus}"}
     config.data.train = (task,)
     config.data.validation = (task,)
-    config.data.length = 256
+    config.data.length = 288
     config.optimizer.learning_rate = 5e-4
     config.optimizer.warmup_steps = 1_000
     config.optimizer.b2 = 0.98

@@ -121,6 +121,10 @@ class TrainingCheckpoints:
         metrics = None if best is None else self.manager.metrics(best)
         return float("inf") if not metrics else metrics[METRIC]
 
+    def saved_at(self, step: int) -> int:
+        """When the checkpoint of a step was completed, in nanoseconds since 1970."""
+        return self.manager.metadata(step).commit_timestamp_nsecs
+
     def save(
         self,
         step: int,

@@ -5,7 +5,7 @@ import numpy as np
 from calm_jax.data.key_value import NUMBER_WORDS, KeyValueConfig
 from calm_jax.errors import CalmError
 
-# After this many draws without a new expression, there are assumed to be no more.
+# After this many draws without anything new, there is assumed to be nothing more.
 MAX_BARREN_ROUNDS = 20
 
 

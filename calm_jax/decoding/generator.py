@@ -254,7 +254,7 @@ class Generator:
             cut = in_common(before, whole)
             if before and not cut:
                 raise CalmError(
-                    f"{prompt[:40]!r} and {continuation[:40]!r} share their first token, which "
+                    f"{continuation[:40]!r} changes the first token of {prompt[:40]!r}, which "
                     "nothing precedes"
                 )
             before, after = whole[:cut], whole[cut:]

@@ -123,10 +123,7 @@ def answers(
     length = max(one.length for one in every)
     most = max(map(len, asked.values()))
     generator = variant.generator(model, length, rows(min(batch_size, most), length))
-    return {
-        task.name: _records(generator, model.vocabulary, task, asked[task.name], name, options)
-        for task in tasks
-    }
+    return {task.name: _records(generator, task, asked[task.name], name, options) for task in tasks}
 
 
 def rows(wanted: int, length: int) -> int:
@@ -185,8 +182,10 @@ def _with_shots(
     # from the same place on, or they would not be probabilities of the same text's ends.
     border = min(in_common(prompt, ids) for ids in whole)
     continuations = [ids[border:] for ids in whole]
-    for choice, ids in zip(example["choices"], continuations, strict=True):
-        if not ids or not border:
+    for choice, ids, of_all in zip(example["choices"], continuations, whole, strict=True):
+        if not in_common(prompt, of_all):
+            raise CalmError(f"{task.name}: the choice {choice!r} changes the prompt's first token")
+        if not ids:
             raise CalmError(f"{task.name}: the choice {choice!r} has no tokens of its own")
     return Asked(number, prompt[:border], continuations, max(map(len, continuations)), len(shots))
 
@@ -235,7 +234,6 @@ def _windows(task: Task, vocabulary: Vocabulary, options: Options, number: int) 
 
 def _records(
     generator: Generator | Recomputed,
-    vocabulary: Vocabulary,
     task: Task,
     asked: list[Asked],
     model: str,
@@ -243,7 +241,7 @@ def _records(
 ) -> Records:
     shown = f"{model} {task.name}".strip()
     if task.answered == "generation":
-        records = _generated(generator, vocabulary, task, asked, shown, options)
+        records = _generated(generator, task, asked, shown, options)
     elif task.answered == "choices":
         records = _chosen(generator, task, asked, shown)
     else:
@@ -260,7 +258,6 @@ def _records(
 
 def _generated(
     generator: Generator | Recomputed,
-    vocabulary: Vocabulary,
     task: Task,
     asked: list[Asked],
     shown: str,
@@ -284,21 +281,13 @@ def _generated(
         for index, completions in generator.as_completed(prompts, samplings):
             if error := next(filter(None, (answer.error for answer in completions)), None):
                 raise CalmError(f"{shown}: example {index}, {error}")
-            said = [
-                _cut(vocabulary.decode_after(prompts[index], one.tokens), samplings[index].stop)
-                for one in completions
-            ]
+            said = [one.text for one in completions]
             kept = _kept(task, task.examples[index], asked[index])
             records[index] = {**kept, "prediction": said[0]}
             if several > 1:
                 records[index]["samples"] = said
             progress.update()
     return records
-
-
-def _cut(text: str, stops: Sequence[str]) -> str:
-    places = [text.find(stop) for stop in stops if stop in text]
-    return text[: min(places)] if places else text
 
 
 def _chosen(generator: Generator, task: Task, asked: list[Asked], shown: str) -> Records:

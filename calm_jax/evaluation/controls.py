@@ -16,7 +16,9 @@ from flax import nnx
 from calm_jax import sharding
 from calm_jax.data import own_tokens
 from calm_jax.decoding import Completion, Sampling, Score
+from calm_jax.decoding.completion import WrittenAnswer
 from calm_jax.decoding.prepared import known_ids
+from calm_jax.decoding.requests import News
 from calm_jax.decoding.steps import scores
 from calm_jax.errors import CalmError
 from calm_jax.models import ComposedDecoder, Inputs
@@ -100,7 +102,7 @@ class Recomputed:
     def as_completed(
         self, prompts: Sequence[list[int]], sampling: Sampling | Sequence[Sampling]
     ) -> Iterator[tuple[int, list[Completion]]]:
-        """The index of each prompt of ids and its answer, up to its end token, in any order.
+        """The index of each prompt of ids and its answer, in any order.
 
         Raises:
             CalmError: a temperature, several answers, or a single prompt to shuffle.
@@ -118,7 +120,7 @@ class Recomputed:
                 length_B = length_B + count
             for number, row_T, length in zip(batch, tokens_BT, asked_B, strict=True):
                 made = row_T[length : length + each[number].max_new_tokens].tolist()
-                yield number, [self._completion(made)]
+                yield number, [self._completion(prompts[number], made, each[number].stop)]
 
     def score(
         self, prompts: Sequence[list[int]], continuations: Sequence[list[int]]
@@ -177,12 +179,16 @@ class Recomputed:
             arrays |= own_tokens.own_arrays(number, aligned, asked_B.tolist(), length)
         return arrays
 
-    def _completion(self, tokens: list[int]) -> Completion:
+    def _completion(
+        self, prompt: list[int], tokens: list[int], stop: tuple[str, ...]
+    ) -> Completion:
+        """The answer up to its end token or a stop text."""
+        answer = WrittenAnswer(self.vocabulary, prompt, stop)
         ends = () if self.vocabulary is None else self.vocabulary.eos_ids
-        end = next((n for n, token in enumerate(tokens) if token in ends), None)
-        tokens = tokens if end is None else tokens[: end + 1]
-        text = "" if self.vocabulary is None else self.vocabulary.decode(tokens)
-        return Completion(tokens, text, "length" if end is None else "stop")
+        for token in tokens:
+            answer.add(News(0, [token], [], "stop" if token in ends else None))
+        answer.add(News(0, [], [], "length"))
+        return answer.completion(with_logprobs=False)
 
 
 def _padded(rows: Sequence[Sequence[int]], new: int) -> tuple[np.ndarray, np.ndarray]:

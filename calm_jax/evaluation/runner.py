@@ -109,7 +109,7 @@ def evaluate(
     output = absolute(output) if output else evaluation_folder(folder) / variant.name
     if not settings["tasks"]:
         raise CalmError(f"{folder}: there is nothing to score; name a task or a file by --tasks")
-    step = _step(folder, config, step)
+    step, trained = _checkpoint(folder, config, step)
     options = options or Options()
     tasks = {name: _limited(open_tasks(name), settings["limit"]) for name in settings["tasks"]}
     entries = {
@@ -125,7 +125,7 @@ def evaluate(
     scored = {
         "step": step,
         "fingerprint": _fingerprint(folder, config, kind),
-        "trained": _trained(folder, kind, step),
+        "trained": trained,
         **settings,
         "options": _told(options),
         "files": [
@@ -208,12 +208,6 @@ def _fingerprint(folder: epath.Path, config: Mapping[str, Any], kind: str) -> st
     return config.get("fingerprint")
 
 
-def _trained(folder: epath.Path, kind: str, step: int | None) -> float | None:
-    """When the checkpoint of a run was written: a run trained anew may end at the same step."""
-    checkpoint = folder / "checkpoints" / str(step)
-    return checkpoint.stat().mtime if kind == COMPOSED_RUN and checkpoint.exists() else None
-
-
 def _check_names(tasks: Mapping[str, Sequence[Task] | None], output: epath.Path) -> None:
     """Raises `CalmError` if the predictions of two tasks would share one file."""
     named: dict[epath.Path, str] = {}
@@ -280,21 +274,25 @@ def _write_or_remove(path: epath.Path, value: Any) -> None:
         path.unlink(missing_ok=True)
 
 
-def _step(folder: epath.Path, config: Mapping[str, Any], step: int | None) -> int | None:
-    """The checkpoint of a run to score; None for a model that is not a run."""
+def _checkpoint(
+    folder: epath.Path, config: Mapping[str, Any], step: int | None
+) -> tuple[int | None, int | None]:
+    """The step of a run to score, and of a composed one when it was saved, since a run trained
+    anew may end at the same step. Both are None for a model that is not a run."""
     kind = kind_of(config)
     if kind not in (DECODER_RUN, COMPOSED_RUN):
         if step is not None:
             raise CalmError(f"--step={step}: {folder} is {kind}, which has no checkpoints")
-        return None
-    best = None
-    if (folder / "checkpoints").exists():
-        with TrainingCheckpoints(folder / "checkpoints", read_only=True) as checkpoints:
-            best = checkpoints.best
-    if best is None:
+        return None, None
+    if not (folder / "checkpoints").exists():
         raise CalmError(f"{folder} has no checkpoint yet")
-    if kind == DECODER_RUN and step not in (None, best):
-        raise CalmError(
-            f"--step={step}: a decoder's run is scored by its frozen folder, step {best}"
-        )
-    return best if step is None else step
+    with TrainingCheckpoints(folder / "checkpoints", read_only=True) as checkpoints:
+        best = checkpoints.best
+        if best is None:
+            raise CalmError(f"{folder} has no checkpoint yet")
+        if kind == DECODER_RUN and step not in (None, best):
+            raise CalmError(
+                f"--step={step}: a decoder's run is scored by its frozen folder, step {best}"
+            )
+        step = best if step is None else step
+        return step, checkpoints.saved_at(step) if kind == COMPOSED_RUN else None

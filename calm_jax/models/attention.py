@@ -40,8 +40,8 @@ class Attention:
 
     Args:
         backend: one of `calm_jax.models.attention_choice.BACKENDS`. "splash" and "cudnn" support
-            only the order of the array and T = S, "cudnn" also one query of a row that is not
-            packed; "chunked" replaces them for other inputs.
+            only the order of the array and T = S, "splash" only whole blocks of tokens, "cudnn"
+            also one query of a row that is not packed; "chunked" replaces them for other inputs.
         queries: `filled` inputs [B, T].
         keys: inputs [B, S] with segments; default: the queries.
         scale: factor on the logits, before `logit_cap` * tanh(logits / `logit_cap`).

@@ -145,8 +145,8 @@ class DecoderConfig:
         return tuple(pattern[layer % len(pattern)] for layer in range(self.num_layers))
 
     def as_computed(self) -> "DecoderConfig":
-        """The same model with each field in one form: models that compute the same from the same
-        weights have equal ones, however their fields say it."""
+        """The same model with each field in one form: if two are equal, their models compute the
+        same from the same weights, however their fields say it."""
         local = self.local_layers
         scaling = self.rope_scaling
         if scaling is not None and scaling.kind == "linear":

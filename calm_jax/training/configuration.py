@@ -346,15 +346,28 @@ def _check_ranges(values: Mapping[str, Any]) -> None:
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
     """(old, new) values, by dotted key, that make two configs (of `to_dict`) different runs.
 
-    Keys in `MAY_CHANGE` are left out; an absent key counts as None.
+    Keys in `MAY_CHANGE` are left out, and those without an effect in both, which a run may have
+    been started with before `validate` refused them. An absent key counts as None.
     """
     old, new = flatten(old), flatten(new)
+    without_effect = _without_effect(old) & _without_effect(new)
     return {
         key: (old.get(key), new.get(key))
         for key in sorted(old.keys() | new.keys())
         if old.get(key) != new.get(key)
+        and key not in without_effect
         and not any(key == free or key.startswith(f"{free}.") for free in MAY_CHANGE)
     }
+
+
+def _without_effect(flat: Mapping[str, Any]) -> set[str]:
+    """Keys that the values of others make meaningless."""
+    keys = set()
+    if flat.get("optimizer.schedule") == "constant":
+        keys.add("optimizer.final_fraction")
+    if not flat.get("lora.rank"):
+        keys |= {"lora.alpha", "lora.targets"}
+    return keys
 
 
 def _section(cls: type, values_of: Any = None) -> ConfigDict:

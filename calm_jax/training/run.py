@@ -44,8 +44,10 @@ def check_run(
 
 
 def _paths(config: ConfigDict) -> Iterator[str]:
-    """The folders and files that a config names, with some names that are no paths."""
-    yield from filter(None, (config.get("anchor"), *config.get("augments", ()), config.vocabulary))
+    """The folders and files that a config names."""
+    yield from filter(None, (config.get("anchor"), *config.get("augments", ())))
+    if config.vocabulary and absolute(config.vocabulary).exists():  # not "bytes"
+        yield config.vocabulary
     if config.kind == "decoder" and config.decoder["from"]:
         yield config.decoder["from"]
     yield from filter(None, map(files_of, (*config.data.train, *config.data.validation)))

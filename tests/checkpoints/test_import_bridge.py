@@ -58,7 +58,7 @@ def test_back_again(composed, exported, frozen, tmp_path, capsys):
     assert "--augments is missing" in capsys.readouterr().err
 
 
-NO_PLACES = ["models/typo", "a file", "/nowhere/model", "a/b/c", "./x", "~/x", "file.gguf"]
+NO_PLACES = ["a file", "/nowhere/model", "a/b/c", "./x", "~/x", "file.gguf"]
 
 
 @pytest.mark.parametrize("place", NO_PLACES)
@@ -72,6 +72,15 @@ def test_a_mistyped_path_is_no_name_on_the_hub(key, place, composed, tmp_path, m
     with pytest.raises(CalmError, match=f"the {role} '{place}' is neither a folder of Hugging Fac"):
         calm_jax.export_bridge(composed, "new", to="huggingface", **places)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file.gguf", "models"]
+
+
+def test_a_folder_that_is_not_in_its_owner_s_folder(composed, tmp_path, monkeypatch):
+    """It may be mistyped, or a name on the hub."""
+    (tmp_path / "models").mkdir()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(CalmError, match="models is a folder here and has no typo; if the hub is"):
+        calm_jax.export_bridge(composed, "new", to="huggingface", anchor="models/typo")
+    assert not (tmp_path / "new").exists()
 
 
 def test_names_on_the_hub(composed, tmp_path, monkeypatch):

@@ -352,7 +352,7 @@ def test_a_token_with_text_of_prompt_and_continuation_is_scored(
 
 def test_a_continuation_in_the_first_token_is_refused(writer):
     assert len(writer.vocabulary.encode("und")) == 1
-    with pytest.raises(CalmError, match="prompt 1: 'u' and 'nd' share their first token"):
+    with pytest.raises(CalmError, match="prompt 1: 'nd' changes the first token of 'u'"):
         Generator(writer, max_length=64, slots=2).score(["a", "u"], [" b", "nd"])
 
 

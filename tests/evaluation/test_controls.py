@@ -75,6 +75,19 @@ def test_without_a_change_it_answers_as_the_generator(pair, monkeypatch):
         assert ours.is_greedy == other.is_greedy
 
 
+def test_an_answer_without_a_change_ends_where_the_generators_does(pair, monkeypatch):
+    """At an end token, a stop text or its length."""
+    monkeypatch.setitem(controls.OF_TAPS, "zeroed", lambda x, augment, layer: x)
+    monkeypatch.setattr(pair.anchor, "vocabulary", load_vocabulary("bytes"))
+    asked = prompts(5)
+    (free,) = in_order(Recomputed(pair, "zeroed", slots=3), asked, Sampling(max_new_tokens=NEW))[0]
+    sampling = Sampling(max_new_tokens=NEW, stop=(free.text[1], free.text[-1]))
+    answers = in_order(Recomputed(pair, "zeroed", slots=3), asked, sampling)
+    expected = Generator(pair, max_length=32, slots=3).generate(asked, sampling)
+    assert answers == expected
+    assert {"stop", "length"} == {one.finish_reason for (one,) in answers}
+
+
 @pytest.mark.slow
 def test_with_another_tokenizer_too(monkeypatch):
     """Of two augments one reads the anchor's tokens."""

@@ -2,7 +2,7 @@
 
 import functools
 import json
-import os
+import shutil
 import sys
 import types
 
@@ -104,9 +104,13 @@ def composed_run(tmp_path_factory, decoder_run):
     augment = frozen_decoder(folder / "augment", 8, 1)
     config = CompositionConfig(connections=((0, 0), (1, 1)), init="paper")
     composed = compose(anchor, augment, config, rngs=nnx.Rngs(2))
-    state = {"frozen": identities(composed), "composition": [config.to_dict()]}
-    save_steps(folder, [5], module_tree(composed.bridge), state)
+    save_composed(folder, composed)
     return folder, composed
+
+
+def save_composed(folder, composed):
+    state = {"frozen": identities(composed), "composition": [composed.configs[0].to_dict()]}
+    save_steps(folder, [5], module_tree(composed.bridge), state)
 
 
 @functools.cache  # a model loaded anew would be compiled anew
@@ -261,7 +265,7 @@ def test_parts_of_a_pair_whose_augment_is_destroyed_are_whole(composed_run, ask)
         assert tuple(json.loads(line)["prediction"] for line in found) == said_by(model)
 
 
-def test_a_run_that_is_trained_anew_is_scored_anew(composed_run, ask, monkeypatch):
+def test_a_run_that_is_trained_anew_is_scored_anew(composed_run, ask, monkeypatch, tmp_path):
     """Its best step may be the same again."""
     folder, composed = composed_run
     ask(composed.anchor)
@@ -269,7 +273,10 @@ def test_a_run_that_is_trained_anew_is_scored_anew(composed_run, ask, monkeypatc
     before = evaluate()
     monkeypatch.setattr(variants, "Generator", None)  # fails if called
     assert evaluate() == before
-    os.utime(folder / "checkpoints" / "5")
+    shutil.copytree(folder, tmp_path / "copy")
+    assert runner.evaluate(tmp_path / "copy", limit=1, batch_size=BATCH) == before
+    shutil.rmtree(folder / "checkpoints")
+    save_composed(folder, composed)
     with pytest.raises(TypeError, match="NoneType"):
         evaluate()
 

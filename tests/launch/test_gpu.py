@@ -183,8 +183,8 @@ def test_every_form_of_a_time_limit_is_taken(limit):
         ("slurm_job.sh", TRAIN[1:], "SLURM runs this; bash launch/slurm.sh submits it"),
         (
             "slurm.sh",
-            ("--nodes=1", "--gpus=1", *TRAIN, "--overwrite"),
-            "--overwrite: a training that is started again",
+            ("--nodes=1", "--gpus=1", *TRAIN, "-overwrite"),
+            "-overwrite: a training that is started again",
         ),
         ("gpu.sh", ("--", "--config=c"), "--workdir=DIR, a flag of `calm train`, is missing"),
         ("gpu.sh", ("--", "--config=c", "--workdir=d"), "--config=c: there is no such file in"),

@@ -251,6 +251,23 @@ def test_a_config_does_not_differ_from_itself_and_flattens_to_its_leaves(values)
         assert found == leaf
 
 
+def test_keys_without_an_effect_make_no_other_run():
+    """Runs from before `validate` refused them can be continued."""
+    old = to_dict(decoder_config())
+    old["optimizer"] |= {"schedule": "constant", "final_fraction": 0.1}
+    old["lora"] |= {"alpha": 8.0, "targets": ["q"]}
+    new = copy.deepcopy(old)
+    new["optimizer"]["final_fraction"], new["lora"] = (
+        0.0,
+        old["lora"] | {"alpha": 0.0, "targets": []},
+    )
+    assert not differences(old, new)
+    for section, key, value in (("optimizer", "schedule", "cosine"), ("lora", "rank", 4)):
+        other = copy.deepcopy(new)
+        other[section][key] = value
+        assert len(differences(old, other)) > 1
+
+
 def test_a_key_without_a_value_is_as_if_it_were_absent():
     """Runs from before `data.augment_length` existed can be continued."""
     new = to_dict(composed_run())

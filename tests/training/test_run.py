@@ -99,10 +99,19 @@ def test_overwrite_starts_anew(tmp_path):
     assert json.loads((tmp_path / "config.json").read_text())["train"]["seed"] == 5
 
 
+def test_the_name_of_a_vocabulary_is_no_file_of_the_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for _ in range(2):
+        changed = config()
+        changed.vocabulary = "bytes"
+        open_run(".", changed, overwrite=True)
+
+
 @pytest.mark.parametrize("key", ["decoder.from", "vocabulary", "data.train"])
 def test_overwriting_leaves_what_the_config_needs(tmp_path, key):
     needed = str(tmp_path / "run" / "frozen")
     open_run(tmp_path / "run", config())
+    (tmp_path / "run" / "frozen").mkdir()
     changed = config()
     value = ({"jsonl": needed},) if key == "data.train" else needed
     with changed.ignore_type():

@@ -135,12 +135,15 @@ def _checked(role: str, model: Decoder, place: str) -> str:
     """`place`; of a local folder the absolute path, once every weight in it has been compared."""
     folder = epath.Path(place).expanduser()
     if not folder.is_dir():
-        # Nobody on the hub is meant by the name of a folder here.
-        is_path = folder.exists() or ("/" in place and folder.parent.is_dir())
-        if is_path or not _HUB_NAME.fullmatch(place):
+        if folder.exists() or not _HUB_NAME.fullmatch(place):
             raise CalmError(
                 f"the {role} {place!r} is neither a folder of Hugging Face nor a name on its hub, "
                 "NAME or OWNER/NAME"
+            )
+        if "/" in place and folder.parent.is_dir():
+            raise CalmError(
+                f"the {role} {place!r} may be a name on Hugging Face's hub, but {folder.parent} is "
+                f"a folder here and has no {folder.name}; if the hub is meant, start from elsewhere"
             )
         return place
     source = open_source(folder)
