@@ -73,7 +73,7 @@ require_continuing() {
   local flag
   for flag in ${rest[@]+"${rest[@]}"}; do
     case $flag in
-      ?(-)-overwrite | ?(-)-overwrite=[tTyY1]*)
+      -overwrite | --overwrite | -overwrite=[tTyY1]* | --overwrite=[tTyY1]*)
         fail "$flag: a training that is started again would begin anew; remove its --workdir first"
         ;;
     esac
