@@ -151,9 +151,10 @@ class Alignment:
             if self.anchor.unknown_id is not None and self.anchor.unknown_id in row:
                 index = list(row).index(self.anchor.unknown_id)
                 before = self.anchor.decode(row[max(index - 8, 0) : index])
+                after = self.anchor.decode(row[index + 1 : index + 9])
                 raise CalmError(
-                    f"after {before!r} stands the anchor's token for text that its tokenizer "
-                    f"cannot spell, so {self.name} could not read it; remove that text"
+                    f"between {before!r} and {after!r} stands the anchor's token for text that its "
+                    f"tokenizer cannot spell, so {self.name} could not read it; remove that text"
                 )
         for text in dict.fromkeys(piece.text for row in pieces for piece in row):
             lost = self.augment.lost_character(text)

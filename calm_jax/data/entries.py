@@ -1,5 +1,6 @@
 """Data by name: entries of `config.data`, opened as rows to train on or texts to score on."""
 
+import contextlib
 import dataclasses
 import hashlib
 import importlib.util
@@ -216,7 +217,8 @@ def _cached(
             chunks = _checked(chunks, name, vocabulary)
             named = [dataclasses.replace(each, where=name) for each in own]
             path = folder / str(number)
-            counts = cache.write_part(path, chunks, data["length"], data["pack"], named)
+            with contextlib.closing(chunks):  # an error begins a line of its own
+                counts = cache.write_part(path, chunks, data["length"], data["pack"], named)
             if not counts["rows"]:
                 if files := files_of(entry):
                     raise CalmError(f"{files}: the file is empty")

@@ -134,10 +134,13 @@ class TokenizerVocabulary(Vocabulary):
             if token != unknown or text[start:end].strip() == spelled
             for index in range(start, end)
         }
-        lost = (
-            c for i, c in enumerate(text) if i not in kept and not (c.isspace() or _is_format(c))
-        )
-        return next(lost, None)
+        seen = [c for c in text if not (c.isspace() or _is_format(c))]
+        lost = next((c for i, c in enumerate(text) if i not in kept and c in seen), None)
+        if lost is not None and unknown is None:
+            # Where characters have no token at all, the offsets of those behind them are wrong.
+            alone = (c for c in seen if not self._inner.encode(c, add_special_tokens=False).ids)
+            return next(alone, lost)
+        return lost
 
     @functools.cached_property
     def _json(self) -> dict[str, Any]:

@@ -89,6 +89,10 @@ def train(
             write_json(run / probed_connections.FILE, chosen)
     processes.barrier()
     agreement.check_visible(run / "config.json")
+    for number, vocabulary in enumerate(described.augments):
+        if vocabulary is not None:
+            length = config.data.augment_length or config.data.length
+            processes.say(f"augment {number} reads its own tokens, at most {length} in a row")
     cache_programs(config.cache_compiled)
     with contextlib.ExitStack() as stack:
         checkpoints = stack.enter_context(

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+from absl import logging
 from flax import nnx
 from ml_collections import ConfigDict
 
@@ -58,7 +59,7 @@ def describe_models(config: ConfigDict) -> Described:
     Raises:
         CalmError: a folder is missing or damaged, connections or heads do not fit, a vocabulary is
             missing, contradicts `config.vocabulary` or is larger than an embedding, or an augment
-            with another vocabulary reads shorter texts than the rows.
+            reads shorter texts than its rows.
     """
     if config.kind == "composed":
         folders = [frozen_folders.describe(path) for path in (config.anchor, *config.augments)]
@@ -90,6 +91,11 @@ def describe_models(config: ConfigDict) -> Described:
         folder.vocabulary if differ(vocabulary, folder.vocabulary) else None
         for folder in folders[1:]
     )
+    for role, folder in zip(roles[1:], folders[1:], strict=True):
+        if folder.vocabulary is None:
+            logging.warning("%s has no vocabulary; it is given the ids of %s", role, name)
+        elif not differ(vocabulary, folder.vocabulary):
+            _check_length(folder.vocabulary, role, config.data.length, "length")
     if config.data.augment_length and not any(own):
         raise CalmError(
             f"data.augment_length is {config.data.augment_length}, but no augment has another "
@@ -108,7 +114,8 @@ def describe_models(config: ConfigDict) -> Described:
             rows.append(model_config.vocab_size)
         else:
             _check_rows(other, "its tokenizer", role, model_config)
-            _check_length(other, role, config.data.augment_length or config.data.length)
+            length = config.data.augment_length or config.data.length
+            _check_length(other, role, length, "augment_length")
             other.rows = model_config.vocab_size
     vocabulary.rows = min(rows)
     if config.kind != "composed" and not config.lora.rank:
@@ -134,13 +141,13 @@ def _check_rows(vocabulary: Vocabulary, name: str, role: str, config: DecoderCon
         )
 
 
-def _check_length(vocabulary: Vocabulary, role: str, length: int) -> None:
+def _check_length(vocabulary: Vocabulary, role: str, length: int, key: str) -> None:
     """Raises `CalmError` if a tokenizer says that its model reads less than rows of `length`."""
     most = vocabulary.published.config.get("model_max_length")
     if isinstance(most, int | float) and most < length:
         raise CalmError(
             f"{role} reads at most {most} tokens (model_max_length of its tokenizer), but its rows "
-            f"have {length}; set data.augment_length to {most}"
+            f"have {length}; set data.{key} to {most}"
         )
 
 

@@ -270,7 +270,7 @@ def test_text_that_a_tokenizer_cannot_spell_is_refused(vocabularies):
     bytes_, words = vocabularies["bytes"], load_vocabulary("key_value")
     with pytest.raises(CalmError, match=r"augment 1's tokenizer has no token for 'É' in 'aÉ'"):
         Alignment(bytes_, words, "augment 1").align([bytes_.encode("aÉ")], [3], check=True)
-    with pytest.raises(CalmError, match=r"after 'a' stands the anchor's token for text that"):
+    with pytest.raises(CalmError, match=r"between 'a' and .* stands the anchor's token for"):
         Alignment(words, bytes_).align([words.encode("aÉ")], [None], check=True)
     alphabet = tokenizers.Tokenizer(tokenizers.models.BPE({"a": 0, "b": 1}, []))
     few = TokenizerVocabulary(alphabet.to_str(), None, 0)

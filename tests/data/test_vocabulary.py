@@ -271,6 +271,19 @@ def test_what_is_lost_beside_the_token_of_unknown_text(tokenizer_path, model_pat
     assert words.lost_character("one </s> zwei") == "z"
 
 
+def test_what_is_lost_without_a_token_in_its_place(tmp_path):
+    """Then the library's offsets of what follows are wrong."""
+    letters = {letter: index for index, letter in enumerate("▁af ")}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(letters, []))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace()
+    tokenizer.decoder = tokenizers.decoders.Metaspace()
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    vocabulary = vocabulary_of_folder(tmp_path)
+    assert vocabulary.lost_character("Café") == "C"
+    assert vocabulary.lost_character("fa é") == "é"
+    assert vocabulary.lost_character("faf a") is None
+
+
 def test_names_of_special_tokens_by_file(published):
     for name in ("tokenizer_config.json", "generation_config.json"):
         (published / name).unlink()

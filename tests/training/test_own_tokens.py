@@ -210,7 +210,7 @@ def test_sequences_longer_than_the_rows_of_an_augment(shared, caplog):
         )
 
 
-def test_what_cannot_be_trained_is_refused(shared, tmp_path):
+def test_what_cannot_be_trained_is_refused(shared, tmp_path, capsys):
     def refused(message, **changes):
         config = run_config(shared)
         for key, value in changes.items():
@@ -221,7 +221,9 @@ def test_what_cannot_be_trained_is_refused(shared, tmp_path):
     short = tmp_path / "short"
     model = frozen.load(shared / "augment")
     frozen.save_frozen(model, short, vocabulary=words(model_max_length=32))
-    refused("augment 0 reads at most 32 tokens .* rows have 48; set", augments=(str(short),))
+    too_few = "augment 0 reads at most 32 tokens .* rows have 48; set data."
+    refused(f"{too_few}augment_length to 32", augments=(str(short),))
+    refused(f"{too_few}length to 32", anchor=str(short), augments=(str(short),))
     small = tmp_path / "small"
     frozen.save_frozen(tiny_models.decoder(vocab_size=64), small)
     refused("the anchor .* has no vocabulary", anchor=str(small), vocabulary="bytes")
@@ -237,6 +239,7 @@ def test_what_cannot_be_trained_is_refused(shared, tmp_path):
         augments=(str(lacking),),
         data=data,
     )
+    assert capsys.readouterr().err.endswith("\n")  # the message is not written behind a bar
     data = run_config(shared, augment_length=24).data
     refused("no augment has another tokenizer", augments=(str(shared / "alike"),), data=data)
     probed = configuration.composed_run(CompositionConfig(connections="probe", every=1)).composition

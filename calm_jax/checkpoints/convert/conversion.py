@@ -197,6 +197,8 @@ def _vocabulary(source: Source) -> Any:
     vocabulary = vocabulary_of_folder(folder)
     if path == folder and vocabulary is None:
         log.warning("%s is converted without a vocabulary: it has no tokenizer file", path)
+        if (folder / "vocab.txt").exists():
+            log.warning("vocab.txt is not one; AutoTokenizer of transformers writes tokenizer.json")
     return vocabulary
 
 

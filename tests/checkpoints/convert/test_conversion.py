@@ -125,8 +125,11 @@ def test_several_dtypes_are_kept_apart(tmp_path, caplog):
     save_source(tmp_path / "source", tensors)
     with caplog.at_level(logging.WARNING, "absl"):
         calm_jax.convert(tmp_path / "source", tmp_path / "model")
+        (tmp_path / "source" / "vocab.txt").touch()
+        calm_jax.convert(tmp_path / "source", tmp_path / "slow")
     assert "bfloat16 (29 tensors), float32 (1 tensors): stored as float32" in caplog.text
     assert "is converted without a vocabulary: it has no tokenizer file" in caplog.text
+    assert "vocab.txt is not one; AutoTokenizer of transformers" in caplog.text
     calm_jax.export(tmp_path / "model", tmp_path / "exported")
     found = load_file(tmp_path / "exported" / "model.safetensors")
     assert {k: v.tobytes() for k, v in found.items()} == {
