@@ -69,7 +69,9 @@ def of_part(
     try:
         return own(part, task.name, entries[task.name])
     except CalmError as error:
-        log.warning("%s is asked of a part alone as it is of the pair: %s", task.name, error)
+        log.warning(
+            "%s: a part alone gets the pair's prompts, since its own fail: %s", task.name, error
+        )
         return task
 
 

@@ -53,7 +53,7 @@ def test_a_part_is_asked_in_its_own_template(models, tmp_path, part):
 def test_what_its_template_refuses_stands_in_the_anchors(models, tmp_path, caplog):
     task, found = asked(models, tmp_path, {"messages": [SYSTEM, *CHAT]}, "gemma")
     assert found is task
-    assert "is asked of a part alone as it is of the pair" in caplog.text
+    assert "a part alone gets the pair's prompts, since its own fail" in caplog.text
     assert "System role not supported" in caplog.text
 
 
