@@ -122,7 +122,11 @@ class TrainingCheckpoints:
         return float("inf") if not metrics else metrics[METRIC]
 
     def saved_at(self, step: int) -> int:
-        """When the checkpoint of a step was completed, in nanoseconds since 1970."""
+        """When the checkpoint of a step was completed, in nanoseconds since 1970.
+
+        Raises `CalmError` if there is none.
+        """
+        self._check_step(step)
         return self.manager.metadata(step).commit_timestamp_nsecs
 
     def save(
@@ -192,11 +196,14 @@ class TrainingCheckpoints:
         membership.end_all(RunFailed(line))
         return line
 
-    def read_state(self, step: int) -> dict[str, Any]:
-        """The JSON saved with `step`. Raises `CalmError` if it is missing or cannot be read."""
+    def _check_step(self, step: int) -> None:
         steps = sorted(self.manager.all_steps())
         if step not in steps:
             raise CalmError(f"{self.folder} has no checkpoint of step {step}; it has {steps}")
+
+    def read_state(self, step: int) -> dict[str, Any]:
+        """The JSON saved with `step`. Raises `CalmError` if it is missing or cannot be read."""
+        self._check_step(step)
         with explained(f"{self.folder / str(step)} cannot be read"):
             args = ocp.args.Composite(state=ocp.args.JsonRestore())
             return self.manager.restore(step, args=args).state

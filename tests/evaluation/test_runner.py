@@ -526,7 +526,9 @@ def test_a_perfect_model_is_right_where_its_vocabulary_cannot_write_the_targets(
     settings = {"limit": 0, "max_new_tokens": 30}
     examples = own_prompts.examples_of(model, "a", entry, {}, settings)
     rows = [[*vocabulary.encode(target), vocabulary.eos_id] for target in targets]
-    answers = [[Completion(row, "", "stop")] for row in rows]
+    prompt = vocabulary.encode_sequence("the first")
+    texts = [vocabulary.decode_after(prompt, row) for row in rows]
+    answers = [[Completion(*one, "stop")] for one in zip(rows, texts, strict=True)]
     generator = types.SimpleNamespace(as_completed=lambda *_: enumerate(answers))
     monkeypatch.setattr(variants, "Generator", lambda *_, **__: generator)
     task = Task("a", examples, TEMPLATES["own"], ("exact_match",), max_new_tokens=30)
