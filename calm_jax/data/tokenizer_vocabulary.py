@@ -134,13 +134,12 @@ class TokenizerVocabulary(Vocabulary):
             if token != unknown or text[start:end].strip() == spelled
             for index in range(start, end)
         }
-        seen = [c for c in text if not (c.isspace() or _is_format(c))]
-        lost = next((c for i, c in enumerate(text) if i not in kept and c in seen), None)
-        if lost is not None and unknown is None:
-            # Where characters have no token at all, the offsets of those behind them are wrong.
-            alone = (c for c in seen if not self._inner.encode(c, add_special_tokens=False).ids)
-            return next(alone, lost)
-        return lost
+        lost = next((c for i, c in enumerate(text) if i not in kept and _is_seen(c)), None)
+        if lost is None or unknown is not None:
+            return lost
+        # Where characters have no token at all, the offsets of those behind them are wrong.
+        ids = zip(text, self.encode_inside(text), strict=True)
+        return next((c for c, of_c in ids if not of_c and _is_seen(c)), lost)
 
     @functools.cached_property
     def _json(self) -> dict[str, Any]:
@@ -190,6 +189,6 @@ class TokenizerVocabulary(Vocabulary):
         return cls(read_file(path), index["bos_id"], index["eos_id"], str(path), published)
 
 
-def _is_format(character: str) -> bool:
-    """Whether normalisers may drop a character: it is a control or has no shape of its own."""
-    return unicodedata.category(character) in ("Cc", "Cf", "Mn")
+def _is_seen(character: str) -> bool:
+    """Whether no normaliser may drop a character: not a space, a control or without a shape."""
+    return not (character.isspace() or unicodedata.category(character) in ("Cc", "Cf", "Mn"))

@@ -180,10 +180,11 @@ def _with_shots(
     whole = [vocabulary.encode_sequence(text + choice) for choice in choices]
     # A token may hold the end of the prompt with the beginning of a choice. All choices are scored
     # from the same place on, or they would not be probabilities of the same text's ends.
-    border = min(in_common(prompt, ids) for ids in whole)
+    borders = [in_common(prompt, ids) for ids in whole]
+    border = min(borders)
     continuations = [ids[border:] for ids in whole]
-    for choice, ids, of_all in zip(example["choices"], continuations, whole, strict=True):
-        if not in_common(prompt, of_all):
+    for choice, ids, own in zip(example["choices"], continuations, borders, strict=True):
+        if not own:
             raise CalmError(f"{task.name}: the choice {choice!r} changes the prompt's first token")
         if not ids:
             raise CalmError(f"{task.name}: the choice {choice!r} has no tokens of its own")

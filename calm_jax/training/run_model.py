@@ -91,11 +91,13 @@ def describe_models(config: ConfigDict) -> Described:
         folder.vocabulary if differ(vocabulary, folder.vocabulary) else None
         for folder in folders[1:]
     )
-    for role, folder in zip(roles[1:], folders[1:], strict=True):
+    for role, folder, other in zip(roles[1:], folders[1:], own, strict=True):
         if folder.vocabulary is None:
             logging.warning("%s has no vocabulary; it is given the ids of %s", role, name)
-        elif not differ(vocabulary, folder.vocabulary):
-            _check_length(folder.vocabulary, role, config.data.length, "length")
+        else:
+            _check_length(
+                folder.vocabulary, role, config.data, "augment_length" if other else "length"
+            )
     if config.data.augment_length and not any(own):
         raise CalmError(
             f"data.augment_length is {config.data.augment_length}, but no augment has another "
@@ -114,8 +116,6 @@ def describe_models(config: ConfigDict) -> Described:
             rows.append(model_config.vocab_size)
         else:
             _check_rows(other, "its tokenizer", role, model_config)
-            length = config.data.augment_length or config.data.length
-            _check_length(other, role, length, "augment_length")
             other.rows = model_config.vocab_size
     vocabulary.rows = min(rows)
     if config.kind != "composed" and not config.lora.rank:
@@ -141,8 +141,9 @@ def _check_rows(vocabulary: Vocabulary, name: str, role: str, config: DecoderCon
         )
 
 
-def _check_length(vocabulary: Vocabulary, role: str, length: int, key: str) -> None:
-    """Raises `CalmError` if a tokenizer says that its model reads less than rows of `length`."""
+def _check_length(vocabulary: Vocabulary, role: str, data: ConfigDict, key: str) -> None:
+    """Raises `CalmError` if a tokenizer says that its model reads less than rows of `data[key]`."""
+    length = data[key] or data.length
     most = vocabulary.published.config.get("model_max_length")
     if isinstance(most, int | float) and most < length:
         raise CalmError(
