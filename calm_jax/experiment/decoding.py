@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 from etils import epath
+from tqdm import tqdm
 
 from calm_jax.checkpoints.any_model import load_model
 from calm_jax.checkpoints.files import write_json
@@ -19,7 +20,7 @@ FILE = "costs.json"  # in the experiment's folder
 PROMPT, NEW = 16, 64  # tokens
 ROWS = (1, 8)  # that are decoded at once
 _ROUNDS = 3  # in each of which every model is loaded, so that one alone needs to fit
-_REPEATED = 3  # times in a round
+_LEAST_SECONDS = 1.0  # of answers in a round, in which a fast model answers often
 _MOST_WARM_UPS = 6
 
 
@@ -41,7 +42,6 @@ def measure(jobs: Sequence[Job], folder: epath.Path) -> None:
     before = read_optional(folder / FILE).get("decoding", {})
     if not models or before.get("of") == of:
         return
-    print(f"decoding with {len(models)} models in turns")
     times = decode_times({name: job.model for name, job in models.items()})
     device = f"{jax.device_count()} × {jax.devices()[0].device_kind}"
     write_json(folder / FILE, {"decoding": {"of": of, "device": device, "seconds": times}})
@@ -58,11 +58,15 @@ def decode_times(models: Mapping[str, str]) -> dict[str, dict[str, float]]:
     `models` are folders by name. They take turns, so that all meet the same other load.
     """
     seconds = {name: {rows: [] for rows in ROWS} for name in models}
-    for _ in range(_ROUNDS):
-        for name, folder in models.items():
-            model = load_model(folder)
-            for rows in ROWS:
-                seconds[name][rows] += _timed(model, rows)
+    turns = _ROUNDS * len(models)
+    with tqdm(total=turns, desc=f"decoding of {len(models)} models", unit="turn") as progress:
+        for _ in range(_ROUNDS):
+            for name, folder in models.items():
+                progress.set_postfix_str(name)
+                model = load_model(folder)
+                for rows in ROWS:
+                    seconds[name][rows] += _timed(model, rows)
+                progress.update()
     return {
         name: {str(rows): statistics.median(times) for rows, times in of_model.items()}
         for name, of_model in seconds.items()
@@ -70,19 +74,18 @@ def decode_times(models: Mapping[str, str]) -> dict[str, dict[str, float]]:
 
 
 def _timed(model: Any, rows: int) -> list[float]:
-    """Seconds of several answers of `rows` rows, once nothing compiles any more."""
+    """Seconds of answers of `rows` rows in which nothing was compiled."""
     generator = Generator(model, max_length=PROMPT + NEW, slots=rows, eos_ids=())
     prompts = np.random.default_rng(0).integers(1, generator.scheduler.known, (rows, PROMPT))
-    found = []
-    for _ in range(_MOST_WARM_UPS):
-        before = _programs()
+    found, warm_ups = [], 0
+    while sum(found) < _LEAST_SECONDS:
+        before, start = _programs(), time.perf_counter()
         generator.generate(prompts.tolist(), Sampling(max_new_tokens=NEW))
-        if _programs() == before:
-            break
-    for _ in range(_REPEATED):
-        start = time.perf_counter()
-        generator.generate(prompts.tolist(), Sampling(max_new_tokens=NEW))
-        found.append(time.perf_counter() - start)
+        taken = time.perf_counter() - start
+        if _programs() == before or warm_ups == _MOST_WARM_UPS:
+            found.append(taken)
+        else:
+            warm_ups += 1
     return found
 
 
