@@ -91,12 +91,12 @@ def _measured(job: Job, speeds: Mapping[str, Mapping[str, float]]) -> Cost:
     known: dict[str, Any] = {}
     if (job.folder / DONE).exists():
         known["seconds"] = read_json(job.folder / DONE, "a job")["seconds"]
-    if not job.train:
-        return Cost(**known)
     if times := speeds.get(job.arm.name):
         one, several = decoding.ROWS
         known["latency"] = 1000 * times[str(one)] / decoding.NEW
         known["throughput"] = several * decoding.NEW / times[str(several)]
+    if not job.train:
+        return Cost(**known)
     run = read_run(job.folder)
     trees = [tree for tree in run.costs.get("trees", ()) if tree["name"] != "optimizer"]
     if not trees:

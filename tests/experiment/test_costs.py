@@ -43,7 +43,7 @@ def written(folder, of=None):
     }  # fmt: skip
     for number, job in enumerate(found):
         scored(job, {"task": random_rights(number, 0.5, 20)})
-        if job.arm.name in runs:
+        if job.train and job.arm.name in runs:
             steps, flops, speed, trees = runs[job.arm.name]
             trained(job, steps=steps, tokens_per_step=8, flops_per_step=8 * flops, speed=speed,
                     trees=trees)  # fmt: skip
@@ -81,6 +81,15 @@ def test_decoding_s_figures_are_of_a_token(tmp_path):
     assert found["calm"].latency == pytest.approx(10)  # 64 tokens in 640 ms
     assert found["calm"].throughput == pytest.approx(400)  # 512 in 1.28 s
     assert found["anchor"].latency is None
+
+
+def test_a_model_that_existed_before_has_the_figures_of_decoding(tmp_path):
+    arms = (Arm("anchor", kind="part", frozen=str(tmp_path / "model")), *ARMS[1:])
+    of = Experiment("t", arms, ("task",), "calm")
+    rows = compare(of, written(tmp_path, of))
+    cost = costs(of, rows, {"anchor": {"1": 0.64, "8": 1.28}})["anchor"]
+    assert (cost.latency, cost.throughput) == pytest.approx((10, 400))
+    assert cost.parameters is None and cost.speed is None
 
 
 def test_the_page_tells_costs_of_models_and_names_other_ways_to_score(tmp_path):
