@@ -32,12 +32,12 @@ def get_experiment():
             Arm("calm", "CALM", kind="calm", **PAIR),
             Arm("lora", "anchor with LoRA", decoder="anchor"),
             Arm("calm_random", "CALM, random augment", anchor="anchor", augments=("random",)),
-            control("shuffled", "taps of other rows"),
-            control("zeroed", "taps zeroed"),
+            control("permuted", "augment's weights permuted"),
         ),
         tasks=(_file("test"),),
         reference="calm",
-        flags=("--metric=chrf1,chrf2,bleu", "--max_new_tokens=48"),
+        # A model that D_C has not met does not end an answer to a plain prompt.
+        flags=("--metric=chrf1,chrf2,bleu", "--max_new_tokens=48", "--stop=\n"),
     )
 
 
@@ -76,7 +76,7 @@ def _augment():
     config.optimizer.warmup_steps = 50
     config.optimizer.b2 = 0.99
     config.optimizer.weight_decay = 0.1
-    config.train.num_steps = 1_000
+    config.train.num_steps = 500
     config.train.batch_size = 16
     config.train.log_every = 20
     config.train.save_every = 250
@@ -109,10 +109,10 @@ def _set_training(config):
     config.data.validation = ({"jsonl": _file("validation")},)
     config.data.length = 128
     config.optimizer.learning_rate = 1e-3
-    config.optimizer.warmup_steps = 30
+    config.optimizer.warmup_steps = 20
     config.optimizer.b2 = 0.99
-    config.train.num_steps = 600
+    config.train.num_steps = 150
     config.train.batch_size = 8
     config.train.log_every = 10
-    config.train.validate_every = 100
-    config.train.save_every = 100
+    config.train.validate_every = 50
+    config.train.save_every = 50
