@@ -85,7 +85,7 @@ def _augment():
 
 def _calm():
     connections = ((2, 4), (3, 9), (4, 14), (5, 19), (5, 24))
-    composition = CompositionConfig(connections=connections, num_heads=8, head_dim=64, rotary=True)
+    composition = CompositionConfig(connections=connections, num_heads=6, head_dim=64, rotary=True)
     config = composed_run(composition)
     config.anchor, config.augments = ANCHOR, (str(FOLDER / "augment"),)
     _set_training(config)

@@ -2,6 +2,7 @@
 
 import pathlib
 import re
+import types
 
 import pytest
 from etils import epath
@@ -130,7 +131,7 @@ def configs_of(name):
     configs = {
         arm.name: call_file(f"{path}:{arm.name}", "get_config", object)
         for arm in found.arms
-        if not arm.scored_from
+        if arm.is_trained
     }
     for arm in found.arms:
         if arm.name in configs:
@@ -152,8 +153,33 @@ def test_the_experiments_have_the_demo_s_models_with_steps_of_their_own(name):
         assert configs[arm] == demo
 
 
-@pytest.mark.parametrize("name", [*DEMO_S, "kv_small", "kv_medium", "kv_paper"])
-def test_every_arm_can_be_trained(name):
+SMOLLM2 = {"vocab_size": 49_152, "embed_dim": 576, "num_layers": 30, "num_heads": 9,
+           "num_kv_heads": 3, "head_dim": 64, "mlp_dim": 1_536, "tied_head": True}  # fmt: skip
+GEMMA3 = {"vocab_size": 262_144, "embed_dim": 640, "num_layers": 18, "num_heads": 4,
+          "num_kv_heads": 1, "head_dim": 256, "mlp_dim": 2_048, "tied_head": True}  # fmt: skip
+
+
+@pytest.fixture
+def real_models(monkeypatch):
+    """The forms of the models that `launch/real_pair.sh` fetches, where their folders are read."""
+    from calm_jax.checkpoints import frozen
+    from calm_jax.models import DecoderConfig
+
+    forms = {"anchor": SMOLLM2, "gemma": GEMMA3}
+
+    def describe(folder):
+        form = DecoderConfig.llama(**forms[pathlib.Path(folder).name])
+        return types.SimpleNamespace(config=form)
+
+    monkeypatch.setattr(frozen, "describe", describe)
+
+
+KEY_VALUE = [*DEMO_S, "kv_small", "kv_medium", "kv_paper"]
+REAL = ["real_facts", "real_translation", "real_tokenizers"]
+
+
+@pytest.mark.parametrize("name", [*KEY_VALUE, *REAL])
+def test_every_arm_can_be_trained(name, real_models):
     from calm_jax.training import configuration
 
     found, configs = configs_of(name)
