@@ -1,6 +1,8 @@
 """`calm train`: a decoder, or the bridge of a composed model."""
 
+from calm_jax.checkpoints.files import absolute
 from calm_jax.cli import config, members
+from calm_jax.errors import CalmError
 from calm_jax.quiet import quiet_libtpu
 from calm_jax.shell import command_line
 
@@ -39,6 +41,9 @@ def main(argv: list[str]) -> int:
         required=("config", "workdir"),
         load_config=lambda values: config.load_file(values.config),
     )
+    file, workdir = absolute(values.config.partition(":")[0]), absolute(values.workdir)
+    if values.overwrite and workdir in file.parents:
+        raise CalmError(f"--overwrite would remove {file} with the run {workdir}")
     # Late, so that --help and a bad flag need not wait.
     from calm_jax.training.loop import train
     from calm_jax.training.preemption import Preemption

@@ -151,7 +151,7 @@ def test_the_status_reaches_the_shell():
 def test_train_hands_config_and_flags_to_the_loop(config, tmp_path, monkeypatch):
     calls = []
     monkeypatch.setattr(loop, "train", lambda *args, **options: calls.append((args, options)))
-    arguments = ["train", f"--config={config}", f"--workdir={tmp_path}"]
+    arguments = ["train", f"--config={config}", f"--workdir={tmp_path / 'run'}"]
     arguments += ["--config.optimizer.name=adafactor", "--overwrite"]
     assert main(arguments) == 0
     ((given, workdir), options) = calls[0]
@@ -159,9 +159,18 @@ def test_train_hands_config_and_flags_to_the_loop(config, tmp_path, monkeypatch)
     assert shlex.split(options.pop("command")) == ["calm", *arguments]
     assert (given.optimizer.name, workdir, options) == (
         "adafactor",
-        str(tmp_path),
+        str(tmp_path / "run"),
         {"overwrite": True},
     )
+
+
+def test_overwriting_leaves_the_config_s_file(config, capsys):
+    folder = config.parent
+    assert main(["train", f"--config={config}", f"--workdir={folder}", "--overwrite"]) == 2
+    assert capsys.readouterr().err == (
+        f"error: --overwrite would remove {config} with the run {folder}\n"
+    )
+    assert config.exists()
 
 
 @pytest.mark.parametrize(
