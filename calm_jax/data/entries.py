@@ -41,6 +41,11 @@ def open_splits(
     )
 
 
+def own_length(data: Mapping[str, Any]) -> int:
+    """The tokens in a row of an augment that reads its own."""
+    return data["augment_length"] or data["length"]
+
+
 def open_dataset(
     data: Mapping[str, Any],
     split: str,
@@ -58,7 +63,7 @@ def open_dataset(
     """
     parts, digests = [], []
     own = [
-        OwnTokens(number, alignment, data["augment_length"] or data["length"])
+        OwnTokens(number, alignment, own_length(data))
         for number, alignment in alignments(vocabulary, augments).items()
     ]
     for entry in data[split]:
@@ -149,8 +154,7 @@ def _cuts(
         # Older caches have no entry for augments.
         for own in part.get("augments", ()):
             if own["cut"]:
-                length = data["augment_length"] or data["length"]
-                problem = f"examples are longer than data.augment_length {length}"
+                problem = f"examples are longer than data.augment_length {own_length(data)}"
                 message = warning(part, own, f"{problem} in the own tokens of an augment")
                 found.append(f"{message}; the augment reads their beginning")
         if not part["cut"]:

@@ -11,6 +11,7 @@ from ml_collections import ConfigDict
 
 from calm_jax import presets, sharding
 from calm_jax.checkpoints import frozen
+from calm_jax.data.entries import own_length
 from calm_jax.models import Decoder, DecoderConfig, compose
 from calm_jax.models.matching import differ
 from calm_jax.models.parameters import SCALE, Tree, path_name
@@ -97,7 +98,7 @@ def own_lengths(config: ConfigDict) -> list[int | None]:
     """
     if config.kind != "composed":
         return []
-    length = config.data.augment_length or config.data.length
+    length = own_length(config.data)
     return [length if _reads_its_own(config, path) else None for path in config.augments]
 
 

@@ -17,7 +17,7 @@ from calm_jax.checkpoints.composed import check_identities
 from calm_jax.checkpoints.files import write_json
 from calm_jax.checkpoints.training import TrainingCheckpoints, abstract_like
 from calm_jax.data.dataset import Dataset, TaskRows
-from calm_jax.data.entries import open_splits
+from calm_jax.data.entries import open_splits, own_length
 from calm_jax.data.stream import Stream, batches_once
 from calm_jax.errors import CalmError
 from calm_jax.models.lora import merge_lora
@@ -91,7 +91,7 @@ def train(
     agreement.check_visible(run / "config.json")
     for number, vocabulary in enumerate(described.augments):
         if vocabulary is not None:
-            length = config.data.augment_length or config.data.length
+            length = own_length(config.data)
             processes.say(f"augment {number} reads its own tokens, at most {length} in a row")
     cache_programs(config.cache_compiled)
     with contextlib.ExitStack() as stack:

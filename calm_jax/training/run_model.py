@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 from calm_jax import sharding
 from calm_jax.checkpoints import frozen as frozen_folders
 from calm_jax.checkpoints.composed import load_frozen_models
+from calm_jax.data.entries import own_length
 from calm_jax.data.vocabularies import load_vocabulary
 from calm_jax.data.vocabulary import Vocabulary
 from calm_jax.errors import CalmError
@@ -172,7 +173,7 @@ def load_run_model(config: ConfigDict, mesh: jax.sharding.Mesh) -> RunModel:
         set_execution(model, config, device)
         return RunModel(Parts(model, trained), None, {})
     add_update(model.anchor, config)
-    length = config.data.augment_length or config.data.length
+    length = own_length(config.data)
     own = [length if reads else None for reads in getattr(model, "own_tokens", ())]
     set_execution(model, config, device, own)
     parts = Parts(model, trained)
