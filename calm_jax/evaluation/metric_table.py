@@ -248,12 +248,23 @@ _smoothed_bleu4 = _mean_of(lambda r: smoothed_bleu4(r["targets"], r["prediction"
 def _sacrebleu(name: str, kind: str, **options: Any) -> Metric:
     """A corpus score of sacrebleu, with its own bootstrap."""
 
-    def prepared(records: Sequence[Record]) -> tuple[Any, list[str]]:
+    def metric_of(**given: Any) -> Any:
         import sacrebleu.metrics
 
+        class Floats(getattr(sacrebleu.metrics, kind)):
+            def _compute_score_from_stats(self, stats: Any) -> Any:
+                found = super()._compute_score_from_stats(stats)
+                # Of resamples in which all is wrong it is a float, of others NumPy's, and
+                # sacrebleu cannot take the mean of both.
+                found.score = float(found.score)
+                return found
+
+        return Floats(**given, **options)
+
+    def prepared(records: Sequence[Record]) -> tuple[Any, list[str]]:
         said = [record["prediction"].strip() for record in records]
         wanted = [record["targets"].strip() for record in records]
-        return getattr(sacrebleu.metrics, kind)(references=[wanted], **options), said
+        return metric_of(references=[wanted]), said
 
     def score(records: Sequence[Record]) -> Score:
         metric, said = prepared(records)
@@ -272,9 +283,7 @@ def _sacrebleu(name: str, kind: str, **options: Any) -> Metric:
         return np.array(metric._extract_corpus_statistics(said, None), np.float64)
 
     def value(sums_RK: np.ndarray) -> np.ndarray:
-        import sacrebleu.metrics
-
-        metric = getattr(sacrebleu.metrics, kind)(**options)
+        metric = metric_of()
         return np.array([metric._compute_score_from_stats(sums.tolist()).score for sums in sums_RK])
 
     return Metric(name, score, Sums(of_records, value))
