@@ -14,7 +14,6 @@ from calm_jax import sharding
 from calm_jax.checkpoints.any_model import load_model
 from calm_jax.checkpoints.files import absolute, check_writable, read_json, write_json
 from calm_jax.checkpoints.kinds import COMPOSED_RUN, DECODER_RUN, FROZEN, kind_of
-from calm_jax.checkpoints.training import TrainingCheckpoints
 from calm_jax.data.entries import files_of, identity
 from calm_jax.errors import CalmError
 from calm_jax.evaluation import metric_table, own_prompts
@@ -29,6 +28,7 @@ from calm_jax.evaluation.results import (
     read_optional,
     write_json_lines,
 )
+from calm_jax.evaluation.scored_model import scored_model
 from calm_jax.evaluation.tasks.registry import open_tasks
 from calm_jax.evaluation.tasks.task import Task
 from calm_jax.evaluation.variants import Variant
@@ -109,7 +109,7 @@ def evaluate(
     output = absolute(output) if output else evaluation_folder(folder) / variant.name
     if not settings["tasks"]:
         raise CalmError(f"{folder}: there is nothing to score; name a task or a file by --tasks")
-    step, trained = _checkpoint(folder, config, step)
+    which = scored_model(folder, step)
     options = options or Options()
     tasks = {name: _limited(open_tasks(name), settings["limit"]) for name in settings["tasks"]}
     entries = {
@@ -123,13 +123,11 @@ def evaluate(
     _check_options(options, opened, entries)
     _check_names(tasks, output)
     scored = {
-        "step": step,
-        "fingerprint": _fingerprint(folder, config, kind),
-        "trained": trained,
+        **which,
         **settings,
         "options": _told(options),
         "files": [
-            *(identity(entry) for entry in entries.values() if files_of(entry)),
+            *map(identity, entries.values()),
             *([task.name, task.fingerprint(options.shots, options.seed)] for task in opened),
         ],
     }
@@ -146,7 +144,7 @@ def evaluate(
     with contextlib.nullcontext() if built is None else jax.set_mesh(built):
         loaded = load_model(
             folder,
-            step=step if kind == COMPOSED_RUN else None,
+            step=which["step"] if kind == COMPOSED_RUN else None,
             mesh=built,
             anchor=anchor,
             augments=augments,
@@ -199,13 +197,6 @@ def evaluate(
     summary |= scores.pop("") | ({PARTS: scores} if parts else {})
     write_json(output / "summary.json", summary)
     return summary
-
-
-def _fingerprint(folder: epath.Path, config: Mapping[str, Any], kind: str) -> str | None:
-    """The values of a frozen model, or of the one that a decoder's run has made."""
-    if kind == DECODER_RUN:
-        config = read_optional(folder / "frozen" / "config.json")
-    return config.get("fingerprint")
 
 
 def _check_names(tasks: Mapping[str, Sequence[Task] | None], output: epath.Path) -> None:
@@ -272,27 +263,3 @@ def _write_or_remove(path: epath.Path, value: Any) -> None:
         write_json(path, value)
     else:
         path.unlink(missing_ok=True)
-
-
-def _checkpoint(
-    folder: epath.Path, config: Mapping[str, Any], step: int | None
-) -> tuple[int | None, int | None]:
-    """The step of a run to score, and of a composed one when it was saved, since a run trained
-    anew may end at the same step. Both are None for a model that is not a run."""
-    kind = kind_of(config)
-    if kind not in (DECODER_RUN, COMPOSED_RUN):
-        if step is not None:
-            raise CalmError(f"--step={step}: {folder} is {kind}, which has no checkpoints")
-        return None, None
-    if not (folder / "checkpoints").exists():
-        raise CalmError(f"{folder} has no checkpoint yet")
-    with TrainingCheckpoints(folder / "checkpoints", read_only=True) as checkpoints:
-        best = checkpoints.best
-        if best is None:
-            raise CalmError(f"{folder} has no checkpoint yet")
-        if kind == DECODER_RUN and step not in (None, best):
-            raise CalmError(
-                f"--step={step}: a decoder's run is scored by its frozen folder, step {best}"
-            )
-        step = best if step is None else step
-        return step, checkpoints.saved_at(step) if kind == COMPOSED_RUN else None

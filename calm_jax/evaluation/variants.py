@@ -7,12 +7,13 @@ from typing import Any
 import jax
 
 from calm_jax.checkpoints.any_model import load_model
-from calm_jax.checkpoints.files import absolute, read_json
+from calm_jax.checkpoints.files import absolute
 from calm_jax.checkpoints.kinds import DECODER_RUN, FROZEN
 from calm_jax.decoding import Generator
 from calm_jax.errors import CalmError
 from calm_jax.evaluation.baselines import HandOver, Mixture
 from calm_jax.evaluation.controls import CONTROLS, OF_TAPS, PERMUTED, Recomputed, permute_augments
+from calm_jax.evaluation.scored_model import scored_model
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,11 +43,10 @@ class Variant:
         return self.control or (self.mix and "mixed") or (self.hand_over and "handed_over")
 
     def described(self) -> dict[str, Any]:
-        """The change as JSON, with the fingerprint of the second model."""
+        """The change as JSON, and which the second model is."""
         found = json.loads(json.dumps(dataclasses.asdict(self)))
         if place := self.mix or self.hand_over:
-            config = read_json(absolute(place) / "config.json", "a frozen folder")
-            found["fingerprint"] = config.get("fingerprint")
+            found["other"] = scored_model(absolute(place))
         return found
 
     def check(self, kind: str, folder: Any) -> None:

@@ -22,7 +22,7 @@ from calm_jax.checkpoints.composed import identities
 from calm_jax.checkpoints.frozen import load, save_frozen
 from calm_jax.checkpoints.training import TrainingCheckpoints
 from calm_jax.cli import evaluate as command
-from calm_jax.data import key_value
+from calm_jax.data import entries, key_value
 from calm_jax.data.tokenizer_vocabulary import TokenizerVocabulary
 from calm_jax.data.vocabularies import load_vocabulary, vocabulary_of_folder
 from calm_jax.decoding import Completion, Generator, Sampling
@@ -343,6 +343,9 @@ def test_done_once_for_the_same_settings(decoder_run, ask, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(variants, "Generator", None)  # would fail if called
         assert evaluate(limit=2) == first
+        patch.setattr(entries.built_in, "task_fingerprint", lambda name: "of other examples")
+        with pytest.raises(TypeError, match="NoneType"):
+            evaluate(limit=2)
     assert evaluate(limit=3)[MATH]["count"] == 3
     assert SUBS not in evaluate(limit=3, tasks=[MATH])
 
