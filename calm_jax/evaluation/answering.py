@@ -109,8 +109,12 @@ def answers(
 
     A record has the example's fields but for those that "inputs", its question, shows; and
     "prediction", "correct" where the main metric finds it right or wrong, and what else the metrics
-    need. Raises `CalmError` for a prompt that is longer than the context.
+    need. Raises `CalmError` for a prompt that is longer than the context, and for a model without
+    a vocabulary.
     """
+    for what, one in ((f"the {name}" if name else "the model", model), ("--hand_over", handing)):
+        if one is not None and one.vocabulary is None:
+            raise CalmError(f"{what} has no vocabulary to write prompts in")
     asked = {task.name: list(_asked(task, model.vocabulary, options)) for task in tasks}
     if handing is not None:
         for task in tasks:

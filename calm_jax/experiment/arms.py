@@ -137,6 +137,11 @@ class Experiment:
                     raise CalmError(f"arm {arm.name} needs {name!r}; the arms before it: {earlier}")
                 if known[name].seeded and not arm.seeded:
                     raise CalmError(f"arm {arm.name} has no seeds, but {name}, which it needs, has")
+            if bool(arm.anchor) != bool(arm.augments):
+                raise CalmError(
+                    f"arm {arm.name}: anchor {arm.anchor!r} and augments {arm.augments}; a pair "
+                    "needs both"
+                )
             if arm.frozen and (arm.anchor or arm.decoder or arm.scored_from):
                 raise CalmError(
                     f"arm {arm.name} is {arm.frozen} already; it cannot be made of arms"
@@ -166,7 +171,7 @@ class Experiment:
             name = getattr(self, field)
             if name not in known and (name or field == "reference"):
                 raise CalmError(f"{field} {name!r} is no arm; there are {', '.join(known)}")
-        if not self.tasks or not self.seeds or len(set(self.seeds)) < len(self.seeds):
+        if any(not field or len({*field}) < len(field) for field in (self.tasks, self.seeds)):
             raise CalmError(f"tasks {self.tasks} and seeds {self.seeds}: one at least, none twice")
 
 

@@ -27,7 +27,7 @@ class Cell:
     interval: tuple[float, float]  # 95 % interval of the mean; seeds and examples are resampled
     group: str = ""  # the rows that the task belongs to, such as languages; "" of a task alone
     # from the reference, of the same seeds and examples; None of the reference itself, and where it
-    # was not scored on the same examples
+    # was not scored on the same examples by the same metric
     difference: float | None = None
     difference_interval: tuple[float, float] | None = None
 
@@ -138,7 +138,8 @@ def _cell(mine: _Scored, other: _Scored | None, arm: str, task: str) -> Cell:
     values = tuple(seed.value for seed in seeds)
     interval = _interval(mine.metric, [seeds], arm, task)
     cell = Cell(mine.metric.name, values, float(np.mean(values)), interval, mine.group)
-    pairs = [] if other is None else _paired(mine, other)
+    is_alike = other is not None and other.metric.name == mine.metric.name
+    pairs = _paired(mine, other) if is_alike else []
     if not pairs or any(a.examples != b.examples for a, b in pairs):
         return cell
     interval = _interval(mine.metric, list(zip(*pairs, strict=True)), arm, task)

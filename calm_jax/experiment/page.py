@@ -2,7 +2,7 @@
 
 import dataclasses
 import datetime
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from etils import epath
@@ -26,7 +26,7 @@ def write_page(experiment: Experiment, jobs: Sequence[Job], folder: epath.Path, 
     """Writes `report.html` and `results.json` into the experiment's folder; returns both paths.
 
     Raises:
-        CalmError: arms that were scored on other examples, or a damaged file.
+        CalmError: seeds of an arm that were scored on different examples, or a damaged file.
     """
     order = list(KINDS)
     rows = [row for row in compare(experiment, jobs) if row.cells]
@@ -148,7 +148,8 @@ def _examples(
 ) -> dict[str, Any] | None:
     """Answers of the first seed to the main task, first those that only the pair gets right.
 
-    Those of ablations and controls are left out: a page is not wide enough.
+    Those of ablations and controls are left out, since a page is not wide enough, and of arms that
+    had other prompts.
     """
     task, left_out = next(iter(scored), ""), ("ablation", "control")
     shown = [
@@ -157,12 +158,15 @@ def _examples(
         if task in row.cells
         and (row.arm.kind not in left_out or row.arm.name == experiment.reference)
     ]
-    answers = [read_json_lines(predictions_file(first_scored(row).results, task)) for row in shown]
-    reference = next((n for n, r in enumerate(shown) if r.arm.name == experiment.reference), None)
-    if reference is None or not all(a and "prediction" in a[0] for a in answers):
+    answers = {
+        row.arm.name: read_json_lines(predictions_file(first_scored(row).results, task))
+        for row in shown
+    }
+    asked = _asked(answers.get(experiment.reference, ()))
+    if not asked or not all(a and "prediction" in a[0] for a in answers.values()):
         return None
-    if len({len(a) for a in answers}) > 1:  # scored with other limits
-        return None
+    shown = [row for row in shown if _asked(answers[row.arm.name]) == asked]
+    reference = next(n for n, row in enumerate(shown) if row.arm.name == experiment.reference)
     parts = [n for n, row in enumerate(shown) if row.arm.kind == "part"]
 
     def rank(example: tuple) -> int:
@@ -173,8 +177,13 @@ def _examples(
         theirs = any(example[n]["correct"] for n in parts)
         return 0 if mine and not theirs else 1 if theirs and not mine else 2
 
-    together = sorted(zip(*answers, strict=True), key=rank)
+    columns = [answers[row.arm.name] for row in shown]
+    together = sorted(zip(*columns, strict=True), key=rank)
     return {"rows": shown, "examples": together[:EXAMPLES], "count": len(together)}
+
+
+def _asked(records: Sequence[Mapping[str, Any]]) -> list[tuple[Any, Any]]:
+    return [(record.get("inputs"), record.get("targets")) for record in records]
 
 
 def _best(rows: Sequence[Row], task: str) -> Row:

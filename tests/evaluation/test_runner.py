@@ -468,6 +468,18 @@ def test_bad_input(decoder_run, composed_run, ask, tmp_path):
         runner.evaluate(tmp_path)
 
 
+@pytest.mark.parametrize("kind", ["text", "choices"])
+def test_a_model_without_a_vocabulary(decoder_run, tmp_path, kind):
+    save_frozen(Decoder(decoder_run[1].config, nnx.Rngs(0)), tmp_path / "model")
+    lines = {
+        "text": "some text",
+        "choices": '{"inputs": "a?", "choices": ["b", "c"], "answer": 0}',
+    }
+    (tmp_path / "file").write_text(lines[kind])
+    with pytest.raises(CalmError, match="the model has no vocabulary to write prompts in"):
+        runner.evaluate(tmp_path / "model", tasks=[f"{kind}:{tmp_path / 'file'}"])
+
+
 def test_choices_are_scored_from_the_same_place_on(monkeypatch):
     """Two spaces are one token, of which the prompt's end is the first and a choice's start the
     second."""

@@ -106,6 +106,17 @@ def test_other_examples_are_not_compared(tmp_path):
         written(tmp_path / "seeds", rights)
 
 
+@pytest.mark.parametrize(("first", "second"), [("exact_match", "chrf1"), ("chrf1", "exact_match")])
+def test_other_metrics_are_not_compared(tmp_path, first, second):
+    experiment = Experiment("t", ARMS, ("task",), "calm")
+    found = {job.arm.name: job for job in jobs(experiment, "f.py", epath.Path(tmp_path), {})}
+    for name, metric in (("calm", first), ("zeroed", second)):
+        scored(found[name], {"task": random_rights(1, 0.5, 20)}, metric)
+    rows = {row.arm.name: row for row in compare(experiment, list(found.values()))}
+    cell = rows["zeroed"].cells["task"]
+    assert (cell.metric, cell.difference, cell.verdict) == (second, None, "")
+
+
 def test_arms_without_scores_have_no_cells(tmp_path):
     rows = written(tmp_path, {("anchor", None): random_rights(0, 0.5)})
     assert rows["calm"].cells == {} and rows["anchor"].cells["task"].difference is None

@@ -117,6 +117,22 @@ def test_the_answers_side_by_side_are_those_of_parts_baselines_and_the_pair(tmp_
     assert asked == [*"456789", *"012", "3"]
 
 
+def test_answers_to_other_prompts_do_not_stand_beside(tmp_path):
+    experiment = pair()
+    experiment = dataclasses.replace(experiment, arms=(*experiment.arms, Arm("other", **PAIR)))
+
+    def asked_else(job):
+        if job.arm.name == "other":
+            path = job.results / "all.jsonl"
+            path.write_text(path.read_text().replace('"q', '"other '))
+
+    rights = {name: {"all": np.arange(10) < 5} for name in ("anchor", "calm", "other")}
+    text = page(tmp_path, experiment, rights, also=asked_else)
+    table = text[text.index('id="answers"') :]
+    heads = re.findall('<th scope="col">(.*?)</th>', table)
+    assert heads == ["Prompt", "Right answer", "anchor", "the pair"]
+
+
 def test_one_task_alone_has_no_gains(tmp_path):
     rights = {name: {"all": random_rights(0, 0.5)} for name in ("anchor", "calm")}
     assert "Gain by language" not in page(tmp_path, pair(), rights)
