@@ -4,7 +4,8 @@
 
 The augment is trained from nothing on made-up names of countries. D_C asks for the capital, the
 language or the currency of a fifth of the names; the anchor knows the answers, but no name. What is
-scored are names that D_C never had, and names of countries that D_C never had.
+scored are names that D_C never had, and names of countries that D_C never had. The same questions
+with the countries' own names, which D_C has too, show what the anchor knows, and keeps.
 """
 
 import os
