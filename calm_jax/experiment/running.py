@@ -10,6 +10,7 @@ from typing import Any
 
 from calm_jax.checkpoints.files import read_json, write_json
 from calm_jax.errors import Preempted
+from calm_jax.evaluation.results import SCORED, read_optional
 from calm_jax.experiment.arms import Job
 from calm_jax.shell import command_line
 from calm_jax.training.preemption import STATUS
@@ -58,7 +59,8 @@ def run(jobs: Sequence[Job], *, say: Callable[[str], Any] = print) -> dict[Job, 
 
 
 def is_done(job: Job) -> bool:
-    """Whether a job was run with just these commands and this config, after those that it needs."""
+    """Whether a job was run with just these commands and this config, after those that it needs,
+    and its scores are still those that it made."""
     path = job.folder / DONE
     if not path.exists() or not all(map(is_done, job.needs)):
         return False
@@ -68,7 +70,8 @@ def is_done(job: Job) -> bool:
 def _described(job: Job) -> dict[str, Any]:
     needs = [read_json(need.folder / DONE, "a job")["finished"] for need in job.needs]
     commands = [command_line(*command) for command in job.commands]
-    return {"commands": commands, "config": job.config, "needs": needs}
+    scored = read_optional(job.results / "summary.json").get(SCORED)
+    return {"commands": commands, "config": job.config, "needs": needs, "scored": scored}
 
 
 def _run(job: Job) -> str:

@@ -53,6 +53,19 @@ def test_a_job_of_other_commands_is_not_done(tmp_path):
     assert json.loads((tmp_path / "one" / DONE).read_text())["seconds"] > 0
 
 
+def test_a_job_whose_scores_are_gone_or_of_another_call_is_not_done(tmp_path):
+    one = job(tmp_path, "one")
+    one.results.mkdir(parents=True)
+    summary = one.results / "summary.json"
+    summary.write_text('{"_run": {"step": 100, "date": "today"}, "task": {}}')
+    run([one], say=lambda line: None)
+    assert is_done(one)
+    summary.write_text('{"_run": {"step": 50, "date": "today"}, "task": {}}')
+    assert not is_done(one)
+    summary.unlink()
+    assert not is_done(one)
+
+
 _WAITING = """
 import sys, pathlib
 sys.path[:0] = {paths!r}
