@@ -109,9 +109,7 @@ def test_with_another_tokenizer_too(monkeypatch):
         np.testing.assert_allclose(ours.tokens_logprobs, other.tokens_logprobs, atol=1e-4)
     monkeypatch.undo()
     zeroed = in_order(Recomputed(model, "zeroed", slots=2), asked, sampling)
-    alone = Generator(models[0], max_length=64).generate(asked, sampling)
     assert [a.tokens for (a,) in zeroed] != [a.tokens for (a,) in answers]
-    assert len(alone) == len(zeroed)
 
 
 def all_zero(x, augment, layer):
